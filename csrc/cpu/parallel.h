@@ -1,0 +1,28 @@
+// Threads for the CPU kernels, without torch headers: bind.cpp forwards to torch's own thread pool,
+// so that torch.set_num_threads() governs pylora too and no second pool competes for the cores.
+#pragma once
+
+#include <cstdint>
+
+namespace pylora {
+
+using RangeBody = void (*)(void* context, int64_t begin, int64_t end);
+
+// Splits [begin, end) into at most num_threads() ranges of at least `grain` items; returns when all
+// are done. The body must not throw. Inside a parallel region it runs on the calling thread.
+void parallel_ranges(int64_t begin, int64_t end, int64_t grain, RangeBody body, void* context);
+
+int num_threads();
+
+// parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { ... });
+template <class Body>
+inline void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
+  parallel_ranges(
+      begin, end, grain,
+      [](void* context, int64_t first, int64_t last) {
+        (*static_cast<const Body*>(context))(first, last);
+      },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+}  // namespace pylora

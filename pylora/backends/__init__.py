@@ -1,0 +1,1 @@
+"""The backends behind `pylora.dispatch`, fastest first for each device."""

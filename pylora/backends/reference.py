@@ -1,0 +1,30 @@
+"""The reference backend: pure PyTorch, every device, dtype and shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pylora import reference
+from pylora.backends.backend import Backend, Op
+
+
+def _takes_everything(*_: Any) -> None:
+    return None
+
+
+BACKEND = Backend(
+    name="reference",
+    ops={
+        name: Op(getattr(reference, name), _takes_everything)
+        for name in (
+            "nf4_quantize",
+            "nf4_dequantize",
+            "nf4_linear",
+            "nf4_linear_backward",
+            "lora_linear",
+            "lora_linear_backward",
+        )
+    },
+    unavailable=lambda: None,
+    path=lambda: "pure PyTorch",
+)

@@ -1,0 +1,202 @@
+"""bitsandbytes' representations of an NF4 weight: its parameter, and its state-dict entries.
+
+The state-dict functions need no bitsandbytes; `from_bitsandbytes` and `to_bitsandbytes` share the bytes
+with its objects and copy only the small absmax where its form differs from ours.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pylora.nf4 import (
+    DEFAULT_NESTED_BLOCKSIZE,
+    NF4_CODE,
+    NF4Weight,
+    absmax_shape,
+    packed_shape,
+)
+
+_STATE_KEY = "quant_state.bitsandbytes__nf4"
+ENTRY_NAMES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", _STATE_KEY)
+
+
+def from_bitsandbytes(source: Any) -> NF4Weight:
+    """The NF4Weight of a bitsandbytes `Linear4bit` or `Params4bit`, sharing its bytes.
+
+    Raises TypeError for anything else, ValueError where the weight is fp4, not quantized yet, or was
+    repacked for bitsandbytes' CPU inference kernel (call `.train()` and `state_dict()` on it, or load it
+    anew, to get the standard bytes back).
+    """
+    param = getattr(source, "weight", source)
+    if not isinstance(param, Tensor) or not hasattr(param, "quant_state"):
+        raise TypeError(
+            f"source is {type(source).__name__}; it must be a bitsandbytes Linear4bit or Params4bit"
+        )
+    state = param.quant_state
+    if state is None:
+        state = getattr(source, "quant_state", None)
+    if state is None:
+        raise ValueError(
+            "source is not quantized yet; it must be moved to a device first (bitsandbytes quantizes in .to())"
+        )
+    if state.quant_type != "nf4":
+        raise ValueError(f"source has quant_type {state.quant_type!r}; it must be 'nf4'")
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ValueError(
+            "source was repacked in place by bitsandbytes' CPU inference path; it must hold the standard "
+            "NF4 bytes: call source.state_dict() once, which restores them, then try again"
+        )
+    nested = state.state2
+    return _assemble(
+        param.data,
+        state.absmax,
+        torch.Size(state.shape),
+        state.dtype,
+        state.blocksize,
+        None if nested is None else nested.absmax,
+        None if nested is None else nested.code,
+        state.offset,
+        DEFAULT_NESTED_BLOCKSIZE if nested is None else nested.blocksize,
+    )
+
+
+def to_bitsandbytes(w: NF4Weight) -> Any:
+    """A bitsandbytes `Params4bit` [n / 2, 1] over the same bytes as `w`.
+
+    Raises ImportError where bitsandbytes is not installed.
+    """
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Params4bit
+
+    state2 = None
+    if w.nested_absmax is not None:
+        state2 = QuantState(
+            absmax=w.nested_absmax,
+            code=w.nested_code,
+            blocksize=w.nested_blocksize,
+            dtype=torch.float32,
+        )
+    state = QuantState(
+        absmax=w.absmax.view(-1),
+        shape=w.shape,
+        code=torch.tensor(NF4_CODE, device=w.device),
+        blocksize=w.blocksize,
+        quant_type="nf4",
+        dtype=w.dtype,
+        offset=w.offset,
+        state2=state2,
+    )
+    return Params4bit(
+        w.qweight.view(-1, 1),
+        requires_grad=False,
+        quant_state=state,
+        blocksize=w.blocksize,
+        compress_statistics=w.double_quant,
+        quant_type="nf4",
+        quant_storage=torch.uint8,
+        bnb_quantized=True,
+    )
+
+
+def state_entries(w: NF4Weight) -> dict[str, Tensor]:
+    """The entries bitsandbytes writes beside `weight`, without the `weight.` prefix."""
+    entries = {
+        "absmax": w.absmax.reshape(-1),
+        "quant_map": torch.tensor(NF4_CODE, device=w.device),
+    }
+    facts: dict[str, Any] = {
+        "quant_type": "nf4",
+        "blocksize": w.blocksize,
+        "dtype": str(w.dtype).removeprefix("torch."),
+        "shape": list(w.shape),
+    }
+    if w.nested_absmax is not None and w.nested_code is not None and w.offset is not None:
+        entries["nested_absmax"] = w.nested_absmax
+        # A copy: safetensors refuses tensors that share storage, and many layers may share one code.
+        entries["nested_quant_map"] = w.nested_code.clone()
+        facts["nested_blocksize"] = w.nested_blocksize
+        facts["nested_dtype"] = "float32"
+        facts["nested_offset"] = float("nan") if w.offset.is_meta else w.offset.item()
+    blob = json.dumps(facts).encode()
+    entries[_STATE_KEY] = torch.tensor(list(blob), dtype=torch.uint8, device=w.device)
+    return entries
+
+
+def from_state_entries(weight: Tensor, entries: Mapping[str, Tensor]) -> NF4Weight:
+    """The NF4Weight of a state dict's `weight` and of the entries beside it.
+
+    weight     packed codes in any storage dtype, any shape
+    entries    as `state_entries` names them
+
+    Raises ValueError naming the entry that is missing or does not fit.
+    """
+    blob = entries.get(_STATE_KEY)
+    if blob is None or "absmax" not in entries:
+        missing = _STATE_KEY if blob is None else "absmax"
+        raise ValueError(f"weight.{missing} is missing beside a packed weight")
+    try:
+        facts = json.loads(bytes(blob.cpu().tolist()).decode())
+        shape, blocksize = torch.Size(facts["shape"]), int(facts["blocksize"])
+        dtype = getattr(torch, facts["dtype"])
+        quant_type = facts["quant_type"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"weight.{_STATE_KEY} is not a readable NF4 description: {error}") from error
+    if quant_type != "nf4":
+        raise ValueError(f"weight has quant_type {quant_type!r}; it must be 'nf4'")
+    nested = "nested_absmax" in entries
+    if nested and "nested_quant_map" not in entries:
+        raise ValueError("weight.nested_quant_map is missing beside weight.nested_absmax")
+    offset = None
+    if nested:
+        offset = torch.tensor(float(facts["nested_offset"]), device=weight.device)
+    return _assemble(
+        weight,
+        entries["absmax"],
+        shape,
+        dtype,
+        blocksize,
+        entries["nested_absmax"] if nested else None,
+        entries["nested_quant_map"] if nested else None,
+        offset,
+        int(facts.get("nested_blocksize", DEFAULT_NESTED_BLOCKSIZE)),
+    )
+
+
+def _assemble(
+    packed: Tensor,
+    absmax: Tensor,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    blocksize: int,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    nested_blocksize: int,
+) -> NF4Weight:
+    qweight = packed.contiguous().view(-1).view(torch.uint8)
+    needed = math.prod(packed_shape(shape, blocksize))
+    if qweight.numel() < needed:
+        raise ValueError(f"weight holds {qweight.numel()} bytes; shape {tuple(shape)} needs {needed}")
+    if nested_absmax is None and absmax.dtype != torch.float32:
+        absmax = absmax.float()
+    wanted = absmax_shape(shape, blocksize)
+    if absmax.numel() != math.prod(wanted):
+        raise ValueError(f"absmax has {absmax.numel()} elements; it must have {math.prod(wanted)}")
+    return NF4Weight(
+        # A storage dtype wider than a byte pads an odd count; the padding carries nothing.
+        qweight[:needed].view(packed_shape(shape, blocksize)),
+        absmax.view(wanted),
+        shape,
+        dtype,
+        blocksize,
+        nested_absmax,
+        nested_code,
+        None if offset is None else offset.reshape(()),
+        nested_blocksize,
+    )

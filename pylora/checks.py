@@ -1,0 +1,135 @@
+"""Argument checks of the public functions: every message names the argument, what it was and must be."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pylora.nf4 import QUANTIZABLE_DTYPES, NF4Weight
+from pylora.reference.activation import ACTIVATIONS
+
+
+def tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {type(value).__name__}; it must be a Tensor")
+
+
+def quantizable(name: str, value: Tensor) -> None:
+    tensor(name, value)
+    if value.dtype not in QUANTIZABLE_DTYPES:
+        raise TypeError(f"{name} has dtype {value.dtype}; it must be float32, float16 or bfloat16")
+
+
+def finite(name: str, value: Tensor) -> None:
+    """Raises ValueError saying how many elements of `value` are not finite and where the first is."""
+    if value.device.type == "meta":
+        return
+    bad = ~torch.isfinite(value)
+    if bad.any():
+        count = int(bad.sum())
+        first = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(
+            f"{name} has {count} non-finite element{'s' if count > 1 else ''}, the first at index "
+            f"{first}; all elements must be finite"
+        )
+
+
+def floating_dtype(name: str, dtype: torch.dtype | None) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"{name} is {dtype}; it must be a floating-point dtype")
+
+
+def nf4_weight(name: str, value: object) -> None:
+    if not isinstance(value, NF4Weight):
+        raise TypeError(f"{name} is {type(value).__name__}; it must be an NF4Weight")
+
+
+def weight(name: str, value: object) -> None:
+    if not isinstance(value, (Tensor, NF4Weight)):
+        raise TypeError(f"{name} is {type(value).__name__}; it must be a Tensor or an NF4Weight")
+    if len(value.shape) != 2:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}; it must be [out_features, in_features]"
+        )
+
+
+def activations(
+    name: str, x: Tensor, in_features: int, device: torch.device, name_of_weight: str
+) -> Tensor:
+    """Checks x [..., in_features] and applies autocast, which for a matmul casts to its own dtype."""
+    tensor(name, x)
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"{name} has dtype {x.dtype}; it must be a floating-point dtype")
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}; its last dimension must be in_features = {in_features}"
+        )
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device}; it must be on {device}, where {name_of_weight} is")
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def same_dtype_as_x(name: str, value: Tensor, x: Tensor) -> Tensor:
+    """A dense weight in x's dtype: cast where autocast asks for it, else an error where they differ."""
+    if value.dtype == x.dtype:
+        return value
+    if torch.is_autocast_enabled(x.device.type):
+        return value.to(x.dtype)
+    raise TypeError(f"{name} has dtype {value.dtype}; it must be x's dtype, {x.dtype}")
+
+
+def vector(
+    name: str,
+    value: Tensor | None,
+    size: int,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> None:
+    if value is None:
+        return
+    tensor(name, value)
+    if tuple(value.shape) != (size,):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be ({size},)")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}; it must be on {device}, where x is")
+    if dtype is not None and value.dtype != dtype:
+        raise TypeError(f"{name} has dtype {value.dtype}; it must be lora_A's dtype, {dtype}")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} has dtype {value.dtype}; it must be a floating-point dtype")
+
+
+def lora_pair(
+    lora_A: Tensor, lora_B: Tensor, out_features: int, in_features: int, device: torch.device
+) -> None:
+    """lora_A [r, in_features], lora_B [out_features, r], r >= 1, on one device, of one dtype."""
+    for name, value in (("lora_A", lora_A), ("lora_B", lora_B)):
+        tensor(name, value)
+        if not value.dtype.is_floating_point:
+            raise TypeError(f"{name} has dtype {value.dtype}; it must be a floating-point dtype")
+        if value.device != device:
+            raise ValueError(f"{name} is on {value.device}; it must be on {device}, where x is")
+    if lora_A.dim() != 2 or lora_A.shape[0] < 1 or lora_A.shape[1] != in_features:
+        raise ValueError(
+            f"lora_A has shape {tuple(lora_A.shape)}; it must be [r, {in_features}] with r >= 1"
+        )
+    if tuple(lora_B.shape) != (out_features, lora_A.shape[0]):
+        raise ValueError(
+            f"lora_B has shape {tuple(lora_B.shape)}; it must be ({out_features}, {lora_A.shape[0]})"
+        )
+    if lora_B.dtype != lora_A.dtype:
+        raise TypeError(f"lora_B has dtype {lora_B.dtype}; it must be lora_A's dtype, {lora_A.dtype}")
+
+
+def probability(name: str, value: float) -> None:
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} is {value}; it must be in [0, 1)")
+
+
+def activation(name: str, value: str | None) -> str:
+    """The op's name for an activation; None means the identity."""
+    value = "identity" if value is None else value
+    if value not in ACTIVATIONS:
+        raise ValueError(f"{name} is {value!r}; it must be None or one of {', '.join(ACTIVATIONS)}")
+    return value

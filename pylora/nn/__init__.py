@@ -1,0 +1,6 @@
+"""Drop-in modules: they hold parameters and state dicts, and call `pylora.functional`."""
+
+from pylora.nn.lora_linear import LoRALinear
+from pylora.nn.nf4_linear import NF4Linear
+
+__all__ = ["LoRALinear", "NF4Linear"]

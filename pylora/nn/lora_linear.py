@@ -1,0 +1,180 @@
+"""`LoRALinear`: a frozen linear layer, dense or NF4, with a trainable low-rank path."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pylora import functional
+from pylora.nf4 import NF4Weight
+from pylora.nn.nf4_linear import NF4Linear
+
+
+class LoRALinear(nn.Module):
+    """y = base(x) + scaling * lora_B @ lora_A @ dropout(x), as one fused op.
+
+    base            nn.Linear, NF4Linear or a bitsandbytes Linear4bit (nf4), which becomes an NF4Linear over
+                    the same bytes; it is frozen and kept as `base_layer`
+    r               rank, >= 1
+    lora_alpha      scaling = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora` (arXiv:2312.03732)
+    lora_dropout    probability of dropping an input of the low-rank path while training
+    use_dora        weight-decomposed LoRA (arXiv:2402.09353): rows rescaled to a trained magnitude
+    lora_bias       a trained bias behind lora_B
+    dtype           of the LoRA parameters: float32 by default, as in PEFT, whatever the base has
+
+    lora_A [r, in_features] starts Kaiming-uniform, lora_B [out_features, r] at zero, so that the layer
+    starts as its base. Raises TypeError or ValueError naming the argument that does not fit.
+    """
+
+    lora_B_bias: nn.Parameter | None
+    lora_magnitude: nn.Parameter | None
+    base_norm: Tensor
+
+    def __init__(
+        self,
+        base: nn.Module,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        lora_bias: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if isinstance(base, LoRALinear):
+            raise ValueError("base is a LoRALinear; it must not be wrapped already")
+        if hasattr(getattr(base, "weight", None), "quant_state"):
+            base = NF4Linear.from_bitsandbytes(base)
+        if not isinstance(base, (nn.Linear, NF4Linear)):
+            raise TypeError(f"base is {type(base).__name__}; it must be an nn.Linear or an NF4Linear")
+        if not isinstance(r, int) or r < 1:
+            raise ValueError(f"r is {r!r}; it must be an integer >= 1")
+        if not 0.0 <= lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout is {lora_dropout}; it must be in [0, 1)")
+        if use_dora and lora_bias:
+            raise ValueError("lora_bias is True; it must be False with use_dora")
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype is {dtype}; it must be a floating-point dtype")
+        self.base_layer = base.requires_grad_(False)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
+        self.use_rslora, self.use_dora = use_rslora, use_dora
+        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.merged = False
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, device=device, dtype=dtype))
+        self.register_parameter("lora_B_bias", None)
+        self.register_parameter("lora_magnitude", None)
+        if lora_bias:
+            self.lora_B_bias = nn.Parameter(
+                torch.empty(self.out_features, device=device, dtype=dtype)
+            )
+        if use_dora:
+            self.lora_magnitude = nn.Parameter(
+                torch.empty(self.out_features, device=device, dtype=dtype)
+            )
+            self.register_load_state_dict_post_hook(lambda layer, _: layer.refresh_base_norm())
+        if device.type != "meta":
+            self.reset_lora_parameters()
+
+    @torch.no_grad()
+    def reset_lora_parameters(self) -> None:
+        """The start of training: the low-rank path is zero, DoRA's magnitude that of the base."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+        if self.lora_B_bias is not None:
+            nn.init.zeros_(self.lora_B_bias)
+        if self.lora_magnitude is not None:
+            self.refresh_base_norm()
+            self.lora_magnitude.copy_(self.weight_norm())
+
+    @property
+    def base_weight(self) -> Tensor | NF4Weight:
+        base = self.base_layer
+        return base.nf4_weight if isinstance(base, NF4Linear) else base.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            return self.base_layer(x)
+        if self.lora_magnitude is not None:
+            return self._dora_forward(x, self.lora_magnitude)
+        return functional.lora_linear(
+            x,
+            self.base_weight,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            self.base_layer.bias,
+            self.lora_dropout if self.training else 0.0,
+            lora_B_bias=self.lora_B_bias,
+        )
+
+    def _dora_forward(self, x: Tensor, magnitude: Tensor) -> Tensor:
+        """y = magnitude / |W + scaling B A| * (x W^T + scaling x A^T B^T) + bias, rows of the norm detached.
+
+        With dropout, PEFT drops the input of everything the magnitude adds; so does this.
+        """
+        rescale = magnitude / self.weight_norm()
+        plain = (self.base_weight, self.lora_A, self.lora_B, self.scaling)
+        bias = self.base_layer.bias
+        if not (self.training and self.lora_dropout > 0.0):
+            y = functional.lora_linear(x, *plain) * rescale.to(x.dtype)
+            return y if bias is None else y + bias
+        dropped = nn.functional.dropout(x, self.lora_dropout)
+        linear = nn.functional.linear
+        low_rank = linear(linear(dropped.to(self.lora_A.dtype), self.lora_A), self.lora_B)
+        delta = (rescale - 1) * self._base_matmul(dropped) + rescale * self.scaling * low_rank
+        return self.base_layer(x) + delta.to(x.dtype)
+
+    def _base_matmul(self, x: Tensor) -> Tensor:
+        weight = self.base_weight
+        if isinstance(weight, NF4Weight):
+            return functional.nf4_linear(x, weight)
+        return nn.functional.linear(x, weight)
+
+    @torch.no_grad()
+    def refresh_base_norm(self) -> None:
+        """Recomputes |W| by rows, which DoRA reads in every forward; needed after W was replaced."""
+        weight = self.base_weight
+        if self.lora_magnitude is None or weight.device.type == "meta":
+            return
+        if isinstance(weight, NF4Weight):
+            weight = weight.dequantize(torch.float32)
+        norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+        self.register_buffer("base_norm", norm, persistent=False)
+
+    @torch.no_grad()
+    def weight_norm(self) -> Tensor:
+        """Row norms |W + scaling B A| [out_features] in lora_A's dtype; never a dense copy of W or B A.
+
+        |w + s b A|^2 = |w|^2 + 2 s (w A^T) b + s^2 b (A A^T) b, row by row.
+        """
+        A, B = self.lora_A.float(), self.lora_B.float()
+        weight = self.base_weight
+        if isinstance(weight, NF4Weight):
+            projected = functional.nf4_linear(A, weight).t()
+        else:
+            projected = nn.functional.linear(A.to(weight.dtype), weight).t().float()
+        cross = 2 * self.scaling * (projected * B).sum(1)
+        own = self.scaling**2 * ((B @ (A @ A.t())) * B).sum(1)
+        squared = self.base_norm**2 + cross + own
+        return squared.clamp(min=0).sqrt().to(self.lora_A.dtype)
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """The dense weight that `merge` writes: W + scaling B A in fp32, rows rescaled under DoRA."""
+        weight = self.base_weight
+        dense = weight.dequantize(torch.float32) if isinstance(weight, NF4Weight) else weight.float()
+        dense = torch.addmm(dense, self.lora_B.float(), self.lora_A.float(), alpha=self.scaling)
+        if self.lora_magnitude is not None:
+            dense *= (self.lora_magnitude.float() / self.weight_norm().float())[:, None]
+        return dense
+
+    def extra_repr(self) -> str:
+        flags = "".join(f", {name}" for name in ("use_rslora", "use_dora") if getattr(self, name))
+        merged = ", merged" if self.merged else ""
+        return f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}{flags}{merged}"

@@ -1,0 +1,8 @@
+"""The registered ops `torch.ops.pylora.*`: schema, fake (meta) function and autograd, one op a file.
+
+Importing this package registers them all. Each op runs whatever backend `pylora.dispatch` chooses.
+"""
+
+from pylora.ops import lora_linear, nf4_dequantize, nf4_linear, nf4_quantize
+
+__all__ = ["lora_linear", "nf4_dequantize", "nf4_linear", "nf4_quantize"]

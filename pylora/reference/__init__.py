@@ -1,0 +1,18 @@
+"""Pure-PyTorch references: the oracle of every op, and the backend that takes whatever no kernel takes."""
+
+from pylora.reference.absmax import dequantize_absmax, quantize_absmax
+from pylora.reference.lora_linear import lora_linear, lora_linear_backward
+from pylora.reference.nf4_dequantize import nf4_dequantize
+from pylora.reference.nf4_linear import nf4_linear, nf4_linear_backward
+from pylora.reference.nf4_quantize import nf4_quantize
+
+__all__ = [
+    "dequantize_absmax",
+    "lora_linear",
+    "lora_linear_backward",
+    "nf4_dequantize",
+    "nf4_linear",
+    "nf4_linear_backward",
+    "nf4_quantize",
+    "quantize_absmax",
+]

@@ -1,0 +1,48 @@
+"""Double quantization: the absmax values of NF4 blocks as 8-bit codes, as QLoRA section 3 describes it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pylora.nf4 import DEFAULT_NESTED_BLOCKSIZE, block_count, dynamic_code
+
+
+def quantize_absmax(
+    absmax: Tensor, nested_blocksize: int = DEFAULT_NESTED_BLOCKSIZE
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """absmax fp32 [blocks] -> (codes uint8 [blocks], nested_absmax fp32 [groups], nested_code, offset fp32 []).
+
+    The values are centred on their mean, scaled by each group's largest magnitude and rounded to the
+    nearest of 65536 grid points before the nearest code is taken: the grid is bitsandbytes' own shortcut,
+    kept because it decides about one code in a thousand.
+    """
+    absmax = absmax.reshape(-1)
+    offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
+    groups = block_count(absmax.numel(), nested_blocksize)
+    centred = absmax.new_zeros(groups * nested_blocksize)
+    centred[: absmax.numel()] = absmax - offset
+    centred = centred.view(groups, nested_blocksize)
+    nested_absmax = centred.abs().amax(dim=1) if groups else absmax.new_zeros(0)
+    scaled = (centred * (1.0 / nested_absmax)[:, None]).clamp(-1.0, 1.0)
+    # An all-zero group gives 0 * inf; bitsandbytes stores code 0 there, which decodes to the offset.
+    point = ((scaled + 1.0) * 0.5 * 65535 + 0.5).nan_to_num(0.0).floor()
+    nested_code = dynamic_code(absmax.device)
+    midpoints = (nested_code[1:] + nested_code[:-1]) / 2
+    codes = torch.bucketize(point / 65535 * 2 - 1, midpoints).to(torch.uint8)
+    return codes.view(-1)[: absmax.numel()].clone(), nested_absmax, nested_code, offset
+
+
+def dequantize_absmax(
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    nested_blocksize: int,
+) -> Tensor:
+    """The fp32 absmax values, flat [blocks], from either form of storage."""
+    absmax = absmax.reshape(-1)
+    if nested_absmax is None or nested_code is None or offset is None:
+        return absmax
+    scale = nested_absmax.repeat_interleave(nested_blocksize)[: absmax.numel()]
+    return nested_code[absmax.to(torch.int64)] * scale + offset

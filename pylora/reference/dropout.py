@@ -1,0 +1,53 @@
+"""Dropout whose mask is a function of a seed, so that forward and backward regenerate it and store nothing.
+
+Philox4x32-10, a counter-based generator (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3",
+SC 2011). Element i of the flattened input takes word i % 4 of the counter (i // 4, 0) under the key
+`seed`; it is kept where that word is at least p * 2^32. Every backend draws the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_MASK32 = 0xFFFFFFFF
+
+
+def philox(seed: Tensor, counters: Tensor) -> Tensor:
+    """Four 32-bit words for each counter: seed int64 [], counters int64 [n] -> int64 [n, 4]."""
+    c0, c1 = counters & _MASK32, (counters >> 32) & _MASK32
+    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
+    k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
+    for _ in range(10):
+        # int64 products wrap, but their 64 bits are those of the unsigned product.
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _MASK32) ^ c1 ^ k0,
+            p1 & _MASK32,
+            ((p0 >> 32) & _MASK32) ^ c3 ^ k1,
+            p0 & _MASK32,
+        )
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK32, (k1 + _KEY_STEPS[1]) & _MASK32
+    return torch.stack([c0, c1, c2, c3], dim=-1)
+
+
+def drop_threshold(p: float) -> int:
+    """Elements whose 32-bit word is below this are dropped."""
+    return min(int(p * 2**32 + 0.5), _MASK32)
+
+
+def dropout_mask(shape: torch.Size, p: float, seed: Tensor) -> Tensor:
+    """True where an element is kept; bool of `shape` on the seed's device."""
+    count = shape.numel()
+    counters = torch.arange(-(-count // 4), device=seed.device)
+    kept = philox(seed, counters).view(-1)[:count] >= drop_threshold(p)
+    return kept.view(shape)
+
+
+def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """x / (1 - p) where kept, else 0; x itself where p == 0."""
+    if p == 0.0 or seed is None:
+        return x
+    return torch.where(dropout_mask(x.shape, p, seed.to(x.device)), x * (1.0 / (1.0 - p)), 0.0)
