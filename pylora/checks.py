@@ -1,4 +1,4 @@
-"""Argument checks of the public functions: every message names the argument, what it was and must be."""
+"""Argument checks: every message names the argument, what it was and what it must be."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def quantizable(name: str, value: Tensor) -> None:
 
 
 def finite(name: str, value: Tensor) -> None:
-    """Raises ValueError saying how many elements of `value` are not finite and where the first is."""
+    """Raises ValueError saying how many elements are not finite and where the first is."""
     if value.device.type == "meta":
         return
     bad = ~torch.isfinite(value)
@@ -56,23 +56,26 @@ def weight(name: str, value: object) -> None:
 def activations(
     name: str, x: Tensor, in_features: int, device: torch.device, name_of_weight: str
 ) -> Tensor:
-    """Checks x [..., in_features] and applies autocast, which for a matmul casts to its own dtype."""
+    """Checks x [..., in_features] and casts it as autocast casts the input of a matmul."""
     tensor(name, x)
     if not x.dtype.is_floating_point:
         raise TypeError(f"{name} has dtype {x.dtype}; it must be a floating-point dtype")
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(
-            f"{name} has shape {tuple(x.shape)}; its last dimension must be in_features = {in_features}"
+            f"{name} has shape {tuple(x.shape)}; "
+            f"its last dimension must be in_features = {in_features}"
         )
     if x.device != device:
-        raise ValueError(f"{name} is on {x.device}; it must be on {device}, where {name_of_weight} is")
+        raise ValueError(
+            f"{name} is on {x.device}; it must be on {device}, where {name_of_weight} is"
+        )
     if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
 
 def same_dtype_as_x(name: str, value: Tensor, x: Tensor) -> Tensor:
-    """A dense weight in x's dtype: cast where autocast asks for it, else an error where they differ."""
+    """A dense weight in x's dtype: cast under autocast, else TypeError where they differ."""
     if value.dtype == x.dtype:
         return value
     if torch.is_autocast_enabled(x.device.type):
@@ -116,10 +119,13 @@ def lora_pair(
         )
     if tuple(lora_B.shape) != (out_features, lora_A.shape[0]):
         raise ValueError(
-            f"lora_B has shape {tuple(lora_B.shape)}; it must be ({out_features}, {lora_A.shape[0]})"
+            f"lora_B has shape {tuple(lora_B.shape)}; "
+            f"it must be ({out_features}, {lora_A.shape[0]})"
         )
     if lora_B.dtype != lora_A.dtype:
-        raise TypeError(f"lora_B has dtype {lora_B.dtype}; it must be lora_A's dtype, {lora_A.dtype}")
+        raise TypeError(
+            f"lora_B has dtype {lora_B.dtype}; it must be lora_A's dtype, {lora_A.dtype}"
+        )
 
 
 def probability(name: str, value: float) -> None:

@@ -1,8 +1,9 @@
 """The only place a backend is chosen.
 
-Every op asks `select`, which takes the first backend, fastest first, that can run here and takes the
-arguments; the reference takes everything. `use_backend` or the environment variable PYLORA_BACKEND asks
-for one backend by name: what it does not take goes to the reference, and `pylora.explain` says so.
+Every op asks `select`, which takes the first backend, fastest first, that can run here and takes
+the arguments; the reference takes everything. `use_backend` or the environment variable
+PYLORA_BACKEND asks for one backend by name: what it does not take goes to the reference, and
+`pylora.explain` says so.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ BACKENDS: dict[str, Backend] = {
 }
 _NAMES = ("reference", "cpu", "triton", "cuda")
 
-# Process-wide, not a context variable: autograd runs the backward of CUDA ops on threads of its own.
+# Process-wide, not a context variable: autograd runs the backward of CUDA ops on threads of its
+# own.
 _forced: str | None = None
 
 
@@ -36,7 +38,7 @@ def _check_name(name: str, source: str) -> str:
 
 
 def forced_backend() -> str | None:
-    """The backend asked for by `use_backend` or PYLORA_BACKEND; None where pylora is free to choose."""
+    """The backend asked for by `use_backend` or PYLORA_BACKEND; None where none was."""
     if _forced is not None:
         return _forced
     name = os.environ.get("PYLORA_BACKEND")

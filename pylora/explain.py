@@ -10,7 +10,8 @@ from pylora import dispatch, functional
 
 @dataclass(frozen=True)
 class Explanation:
-    """Outcome of `explain`: the backend chosen, its variant, and the reasons against the ones before it.
+    """Outcome of `explain`: the backend chosen, its variant, and the reasons against the ones
+    before it.
 
     A name in `rejected` that comes after the chosen one was not asked.
     """
@@ -32,7 +33,8 @@ class Explanation:
 def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """Says which backend `pylora.functional.<op>(*args, **kwargs)` would run on; runs nothing.
 
-    op    a function of `pylora.functional`, such as "lora_linear", or "quantize_nf4", "dequantize_nf4"
+    op    a function of `pylora.functional`, such as "lora_linear", or "quantize_nf4",
+          "dequantize_nf4"
 
     Raises ValueError for an unknown op, and whatever the function itself raises for bad arguments.
     """
@@ -44,6 +46,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     for backend in dispatch.candidates():
         reason = backend.why_not(name, op_args)
         if reason is None:
-            return Explanation(op, backend.name, backend.path(), rejected, dispatch.forced_backend())
+            return Explanation(
+                op, backend.name, backend.path(), rejected, dispatch.forced_backend()
+            )
         rejected[backend.name] = reason
     raise AssertionError(f"the reference must take every op, but did not take {name}")

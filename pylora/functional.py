@@ -1,7 +1,7 @@
 """Stateless functions: each checks its arguments and calls one op of `torch.ops.pylora`.
 
-Shapes follow torch: x [..., in_features], weight [out_features, in_features], lora_A [r, in_features],
-lora_B [out_features, r]. Any leading dimensions and strides, empty batches included.
+Shapes follow torch: x [..., in_features], weight [out_features, in_features], lora_A [r,
+in_features], lora_B [out_features, r]. Any leading dimensions and strides, empty batches included.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def quantize_nf4(
     check_blocksize(blocksize)
     checks.finite("weight", weight)
     qweight, absmax = torch.ops.pylora.nf4_quantize(weight.detach(), blocksize)
-    nested: dict[str, Tensor] = {}
+    nested: dict[str, Any] = {}
     if double_quant:
         absmax, nested_absmax, nested_code, offset = quantize_absmax(absmax)
         nested = {"nested_absmax": nested_absmax, "nested_code": nested_code, "offset": offset}
@@ -157,18 +157,22 @@ def lora_linear(
     lora_A_bias: Tensor | None = None,
     lora_B_bias: Tensor | None = None,
 ) -> Tensor:
-    """y = x @ W^T + bias + scaling * (act(dropout(x) @ lora_A^T + lora_A_bias) @ lora_B^T + lora_B_bias).
+    """y = x @ W^T + bias + scaling * (act(dropout(x) @ lora_A^T + lora_A_bias) @ lora_B^T +
+    lora_B_bias).
 
     x           [..., in_features] floating point; under autocast it is cast to the autocast dtype
     weight      [out_features, in_features], an NF4Weight or a tensor of x's dtype
-    lora_A      [r, in_features] and lora_B [out_features, r], of one dtype, which may differ from x's
+    lora_A      [r, in_features] and lora_B [out_features, r], of one dtype, which may differ from
+                x's
     scaling     alpha / r (rsLoRA: alpha / sqrt(r))
     dropout_p   probability of dropping an element of x on the low-rank path only, in [0, 1)
-    seed        int or int64 scalar tensor that fixes the mask; drawn from torch's generator where None
-    activation  None (LoRA), "relu", "gelu", "gelu_tanh", "silu", "tanh" or "sigmoid" (parallel adapter)
+    seed        int or int64 scalar tensor that fixes the mask; drawn from torch's generator where
+                None
+    activation  None (LoRA), "relu", "gelu", "gelu_tanh", "silu", "tanh" or "sigmoid" (parallel
+                adapter)
 
-    Returns [..., out_features] in x.dtype. Differentiable in x, a dense weight, lora_A, lora_B and biases;
-    the backward keeps x and the [..., r] projection, and regenerates the mask.
+    Returns [..., out_features] in x.dtype. Differentiable in x, a dense weight, lora_A, lora_B and
+    biases; the backward keeps x and the [..., r] projection, and regenerates the mask.
     Raises TypeError or ValueError naming the argument that does not fit.
     Source: LoRA, arXiv:2106.09685; parallel adapter, arXiv:2110.04366.
     """

@@ -1,15 +1,17 @@
-"""The NF4 format: its table, its geometry, and `NF4Weight`, the container that holds a quantized weight.
+"""The NF4 format: its table, its geometry, and `NF4Weight`, the container that holds a quantized
+weight.
 
-NF4 (4-bit NormalFloat) is the data type of QLoRA (Dettmers et al., arXiv:2305.14314). The bytes are those of
-bitsandbytes: the tensor is flattened row-major, element 2j sits in the high nibble of byte j and 2j+1 in the
-low one; blocks of `blocksize` consecutive elements share one fp32 `absmax`. With double quantization the
-absmax values are themselves stored as 8-bit codes in blocks of `nested_blocksize`.
+NF4 (4-bit NormalFloat) is the data type of QLoRA (Dettmers et al., arXiv:2305.14314). The bytes are
+those of bitsandbytes: the tensor is flattened row-major, element 2j sits in the high nibble of byte
+j and 2j+1 in the low one; blocks of `blocksize` consecutive elements share one fp32 `absmax`. With
+double quantization the absmax values are themselves stored as 8-bit codes in blocks of
+`nested_blocksize`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
@@ -56,7 +58,8 @@ def nf4_midpoints(device: torch.device) -> Tensor:
 
 
 def dynamic_code(device: torch.device) -> Tensor:
-    """The signed 8-bit dynamic data type that stores absmax under double quantization, fp32 [256], sorted.
+    """The signed 8-bit dynamic data type that stores absmax under double quantization, fp32 [256],
+    sorted.
 
     A sign, a unary exponent of base 10 and a linear fraction that fills the bits left over
     (Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", arXiv:1511.04561).
@@ -81,7 +84,7 @@ def rows_are_blocks(shape: Sequence[int], blocksize: int) -> bool:
 
 
 def packed_shape(shape: Sequence[int], blocksize: int) -> tuple[int, ...]:
-    """Shape of the packed uint8 tensor: [..., in_features / 2], or flat where blocks straddle rows."""
+    """Shape of the packed bytes: [..., in_features / 2], or flat where blocks straddle rows."""
     if rows_are_blocks(shape, blocksize):
         return (*shape[:-1], shape[-1] // 2)
     return ((math.prod(shape) + 1) // 2,)
@@ -98,13 +101,15 @@ def absmax_shape(shape: Sequence[int], blocksize: int) -> tuple[int, ...]:
 class NF4Weight:
     """A weight quantized to NF4, usually [out_features, in_features].
 
-    qweight           uint8, `packed_shape(shape, blocksize)`: bitsandbytes' bytes, dim 0 is out_features
-                      wherever in_features % blocksize == 0
-    absmax            fp32, or uint8 codes under double quantization; `absmax_shape(shape, blocksize)`
+    qweight           uint8, `packed_shape(shape, blocksize)`: bitsandbytes' bytes, dim 0 is
+                      out_features wherever in_features % blocksize == 0
+    absmax            fp32, or uint8 codes under double quantization; `absmax_shape(shape,
+                      blocksize)`
     nested_absmax     fp32 [ceil(blocks / nested_blocksize)], None without double quantization
     nested_code       fp32 [256], the 8-bit data type of the absmax codes
     offset            fp32 [], mean of the absmax values
-    shape, dtype      of the tensor that was quantized; dtype is what `dequantize()` gives by default
+    shape, dtype      of the tensor that was quantized; dtype is what `dequantize()` gives by
+                      default
     blocksize         one of `BLOCKSIZES`
 
     Raises ValueError or TypeError where the parts do not fit each other.
@@ -127,7 +132,9 @@ class NF4Weight:
             raise TypeError(f"dtype is {self.dtype}; it must be float32, float16 or bfloat16")
         nested = self.nested_absmax is not None
         if nested != (self.nested_code is not None) or nested != (self.offset is not None):
-            raise ValueError("nested_absmax, nested_code and offset must be given together or not at all")
+            raise ValueError(
+                "nested_absmax, nested_code and offset must be given together or not at all"
+            )
         _check_part("qweight", self.qweight, torch.uint8, packed_shape(self.shape, self.blocksize))
         absmax_dtype = torch.uint8 if nested else torch.float32
         _check_part("absmax", self.absmax, absmax_dtype, absmax_shape(self.shape, self.blocksize))
@@ -179,11 +186,12 @@ class NF4Weight:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> NF4Weight:
         """The same weight on another device; the bytes never change."""
-        moved = {
-            name: tensor.to(device, non_blocking=non_blocking)
-            for name, tensor in self.tensors().items()
-        }
-        return replace(self, **moved)
+        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> NF4Weight:
+        """The same weight with `function` applied to each of its tensors."""
+        changed: dict[str, Any] = {name: function(t) for name, t in self.tensors().items()}
+        return replace(self, **changed)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, see `pylora.dequantize_nf4`."""
@@ -193,13 +201,13 @@ class NF4Weight:
 
     @classmethod
     def from_bitsandbytes(cls, source: Any) -> NF4Weight:
-        """From a bitsandbytes `Linear4bit` or `Params4bit`; shares its bytes. See `pylora.bnb_format`."""
+        """From a bitsandbytes `Linear4bit` or `Params4bit`, sharing its bytes."""
         from pylora.bnb_format import from_bitsandbytes
 
         return from_bitsandbytes(source)
 
     def to_bitsandbytes(self) -> Any:
-        """As a bitsandbytes `Params4bit` that shares these bytes. See `pylora.bnb_format`."""
+        """As a bitsandbytes `Params4bit` that shares these bytes."""
         from pylora.bnb_format import to_bitsandbytes
 
         return to_bitsandbytes(self)
@@ -208,18 +216,23 @@ class NF4Weight:
         bits = 8 * self.nbytes / max(math.prod(self.shape), 1)
         double = ", double_quant" if self.double_quant else ""
         return (
-            f"NF4Weight({tuple(self.shape)}, blocksize={self.blocksize}{double}, dtype={self.dtype}, "
-            f"device='{self.device}', {self.nbytes} bytes = {bits:.2f} bit a weight)"
+            f"NF4Weight({tuple(self.shape)}, blocksize={self.blocksize}{double}, "
+            f"dtype={self.dtype}, device='{self.device}', "
+            f"{self.nbytes} bytes = {bits:.2f} bit a weight)"
         )
 
 
 def check_blocksize(blocksize: int) -> None:
     """Raises ValueError unless `blocksize` is one that the format knows."""
     if blocksize not in BLOCKSIZES:
-        raise ValueError(f"blocksize is {blocksize}; it must be one of {', '.join(map(str, BLOCKSIZES))}")
+        raise ValueError(
+            f"blocksize is {blocksize}; it must be one of {', '.join(map(str, BLOCKSIZES))}"
+        )
 
 
-def _check_part(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def _check_part(
+    name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is {type(tensor).__name__}; it must be a Tensor")
     if tensor.dtype != dtype:

@@ -109,16 +109,17 @@ inline NF4Arguments check_nf4(const Tensor& qweight, const Tensor& absmax,
               "two of the weight's " + std::to_string(numel) + " elements a byte");
 
   const bool nested = nested_absmax.has_value();
-  STD_TORCH_CHECK(nested_code.has_value() == nested && offset.has_value() == nested,
-                  "nested_absmax, nested_code and offset must be given together or not at all, got ",
-                  nested ? "" : "no ", "nested_absmax, ", nested_code.has_value() ? "" : "no ",
-                  "nested_code and ", offset.has_value() ? "" : "no ", "offset");
+  STD_TORCH_CHECK(
+      nested_code.has_value() == nested && offset.has_value() == nested,
+      "nested_absmax, nested_code and offset must be given together or not at all, got ",
+      nested ? "" : "no ", "nested_absmax, ", nested_code.has_value() ? "" : "no ",
+      "nested_code and ", offset.has_value() ? "" : "no ", "offset");
   check_dtype("absmax", absmax, nested ? ScalarType::Byte : ScalarType::Float);
   check_contiguous("absmax", absmax);
   check_device("absmax", absmax, qweight, "qweight");
-  check_numel("absmax", absmax, blocks,
-              "one for every " + std::to_string(blocksize) + " of " + std::to_string(numel) +
-                  " elements");
+  check_numel(
+      "absmax", absmax, blocks,
+      "one for every " + std::to_string(blocksize) + " of " + std::to_string(numel) + " elements");
 
   NF4Arguments arguments;
   NF4Matrix& matrix = arguments.matrix;

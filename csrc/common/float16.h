@@ -56,14 +56,26 @@ PYLORA_INLINE Half from_float<Half>(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
-  if (magnitude > 0x7F800000u) return {static_cast<uint16_t>(sign | 0x7E00u)};    // NaN
-  if (magnitude >= 0x477FF000u) return {static_cast<uint16_t>(sign | 0x7C00u)};   // >= 65520
+  if (magnitude > 0x7F800000u) return {static_cast<uint16_t>(sign | 0x7E00u)};   // NaN
+  if (magnitude >= 0x477FF000u) return {static_cast<uint16_t>(sign | 0x7C00u)};  // >= 65520
   if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 leaves units of 2^-24 in the low bits
     const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
     return {static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(shifted) - 0x3F000000u))};
   }
   const uint32_t rebiased = magnitude - (112u << 23);
   return {static_cast<uint16_t>(sign | (rebiased + 0xFFFu + (rebiased >> 13 & 1u)) >> 13)};
+}
+
+// Calls visit(T{}) with the element type of `dtype`.
+template <class Visit>
+PYLORA_INLINE void visit_dtype(DType dtype, const Visit& visit) {
+  if (dtype == DType::kFloat32) {
+    visit(float{});
+  } else if (dtype == DType::kFloat16) {
+    visit(Half{});
+  } else {
+    visit(BFloat16{});
+  }
 }
 
 }  // namespace pylora

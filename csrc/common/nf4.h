@@ -45,9 +45,7 @@ inline constexpr float kNF4Code[kNF4Size] = {
 };
 
 // A scaled value takes the code that counts the midpoints below it; a tie goes down.
-PYLORA_INLINE constexpr float nf4_midpoint(int i) {
-  return (kNF4Code[i] + kNF4Code[i + 1]) / 2.0f;
-}
+PYLORA_INLINE constexpr float nf4_midpoint(int i) { return (kNF4Code[i] + kNF4Code[i + 1]) / 2.0f; }
 
 inline constexpr int kNF4ZeroCode = 7;  // decodes to 0; also fills the last nibble of an odd count
 
@@ -70,22 +68,20 @@ PYLORA_INLINE constexpr bool is_nf4_blocksize(int64_t blocksize) {
 
 enum class DType { kFloat32, kFloat16, kBFloat16 };
 
-PYLORA_INLINE constexpr int64_t dtype_size(DType dtype) {
-  return dtype == DType::kFloat32 ? 4 : 2;
-}
+PYLORA_INLINE constexpr int64_t dtype_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // A quantized weight as the ops receive it. Exactly one of absmax and absmax_q is set.
 struct NF4Matrix {
-  const uint8_t* qweight = nullptr;       // [ceil(rows * cols / 2)]
-  const float* absmax = nullptr;          // [blocks], plain
-  const uint8_t* absmax_q = nullptr;      // [blocks], nested: codes into nested_code
-  const float* nested_absmax = nullptr;   // [ceil(blocks / nested_blocksize)]
-  const float* nested_code = nullptr;     // [256]
-  float offset = 0.0f;                    // added to a decoded nested absmax
+  const uint8_t* qweight = nullptr;      // [ceil(rows * cols / 2)]
+  const float* absmax = nullptr;         // [blocks], plain
+  const uint8_t* absmax_q = nullptr;     // [blocks], nested: codes into nested_code
+  const float* nested_absmax = nullptr;  // [ceil(blocks / nested_blocksize)]
+  const float* nested_code = nullptr;    // [256]
+  float offset = 0.0f;                   // added to a decoded nested absmax
   int64_t blocksize = 64;
   int64_t nested_blocksize = 256;
-  int64_t rows = 0;                       // N = out_features
-  int64_t cols = 0;                       // K = in_features
+  int64_t rows = 0;  // N = out_features
+  int64_t cols = 0;  // K = in_features
 
   PYLORA_INLINE int64_t numel() const { return rows * cols; }
   PYLORA_INLINE int64_t num_blocks() const { return ceil_div(rows * cols, blocksize); }

@@ -44,9 +44,9 @@ uint64_t saved_state() {
   return static_cast<uint64_t>(high) << 32 | low;
 }
 
-constexpr uint64_t kYmm = 0x6;           // SSE and AVX halves
-constexpr uint64_t kZmm = kYmm | 0xE0;   // mask registers and the AVX-512 halves
-constexpr uint64_t kTile = 3ull << 17;   // tile configuration and data
+constexpr uint64_t kYmm = 0x6;          // SSE and AVX halves
+constexpr uint64_t kZmm = kYmm | 0xE0;  // mask registers and the AVX-512 halves
+constexpr uint64_t kTile = 3ull << 17;  // tile configuration and data
 
 // Linux hands out the tile registers on request (8 KiB more to save at every context switch).
 bool tiles_permitted() {
@@ -68,14 +68,14 @@ struct Feature {
 };
 
 constexpr Feature kFeatures[] = {
-    {"fma", 1, 0, kEcx, 12, kYmm},         {"f16c", 1, 0, kEcx, 29, kYmm},
-    {"avx2", 7, 0, kEbx, 5, kYmm},         {"avx_vnni", 7, 1, kEax, 4, kYmm},
-    {"avx512f", 7, 0, kEbx, 16, kZmm},     {"avx512dq", 7, 0, kEbx, 17, kZmm},
-    {"avx512bw", 7, 0, kEbx, 30, kZmm},    {"avx512vl", 7, 0, kEbx, 31, kZmm},
-    {"avx512vbmi", 7, 0, kEcx, 1, kZmm},   {"avx512vbmi2", 7, 0, kEcx, 6, kZmm},
-    {"avx512vnni", 7, 0, kEcx, 11, kZmm},  {"avx512bf16", 7, 1, kEax, 5, kZmm},
-    {"avx512fp16", 7, 0, kEdx, 23, kZmm},  {"amx_tile", 7, 0, kEdx, 24, kTile},
-    {"amx_bf16", 7, 0, kEdx, 22, kTile},   {"amx_int8", 7, 0, kEdx, 25, kTile},
+    {"fma", 1, 0, kEcx, 12, kYmm},        {"f16c", 1, 0, kEcx, 29, kYmm},
+    {"avx2", 7, 0, kEbx, 5, kYmm},        {"avx_vnni", 7, 1, kEax, 4, kYmm},
+    {"avx512f", 7, 0, kEbx, 16, kZmm},    {"avx512dq", 7, 0, kEbx, 17, kZmm},
+    {"avx512bw", 7, 0, kEbx, 30, kZmm},   {"avx512vl", 7, 0, kEbx, 31, kZmm},
+    {"avx512vbmi", 7, 0, kEcx, 1, kZmm},  {"avx512vbmi2", 7, 0, kEcx, 6, kZmm},
+    {"avx512vnni", 7, 0, kEcx, 11, kZmm}, {"avx512bf16", 7, 1, kEax, 5, kZmm},
+    {"avx512fp16", 7, 0, kEdx, 23, kZmm}, {"amx_tile", 7, 0, kEdx, 24, kTile},
+    {"amx_bf16", 7, 0, kEdx, 22, kTile},  {"amx_int8", 7, 0, kEdx, 25, kTile},
 };
 
 std::vector<std::string> detect_features() {

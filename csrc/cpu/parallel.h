@@ -6,7 +6,7 @@
 
 namespace pylora {
 
-using RangeBody = void (*)(void* context, int64_t begin, int64_t end);
+using RangeBody = void (*)(int64_t begin, int64_t end, void* context);
 
 // Splits [begin, end) into at most num_threads() ranges of at least `grain` items; returns when all
 // are done. The body must not throw. Inside a parallel region it runs on the calling thread.
@@ -19,7 +19,7 @@ template <class Body>
 inline void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
   parallel_ranges(
       begin, end, grain,
-      [](void* context, int64_t first, int64_t last) {
+      [](int64_t first, int64_t last, void* context) {
         (*static_cast<const Body*>(context))(first, last);
       },
       const_cast<void*>(static_cast<const void*>(&body)));

@@ -68,9 +68,7 @@ def _lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return y.view(*x.shape[:-1], y.shape[-1]), h.view(*x.shape[:-1], h.shape[-1])
 
 
-def _lora_linear_why_not(
-    x: Tensor, weight: Tensor, absmax: Tensor | None, *args: Any
-) -> Reason:
+def _lora_linear_why_not(x: Tensor, weight: Tensor, absmax: Tensor | None, *args: Any) -> Reason:
     if absmax is None:
         return "the base weight is dense: torch's own matmul takes it"
     return _device_or_dtype(x=x, lora_A=args[6], lora_B=args[7])

@@ -9,7 +9,7 @@ from types import ModuleType
 
 @lru_cache(maxsize=1)
 def load() -> tuple[ModuleType | None, str | None]:
-    """(the module, None), or (None, why it could not be imported). Warns once in the second case."""
+    """(the module, None), or (None, why it could not be imported), with one warning."""
     try:
         from pylora import _C
     except ImportError as error:

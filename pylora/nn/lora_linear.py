@@ -15,17 +15,18 @@ from pylora.nn.nf4_linear import NF4Linear
 class LoRALinear(nn.Module):
     """y = base(x) + scaling * lora_B @ lora_A @ dropout(x), as one fused op.
 
-    base            nn.Linear, NF4Linear or a bitsandbytes Linear4bit (nf4), which becomes an NF4Linear over
-                    the same bytes; it is frozen and kept as `base_layer`
+    base            nn.Linear, NF4Linear or a bitsandbytes Linear4bit (nf4), which becomes an
+                    NF4Linear over the same bytes; it is frozen and kept as `base_layer`
     r               rank, >= 1
-    lora_alpha      scaling = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora` (arXiv:2312.03732)
+    lora_alpha      scaling = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`
+                    (arXiv:2312.03732)
     lora_dropout    probability of dropping an input of the low-rank path while training
     use_dora        weight-decomposed LoRA (arXiv:2402.09353): rows rescaled to a trained magnitude
     lora_bias       a trained bias behind lora_B
     dtype           of the LoRA parameters: float32 by default, as in PEFT, whatever the base has
 
-    lora_A [r, in_features] starts Kaiming-uniform, lora_B [out_features, r] at zero, so that the layer
-    starts as its base. Raises TypeError or ValueError naming the argument that does not fit.
+    lora_A [r, in_features] starts Kaiming-uniform, lora_B [out_features, r] at zero, so that the
+    layer starts as its base. Raises TypeError or ValueError naming the argument that does not fit.
     """
 
     lora_B_bias: nn.Parameter | None
@@ -49,7 +50,9 @@ class LoRALinear(nn.Module):
         if hasattr(getattr(base, "weight", None), "quant_state"):
             base = NF4Linear.from_bitsandbytes(base)
         if not isinstance(base, (nn.Linear, NF4Linear)):
-            raise TypeError(f"base is {type(base).__name__}; it must be an nn.Linear or an NF4Linear")
+            raise TypeError(
+                f"base is {type(base).__name__}; it must be an nn.Linear or an NF4Linear"
+            )
         if not isinstance(r, int) or r < 1:
             raise ValueError(f"r is {r!r}; it must be an integer >= 1")
         if not 0.0 <= lora_dropout < 1.0:
@@ -114,7 +117,8 @@ class LoRALinear(nn.Module):
         )
 
     def _dora_forward(self, x: Tensor, magnitude: Tensor) -> Tensor:
-        """y = magnitude / |W + scaling B A| * (x W^T + scaling x A^T B^T) + bias, rows of the norm detached.
+        """y = magnitude / |W + scaling B A| * (x W^T + scaling x A^T B^T) + bias, rows of the norm
+        detached.
 
         With dropout, PEFT drops the input of everything the magnitude adds; so does this.
         """
@@ -138,7 +142,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def refresh_base_norm(self) -> None:
-        """Recomputes |W| by rows, which DoRA reads in every forward; needed after W was replaced."""
+        """Recomputes |W| by rows, which DoRA reads in every forward, after W was replaced."""
         weight = self.base_weight
         if self.lora_magnitude is None or weight.device.type == "meta":
             return
@@ -149,7 +153,8 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def weight_norm(self) -> Tensor:
-        """Row norms |W + scaling B A| [out_features] in lora_A's dtype; never a dense copy of W or B A.
+        """Row norms |W + scaling B A| [out_features] in lora_A's dtype; never a dense copy of W or
+        B A.
 
         |w + s b A|^2 = |w|^2 + 2 s (w A^T) b + s^2 b (A A^T) b, row by row.
         """
@@ -166,9 +171,11 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """The dense weight that `merge` writes: W + scaling B A in fp32, rows rescaled under DoRA."""
+        """What `merge` writes: W + scaling B A, dense in fp32, rows rescaled under DoRA."""
         weight = self.base_weight
-        dense = weight.dequantize(torch.float32) if isinstance(weight, NF4Weight) else weight.float()
+        dense = (
+            weight.dequantize(torch.float32) if isinstance(weight, NF4Weight) else weight.float()
+        )
         dense = torch.addmm(dense, self.lora_B.float(), self.lora_A.float(), alpha=self.scaling)
         if self.lora_magnitude is not None:
             dense *= (self.lora_magnitude.float() / self.weight_norm().float())[:, None]
@@ -177,4 +184,7 @@ class LoRALinear(nn.Module):
     def extra_repr(self) -> str:
         flags = "".join(f", {name}" for name in ("use_rslora", "use_dora") if getattr(self, name))
         merged = ", merged" if self.merged else ""
-        return f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}{flags}{merged}"
+        return (
+            f"r={self.r}, lora_alpha={self.lora_alpha}, "
+            f"lora_dropout={self.lora_dropout}{flags}{merged}"
+        )

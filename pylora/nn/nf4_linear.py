@@ -1,10 +1,9 @@
-"""`NF4Linear`: a linear layer whose weight is held in NF4, loadable from and to bitsandbytes' state dicts."""
+"""`NF4Linear`: a linear layer with its weight in NF4 and bitsandbytes' state dict."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,12 +27,15 @@ class NF4Linear(nn.Module):
     blocksize, double_quant    as in `pylora.quantize_nf4`
     dtype                      of the weight that was quantized, and of the bias; float32 by default
 
-    The layer computes in the dtype of its input. `weight` holds the packed bytes, dim 0 being out_features
-    wherever in_features % blocksize == 0; the state dict has bitsandbytes' keys and shapes. `.to(dtype)`
-    and `.half()` change the bias alone.
+    The layer computes in the dtype of its input. `weight` holds the packed bytes, dim 0 being
+    out_features wherever in_features % blocksize == 0; the state dict has bitsandbytes' keys and
+    shapes. `.to(dtype)` and `.half()` change the bias alone.
     """
 
     bias: nn.Parameter | None
+    nested_absmax: Tensor | None
+    nested_code: Tensor | None
+    offset: Tensor | None
 
     def __init__(
         self,
@@ -78,7 +80,7 @@ class NF4Linear(nn.Module):
         """Empty tensors of the right shapes, so that meta models and FSDP know them."""
         shape = (self.out_features, self.in_features)
         blocks = block_count(self.out_features * self.in_features, self.blocksize)
-        nested: dict[str, Tensor] = {}
+        nested: dict[str, Any] = {}
         if self.double_quant:
             groups = block_count(blocks, self.nested_blocksize)
             nested = {
@@ -118,7 +120,8 @@ class NF4Linear(nn.Module):
         )
 
     def set_nf4_weight(self, w: NF4Weight) -> None:
-        """Replaces the quantized weight by one of the same shape; its tensors are shared, not copied.
+        """Replaces the quantized weight by one of the same shape; its tensors are shared, not
+        copied.
 
         Raises ValueError for another shape.
         """
@@ -157,7 +160,8 @@ class NF4Linear(nn.Module):
 
         Raises TypeError or ValueError as `NF4Weight.from_bitsandbytes` does.
         """
-        return cls._around(bnb_format.from_bitsandbytes(linear4bit), linear4bit.bias)
+        bias = getattr(linear4bit, "bias", None)
+        return cls._around(bnb_format.from_bitsandbytes(linear4bit), bias)
 
     @classmethod
     def _around(cls, w: NF4Weight, bias: nn.Parameter | None) -> NF4Linear:
@@ -175,7 +179,8 @@ class NF4Linear(nn.Module):
         return layer
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
-        # A cast to bf16 or half is meant for activations and biases; absmax in 16 bits would change the weight.
+        # A cast to bf16 or half is meant for activations and biases; absmax in 16 bits would change
+        # the weight.
         scales = {
             id(tensor)
             for tensor in (self.absmax, self.nested_absmax, self.nested_code, self.offset)
@@ -241,7 +246,9 @@ class NF4Linear(nn.Module):
     def _load_bias(self, bias: Tensor) -> None:
         assert self.bias is not None
         if tuple(bias.shape) != tuple(self.bias.shape):
-            raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be {tuple(self.bias.shape)}")
+            raise ValueError(
+                f"bias has shape {tuple(bias.shape)}; it must be {tuple(self.bias.shape)}"
+            )
         if self.bias.is_meta:
             self.bias = nn.Parameter(bias.detach(), requires_grad=self.bias.requires_grad)
         else:
@@ -249,7 +256,7 @@ class NF4Linear(nn.Module):
                 self.bias.copy_(bias)
 
     def _read_weight(self, weight: Tensor, entries: dict[str, Tensor]) -> NF4Weight:
-        """The stored weight on this layer's device; a dense checkpoint is quantized as it comes in."""
+        """The stored weight on this layer's device; a dense one is quantized as it comes in."""
         if entries:
             w = bnb_format.from_state_entries(weight, entries)
         else:
@@ -261,7 +268,7 @@ class NF4Linear(nn.Module):
         if device.type == "meta":
             return w
         # Copied: the layer must not change when the caller's state dict does.
-        return replace(w, **{name: t.to(device, copy=True) for name, t in w.tensors().items()})
+        return w.map_tensors(lambda tensor: tensor.to(device, copy=True))
 
     def extra_repr(self) -> str:
         return (

@@ -1,4 +1,5 @@
-"""The registered ops `torch.ops.pylora.*`: schema, fake (meta) function and autograd, one op a file.
+"""The registered ops `torch.ops.pylora.*`: schema, fake (meta) function and autograd, one op a
+file.
 
 Importing this package registers them all. Each op runs whatever backend `pylora.dispatch` chooses.
 """

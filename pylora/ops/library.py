@@ -26,7 +26,7 @@ def register(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> None:
-    """Defines `pylora::name`: dispatched implementation, fake function and, where given, autograd."""
+    """Defines `pylora::name`: dispatched implementation, fake function and autograd."""
     _LIBRARY.define(f"{name}({schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, partial(dispatch.call, name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"pylora::{name}", fake, lib=_LIBRARY)

@@ -1,8 +1,8 @@
 """torch.ops.pylora.lora_linear and its backward: base matmul and low-rank path as one op.
 
-The op returns (y, h). h [..., r] is the low-rank projection before the activation, kept in fp32 for the
-backward; it is not differentiable. Saved for the backward are x, h and the weights, nothing else: a
-dropout mask is regenerated from the seed.
+The op returns (y, h). h [..., r] is the low-rank projection before the activation, kept in fp32 for
+the backward; it is not differentiable. Saved for the backward are x, h and the weights, nothing
+else: a dropout mask is regenerated from the seed.
 """
 
 from __future__ import annotations

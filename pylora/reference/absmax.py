@@ -1,4 +1,4 @@
-"""Double quantization: the absmax values of NF4 blocks as 8-bit codes, as QLoRA section 3 describes it."""
+"""Double quantization (QLoRA, section 3): absmax values as 8-bit codes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from pylora.nf4 import DEFAULT_NESTED_BLOCKSIZE, block_count, dynamic_code
 def quantize_absmax(
     absmax: Tensor, nested_blocksize: int = DEFAULT_NESTED_BLOCKSIZE
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """absmax fp32 [blocks] -> (codes uint8 [blocks], nested_absmax fp32 [groups], nested_code, offset fp32 []).
+    """absmax fp32 [blocks] -> (codes uint8 [blocks], nested_absmax fp32 [groups], nested_code,
+    offset fp32 []).
 
-    The values are centred on their mean, scaled by each group's largest magnitude and rounded to the
-    nearest of 65536 grid points before the nearest code is taken: the grid is bitsandbytes' own shortcut,
-    kept because it decides about one code in a thousand.
+    The values are centred on their mean, scaled by each group's largest magnitude and rounded to
+    the nearest of 65536 grid points before the nearest code is taken: the grid is bitsandbytes' own
+    shortcut, kept because it decides about one code in a thousand.
     """
     absmax = absmax.reshape(-1)
     offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
@@ -25,7 +26,8 @@ def quantize_absmax(
     centred = centred.view(groups, nested_blocksize)
     nested_absmax = centred.abs().amax(dim=1) if groups else absmax.new_zeros(0)
     scaled = (centred * (1.0 / nested_absmax)[:, None]).clamp(-1.0, 1.0)
-    # An all-zero group gives 0 * inf; bitsandbytes stores code 0 there, which decodes to the offset.
+    # An all-zero group gives 0 * inf; bitsandbytes stores code 0 there, which decodes to the
+    # offset.
     point = ((scaled + 1.0) * 0.5 * 65535 + 0.5).nan_to_num(0.0).floor()
     nested_code = dynamic_code(absmax.device)
     midpoints = (nested_code[1:] + nested_code[:-1]) / 2

@@ -1,8 +1,9 @@
-"""Dropout whose mask is a function of a seed, so that forward and backward regenerate it and store nothing.
+"""Dropout whose mask is a function of a seed, so that forward and backward regenerate it and store
+nothing.
 
-Philox4x32-10, a counter-based generator (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3",
-SC 2011). Element i of the flattened input takes word i % 4 of the counter (i // 4, 0) under the key
-`seed`; it is kept where that word is at least p * 2^32. Every backend draws the same bits.
+Philox4x32-10, a counter-based generator (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2,
+3", SC 2011). Element i of the flattened input takes word i % 4 of the counter (i // 4, 0) under the
+key `seed`; it is kept where that word is at least p * 2^32. Every backend draws the same bits.
 """
 
 from __future__ import annotations

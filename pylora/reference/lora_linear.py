@@ -39,7 +39,8 @@ def lora_linear(
     seed: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """Returns y [..., out_features] in x.dtype and h [..., r] in fp32 (float64 for float64 weights).
+    """Returns y [..., out_features] in x.dtype and h [..., r] in fp32 (float64 for float64
+    weights).
 
     The low-rank path runs in the dtype of lora_A, as PEFT runs it.
     """
@@ -75,7 +76,8 @@ def lora_linear_backward(
     """Gradients of (x, weight, lora_A, lora_B, bias, lora_A_bias, lora_B_bias).
 
     dlora_B = scaling grad^T act(h);  dh = (scaling grad @ lora_B) * act'(h);  dlora_A = dh^T xd;
-    dx = grad @ W + mask / (1 - p) * (dh @ lora_A). What `output_mask` leaves out is an empty tensor [0].
+    dx = grad @ W + mask / (1 - p) * (dh @ lora_A). What `output_mask` leaves out is an empty tensor
+    [0].
     """
     nothing = x.new_empty(0)
     want_x, want_weight, want_A, want_B, want_bias, want_A_bias, want_B_bias = output_mask

@@ -46,14 +46,12 @@ def row_panels(
     in_features: int,
     dtype: torch.dtype,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yields (rows, dense [len(rows), in_features]) so that no more than a panel exists at a time."""
+    """Yields (rows, dense [len(rows), in_features]), one panel in memory at a time."""
     decoded = dequantize_absmax(absmax, nested_absmax, nested_code, offset, nested_blocksize)
     step = max(1, PANEL_ELEMENTS // max(in_features, 1))
     for begin in range(0, out_features, step):
         end = min(begin + step, out_features)
-        panel = _range(
-            qweight, decoded, blocksize, begin * in_features, end * in_features, dtype
-        )
+        panel = _range(qweight, decoded, blocksize, begin * in_features, end * in_features, dtype)
         yield slice(begin, end), panel.view(end - begin, in_features)
 
 

@@ -14,9 +14,9 @@ _SMALLEST_ABSMAX = 1e-38
 def nf4_quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     """weight [...] -> (qweight uint8 [ceil(n / 2)], absmax fp32 [ceil(n / blocksize)]), both flat.
 
-    Per block: absmax = max |x|, s = x * (1 / absmax) in fp32, code = number of midpoints below s, so that
-    ties go down. A short last block divides by absmax instead and stores its floor. An odd element
-    count is padded with the code of zero.
+    Per block: absmax = max |x|, s = x * (1 / absmax) in fp32, code = number of midpoints below s,
+    so that ties go down. A short last block divides by absmax instead and stores its floor. An odd
+    element count is padded with the code of zero.
     """
     flat = weight.reshape(-1).to(torch.float32)
     blocks = block_count(flat.numel(), blocksize)
@@ -30,7 +30,8 @@ def nf4_quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
         absmax = torch.cat([absmax[:-1], divisor[-1:]])
         scaled = torch.cat([scaled[:-1], padded[-1:] / divisor[-1]])
     codes = torch.bucketize(scaled.clamp(-1.0, 1.0).view(-1), nf4_midpoints(flat.device))
-    # Only the padding of an odd count survives the cut, and the code of the zero it was filled with is 7.
+    # Only the padding of an odd count survives the cut, and the code of the zero it was filled with
+    # is 7.
     codes = codes[: flat.numel() + flat.numel() % 2].to(torch.uint8)
     if codes.numel() < flat.numel() + flat.numel() % 2:
         codes = torch.cat([codes, codes.new_full((1,), 7)])

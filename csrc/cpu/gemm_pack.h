@@ -1,0 +1,131 @@
+// Packing the token operand of gemm_tile.h, and writing its accumulators back.
+//
+// A block of tokens is cut into tiles of V * S::kLanes tokens, V <= S::kMaxV. A packed tile is
+// [elements along k][tokens]; an accumulator tile is [output][tokens]. Both are transposed against the
+// row-major tensors, in registers; the dtype changes on the way.
+#pragma once
+
+#include <cstring>
+
+#include "common/float16.h"
+#include "cpu/gemm_tile.h"
+
+namespace pylora {
+
+// Tokens `begin` .. of a block of `rows`, cut into tiles.
+template <class S>
+struct TokenTiles {
+  static constexpr int64_t kWidth = S::kMaxV * S::kLanes;
+  int64_t rows;
+
+  PYLORA_INLINE int64_t count() const { return ceil_div(rows, kWidth); }
+  PYLORA_INLINE int64_t rows_in(int64_t t) const {
+    return rows - t * kWidth < kWidth ? rows - t * kWidth : kWidth;
+  }
+  PYLORA_INLINE int vectors(int64_t t) const {
+    return static_cast<int>(ceil_div(rows_in(t), S::kLanes));
+  }
+  PYLORA_INLINE int64_t padded() const { return ceil_div(rows, S::kLanes) * S::kLanes; }
+  // Where tile t starts in a buffer with `depth` values for each token.
+  PYLORA_INLINE int64_t offset(int64_t t, int64_t depth) const { return t * kWidth * depth; }
+};
+
+// Up to kLanes elements of a row, starting with value `p`; `n` values are left in the row.
+template <class S, class T>
+PYLORA_INLINE typename S::F load_elements(F32Mac<S>, const T* p, int64_t n) {
+  return n >= S::kLanes ? S::load(p) : S::load_n(p, static_cast<int>(n));
+}
+template <class S>
+PYLORA_INLINE typename S::F load_elements(Bf16Mac<S>, const BFloat16* p, int64_t n) {
+  if (n >= 2 * S::kLanes) return S::load(reinterpret_cast<const float*>(p));
+  float padded[S::kLanes] = {};
+  std::memcpy(padded, p, static_cast<size_t>(n) * sizeof(BFloat16));
+  return S::load(padded);
+}
+
+// `count` values of a row as fp32.
+template <class S, class T>
+PYLORA_INLINE void widen_row(const T* x, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + S::kLanes <= count; i += S::kLanes) S::store(out + i, S::load(x + i));
+  for (; i < count; ++i) out[i] = to_float(x[i]);
+}
+
+// One tile: tokens [0, rows) of x (row stride ld), `count` values along k -> packed
+// [ceil(count / kStep)][v * kLanes], zeros after the last token and after the last value.
+template <class S, template <class> class Mac, class T>
+void pack_tile(const T* x, int64_t ld, int64_t rows, int64_t count, int v, float* packed) {
+  constexpr int L = S::kLanes;
+  constexpr int64_t kValues = L * Mac<S>::kStep;
+  const int64_t width = v * L;
+  const int64_t elements = ceil_div(count, Mac<S>::kStep);
+  for (int64_t m = 0; m < width; m += L) {
+    for (int64_t k = 0; k < count; k += kValues) {
+      typename S::F block[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) {
+        block[i] = m + i < rows ? load_elements(Mac<S>{}, x + (m + i) * ld + k, count - k)
+                                : S::zero();
+      }
+      S::transpose(block);
+      const int64_t first = k / Mac<S>::kStep;
+      float* out = packed + first * width + m;
+      if (elements - first >= L) {
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) S::store(out + i * width, block[i]);
+      } else {
+        for (int i = 0; i < static_cast<int>(elements - first); ++i) {
+          S::store(out + i * width, block[i]);
+        }
+      }
+    }
+  }
+}
+
+// All tiles of a block of tokens; x points at the block's first token and first value.
+template <class S, template <class> class Mac, class T>
+void pack_tokens(const T* x, int64_t ld, const TokenTiles<S>& tiles, int64_t count, float* packed) {
+  const int64_t elements = ceil_div(count, Mac<S>::kStep);
+  for (int64_t t = 0; t < tiles.count(); ++t) {
+    pack_tile<S, Mac>(x + t * tiles.kWidth * ld, ld, tiles.rows_in(t), count, tiles.vectors(t),
+                      packed + tiles.offset(t, elements));
+  }
+}
+
+// y[m][0 .. cols) = acc[0 .. cols)[m] + bias + extra[..][m] * factor[m][..], for one tile. bias,
+// extra may be null; factor is [rows][cols]. acc and extra are [cols, padded to kLanes][v * kLanes].
+template <class S, class T>
+void write_tile(const float* acc, int v, int64_t rows, int64_t cols, const float* bias,
+                const float* extra, const float* factor, T* y, int64_t ld) {
+  constexpr int L = S::kLanes;
+  const int64_t width = v * L;
+  for (int64_t n = 0; n < cols; n += L) {
+    const int left = static_cast<int>(cols - n < L ? cols - n : L);
+    const typename S::F shift = bias != nullptr ? S::load_n(bias + n, left) : S::zero();
+    for (int64_t m = 0; m < rows; m += L) {
+      typename S::F block[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) block[i] = S::load(acc + (n + i) * width + m);
+      S::transpose(block);
+      const int count = static_cast<int>(rows - m < L ? rows - m : L);
+      if (extra != nullptr) {
+        typename S::F more[L];
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) more[i] = S::load(extra + (n + i) * width + m);
+        S::transpose(more);
+        for (int i = 0; i < count; ++i) {
+          block[i] = S::fma(more[i], S::load_n(factor + (m + i) * cols + n, left), block[i]);
+        }
+      }
+      if (left == L) {
+        for (int i = 0; i < count; ++i) S::store(y + (m + i) * ld + n, S::add(block[i], shift));
+      } else {
+        for (int i = 0; i < count; ++i) {
+          S::store_n(y + (m + i) * ld + n, S::add(block[i], shift), left);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace pylora

@@ -1,0 +1,63 @@
+#include "cpu/nf4_dequantize.h"
+
+#include "common/float16.h"
+#include "cpu/cpu_features.h"
+#include "cpu/parallel.h"
+
+namespace pylora {
+namespace {
+
+// Below this many elements a second thread costs more than it saves.
+constexpr int64_t kGrain = 32768;
+
+// Elements [begin, end) of one block; begin is even.
+template <class T>
+void dequantize_range(const NF4Matrix& weight, int64_t begin, int64_t end, T* out) {
+  const float absmax = weight.absmax_at(begin / weight.blocksize);
+  T values[kNF4Size];
+  for (int i = 0; i < kNF4Size; ++i) values[i] = from_float<T>(kNF4Code[i] * absmax);
+  const uint8_t* packed = weight.qweight + begin / 2;
+  T* block = out + begin;
+  const int64_t count = end - begin;
+  for (int64_t j = 0; j < count / 2; ++j) {
+    block[2 * j] = values[packed[j] >> 4];
+    block[2 * j + 1] = values[packed[j] & 0xF];
+  }
+  if (count % 2 != 0) block[count - 1] = values[packed[count / 2] >> 4];
+}
+
+DequantizeBlocks* blocks_for(CpuIsa isa) {
+#if defined(__x86_64__)
+  if (isa >= CpuIsa::kAvx512) return nf4_dequantize_blocks_avx512;
+  if (isa >= CpuIsa::kAvx2) return nf4_dequantize_blocks_avx2;
+#endif
+  (void)isa;
+  return nf4_dequantize_blocks_portable;
+}
+
+}  // namespace
+
+void nf4_dequantize_blocks_portable(const NF4Matrix& weight, DType out_dtype, int64_t begin,
+                                    int64_t end, void* out) {
+  visit_dtype(out_dtype, [&](auto element) {
+    for (int64_t block = begin; block < end; ++block) {
+      dequantize_range(weight, block * weight.blocksize, (block + 1) * weight.blocksize,
+                       static_cast<decltype(element)*>(out));
+    }
+  });
+}
+
+void nf4_dequantize(const NF4Matrix& weight, DType out_dtype, void* out) {
+  DequantizeBlocks* dequantize = blocks_for(cpu_isa());
+  const int64_t numel = weight.numel();
+  const int64_t blocksize = weight.blocksize;
+  const int64_t whole = numel / blocksize;
+  parallel_for(0, whole, ceil_div(kGrain, blocksize),
+               [&](int64_t begin, int64_t end) { dequantize(weight, out_dtype, begin, end, out); });
+  if (whole * blocksize == numel) return;
+  visit_dtype(out_dtype, [&](auto element) {
+    dequantize_range(weight, whole * blocksize, numel, static_cast<decltype(element)*>(out));
+  });
+}
+
+}  // namespace pylora

@@ -1,0 +1,16 @@
+#include "cpu/nf4_linear.h"
+
+#include "cpu/cpu_features.h"
+
+namespace pylora {
+
+void run_linear(const LinearProblem& problem) {
+#if defined(__x86_64__)
+  const CpuIsa isa = cpu_isa();
+  if (isa >= CpuIsa::kAvx512Bf16) return run_linear_avx512_bf16(problem);
+  if (isa >= CpuIsa::kAvx512) return run_linear_avx512(problem);
+#endif
+  run_linear_portable(problem);
+}
+
+}  // namespace pylora

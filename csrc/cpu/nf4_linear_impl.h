@@ -1,0 +1,207 @@
+// nf4_linear.h for any number of tokens, as a template over the vector primitives.
+//
+// One task is a block of tokens times a block of outputs:
+//   1. for each stretch of the sum: pack the tokens' values, then, for each panel of outputs,
+//      decode W into the cache and multiply all tiles of tokens by it;
+//   2. for each panel: add the low-rank term, likewise; add the bias; transpose, round and store.
+#pragma once
+
+#include <type_traits>
+
+#include "cpu/gemm_pack.h"
+#include "cpu/nf4_linear.h"
+#include "cpu/nf4_panel.h"
+#include "cpu/parallel.h"
+#include "cpu/workspace.h"
+
+namespace pylora {
+
+inline constexpr int64_t kTokenBlock = 512;
+inline constexpr int64_t kForwardPanel = 48;   // outputs decoded at a time; multiples of every
+inline constexpr int64_t kBackwardPanel = 96;  // S::rows_for(v), the latter also of kGroup
+inline constexpr int64_t kFewTokens = 48;      // up to here a longer stretch of the sum fits the cache
+
+// Parts of a thread's workspace, in floats.
+inline constexpr int64_t kPackedSize = kTokenBlock * kTileK / 2;
+inline constexpr int64_t kPanelSize = kBackwardPanel * kTileK;
+inline constexpr int64_t kLowRankSize = kBackwardPanel * kTokenBlock;
+inline constexpr int64_t kFactorSize = kBackwardPanel * 64;
+inline constexpr int64_t kSumsSize = 224 * 1024;
+static_assert(kForwardPanel * kTileLd <= kPanelSize && kFewTokens * kTileK <= kPackedSize);
+static_assert((kPackedSize + kPanelSize + kLowRankSize + kFactorSize + kSumsSize) * 4 <=
+              static_cast<int64_t>(kWorkspaceBytes));
+
+PYLORA_INLINE int64_t round_up(int64_t value, int64_t unit) {
+  return ceil_div(value, unit) * unit;
+}
+
+template <class S, template <class> class Mac, class T, bool kBackward>
+struct LinearTask {
+  static constexpr int64_t kPanel = kBackward ? kBackwardPanel : kForwardPanel;
+  static constexpr Broadcast kOrder = kBackward ? Broadcast::kColMajor : Broadcast::kRowMajor;
+  using Sums = Mac<S>;
+
+  const LinearProblem& problem;
+  int64_t row;    // first token
+  int64_t out;    // first output
+  int64_t outs;   // outputs of this task
+  TokenTiles<S> tiles;
+  float* packed;
+  float* panel;
+  float* low_rank;
+  float* factors;
+  float* sums;  // per tile of tokens: [outs, padded to panels][tokens]
+
+  void run() {
+    const int64_t padded = round_up(outs, kPanel);
+    const int64_t elements = tiles.rows > kFewTokens ? kTileK / 2 : kTileK;
+    const int64_t stretch = elements * Sums::kStep;
+    const int64_t depth = problem.depth();
+    const T* x = static_cast<const T*>(problem.x) + row * depth;
+    for (int64_t k = 0; k < depth; k += stretch) {
+      const int64_t count = depth - k < stretch ? depth - k : stretch;
+      pack_tokens<S, Mac>(x + k, depth, tiles, count, packed);
+      for (int64_t p = 0; p < outs; p += kPanel) {
+        const int64_t width = outs - p < kPanel ? outs - p : kPanel;
+        if constexpr (kBackward) {
+          decode_panel_t(Sums{}, problem.weight, k, count, out + p, width, panel, kPanel);
+        } else {
+          decode_panel(Sums{}, problem.weight, out + p, width, k, count, panel);
+        }
+        multiply<Mac>(ceil_div(count, Sums::kStep), width, sums, padded, p, k > 0);
+      }
+    }
+    if (problem.low != nullptr && problem.rank <= kTileK / 2) pack_low(0, problem.rank);
+    for (int64_t p = 0; p < outs; p += kPanel) {
+      finish(p, outs - p < kPanel ? outs - p : kPanel, padded, depth > 0);
+    }
+  }
+
+  // All tiles of tokens times the panel, into outputs p .. p + width of `target`, which holds
+  // `height` outputs a tile.
+  template <template <class> class M>
+  void multiply(int64_t elements, int64_t width, float* target, int64_t height, int64_t p,
+                bool accumulate) {
+    for (int64_t t = 0; t < tiles.count(); ++t) {
+      const int v = tiles.vectors(t);
+      const int64_t tokens = v * S::kLanes;
+      const int step = S::rows_for(v);
+      float* c = target + tiles.offset(t, height) + p * tokens;
+      const float* b = packed + tiles.offset(t, elements);
+      for (int64_t i = 0; i < width; i += step) {
+        const float* a = panel + (kBackward ? i : i * kTileLd);
+        run_tile<S, M, kOrder>(v, elements, a, kPanel, b, c + i * tokens, accumulate);
+      }
+    }
+  }
+
+  void pack_low(int64_t first, int64_t count) {
+    pack_tokens<S, F32Mac>(problem.low + row * problem.rank + first, problem.rank, tiles, count,
+                           packed);
+  }
+
+  // Outputs p .. p + width: the low-rank term, the bias, and out.
+  void finish(int64_t p, int64_t width, int64_t padded, bool summed) {
+    const bool masked = problem.low != nullptr && problem.dropout.enabled;
+    if (problem.low != nullptr) {
+      for (int64_t r = 0; r < problem.rank; r += kTileK / 2) {
+        const int64_t left = problem.rank - r;
+        const int64_t count = left < kTileK / 2 ? left : kTileK / 2;
+        if (problem.rank > kTileK / 2) pack_low(r, count);
+        load_adapter(p, width, r, count);
+        if (masked) {
+          multiply<F32Mac>(count, width, low_rank, kPanel, 0, r > 0);
+        } else {
+          multiply<F32Mac>(count, width, sums, padded, p, summed || r > 0);
+        }
+      }
+    }
+    const int64_t total = problem.width();
+    const float* bias = problem.bias != nullptr ? problem.bias + out + p : nullptr;
+    for (int64_t t = 0; t < tiles.count(); ++t) {
+      const int v = tiles.vectors(t);
+      const int64_t rows = tiles.rows_in(t);
+      const int64_t first = (row + t * tiles.kWidth) * total + out + p;
+      if (masked) {
+        for (int64_t m = 0; m < rows; ++m) {
+          dropout_factors<S>(problem.dropout, first + m * total, width, factors + m * width);
+        }
+      }
+      float* c = sums + tiles.offset(t, padded) + p * v * S::kLanes;
+      write_tile<S>(c, v, rows, width, bias,
+                    masked ? low_rank + tiles.offset(t, kPanel) : nullptr, factors,
+                    static_cast<T*>(problem.y) + first, total);
+    }
+  }
+
+  // The adapter's part of the panel, as fp32, in the panel's own order.
+  void load_adapter(int64_t p, int64_t width, int64_t r, int64_t count) {
+    visit_dtype(problem.adapter_dtype, [&](auto element) {
+      const auto* adapter = static_cast<const decltype(element)*>(problem.adapter);
+      if constexpr (kBackward) {
+        for (int64_t i = 0; i < count; ++i) {
+          widen_row<S>(adapter + (r + i) * problem.width() + out + p, width, panel + i * kPanel);
+        }
+      } else {
+        for (int64_t i = 0; i < width; ++i) {
+          widen_row<S>(adapter + (out + p + i) * problem.rank + r, count, panel + i * kTileLd);
+        }
+      }
+    });
+  }
+};
+
+template <class S, template <class> class Mac, class T, bool kBackward>
+void run_panels(const LinearProblem& problem) {
+  using Task = LinearTask<S, Mac, T, kBackward>;
+  const int64_t row_blocks = ceil_div(problem.rows, kTokenBlock);
+  const int64_t rows =
+      round_up(ceil_div(problem.rows, row_blocks), row_blocks > 1 ? TokenTiles<S>::kWidth : 1);
+  const int64_t width = problem.width();
+  const int64_t most = kSumsSize / TokenTiles<S>{rows}.padded() / Task::kPanel * Task::kPanel;
+  const int64_t panels = ceil_div(width, Task::kPanel);
+  int64_t out_blocks = ceil_div(width, most);
+  // An even share for every thread, where there are enough panels.
+  while (row_blocks * out_blocks % num_threads() != 0 && out_blocks < panels) ++out_blocks;
+  const int64_t outs = round_up(ceil_div(width, out_blocks), Task::kPanel);
+  out_blocks = ceil_div(width, outs);
+
+  parallel_for(0, row_blocks * out_blocks, 1, [&](int64_t begin, int64_t end) {
+    float* memory = thread_workspace();
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i % row_blocks * rows;
+      const int64_t out = i / row_blocks * outs;
+      if (row >= problem.rows) continue;
+      Task task{
+          problem,
+          row,
+          out,
+          width - out < outs ? width - out : outs,
+          TokenTiles<S>{problem.rows - row < rows ? problem.rows - row : rows},
+          memory,
+          memory + kPackedSize,
+          memory + kPackedSize + kPanelSize,
+          memory + kPackedSize + kPanelSize + kLowRankSize,
+          memory + kPackedSize + kPanelSize + kLowRankSize + kFactorSize,
+      };
+      task.run();
+    }
+  });
+}
+
+template <class S>
+void run_linear_on(const LinearProblem& problem) {
+  if (problem.rows == 0 || problem.width() == 0) return;
+  visit_dtype(problem.dtype, [&](auto element) {
+    using T = decltype(element);
+    if constexpr (S::kBf16Dot && std::is_same_v<T, BFloat16>) {
+      problem.backward ? run_panels<S, Bf16Mac, T, true>(problem)
+                       : run_panels<S, Bf16Mac, T, false>(problem);
+    } else {
+      problem.backward ? run_panels<S, F32Mac, T, true>(problem)
+                       : run_panels<S, F32Mac, T, false>(problem);
+    }
+  });
+}
+
+}  // namespace pylora

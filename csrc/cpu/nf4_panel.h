@@ -1,0 +1,175 @@
+// Decoding NF4 into the panels that gemm_tile.h multiplies: fp32, or bf16 pairs along the sum.
+//
+// A panel covers some rows and columns of W [out_features, in_features]. Forward sums over columns:
+// the panel is row-major, one row of W a row. Backward sums over rows: the panel is column-major.
+#pragma once
+
+#include <cstring>
+
+#include "common/float16.h"
+#include "common/nf4.h"
+#include "cpu/gemm_tile.h"
+
+namespace pylora {
+
+inline constexpr int64_t kGroup = 32;  // weights that surely share an absmax when rows allow it
+
+// A row that starts at a multiple of 32 flat elements falls into groups of 32 within one block.
+PYLORA_INLINE bool has_aligned_groups(const NF4Matrix& w) { return w.cols % kGroup == 0; }
+
+// absmax of the 32-weight groups of a stretch of the flat weight.
+template <class S>
+struct GroupScales {
+  static constexpr int64_t kMaxGroups = 64;
+  const float* absmax;
+  int64_t phase;  // of the first element within its block
+  int shift;      // log2(blocksize)
+  float decoded[kMaxGroups + 1];
+
+  PYLORA_INLINE GroupScales(const NF4Matrix& w, int64_t first, int64_t count) {
+    shift = __builtin_ctzll(static_cast<unsigned long long>(w.blocksize));
+    phase = first & (w.blocksize - 1);
+    const int64_t block = first >> shift;
+    absmax = w.absmax + block;
+    if (w.nested()) {
+      const int64_t blocks = ((phase + count - 1) >> shift) + 1;
+      int64_t outer = block / w.nested_blocksize;
+      int64_t left = w.nested_blocksize - block % w.nested_blocksize;
+      for (int64_t i = 0; i < blocks; ++i, --left) {
+        if (left == 0) {
+          ++outer;
+          left = w.nested_blocksize;
+        }
+        const float product = w.nested_code[w.absmax_q[block + i]] * w.nested_absmax[outer];
+        decoded[i] = product + w.offset;
+      }
+      absmax = decoded;
+    }
+  }
+  PYLORA_INLINE float operator()(int64_t group) const {
+    return absmax[(phase + kGroup * group) >> shift];
+  }
+};
+
+// Any alignment: one weight at a time, with a table per block.
+template <class S>
+__attribute__((noinline)) void decode_stretch(const NF4Matrix& w, int64_t first, int64_t count,
+                                              float* out) {
+  int64_t e = first;
+  while (e < first + count) {
+    const int64_t block = e / w.blocksize;
+    const int64_t block_end = (block + 1) * w.blocksize;
+    const int64_t end = block_end < first + count ? block_end : first + count;
+    const float absmax = w.absmax_at(block);
+    float table[kNF4Size];
+    for (int i = 0; i < kNF4Size; ++i) table[i] = kNF4Code[i] * absmax;
+    for (; e < end; ++e) *out++ = table[nf4_code_at(w.qweight, e)];
+  }
+}
+
+// W[row, col .. col + count) as fp32. Groups of 32: `col` and `count` are multiples of 32.
+template <class S>
+PYLORA_INLINE void decode_row_f32(const NF4Matrix& w, int64_t row, int64_t col, int64_t count,
+                                  float* out) {
+  const int64_t first = row * w.cols + col;
+  if (!has_aligned_groups(w)) return decode_stretch<S>(w, first, count, out);
+  const GroupScales<S> scale(w, first, count);
+  const uint8_t* q = w.qweight + first / 2;
+  for (int64_t g = 0; g < count / kGroup; ++g) {
+    const float absmax = scale(g);
+#pragma GCC unroll 8
+    for (int i = 0; i < kGroup; i += S::kLanes) {
+      S::store(out + g * kGroup + i, S::decode(q + (g * kGroup + i) / 2, absmax));
+    }
+  }
+}
+
+// Forward panel: `rows` rows of W, columns col .. col + count; panel [rows][kTileLd].
+template <class S>
+void decode_panel(F32Mac<S>, const NF4Matrix& w, int64_t row, int64_t rows, int64_t col,
+                  int64_t count, float* panel) {
+  for (int64_t i = 0; i < rows; ++i) {
+    decode_row_f32<S>(w, row + i, col, count, panel + i * kTileLd);
+  }
+}
+
+// Backward panel: columns col .. col + cols of `count` rows of W; panel [count][ld].
+template <class S>
+void decode_panel_t(F32Mac<S>, const NF4Matrix& w, int64_t row, int64_t count, int64_t col,
+                    int64_t cols, float* panel, int64_t ld) {
+  for (int64_t i = 0; i < count; ++i) {
+    decode_row_f32<S>(w, row + i, col, cols, panel + i * ld);
+  }
+}
+
+#ifdef __AVX512BF16__
+
+template <class S>
+PYLORA_INLINE void decode_row_bf16(const NF4Matrix& w, int64_t row, int64_t col, int64_t count,
+                                   float* out) {
+  const int64_t first = row * w.cols + col;
+  if (!has_aligned_groups(w)) {
+    float wide[2 * kTileK];
+    decode_stretch<S>(w, first, count, wide);
+    auto* narrow = reinterpret_cast<BFloat16*>(out);
+    for (int64_t i = 0; i < count; ++i) narrow[i] = from_float<BFloat16>(wide[i]);
+    if (count % 2 != 0) narrow[count].bits = 0;
+    return;
+  }
+  const GroupScales<S> scale(w, first, count);
+  const uint8_t* q = w.qweight + first / 2;
+  int64_t k = 0;
+  for (; k + 128 <= count; k += 128) {
+    _mm_prefetch(reinterpret_cast<const char*>(q + k / 2 + count / 2), _MM_HINT_T1);
+    S::decode_row_128(
+        _mm512_loadu_si512(q + k / 2), [&](int g) { return scale(k / kGroup + g); }, 4, out + k / 2);
+  }
+  if (k < count) {
+    const int groups = static_cast<int>((count - k) / kGroup);
+    const __m512i bytes =
+        _mm512_maskz_loadu_epi8((__mmask64{1} << (16 * groups)) - 1, q + k / 2);
+    S::decode_row_128(bytes, [&](int g) { return scale(k / kGroup + g); }, groups, out + k / 2);
+  }
+}
+
+template <class S>
+void decode_panel(Bf16Mac<S>, const NF4Matrix& w, int64_t row, int64_t rows, int64_t col,
+                  int64_t count, float* panel) {
+  for (int64_t i = 0; i < rows; ++i) {
+    decode_row_bf16<S>(w, row + i, col, count, panel + i * kTileLd);
+  }
+}
+
+template <class S>
+void decode_panel_t(Bf16Mac<S>, const NF4Matrix& w, int64_t row, int64_t count, int64_t col,
+                    int64_t cols, float* panel, int64_t ld) {
+  for (int64_t i = 0; i < count; i += 2, panel += ld) {
+    const bool pair = i + 1 < count;
+    const int64_t first = (row + i) * w.cols + col;
+    if (!has_aligned_groups(w)) {
+      float wide[2][kTileK];
+      decode_stretch<S>(w, first, cols, wide[0]);
+      std::memset(wide[1], 0, sizeof wide[1]);
+      if (pair) decode_stretch<S>(w, first + w.cols, cols, wide[1]);
+      auto* narrow = reinterpret_cast<BFloat16*>(panel);
+      for (int64_t k = 0; k < cols; ++k) {
+        narrow[2 * k] = from_float<BFloat16>(wide[0][k]);
+        narrow[2 * k + 1] = from_float<BFloat16>(wide[1][k]);
+      }
+      continue;
+    }
+    const int64_t second = pair ? first + w.cols : first;
+    const GroupScales<S> scale(w, first, cols);
+    const GroupScales<S> next_scale(w, second, cols);
+    for (int64_t k = 0; k < cols; k += kGroup) {
+      const auto* q = reinterpret_cast<const __m128i*>(w.qweight + (first + k) / 2);
+      const auto* next = reinterpret_cast<const __m128i*>(w.qweight + (second + k) / 2);
+      S::decode_pair_32(_mm_loadu_si128(q), _mm_loadu_si128(next), scale(k / kGroup),
+                        pair ? next_scale(k / kGroup) : 0.0f, panel + k);
+    }
+  }
+}
+
+#endif  // __AVX512BF16__
+
+}  // namespace pylora

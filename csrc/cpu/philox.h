@@ -1,0 +1,72 @@
+// Dropout masks from Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3",
+// SC 2011): forward and backward draw them anew from the seed, nothing is stored.
+//
+// Element i of the flat input takes word i % 4 of counter (i / 4, 0) under the key `seed`, and is kept
+// where that word is at least `threshold`.
+#pragma once
+
+#include <cstdint>
+
+#include "common/nf4.h"
+
+namespace pylora {
+
+struct Dropout {
+  uint64_t seed = 0;
+  uint32_t threshold = 0;
+  float scale = 1.0f;  // 1 / (1 - p)
+  bool enabled = false;
+};
+
+// kLanes counters from `counter` on -> 4 * kLanes words in the order of the elements.
+template <class S>
+PYLORA_INLINE void philox_words(uint64_t seed, uint64_t counter, uint32_t* words) {
+  constexpr int kCounters = 16;
+  uint32_t c0[kCounters], c1[kCounters], c2[kCounters], c3[kCounters];
+  for (int i = 0; i < kCounters; ++i) {
+    const uint64_t c = counter + static_cast<uint64_t>(i);
+    c0[i] = static_cast<uint32_t>(c);
+    c1[i] = static_cast<uint32_t>(c >> 32);
+    c2[i] = 0;
+    c3[i] = 0;
+  }
+  uint32_t k0 = static_cast<uint32_t>(seed);
+  uint32_t k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    for (int i = 0; i < kCounters; ++i) {
+      const uint64_t p0 = static_cast<uint64_t>(c0[i]) * 0xD2511F53u;
+      const uint64_t p1 = static_cast<uint64_t>(c2[i]) * 0xCD9E8D57u;
+      c0[i] = static_cast<uint32_t>(p1 >> 32) ^ c1[i] ^ k0;
+      c1[i] = static_cast<uint32_t>(p1);
+      c2[i] = static_cast<uint32_t>(p0 >> 32) ^ c3[i] ^ k1;
+      c3[i] = static_cast<uint32_t>(p0);
+    }
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  for (int i = 0; i < kCounters; ++i) {
+    words[4 * i] = c0[i];
+    words[4 * i + 1] = c1[i];
+    words[4 * i + 2] = c2[i];
+    words[4 * i + 3] = c3[i];
+  }
+}
+
+// What elements first .. first + count of the flat input are multiplied by: 0 or 1 / (1 - p).
+template <class S>
+void dropout_factors(const Dropout& dropout, int64_t first, int64_t count, float* factors) {
+  constexpr int64_t kWords = 64;
+  uint32_t words[kWords];
+  const int64_t end = first + count;
+  for (int64_t base = first & ~int64_t{3}; base < end; base += kWords) {
+    philox_words<S>(dropout.seed, static_cast<uint64_t>(base / 4), words);
+    const int64_t skip = base < first ? first - base : 0;
+    const int64_t stop = end - base < kWords ? end - base : kWords;
+    float* out = factors + (base - first);
+    for (int64_t i = skip; i < stop; ++i) {
+      out[i] = words[i] >= dropout.threshold ? dropout.scale : 0.0f;
+    }
+  }
+}
+
+}  // namespace pylora

@@ -1,0 +1,80 @@
+// Vector primitives with AVX-512 BF16 and VBMI: bf16 activations multiply without widening.
+#pragma once
+
+#include <array>
+
+#include "cpu/vec_avx512.h"
+
+namespace pylora {
+
+struct Avx512Bf16 : Avx512 {
+  static constexpr bool kBf16Dot = true;
+
+  PYLORA_INLINE static F dot(F acc, F a, F b) {  // acc + a0 b0 + a1 b1, pairs of bf16 in each lane
+    return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
+  // Table of 32 bf16: code * absmax of a block, then of another. Rounded once to fp32 and once to
+  // bf16, as a dequantized weight is.
+  PYLORA_INLINE static __m512i table(float absmax, float other) {
+    const F code = _mm512_loadu_ps(kNF4Code);
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_mul_ps(code, set1(other)),
+                                                         _mm512_mul_ps(code, set1(absmax))));
+  }
+  // 32 weights as bf16. `spread` holds in the low byte of each word the byte of its weight; `shifts`
+  // is 4 where that weight is the high nibble, else 0; `bank` (0 or 16) picks the table's half.
+  PYLORA_INLINE static __m512i decode_32(__m512i spread, __m512i shifts, __m512i bank,
+                                         __m512i table) {
+    const __m512i index = _mm512_ternarylogic_epi32(_mm512_srlv_epi16(spread, shifts),
+                                                    _mm512_set1_epi16(15), bank, 0xEA);  // a & b | c
+    return _mm512_permutexvar_epi16(index, table);
+  }
+
+  // 128 weights of a row in natural order, from 64 bytes; scale(g) is absmax of the 32 at 32 * g.
+  template <class Scale>
+  PYLORA_INLINE static void decode_row_128(__m512i bytes, const Scale& scale, int groups,
+                                           float* out) {
+    alignas(64) static constexpr auto kSpread = [] {
+      std::array<uint8_t, 64> spread{};
+      for (int i = 0; i < 64; ++i) spread[i] = static_cast<uint8_t>(i / 4);
+      return spread;
+    }();
+    const __m512i spread = _mm512_load_si512(kSpread.data());
+    const __m512i shifts = _mm512_set1_epi32(4);
+#pragma GCC unroll 2
+    for (int g = 0; g < groups; g += 2) {
+      const __m512i codes = table(scale(g), scale(g + 1 < groups ? g + 1 : g));
+      const __m512i even = _mm512_permutexvar_epi8(
+          _mm512_add_epi8(spread, _mm512_set1_epi8(static_cast<char>(16 * g))), bytes);
+      _mm512_storeu_si512(out + 16 * g, decode_32(even, shifts, _mm512_setzero_si512(), codes));
+      if (g + 1 == groups) break;
+      const __m512i odd = _mm512_permutexvar_epi8(
+          _mm512_add_epi8(spread, _mm512_set1_epi8(static_cast<char>(16 * g + 16))), bytes);
+      _mm512_storeu_si512(out + 16 * g + 16, decode_32(odd, shifts, _mm512_set1_epi16(16), codes));
+    }
+  }
+
+  // 32 columns of two rows, as pairs (row, next row) of each column: from 16 bytes a row.
+  PYLORA_INLINE static void decode_pair_32(__m128i row, __m128i next, float absmax,
+                                           float next_absmax, float* out) {
+    alignas(64) static constexpr auto kSpread = [] {  // word 2j: row, column j; word 2j + 1: next row
+      std::array<uint8_t, 64> spread{};
+      for (int i = 0; i < 64; ++i) {
+        spread[i] = static_cast<uint8_t>(i / 8 + (i % 4 >= 2 ? 16 : 0));
+      }
+      return spread;
+    }();
+    const __m512i bytes =
+        _mm512_castsi256_si512(_mm256_inserti128_si256(_mm256_castsi128_si256(row), next, 1));
+    const __m512i spread = _mm512_load_si512(kSpread.data());
+    const __m512i shifts = _mm512_set1_epi64(0x0000000000040004);
+    const __m512i bank = _mm512_set1_epi32(16 << 16);
+    const __m512i codes = table(absmax, next_absmax);
+    const __m512i low = _mm512_permutexvar_epi8(spread, bytes);
+    const __m512i high =
+        _mm512_permutexvar_epi8(_mm512_add_epi8(spread, _mm512_set1_epi8(8)), bytes);
+    _mm512_storeu_si512(out, decode_32(low, shifts, bank, codes));
+    _mm512_storeu_si512(out + 16, decode_32(high, shifts, bank, codes));
+  }
+};
+
+}  // namespace pylora

@@ -1,0 +1,72 @@
+// Vector primitives in plain C++: four lanes, in GCC's and Clang's vector extension.
+//
+// Every kernel is a template over one of these structs (Portable, Avx2, Avx512, ...), so a file that
+// is compiled for one instruction set never shares an instantiation with another.
+#pragma once
+
+#include <cstring>
+
+#include "common/float16.h"
+#include "common/nf4.h"
+
+namespace pylora {
+
+struct Portable {
+  static constexpr int kLanes = 4;
+  static constexpr int kMaxV = 2;        // vectors in a tile's row: 6 x 2 accumulators in 16 registers
+  static constexpr bool kBf16Dot = false;
+  static constexpr int rows_for(int) { return 6; }
+  typedef float F __attribute__((vector_size(16)));
+
+  PYLORA_INLINE static F zero() { return F{0.0f, 0.0f, 0.0f, 0.0f}; }
+  PYLORA_INLINE static F set1(float x) { return F{x, x, x, x}; }
+  PYLORA_INLINE static F add(F a, F b) { return a + b; }
+  PYLORA_INLINE static F mul(F a, F b) { return a * b; }
+  PYLORA_INLINE static F fma(F a, F b, F c) { return a * b + c; }
+  PYLORA_INLINE static float sum(F a) { return (a[0] + a[1]) + (a[2] + a[3]); }
+
+  PYLORA_INLINE static F load(const float* p) {
+    F v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  PYLORA_INLINE static void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
+
+  template <class T>
+  PYLORA_INLINE static F load(const T* p) {
+    return F{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+  }
+  template <class T>
+  PYLORA_INLINE static void store(T* p, F v) {
+    for (int i = 0; i < kLanes; ++i) p[i] = from_float<T>(v[i]);
+  }
+  template <class T>
+  PYLORA_INLINE static F load_n(const T* p, int n) {  // lanes from n on are zero
+    F v = zero();
+    for (int i = 0; i < n; ++i) v[i] = to_float(p[i]);
+    return v;
+  }
+  template <class T>
+  PYLORA_INLINE static void store_n(T* p, F v, int n) {
+    for (int i = 0; i < n; ++i) p[i] = from_float<T>(v[i]);
+  }
+  // Lane i of v where bit i of keep is set, else 0.
+  PYLORA_INLINE static F keep(F v, uint32_t bits) {
+    for (int i = 0; i < kLanes; ++i) v[i] = (bits >> i & 1u) != 0 ? v[i] : 0.0f;
+    return v;
+  }
+  PYLORA_INLINE static void transpose(F (&r)[kLanes]) {
+    F t[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      for (int j = 0; j < kLanes; ++j) t[i][j] = r[j][i];
+    }
+    for (int i = 0; i < kLanes; ++i) r[i] = t[i];
+  }
+  // kLanes consecutive weights from element `e` (even) of one block.
+  PYLORA_INLINE static F decode(const uint8_t* q, float absmax) {
+    return F{kNF4Code[q[0] >> 4], kNF4Code[q[0] & 15], kNF4Code[q[1] >> 4], kNF4Code[q[1] & 15]} *
+           set1(absmax);
+  }
+};
+
+}  // namespace pylora

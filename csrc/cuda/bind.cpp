@@ -1,0 +1,61 @@
+// GPU side of the NF4 ops: tensor -> checks -> stream -> launcher.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "common/check.h"
+#include "cuda/nf4_dequantize.cuh"
+
+// Only a CUDA build of torch has it. Weak, so that one extension also loads beside a CPU-only
+// torch.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+namespace pylora {
+namespace {
+
+cudaStream_t current_stream(int32_t device_index) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                  "a CUDA tensor needs a torch built with CUDA, got one without");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+void check_launch(const char* op, cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, op, " could not be launched: ", cudaGetErrorName(error),
+                  ", ", cudaGetErrorString(error));
+}
+
+Tensor nf4_dequantize(const Tensor& qweight, const Tensor& absmax,
+                      const std::optional<Tensor>& nested_absmax,
+                      const std::optional<Tensor>& nested_code, const std::optional<Tensor>& offset,
+                      int64_t blocksize, int64_t nested_blocksize,
+                      const std::vector<int64_t>& shape, ScalarType dtype) {
+  const DType out_dtype = to_dtype("dtype", dtype);
+  const int64_t numel = checked_numel("shape", shape);
+  STD_TORCH_CHECK(qweight.device().type() == DeviceType::CUDA,
+                  "qweight must be on a CUDA device like the other arguments, got device type ",
+                  static_cast<int>(qweight.device().type()));
+  const NF4Arguments arguments = check_nf4(qweight, absmax, nested_absmax, nested_code, offset,
+                                           blocksize, nested_blocksize, 1, numel);
+  const int32_t device_index = qweight.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device_index);
+  Tensor out = torch::stable::new_empty(qweight, shape, dtype);
+  if (numel == 0) return out;
+  check_launch("nf4_dequantize",
+               nf4_dequantize_cuda(arguments.matrix, arguments.offset, out_dtype,
+                                   out.mutable_data_ptr(), current_stream(device_index)));
+  return out;
+}
+
+}  // namespace
+}  // namespace pylora
+
+STABLE_TORCH_LIBRARY_IMPL(pylora_C, CUDA, m) {
+  m.impl("nf4_dequantize", TORCH_BOX(&pylora::nf4_dequantize));
+}

@@ -1,0 +1,93 @@
+"""Fine-tune a language model with QLoRA, from data to a checked adapter, on a CPU if need be.
+
+    python examples/finetune_qlora.py                     SmolLM2-135M learns to document Python
+    python examples/finetune_qlora.py --data my.jsonl --model path/to/a/causal-lm
+    python examples/finetune_qlora.py --method full       lora, hybrid, full, peft: see --help
+    python examples/finetune_qlora.py --compare           all of them, in one table
+
+Ctrl-C saves the adapter and a checkpoint, and `--resume` goes on from it. What happens is in `run`;
+the files beside this one do one part each.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from pathlib import Path
+
+# `make` sets PYTHONSAFEPATH, under which a script's own folder is not searched.
+sys.path.append(str(Path(__file__).resolve().parent))
+
+from _data import load_examples, split_examples
+from _errors import UserError
+from _options import Options, parse_options, take_over
+
+INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        options, given = parse_options(argv)
+        if options.compare:
+            from _compare import compare
+
+            return compare(options, argv if argv is not None else sys.argv[1:])
+        return run(options, given)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted. What was saved before is in place.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def run(options: Options, given: set[str]) -> int:
+    started = time.perf_counter()
+
+    # 1. Examples. They are read before torch is imported, so that a bad file fails at once.
+    split = split_examples(load_examples(options.data))
+    saved = None
+    if options.resume:
+        from _checkpoint import read_state
+
+        saved = read_state(options.out)
+        take_over(options, given, saved["options"])
+
+    # 2. The model, quantized, with LoRA; a checkpoint's state on top when resuming.
+    from _job import Job
+    from _report import announce, report_stop, report_result, write_summary
+
+    job = Job(options, split, saved)
+    announce(job)
+
+    # 3. Where it stands before the first step.
+    if not job.before:
+        job.before = job.measure()
+
+    # 4. Training, and at once what it was for.
+    finished = job.train()
+    exported = job.export()
+    if not finished:
+        write_summary(job, exported, after=None, check=None, seconds=time.perf_counter() - started)
+        report_stop(job, exported, resume_command(options))
+        return INTERRUPTED
+
+    # 5. Where it stands now, and whether PEFT reads the adapter as the same model.
+    after = job.measure()
+    check = job.check(exported) if options.check else {"skipped": "--no-check"}
+    write_summary(job, exported, after, check, seconds=time.perf_counter() - started)
+    report_result(job, exported, after, check, seconds=time.perf_counter() - started)
+    return 0 if check.get("agrees", True) else 1
+
+
+def resume_command(options: Options) -> str:
+    words = [Path(sys.executable).name, sys.argv[0], "--out", str(options.out), "--resume"]
+    for name in ("model", "data"):
+        if (value := getattr(options, name)) is not None:
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

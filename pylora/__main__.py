@@ -1,0 +1,91 @@
+"""`python -m pylora info` and `python -m pylora check`."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections import defaultdict
+from importlib import metadata
+
+import torch
+
+import pylora
+from pylora import dispatch, selfcheck
+from pylora.backends import extension
+
+_PEERS = ("torch", "triton", "numpy", "transformers", "peft", "bitsandbytes", "safetensors")
+
+
+def info() -> int:
+    """Prints versions, devices, compiled archs and the backend of each op."""
+    print(f"pylora {pylora.__version__}, Python {platform.python_version()}, {platform.platform()}")
+    for name in _PEERS:
+        try:
+            print(f"  {name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            print(f"  {name}: not installed")
+    module, reason = extension.load()
+    if module is None:
+        print(f"extension: {reason}")
+    else:
+        build = module.build_info()
+        print(f"extension: {build['compiler']}, stable ABI of torch {build['torch_target']}")
+        archs = ", ".join(build["cuda_archs"])
+        print(f"  CUDA: {build['cuda_version'] + ': ' + archs if build['cuda'] else 'not built'}")
+        print(f"  CPU: {', '.join(module.cpu_features())}")
+        print(f"  CPU paths: {', '.join(module.cpu_isas())}; in use: {module.cpu_isa()}")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"CUDA devices: {', '.join(devices) or 'none'}")
+    print(f"threads: {torch.get_num_threads()}")
+    print("backends, fastest first:")
+    for backend in dispatch.candidates():
+        reason = backend.unavailable()
+        print(f"  {backend.name}: {reason or backend.path()}")
+    print("ops:")
+    for op in dispatch.BACKENDS["reference"].ops:
+        here = [b.name for b in dispatch.candidates() if b.unavailable() is None and op in b.ops]
+        built = [
+            b.name for b in dispatch.candidates() if b.unavailable() is not None and op in b.ops
+        ]
+        absent = f" (and {', '.join(built)}, which cannot run here)" if built else ""
+        print(f"  {op}: {', '.join(here)}{absent}")
+    return 0
+
+
+def check(seed: int) -> int:
+    """Prints a table of every variant and op against the reference; returns 1 on any miss."""
+    table: dict[tuple[str, str, str], list[selfcheck.Outcome]] = defaultdict(list)
+    for outcome in selfcheck.run(seed):
+        table[outcome.backend, outcome.path, outcome.case.op].append(outcome)
+    failures = [o for outcomes in table.values() for o in outcomes if o.failure is not None]
+    print(f"{'backend':8} {'path':24} {'op':22} {'cases':>5} {'wrong':>5}  error allowed and used")
+    for (backend, path, op), outcomes in table.items():
+        wrong = sum(o.failure is not None for o in outcomes)
+        used = max((o.accuracy.used for o in outcomes if o.accuracy is not None), default=0.0)
+        print(f"{backend:8} {path[:24]:24} {op:22} {len(outcomes):5} {wrong:5}  {used:.0%}")
+    for outcome in failures:
+        print(
+            f"WRONG {outcome.backend} {outcome.path} {outcome.case.op} {outcome.case.description}"
+        )
+        print(f"      {outcome.failure}")
+    for backend_ in dispatch.BACKENDS.values():
+        if backend_.unavailable() is not None:
+            print(f"not run: {backend_.name}: {backend_.unavailable()}")
+    total = sum(map(len, table.values()))
+    print(f"{total - len(failures)} of {total} right by the numerics rule (seed {seed})")
+    return 1 if failures else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m pylora", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="versions, devices, compiled archs, backend of each op")
+    check_parser = commands.add_parser("check", help="every kernel against the reference")
+    check_parser.add_argument("--seed", type=int, default=0, help="seed of the random data")
+    arguments = parser.parse_args()
+    return info() if arguments.command == "info" else check(arguments.seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,17 @@
+"""Whole models: quantizing them, adding LoRA, adapter files in PEFT's format, merging."""
+
+from pylora.models.adapter_files import load_adapter, save_adapter
+from pylora.models.lora import add_lora
+from pylora.models.merging import MergedLayer, MergeReport, merge, unmerge
+from pylora.models.quantization import quantize_model
+
+__all__ = [
+    "MergeReport",
+    "MergedLayer",
+    "add_lora",
+    "load_adapter",
+    "merge",
+    "quantize_model",
+    "save_adapter",
+    "unmerge",
+]

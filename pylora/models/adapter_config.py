@@ -1,0 +1,198 @@
+"""PEFT's adapter_config.json: read with a clear refusal of what pylora does not do, and written."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pylora.models.lora import LoraSettings
+from pylora.models.targets import Targets, describe, pattern_value
+from pylora.nn import LoRALinear
+
+CONFIG_NAME = "adapter_config.json"
+
+# Keys that change nothing about what the saved tensors mean.
+_HARMLESS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "eva_config",
+    "inference_mode",
+    "loftq_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+}
+# Keys that change something only when they hold another value than these.
+_NEUTRAL: dict[str, Any] = {"bias": "none", "fan_in_fan_out": False, "ensure_weight_tying": False}
+# Ways to start lora_A and lora_B that leave the base weights as they are; PiSSA, OLoRA and others do not.
+_PLAIN_INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter_config.json says, as far as pylora does it."""
+
+    r: int
+    lora_alpha: float
+    target_modules: str | Collection[str]
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    modules_to_save: Collection[str] = ()
+    exclude_modules: str | Collection[str] = ()
+    layers_to_transform: Collection[int] | None = None
+    layers_pattern: Collection[str] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def targets(self, fully_trained: Collection[str]) -> Targets:
+        return Targets(
+            self.target_modules,
+            self.exclude_modules,
+            self.layers_to_transform,
+            tuple(self.layers_pattern),
+            fully_trained,
+        )
+
+    def settings(self, name: str, dtype: torch.dtype) -> LoraSettings:
+        """What the layer `name` gets."""
+        return LoraSettings(
+            pattern_value(self.rank_pattern, name, self.r),
+            pattern_value(self.alpha_pattern, name, self.lora_alpha),
+            self.lora_dropout,
+            self.use_rslora,
+            self.use_dora,
+            self.lora_bias,
+            dtype,
+        )
+
+
+# JSON key -> the types its value may have.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "r": (int,),
+    "lora_alpha": (int, float),
+    "target_modules": (str, list),
+    "lora_dropout": (int, float),
+    "use_rslora": (bool,),
+    "use_dora": (bool,),
+    "lora_bias": (bool,),
+    "modules_to_save": (list,),
+    "exclude_modules": (str, list),
+    "layers_to_transform": (int, list),
+    "layers_pattern": (str, list),
+    "rank_pattern": (dict,),
+    "alpha_pattern": (dict,),
+}
+_REQUIRED = ("r", "lora_alpha", "target_modules")
+
+
+def read_config(folder: Path) -> AdapterConfig:
+    """Reads adapter_config.json. Raises FileNotFoundError, or ValueError naming the file and the key."""
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; it must lie beside the adapter's weights")
+    try:
+        facts = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path} holds a {type(facts).__name__}; it must hold an object")
+    _refuse_unsupported(path, facts)
+    values = {}
+    for key, types in _TYPES.items():
+        value = facts.get(key)
+        if value is None:
+            if key in _REQUIRED:
+                raise ValueError(f"{path}: {key} is missing")
+            continue
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            wanted = " or ".join(t.__name__ for t in types)
+            raise ValueError(f"{path}: {key} is {value!r}; it must be {wanted}")
+        values[key] = value
+    for key in ("layers_to_transform", "layers_pattern"):
+        if key in values and not isinstance(values[key], list):
+            values[key] = [values[key]]
+    return AdapterConfig(**values)
+
+
+def _refuse_unsupported(path: Path, facts: dict[str, Any]) -> None:
+    peft_type = facts.get("peft_type")
+    if peft_type != "LORA":
+        raise ValueError(f"{path}: peft_type is {peft_type!r}; it must be 'LORA'")
+    initialization = facts.get("init_lora_weights", True)
+    if initialization is not None and initialization not in _PLAIN_INITIALIZATIONS:
+        raise ValueError(
+            f"{path}: init_lora_weights is {initialization!r}, which changes the base weights; convert "
+            "the adapter with PEFT's path_initial_model_for_weight_conversion first"
+        )
+    for key, value in facts.items():
+        if key in _TYPES or key in _HARMLESS or key in ("peft_type", "init_lora_weights"):
+            continue
+        if key in _NEUTRAL:
+            if value is not None and value != _NEUTRAL[key]:
+                raise ValueError(
+                    f"{path}: {key} is {value!r}, which pylora does not support; "
+                    f"it must be {_NEUTRAL[key]!r}"
+                )
+        elif value:
+            raise ValueError(f"{path}: {key} is {value!r}, which pylora does not support")
+
+
+def config_of(
+    model: nn.Module, layers: Mapping[str, LoRALinear], fully_trained: Collection[str]
+) -> dict[str, Any]:
+    """The contents of adapter_config.json for the LoRA layers of a model.
+
+    Raises ValueError where they differ in what one PEFT configuration says for all.
+    """
+    first_name, first = next(iter(layers.items()))
+    common = {key: _property(first, key) for key in _SAME_EVERYWHERE}
+    for name, layer in layers.items():
+        for key, value in common.items():
+            if _property(layer, key) != value:
+                raise ValueError(
+                    f"{key} is {_property(layer, key)} in {name} but {value} in {first_name}; "
+                    "PEFT's format has one for the whole adapter"
+                )
+    (r, lora_alpha), _ = Counter((x.r, x.lora_alpha) for x in layers.values()).most_common(1)[0]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
+        "auto_mapping": None,
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "revision": None,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": lora_alpha,
+        **common,
+        "target_modules": describe(layers, fully_trained, model),
+        "modules_to_save": sorted(fully_trained) or None,
+        "rank_pattern": _pattern({n: x.r for n, x in layers.items()}, r),
+        "alpha_pattern": _pattern({n: x.lora_alpha for n, x in layers.items()}, lora_alpha),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
+
+
+_SAME_EVERYWHERE = ("lora_dropout", "use_rslora", "use_dora", "lora_bias")
+
+
+def _property(layer: LoRALinear, key: str) -> Any:
+    return layer.lora_B_bias is not None if key == "lora_bias" else getattr(layer, key)
+
+
+def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """The layers that differ from the default, by a regular expression that only their name matches."""
+    return {f"^{name}": value for name, value in values.items() if value != default}

@@ -1,0 +1,223 @@
+"""What an adapter_model.safetensors holds, sorted by module and checked against a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pylora.models.adapter_config import CONFIG_NAME, AdapterConfig
+from pylora.models.module_tree import (
+    Site,
+    fully_trained_modules,
+    is_4bit,
+    is_below,
+    lora_layers,
+    sites,
+)
+from pylora.models.targets import can_carry_lora, named_by
+from pylora.nn import LoRALinear
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+# Parameter of a LoRALinear -> what PEFT's key ends with.
+LORA_KEYS = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "lora_B_bias": "lora_B.bias",
+    "lora_magnitude": "lora_magnitude_vector",
+}
+_PICKLED_NAME = "adapter_model.bin"
+
+
+@dataclass(frozen=True)
+class AdapterContents:
+    """An adapter file's tensors by the module they belong to, and where those modules sit."""
+
+    file: Path
+    targets: list[Site]
+    saved: list[Site]
+    lora: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """module -> attribute of LoRALinear -> tensor"""
+    saved_tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """module -> key of its state dict -> tensor"""
+
+
+def read_contents(folder: Path, config: AdapterConfig, model: nn.Module) -> AdapterContents:
+    """Reads the weights beside an adapter_config.json and checks that they fit `model`.
+
+    Raises ValueError naming the file and the key that does not fit, FileNotFoundError, ImportError.
+    """
+    file, tensors = _read(folder)
+    everything = list(sites(model))
+    # PEFT saves every module whose name ends with an entry, even inside a component; it keeps LoRA out
+    # of those whose components match.
+    ends = tuple(config.modules_to_save)
+    named = {s.name for s in everything if s.name.endswith(ends)} if ends else set()
+    saved = [s for s in everything if s.name in named and not is_below(s.name, named - {s.name})]
+    without_lora = [s.name for s in everything if named_by(s.name, ends)]
+    contents = AdapterContents(file, config.targets(without_lora).find(model), saved)
+    contents.saved_tensors.update({site.name: {} for site in saved})
+    for key, tensor in tensors.items():
+        _place(contents, key, tensor)
+    _check_same_modules(contents, model)
+    for site in contents.targets:
+        _check_lora(contents, site, config)
+    for site in saved:
+        _check_saved(contents, site)
+    return contents
+
+
+def import_safetensors() -> Any:
+    """The package, which is optional. Raises ImportError saying what needs it."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "adapter files need the package safetensors: pip install safetensors"
+        ) from error
+    return safetensors
+
+
+def _read(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    safetensors = import_safetensors()
+    file = folder / WEIGHTS_NAME
+    if not file.is_file():
+        if (folder / _PICKLED_NAME).is_file():
+            raise ValueError(
+                f"{folder / _PICKLED_NAME} is a pickle, which can run any code when it is loaded; the "
+                f"weights must be in {WEIGHTS_NAME}: save them again with safe_serialization=True"
+            )
+        raise FileNotFoundError(f"{file} is missing; it must lie beside {CONFIG_NAME}")
+    try:
+        return file, safetensors.torch.load_file(file)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is damaged or no safetensors file: {error}") from error
+
+
+def _place(contents: AdapterContents, key: str, tensor: Tensor) -> None:
+    """Files one tensor under its module. Raises ValueError for a key that belongs nowhere."""
+    if not key.startswith(PREFIX):
+        raise ValueError(f"{contents.file}: key {key!r} must start with {PREFIX!r}")
+    path = key.removeprefix(PREFIX)
+    for name, entries in contents.saved_tensors.items():
+        if path.startswith(f"{name}."):
+            entries[path.removeprefix(f"{name}.")] = tensor
+            return
+    for attribute, ending in LORA_KEYS.items():
+        if path.endswith(f".{ending}"):
+            name = path.removesuffix(f".{ending}")
+            contents.lora.setdefault(name, {})[attribute] = tensor
+            return
+    hint = " (LoRA of an embedding)" if "lora_embedding" in key else ""
+    raise ValueError(
+        f"{contents.file}: key {key!r} is not supported{hint}; it must be the LoRA of a linear layer or "
+        "lie in a module of modules_to_save that the model has"
+    )
+
+
+def _check_same_modules(contents: AdapterContents, model: nn.Module) -> None:
+    """The file, its configuration and the LoRA the model may have must name the same layers."""
+    file = contents.file
+    if not contents.lora:
+        raise ValueError(f"{file} holds no LoRA of a linear layer")
+    targets = {site.name for site in contents.targets}
+    for name in contents.lora:
+        if name not in targets:
+            exists = any(site.name == name for site in sites(model))
+            reason = f"{CONFIG_NAME} does not target it" if exists else "the model has no such module"
+            raise ValueError(f"{file}: there is LoRA for {name!r}, but {reason}")
+    for name in targets:
+        if name not in contents.lora:
+            key = _key(name, "lora_A")
+            raise ValueError(f"{file}: key {key!r} is missing; {CONFIG_NAME} targets {name!r}")
+    existing = lora_layers(model)
+    if not existing:
+        return
+    trained = {site.name for site in contents.saved}
+    for kind, here, there in (
+        ("LoRA", set(existing), targets),
+        ("weights", set(fully_trained_modules(model)), trained),
+    ):
+        # Weights for a module that was not trained so far are welcome; the reverse would leave old ones.
+        for name in sorted(here ^ there if kind == "LoRA" else here - there):
+            only = "the model" if name in here else "the file"
+            raise ValueError(f"{file}: {name!r} has {kind} in {only} only; both must have the same")
+
+
+def _check_lora(contents: AdapterContents, site: Site, config: AdapterConfig) -> None:
+    file, module, entries = contents.file, site.module, contents.lora[site.name]
+    existing = module if isinstance(module, LoRALinear) else None
+    if existing is None and not can_carry_lora(module):
+        kind = type(module).__name__
+        raise ValueError(f"{file}: {site.name} is {kind}; it must be an nn.Linear or an NF4Linear")
+    base: Any = module if existing is None else existing.base_layer
+    if base.weight.is_meta:
+        raise ValueError(f"{site.name} is on the meta device; it must hold its weights before loading")
+    if existing is not None and existing.merged:
+        raise ValueError(f"{site.name} is merged; pylora.unmerge must be called before loading")
+    r = config.settings(site.name, torch.float32).r if existing is None else existing.r
+    shapes: dict[str, tuple[int, ...]] = {
+        "lora_A": (r, base.in_features),
+        "lora_B": (base.out_features, r),
+    }
+    if config.lora_bias:
+        shapes["lora_B_bias"] = (base.out_features,)
+    if config.use_dora:
+        shapes["lora_magnitude"] = (base.out_features,)
+    for attribute in LORA_KEYS:
+        key, entry, wanted = _key(site.name, attribute), entries.get(attribute), attribute in shapes
+        if (entry is not None) != wanted:
+            state = "missing" if wanted else "there"
+            raise ValueError(f"{file}: key {key!r} is {state}, which contradicts {CONFIG_NAME}")
+        if existing is not None and (getattr(existing, attribute) is not None) != wanted:
+            only = "the file" if wanted else "the model"
+            raise ValueError(f"{file}: {key!r} is in {only} only; both must have it, or neither")
+        if entry is not None:
+            _check_tensor(file, key, entry, shapes[attribute])
+
+
+def _key(name: str, attribute: str) -> str:
+    return f"{PREFIX}{name}.{LORA_KEYS[attribute]}"
+
+
+def _check_saved(contents: AdapterContents, site: Site) -> None:
+    shapes = _dense_state(site.module)
+    entries = contents.saved_tensors[site.name]
+    for key in sorted(entries.keys() | shapes.keys()):
+        full = f"{PREFIX}{site.name}.{key}"
+        if key not in entries:
+            raise ValueError(f"{contents.file}: key {full!r} is missing; it is in modules_to_save")
+        if key not in shapes:
+            raise ValueError(
+                f"{contents.file}: key {full!r} must not be there: {site.name} has no {key}"
+            )
+        if tuple(entries[key].shape) != shapes[key]:
+            _check_tensor(contents.file, full, entries[key], shapes[key])
+
+
+def _dense_state(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of the state dict that a module has once its 4-bit layers are dense."""
+    layers = [Site("", module), *sites(module)]
+    packed = {site.name: site.module for site in layers if is_4bit(site.module)}
+    shapes = {}
+    for name, layer in packed.items():
+        prefix = f"{name}." if name else ""
+        shapes[f"{prefix}weight"] = (int(layer.out_features), int(layer.in_features))
+        if layer.bias is not None:
+            shapes[f"{prefix}bias"] = (int(layer.out_features),)
+    for key, value in module.state_dict().items():
+        inside = "" in packed or is_below(key, packed)
+        if not inside and isinstance(value, Tensor):
+            shapes[key] = tuple(value.shape)
+    return shapes
+
+
+def _check_tensor(file: Path, key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{file}: {key!r} has shape {tuple(tensor.shape)}; it must be {shape}")
+    if not tensor.dtype.is_floating_point:
+        raise ValueError(f"{file}: {key!r} has dtype {tensor.dtype}; it must be floating point")

@@ -1,0 +1,210 @@
+"""`add_lora`: a model's linear layers wrapped into LoRALinear, everything else frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from pylora.models.module_tree import (
+    Site,
+    fully_trained_modules,
+    holders,
+    is_4bit,
+    is_below,
+    is_bitsandbytes_4bit,
+    lora_layers,
+    mark_fully_trained,
+    refuse_offloaded,
+    refuse_peft_model,
+    sites,
+    unwrapped,
+)
+from pylora.models.targets import ALL_LINEAR, Targets, can_carry_lora, named_by, not_found
+from pylora.nn import LoRALinear, NF4Linear
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The arguments of one LoRALinear; their names and meaning are its own."""
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    dtype: torch.dtype = torch.float32
+
+    def wrap(self, base: nn.Module) -> LoRALinear:
+        return LoRALinear(
+            base,
+            self.r,
+            self.lora_alpha,
+            self.lora_dropout,
+            self.use_rslora,
+            self.use_dora,
+            self.lora_bias,
+            self.dtype,
+        )
+
+
+def add_lora(
+    model: _Model,
+    r: int = 16,
+    lora_alpha: float = 32,
+    target_modules: str | Collection[str] = ALL_LINEAR,
+    lora_dropout: float = 0.0,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    lora_bias: bool = False,
+    modules_to_save: Collection[str] = (),
+    dtype: torch.dtype = torch.float32,
+) -> _Model:
+    """Freezes the model, wraps its target layers into `pylora.nn.LoRALinear` in place, and returns it.
+
+    target_modules     "all-linear" (every linear layer but the output head), another string: a regular
+                       expression for the whole name; or names, or their last components
+    modules_to_save    names, or their last components, of modules trained in full and saved with the
+                       adapter (the hybrid of LoRA and full fine-tuning); nothing inside them is wrapped,
+                       NF4 layers inside become dense, and a weight shared with another module (tied
+                       embeddings) becomes their own
+    r, lora_alpha, lora_dropout, use_rslora, use_dora, lora_bias, dtype    as in `pylora.nn.LoRALinear`
+
+    May be called again for other layers. Everything is checked before anything changes: ValueError where
+    nothing or something unsuitable is targeted, or a target is wrapped already.
+    Reentrant gradient checkpointing needs inputs that require gradients, as with any frozen embedding:
+    transformers arranges for it in `gradient_checkpointing_enable`.
+    """
+    root = unwrapped(model)
+    refuse_peft_model(root)
+    settings = LoraSettings(r, lora_alpha, lora_dropout, use_rslora, use_dora, lora_bias, dtype)
+    settings.wrap(nn.Linear(1, 1, device="meta"))  # raises for what LoRALinear does not take
+    saved = find_modules_to_save(root, modules_to_save)
+    targets = Targets(target_modules, fully_trained=[site.name for site in saved])
+    targeted = targets.find(root)
+    if not targeted:
+        linear = (s.name for s in sites(root) if can_carry_lora(s.module))
+        raise not_found("target_modules", target_modules, linear)
+    install(root, targeted, dict.fromkeys((s.name for s in targeted), settings), saved)
+    return model
+
+
+def find_modules_to_save(model: nn.Module, wanted: str | Collection[str]) -> list[Site]:
+    """The outermost sites meant by `modules_to_save`, those marked by an earlier call included.
+
+    Raises ValueError for an entry that no module matches.
+    """
+    entries = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+    everything = list(sites(model))
+    for entry in entries:
+        if not any(named_by(site.name, (entry,)) for site in everything):
+            raise not_found("modules_to_save", entry, (site.name for site in everything))
+    names = {s.name for s in everything if named_by(s.name, entries)} | set(
+        fully_trained_modules(model)
+    )
+    return [s for s in everything if s.name in names and not is_below(s.name, names - {s.name})]
+
+
+def install(
+    model: nn.Module,
+    targeted: list[Site],
+    settings: Mapping[str, LoraSettings],
+    saved: list[Site],
+) -> None:
+    """Wraps the targeted layers, makes the saved modules trainable and freezes the rest.
+
+    settings    by the name of a site
+
+    Raises ValueError before anything has changed.
+    """
+    already = [s.name for s in saved if any(isinstance(m, LoRALinear) for m in s.module.modules())]
+    if already:
+        raise ValueError(f"{already[0]} has LoRA layers inside; it must have none to be trained in full")
+    bases = {id(site.module): _base_of(site) for site in targeted}
+    for site in saved:
+        for inner in (site, *sites(site.module)):
+            refuse_offloaded(inner)
+    kept = _parameters_already_trained(model)
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
+            parameter.requires_grad_(False)
+    wrapped: dict[int, LoRALinear] = {}
+    for site in targeted:
+        key = id(site.module)
+        if key not in wrapped:
+            wrapped[key] = settings[site.name].wrap(bases[key])
+        site.replace(wrapped[key])
+    _train_in_full(model, saved)
+
+
+def _base_of(site: Site) -> nn.Module:
+    """The layer to wrap; raises ValueError or TypeError naming the module where it cannot be."""
+    if isinstance(site.module, LoRALinear):
+        raise ValueError(f"{site.name} is wrapped already; it must be a plain linear layer")
+    if not can_carry_lora(site.module):
+        kind = type(site.module).__name__
+        raise ValueError(
+            f"{site.name} is {kind}; a target of LoRA must be an nn.Linear or an NF4Linear"
+        )
+    refuse_offloaded(site)
+    if not is_bitsandbytes_4bit(site.module):
+        return site.module
+    try:
+        return NF4Linear.from_bitsandbytes(site.module)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{site.name}: {error}") from error
+
+
+def _parameters_already_trained(model: nn.Module) -> set[int]:
+    """What an earlier `add_lora` left trainable."""
+    layers = lora_layers(model).values()
+    trained = [p for layer in layers for p in layer.parameters() if p.requires_grad]
+    for module in fully_trained_modules(model).values():
+        trained += [p for p in module.parameters() if p.requires_grad]
+    return set(map(id, trained))
+
+
+def _train_in_full(model: nn.Module, saved: list[Site]) -> None:
+    marked = fully_trained_modules(model)
+    new = [_make_dense(site) for site in saved if site.name not in marked]
+    names = [site.name for site in saved]
+    owners = holders(model)
+    copies: dict[int, nn.Parameter] = {}
+    for module in new:
+        for inner in module.modules():
+            for name, parameter in list(inner._parameters.items()):
+                if parameter is None:
+                    continue
+                if not all(is_below(owner, names) for owner in owners.get(id(parameter), ())):
+                    if id(parameter) not in copies:
+                        copies[id(parameter)] = nn.Parameter(parameter.detach().clone())
+                    inner._parameters[name] = parameter = copies[id(parameter)]
+                if parameter.is_floating_point():
+                    parameter.requires_grad_(True)
+        mark_fully_trained(module)
+
+
+def _make_dense(site: Site) -> nn.Module:
+    """Turns the 4-bit layers in a module, or the module itself, into nn.Linear."""
+    for inner in list(sites(site.module)):
+        if is_4bit(inner.module):
+            inner.replace(_dense_linear(inner.module))
+    if not is_4bit(site.module):
+        return site.module
+    dense = _dense_linear(site.module)
+    site.replace(dense)
+    return dense
+
+
+def _dense_linear(module: nn.Module) -> nn.Linear:
+    layer = module if isinstance(module, NF4Linear) else NF4Linear.from_bitsandbytes(module)
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(layer.nf4_weight.dequantize())
+    linear.bias = layer.bias
+    return linear

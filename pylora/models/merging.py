@@ -1,0 +1,174 @@
+"""`merge` and `unmerge`: LoRA written into the base weights, with a report of what rounding lost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from pylora.functional import quantize_nf4
+from pylora.models.module_tree import lora_layers, refuse_peft_model, unwrapped
+from pylora.nf4 import NF4Weight
+from pylora.nn import LoRALinear, NF4Linear
+
+
+@dataclass(frozen=True)
+class MergedLayer:
+    """What merging one layer lost: Frobenius norms of float32 values, in float64.
+
+    name, kind      of the layer; kind is "nf4" or the dtype of a dense weight
+    error           |merged - (W + delta)|, all of it from rounding to the base's format
+    delta           |delta|, what LoRA (and DoRA) change in W
+    weight          |W + delta|
+    """
+
+    name: str
+    kind: str
+    error: float
+    delta: float
+    weight: float
+
+    @property
+    def error_of_delta(self) -> float:
+        """|error| / |delta|: 1 where rounding is as large as what was trained."""
+        return _ratio(self.error, self.delta)
+
+    @property
+    def error_of_weight(self) -> float:
+        """|error| / |W + delta|."""
+        return _ratio(self.error, self.weight)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name or '(the model)'}  {self.kind}  error {self.error_of_delta:.2%} of delta, "
+            f"{self.error_of_weight:.3%} of the weight"
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class MergeReport:
+    """What `merge` did: every layer, and `total` over all of them as if they were one."""
+
+    layers: tuple[MergedLayer, ...]
+
+    @property
+    def total(self) -> MergedLayer:
+        kinds = sorted({layer.kind for layer in self.layers})
+        norms = {
+            name: math.hypot(*(getattr(layer, name) for layer in self.layers))
+            for name in ("error", "delta", "weight")
+        }
+        return MergedLayer(f"{len(self.layers)} layers", "+".join(kinds), **norms)
+
+    def __repr__(self) -> str:
+        rows = sorted(self.layers, key=lambda layer: layer.error_of_delta, reverse=True)
+        return "\n".join(["MergeReport", *(f"  {row}" for row in (*rows, self.total))])
+
+
+def merge(model: nn.Module, keep_base: bool = True) -> MergeReport:
+    """Writes the LoRA of every layer into its base weight, so that the layers cost what the base costs.
+
+    keep_base    keep the base weights as well, so that `unmerge` restores the very same bytes; False
+                 frees them at the end and unmerge is then an error
+
+    A dense base gets W + delta in its dtype. An NF4 base is requantized with its own blocksize and double
+    quantization, which may lose a good part of a small delta: the report says how much, layer by layer.
+    A base weight that is tied to another module is replaced, never written to.
+    Raises ValueError where the model has no LoRA, is merged already, or a merged weight would not be
+    finite; the model is then as it was.
+    """
+    root = unwrapped(model)
+    refuse_peft_model(root)
+    layers = _layers(root)
+    for name, layer in layers.items():
+        if layer.merged:
+            raise ValueError(f"{name} is merged already; pylora.unmerge must be called first")
+    report = []
+    done: list[LoRALinear] = []
+    try:
+        for name, layer in layers.items():
+            merged, facts = _merged(name, layer)
+            layer.set_merged(merged, _merged_bias(name, layer))
+            done.append(layer)
+            report.append(facts)
+    except BaseException:  # an interrupt, too, must not leave half of a model merged
+        for layer in done:
+            layer.unmerge()
+        raise
+    if not keep_base:
+        for layer in done:
+            layer.forget_base()
+    return MergeReport(tuple(report))
+
+
+def unmerge(model: nn.Module) -> None:
+    """Puts back the base weights that `merge` kept: the same bytes, however often it is done.
+
+    Raises ValueError where a layer is not merged or its base was not kept; nothing has changed then.
+    """
+    root = unwrapped(model)
+    refuse_peft_model(root)
+    layers = _layers(root)
+    for name, layer in layers.items():
+        if not layer.merged:
+            raise ValueError(f"{name} is not merged; pylora.merge must be called first")
+        if not layer.can_unmerge:
+            raise ValueError(
+                f"{name} was merged with keep_base=False; its base weight is gone and cannot be restored"
+            )
+    for layer in layers.values():
+        layer.unmerge()
+
+
+def _layers(model: nn.Module) -> dict[str, LoRALinear]:
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("model has no LoRALinear; pylora.add_lora must have been called on it")
+    return layers
+
+
+@torch.no_grad()
+def _merged(name: str, layer: LoRALinear) -> tuple[Tensor | NF4Weight, MergedLayer]:
+    base = layer.base_weight
+    exact = layer.merged_weight()
+    delta = exact - _dense(base)
+    bad = int((~exact.isfinite()).sum())
+    if bad:
+        raise ValueError(f"{name}: the merged weight has {bad} non-finite elements; all must be finite")
+    merged: Tensor | NF4Weight
+    if not delta.any():
+        merged = base  # nothing was trained; requantizing would only add an error
+    elif isinstance(base, NF4Weight):
+        merged = replace(quantize_nf4(exact, base.blocksize, base.double_quant), dtype=base.dtype)
+    else:
+        merged = exact.to(base.dtype)
+        if not merged.isfinite().all():
+            raise ValueError(f"{name}: the merged weight is too large for {base.dtype}")
+    kind = "nf4" if isinstance(base, NF4Weight) else str(base.dtype).removeprefix("torch.")
+    facts = MergedLayer(name, kind, _norm(_dense(merged) - exact), _norm(delta), _norm(exact))
+    return merged, facts
+
+
+def _merged_bias(name: str, layer: LoRALinear) -> Tensor | None:
+    bias, low_rank = layer.base_layer.bias, layer.lora_B_bias
+    if low_rank is None:
+        return bias
+    low_rank = layer.scaling * low_rank.detach().float()
+    if not low_rank.isfinite().all():
+        raise ValueError(f"{name}: lora_B_bias is not finite; all elements must be finite")
+    dtype = layer.base_dtype if bias is None else bias.dtype
+    return (low_rank if bias is None else bias.detach().float() + low_rank).to(dtype)
+
+
+def _dense(weight: Tensor | NF4Weight) -> Tensor:
+    return weight.dequantize(torch.float32) if isinstance(weight, NF4Weight) else weight.float()
+
+
+def _norm(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64))
+
+
+def _ratio(error: float, size: float) -> float:
+    return error / size if size else (0.0 if error == 0 else math.inf)

@@ -1,0 +1,196 @@
+"""`quantize_model`: the linear layers of a model turned to NF4 in place, one at a time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable
+from typing import Any, TypeVar
+
+from torch import nn
+
+from pylora import checks
+from pylora.models.module_tree import (
+    Site,
+    fully_trained_modules,
+    holders,
+    is_bitsandbytes_4bit,
+    lora_layers,
+    refuse_offloaded,
+    refuse_peft_model,
+    sites,
+    unwrapped,
+)
+from pylora.models.targets import named_by
+from pylora.nf4 import DEFAULT_BLOCKSIZE, check_blocksize
+from pylora.nn import NF4Linear
+
+logger = logging.getLogger(__name__)
+
+# A progress bar appears only where the work takes longer than this (seconds).
+_PROGRESS_DELAY = 2.0
+_Model = TypeVar("_Model", bound=nn.Module)
+_Place = tuple[str, nn.Module | None, str]
+
+
+def quantize_model(
+    model: _Model,
+    skip_modules: str | Collection[str] = ("lm_head",),
+    blocksize: int = DEFAULT_BLOCKSIZE,
+    double_quant: bool = False,
+) -> _Model:
+    """Replaces every nn.Linear by an NF4Linear, in place, and returns the model.
+
+    skip_modules               names, or their last components, of modules to leave as they are, with
+                               everything inside them
+    blocksize, double_quant    as in `pylora.quantize_nf4`
+
+    One layer is quantized at a time: the dense model and one quantized layer are the most that exists.
+    bitsandbytes' Linear4bit (nf4) layers are taken over with the bytes they have. A layer whose weight is
+    shared with a module that stays dense (an output head tied to the embeddings), a subclass of nn.Linear
+    and what the model declares as float32-only stay dense; the log (`pylora.models.quantization`) says
+    which. All layers are checked first: ValueError or TypeError names the module and nothing has changed.
+    """
+    root = unwrapped(model)
+    check_blocksize(blocksize)
+    refuse_peft_model(root)
+    if isinstance(root, nn.Linear):
+        raise ValueError("model is an nn.Linear itself; use pylora.nn.NF4Linear.from_linear")
+    if lora_layers(root) or fully_trained_modules(root):
+        raise ValueError("model has LoRA layers; it must be quantized before pylora.add_lora")
+    skip = (skip_modules,) if isinstance(skip_modules, str) else tuple(skip_modules)
+    chosen = _choose(root, skip)
+    for site in chosen:
+        _check(site)
+    before = _nbytes(root)
+    # Places only, grouped by layer: a list of modules would keep every dense weight alive to the end.
+    layers: dict[int, dict[int, list[_Place]]] = {}
+    for site in chosen:
+        modules = layers.setdefault(id(site.module.weight), {})
+        modules.setdefault(id(site.module), []).append((site.name, site.parent, site.attribute))
+    del chosen, site
+    for modules in _with_progress(list(layers.values())):
+        shared: NF4Linear | None = None
+        for places in modules.values():
+            shared = _quantize_layer(places, shared, blocksize, double_quant)
+    logger.info(
+        "quantized %d layers to NF4: %.1f MB of parameters became %.1f MB",
+        sum(map(len, layers.values())),
+        before / 1e6,
+        _nbytes(root) / 1e6,
+    )
+    return model
+
+
+def _choose(model: nn.Module, skip: tuple[str, ...]) -> list[Site]:
+    """The layers to quantize; says in the log which linear layers are left, and why."""
+    kept_in_fp32 = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    kept_in_fp32 |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    everything = list(sites(model))
+    for entry in skip:
+        if not any(named_by(site.name, (entry,)) for site in everything):
+            logger.info("skip_modules: no module is named %s", entry)
+    candidates = []
+    for site in everything:
+        if not isinstance(site.module, nn.Linear):
+            continue
+        if _is_inside(site.name, skip):
+            logger.info("%s stays dense: it is in skip_modules", site.name)
+        elif _is_inside(site.name, kept_in_fp32):
+            logger.info("%s stays dense: the model declares it as float32-only", site.name)
+        elif type(site.module) is nn.Linear or is_bitsandbytes_4bit(site.module):
+            candidates.append(site)
+        else:
+            kind = type(site.module).__name__
+            logger.warning("%s stays dense: %s is a subclass of nn.Linear", site.name, kind)
+    chosen = _without_shared(model, candidates)
+    if not chosen and not any(isinstance(site.module, NF4Linear) for site in everything):
+        raise ValueError(
+            f"model has no layer to quantize outside skip_modules = {skip!r}; "
+            "it must have an nn.Linear that shares its weight with no other kind of module"
+        )
+    _mention_fused_experts(everything)
+    return chosen
+
+
+def _is_inside(name: str, entries: Collection[str]) -> bool:
+    """True where the module or one that contains it is named."""
+    parts = name.split(".")
+    return any(named_by(".".join(parts[:end]), entries) for end in range(1, len(parts) + 1))
+
+
+def _without_shared(model: nn.Module, candidates: list[Site]) -> list[Site]:
+    """Leaves out weights that a module which stays dense also uses."""
+    owners = holders(model)
+    names = {site.name for site in candidates}
+    chosen = []
+    for site in candidates:
+        others = [o for o in owners[id(site.module.weight)] if o not in names]
+        if others:
+            logger.warning("%s stays dense: it shares its weight with %s", site.name, others[0])
+        else:
+            chosen.append(site)
+    return chosen
+
+
+def _mention_fused_experts(everything: list[Site]) -> None:
+    for site in everything:
+        for name, parameter in site.module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and "expert" in site.name:
+                shape = tuple(parameter.shape)
+                logger.warning(
+                    "%s.%s %s stays dense: it is no nn.Linear", site.name, name, shape
+                )
+
+
+def _check(site: Site) -> None:
+    """Raises what quantizing this layer would raise."""
+    refuse_offloaded(site)
+    if is_bitsandbytes_4bit(site.module):
+        try:
+            NF4Linear.from_bitsandbytes(site.module)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{site.name}: {error}") from error
+    else:
+        checks.quantizable(f"{site.name}.weight", site.module.weight)
+        checks.finite(f"{site.name}.weight", site.module.weight)
+
+
+def _quantize_layer(
+    places: list[_Place], shared: NF4Linear | None, blocksize: int, double_quant: bool
+) -> NF4Linear:
+    """Replaces one layer wherever it sits; `shared` is one whose weight was the same parameter."""
+    name, parent, attribute = places[0]
+    old = getattr(parent, attribute)
+    if is_bitsandbytes_4bit(old):
+        new = NF4Linear.from_bitsandbytes(old)
+    elif old.weight.is_meta:
+        new = NF4Linear(
+            old.in_features,
+            old.out_features,
+            False,
+            blocksize,
+            double_quant,
+            device="meta",
+            dtype=old.weight.dtype,
+        )
+        new.bias = old.bias
+    else:
+        new = NF4Linear.from_linear(old, blocksize, double_quant)
+    if shared is not None:
+        new.set_nf4_weight(shared.nf4_weight)
+    for name, parent, attribute in places:
+        Site(name, old, parent, attribute).replace(new)
+    return new
+
+
+def _with_progress(layers: list[Any]) -> Iterable[Any]:
+    """The same list, with tqdm's bar on a terminal where it is installed and the work is long."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return layers
+    return tqdm(layers, "NF4", delay=_PROGRESS_DELAY, leave=False, disable=None)
+
+
+def _nbytes(model: nn.Module) -> int:
+    return sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())

@@ -1,0 +1,156 @@
+"""`python -m pylora check`: every kernel that can run on this machine against the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pylora import dispatch, functional, reference
+from pylora.backends import extension
+from pylora.testing import Accuracy, assert_as_accurate_as_torch
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# rows of x, out_features, in_features, blocksize: aligned, odd, blocks that straddle rows, one row,
+# none.
+SHAPES = ((32, 96, 256, 64), (5, 40, 420, 64), (1, 128, 192, 32), (3, 7, 13, 32), (0, 64, 128, 64))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op with its arguments; `reference` is run on the same arguments."""
+
+    op: str
+    description: str
+    args: tuple[Any, ...]
+
+    def expected(self, *args: Any) -> Any:
+        return getattr(reference, self.op)(*args)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one backend made of one case; `failure` is None where it was right."""
+
+    backend: str
+    path: str
+    case: Case
+    accuracy: Accuracy | None
+    failure: str | None
+
+
+def cases(seed: int = 0) -> Iterator[Case]:
+    """The cases of the check on the CPU: fresh random data for each seed."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    for rows, out_features, in_features, blocksize in SHAPES:
+        weight = normal(out_features, in_features) / max(in_features, 1) ** 0.5
+        for index, dtype in enumerate(DTYPES):
+            double_quant = index == 2
+            where = f"{rows}x{in_features}x{out_features} b{blocksize} {str(dtype)[6:]}"
+            where += " nested" if double_quant else ""
+            yield Case("nf4_quantize", where, (weight.to(dtype), blocksize))
+            with dispatch.use_backend("reference"):
+                w = functional.quantize_nf4(weight.to(dtype), blocksize, double_quant)
+            q = w.op_arguments()
+            yield Case("nf4_dequantize", where, (*q, [out_features, in_features], dtype))
+            x, grad = (
+                normal(rows, in_features, dtype=dtype),
+                normal(rows, out_features, dtype=dtype),
+            )
+            bias = normal(out_features, dtype=dtype)
+            yield Case("nf4_linear", where, (x, *q, out_features, bias))
+            yield Case("nf4_linear_backward", where, (grad, *q, in_features))
+            for dropout_p, activation, lora_dtype, rank in (
+                (0.0, "identity", dtype, 16),
+                (0.25, "gelu", torch.float32, 5),
+            ):
+                yield from _lora_cases(
+                    normal, where, x, grad, w, bias, dropout_p, activation, lora_dtype, rank
+                )
+
+
+def _lora_cases(
+    normal: Callable[..., Tensor],
+    where: str,
+    x: Tensor,
+    grad: Tensor,
+    w: functional.NF4Weight,
+    bias: Tensor,
+    dropout_p: float,
+    activation: str,
+    lora_dtype: torch.dtype,
+    rank: int,
+) -> Iterator[Case]:
+    where += f" r{rank} {activation} p{dropout_p}"
+    lora_A = normal(rank, w.in_features, dtype=lora_dtype) / max(w.in_features, 1) ** 0.5
+    lora_B = normal(w.out_features, rank, dtype=lora_dtype)
+    biases = (normal(rank, dtype=lora_dtype), normal(w.out_features, dtype=lora_dtype))
+    seed = torch.tensor(1234567890123) if dropout_p else None
+    last = (0.5, dropout_p, seed, activation)
+    forward = (x, *w.op_arguments(), w.out_features, lora_A, lora_B, bias, *biases, *last)
+    yield Case("lora_linear", where, forward)
+    h = reference.lora_linear(*forward)[1]
+    mask = [True, False, True, True, True, True, True]
+    backward = (grad, x, h, *w.op_arguments(), lora_A, lora_B, *last, mask)
+    yield Case("lora_linear_backward", where, backward)
+
+
+@contextmanager
+def cpu_isa(name: str | None) -> Iterator[None]:
+    """Runs the CPU kernels on one instruction set, or as they are where `name` is None."""
+    module, _ = extension.load()
+    if name is None or module is None:
+        yield
+        return
+    previous = module.cpu_isa()
+    module.set_cpu_isa(name)
+    try:
+        yield
+    finally:
+        module.set_cpu_isa(previous)
+
+
+def variants() -> Iterator[tuple[str, str, str | None]]:
+    """(backend, path, CPU instruction set to force) of all that runs here but the reference."""
+    for backend in dispatch.BACKENDS.values():
+        if backend.name == "reference" or backend.unavailable() is not None:
+            continue
+        if backend.name == "cpu":
+            module, _ = extension.load()
+            assert module is not None
+            yield from (("cpu", isa, isa) for isa in module.cpu_isas())
+        else:
+            yield backend.name, backend.path(), None
+
+
+def run(seed: int = 0) -> Iterator[Outcome]:
+    """Runs every case on every variant that takes it."""
+    all_cases = list(cases(seed))
+    for name, path, isa in variants():
+        device = "cpu" if name == "cpu" else "cuda"
+        with dispatch.use_backend(name), cpu_isa(isa):
+            for case in all_cases:
+                args = tuple(_moved(arg, device) for arg in case.args)
+                if dispatch.BACKENDS[name].why_not(case.op, args) is None:
+                    yield _outcome(name, path, case, args)
+
+
+def _moved(arg: Any, device: str) -> Any:
+    return arg.to(device) if isinstance(arg, Tensor) else arg
+
+
+def _outcome(name: str, path: str, case: Case, args: tuple[Any, ...]) -> Outcome:
+    actual = getattr(torch.ops.pylora, case.op)(*args)
+    try:
+        accuracy = assert_as_accurate_as_torch(actual, case.expected, *args)
+    except AssertionError as error:
+        return Outcome(name, path, case, None, str(error))
+    return Outcome(name, path, case, accuracy, None)

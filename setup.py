@@ -1,0 +1,314 @@
+"""Builds the extension `pylora._C`; everything else about the package is in pyproject.toml.
+
+    MAX_JOBS            compilations at a time (default: the number of cores)
+    CXX                 the C++ compiler (default: c++, g++ or clang++)
+    CUDA_HOME           the CUDA toolkit (default: that of the nvcc on PATH); empty: no GPU kernels
+    PYLORA_CUDA_ARCHS   narrows the GPU architectures, such as "80;90a;100+PTX"
+
+What is missing is left out with one line that says so: without nvcc the GPU kernels, without a
+compiler or torch the whole extension (pylora then runs on PyTorch alone). No GPU is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+# The oldest torch whose stable ABI has all we call; one build then serves it and every later one.
+TORCH_TARGET = (2, 10)
+
+# A GPU runs binaries of its own major version up to its own minor one (90a: on 9.0 alone). PTX is
+# for those with none here, such as 11.0 and what follows 12.x. It must not be newer than they are:
+# that of 120 would leave out 11.0.
+CUDA_ARCHS = "80;86;89;90a;100+PTX;120"
+
+CXX_FLAGS = [
+    "-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
+    # A product and a sum are two roundings unless a kernel asks for a fused one: results are those
+    # of the reference whatever the instruction set.
+    "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+    # GCC 12 sees its own AVX-512 intrinsics read a variable that is undefined on purpose.
+    "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option",
+]  # fmt: skip
+
+_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+_AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+_AVX512_BF16 = [*_AVX512, "-mavx512bf16", "-mavx512vbmi", "-mavx512vnni"]
+# By the end of a file's name; every other file is compiled for the baseline of its architecture.
+ISA_FLAGS = {
+    "_avx2": _AVX2,
+    "_avx512": _AVX512,
+    "_avx512_bf16": _AVX512_BF16,
+    "_amx": [*_AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
+}
+
+
+def say(line: str) -> None:
+    print(f"pylora: {line}", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the build: `output` is made from `inputs`."""
+
+    output: Path
+    inputs: list[Path]
+    command: list[str]
+    depfile: Path | None = None
+
+
+@dataclass(frozen=True)
+class Cuda:
+    nvcc: Path
+    home: Path
+    version: str
+    archs: list[str]
+
+    @classmethod
+    def find(cls) -> Cuda | None:
+        home = os.environ.get("CUDA_HOME")
+        found = shutil.which("nvcc", path=f"{home}/bin" if home is not None else None)
+        if found is None or home == "":
+            return None
+        nvcc = Path(found).resolve()
+        output = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
+        release = re.search(r"release (\d+\.\d+)", output.stdout)
+        archs = os.environ.get("PYLORA_CUDA_ARCHS") or cls._known(nvcc)
+        return cls(
+            nvcc,
+            nvcc.parent.parent,
+            release.group(1) if release else "unknown",
+            [arch for arch in re.split(r"[;,\s]+", archs.replace(".", "")) if arch],
+        )
+
+    @staticmethod
+    def _known(nvcc: Path) -> str:
+        """The default architectures, less those that an older nvcc has never heard of."""
+        listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True)
+        if listed.returncode != 0:
+            return CUDA_ARCHS
+        known = listed.stdout.split()
+        return ";".join(
+            arch for arch in CUDA_ARCHS.split(";") if "sm_" + re.sub(r"\D.*", "", arch) in known
+        )
+
+    def gencode(self) -> list[str]:
+        flags = []
+        for arch in self.archs:
+            number = arch.removesuffix("+PTX")
+            kinds = [f"sm_{number}"] + [f"compute_{number}"] * (number != arch)
+            flags += ["-gencode", f"arch=compute_{number},code=[{','.join(kinds)}]"]
+        return flags
+
+    def static_runtime(self) -> Path:
+        """Static, so that the module loads where there is neither a GPU nor a CUDA library."""
+        for folder in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib"):
+            library = self.home / folder / "libcudart_static.a"
+            if library.exists():
+                return library
+        raise SystemExit(
+            f"pylora: nvcc is {self.nvcc}, but libcudart_static.a is not below {self.home}"
+        )
+
+
+def torch_folder() -> Path | None:
+    """Where torch is installed. Its version and headers are files: importing it takes seconds."""
+    spec = importlib.util.find_spec("torch")
+    return Path(spec.origin).parent if spec is not None and spec.origin else None
+
+
+def find_compiler() -> list[str] | None:
+    if os.environ.get("CXX"):
+        return shlex.split(os.environ["CXX"])
+    return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+
+
+def extension_or_reason() -> tuple[list[Extension], str | None]:
+    """The extension, or why it cannot be built here."""
+    if sys.platform != "linux":
+        return [], f"the extension is built on Linux alone, and this is {sys.platform}"
+    if torch_folder() is None:
+        return [], "torch is not installed where this build runs"
+    if tuple(map(int, importlib.metadata.version("torch").split(".")[:2])) < TORCH_TARGET:
+        return [], f"torch is {importlib.metadata.version('torch')}, and the extension needs 2.10"
+    if importlib.util.find_spec("pybind11") is None:
+        return [], "pybind11 is not installed where this build runs"
+    compiler = find_compiler()
+    if compiler is None or shutil.which(compiler[0]) is None:
+        return [], "no C++ compiler was found (tried CXX, c++, g++, clang++)"
+    # What a source distribution must hold; what is compiled, and how, is decided below.
+    files = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.*"))]
+    sources = [file for file in files if file.endswith((".cpp", ".cu"))]
+    return [Extension("pylora._C", sources, depends=files)], None
+
+
+class BuildExtension(build_ext):
+    """Compiles file by file, with flags by file name, which setuptools' own compiler cannot do.
+
+    Objects stay in build/ beside this file, not in setuptools' temporary folder: a second
+    `pip install -e .` then compiles only what has changed.
+    """
+
+    def build_extension(self, ext: Extension) -> None:
+        objects = ROOT / "build" / sys.implementation.cache_tag
+        objects.mkdir(parents=True, exist_ok=True)
+        cuda = Cuda.find()
+        if cuda is None:
+            say("nvcc was not found (CUDA_HOME, PATH): building without the GPU kernels")
+        else:
+            say(f"GPU kernels with CUDA {cuda.version} for {', '.join(cuda.archs)}")
+        steps = self._compile_steps(objects, cuda)
+        built = objects / "_C.so"
+        steps.append(self._link_step(built, [step.output for step in steps], cuda))
+        run_steps(objects, steps)
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Removed first: to write into a file that a running Python has mapped would crash it.
+        target.unlink(missing_ok=True)
+        shutil.copy2(built, target)
+
+    def _compile_steps(self, objects: Path, cuda: Cuda | None) -> list[Step]:
+        import pybind11
+
+        compiler = find_compiler()
+        torch_target = "0x{:02x}{:02x}000000000000".format(*TORCH_TARGET)
+        # Only bindings.cpp and the bind files include these; -isystem keeps their warnings out.
+        torch_flags = [
+            "-isystem",
+            f"{torch_folder()}/include",
+            f"-DTORCH_TARGET_VERSION={torch_target}",
+        ]
+        python_flags = [
+            "-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include(),
+            f'-DPYLORA_VERSION="{self.distribution.get_version()}"',
+            f'-DPYLORA_TORCH_TARGET="{TORCH_TARGET[0]}.{TORCH_TARGET[1]}"',
+        ]  # fmt: skip
+        if cuda is not None:
+            python_flags += [
+                f'-DPYLORA_CUDA_VERSION="{cuda.version}"',
+                "-DPYLORA_CUDA_ARCHS=" + ",".join(f'"{arch}"' for arch in cuda.archs),
+            ]
+
+        steps = []
+        for source in sorted((ROOT / "csrc").glob("**/*.c*")):
+            path = source.relative_to(ROOT)
+            output = objects / path.with_suffix(f"{path.suffix}.o")
+            depfile = Path(f"{output}.d")
+            on_gpu = path.parts[1] == "cuda"
+            if on_gpu and cuda is None:
+                continue
+            if path.suffix == ".cu":
+                command = [
+                    str(cuda.nvcc), "-std=c++20", "-O3", "-DNDEBUG", "-Icsrc", *cuda.gencode(),
+                    "-ccbin", compiler[-1], "-Xcompiler", "-fPIC,-fvisibility=hidden",
+                    "-t", str(max_jobs()),
+                ]  # fmt: skip
+            elif path.suffix == ".cpp":
+                isa = isa_flags(path.stem)
+                if isa is None:
+                    continue
+                command = [*compiler, *CXX_FLAGS, "-Icsrc", *isa]
+                if path.name == "bindings.cpp":
+                    command += torch_flags + python_flags
+                elif path.name.startswith("bind"):
+                    command += torch_flags
+                if on_gpu:
+                    command += ["-isystem", f"{cuda.home}/include"]
+            else:
+                continue
+            command += ["-MD", "-MF", str(depfile), "-c", str(path), "-o", str(output)]
+            steps.append(Step(output, [source], command, depfile))
+        return steps
+
+    def _link_step(self, built: Path, objects: list[Path], cuda: Cuda | None) -> Step:
+        torch_lib = torch_folder() / "lib"
+        command = [*find_compiler(), "-shared", "-o", str(built), *map(str, objects)]
+        # Torch is in the process before us, hence no rpath. libtorch.so brings in the CUDA half of
+        # a torch that has one; we name no symbol of it, so the linker must be told to keep it.
+        command += [
+            f"-L{torch_lib}",
+            "-Wl,--no-as-needed",
+            "-ltorch_cpu",
+            "-ltorch",
+            "-Wl,--as-needed",
+        ]
+        if cuda is not None:
+            command += [str(cuda.static_runtime()), "-ldl", "-lrt", "-lpthread"]
+        # The runtime's symbols stay inside: torch may have loaded another version of it.
+        command += ["-Wl,--exclude-libs,ALL", "-Wl,--gc-sections", "-Wl,-s"]
+        return Step(built, objects, command)
+
+
+def isa_flags(stem: str) -> list[str] | None:
+    """Flags for a C++ file by the end of its name; None where the file is for other processors."""
+    for suffix in sorted(ISA_FLAGS, key=len, reverse=True):
+        if stem.endswith(suffix):
+            return ISA_FLAGS[suffix] if platform.machine() in ("x86_64", "AMD64") else None
+    return []
+
+
+def max_jobs() -> int:
+    return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+
+
+def run_steps(folder: Path, steps: list[Step]) -> None:
+    """Run what is out of date, or everything where there is no ninja. The last step is the link."""
+    for step in steps:
+        step.output.parent.mkdir(parents=True, exist_ok=True)
+    # The wheel of ninja puts it beside this Python, which need not be on PATH.
+    ninja = shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
+    if ninja is None:
+        run_without_ninja(steps)
+        return
+    text = [
+        f"builddir = {folder}\n",
+        "rule run\n  command = $cmd\n  depfile = $dep\n  deps = gcc\n",
+    ]
+    text += ["rule link\n  command = $cmd\n"]
+    for step in steps:
+        rule = "run" if step.depfile else "link"
+        inputs = " ".join(map(escape_path, step.inputs))
+        text.append(f"build {escape_path(step.output)}: {rule} {inputs}\n")
+        text.append("  cmd = " + shlex.join(step.command).replace("$", "$$") + "\n")
+        text.append(f"  dep = {step.depfile}\n" if step.depfile else "")
+    manifest = folder / "build.ninja"
+    manifest.write_text("".join(text))
+    command = [ninja, "--quiet", "-f", str(manifest), "-j", str(max_jobs())]
+    if subprocess.run(command, cwd=ROOT).returncode != 0:
+        raise SystemExit("pylora: the extension did not compile; the error is above")
+
+
+def escape_path(path: Path) -> str:
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def run_without_ninja(steps: list[Step]) -> None:
+    def run(step: Step) -> None:
+        if subprocess.run(step.command, cwd=ROOT).returncode != 0:
+            raise SystemExit(f"pylora: {step.output.name} did not compile; the error is above")
+
+    with ThreadPoolExecutor(max_jobs()) as pool:
+        list(pool.map(run, steps[:-1]))
+    run(steps[-1])
+
+
+extensions, reason = extension_or_reason()
+if reason is not None:
+    say(f"{reason}: installing without the extension; pylora will run on PyTorch alone")
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension})

@@ -1,0 +1,37 @@
+"""Fixtures shared by all tests: poisoned buffers, fixed seeds, and the backends of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from pylora import dispatch
+from pylora.selfcheck import cpu_isa, variants
+
+VARIANTS = [("reference", "pure PyTorch", None), *variants()]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_buffers() -> Iterator[None]:
+    """torch.empty gives NaN, so that an element no kernel wrote is seen."""
+    torch.manual_seed(20240229)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=VARIANTS, ids=lambda variant: f"{variant[0]}-{variant[2] or 'default'}")
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend, on the CPU each instruction set, that can run here; yields its name."""
+    name, _, isa = request.param
+    with dispatch.use_backend(name), cpu_isa(isa):
+        yield name
+
+
+@pytest.fixture
+def device(backend: str) -> str:
+    """Where the tensors of a test on `backend` must be."""
+    return "cuda" if backend in ("cuda", "triton") else "cpu"

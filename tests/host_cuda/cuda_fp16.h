@@ -1,0 +1,6 @@
+#pragma once
+
+#include "common/float16.h"
+
+using __half = pylora::Half;
+inline __half __float2half_rn(float x) { return pylora::from_float<pylora::Half>(x); }

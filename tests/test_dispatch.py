@@ -1,0 +1,109 @@
+"""Choosing a backend: by name, by environment, and explained."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import pylora
+import pylora.functional as F
+from pylora import dispatch
+from pylora.backends import extension
+
+
+def python(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *args],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_use_backend_nests_and_restores() -> None:
+    assert dispatch.forced_backend() is None
+    with pylora.use_backend("reference"):
+        assert [b.name for b in dispatch.candidates()] == ["reference"]
+        with pytest.raises(ValueError, match="name is 'gpu'; it must be one of reference, cpu"):
+            with pylora.use_backend("gpu"):
+                pass
+        assert dispatch.forced_backend() == "reference"
+    assert dispatch.forced_backend() is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is present")
+def test_backend_that_cannot_run_says_why() -> None:
+    with pytest.raises(RuntimeError, match="name is 'cuda', which cannot run here: "):
+        with pylora.use_backend("cuda"):
+            pass
+
+
+def test_environment_chooses_the_backend() -> None:
+    code = "import pylora, torch; w = pylora.quantize_nf4(torch.randn(4, 64)); "
+    code += "print(pylora.explain('nf4_linear', torch.randn(2, 64), w))"
+    result = python("-c", code, PYLORA_BACKEND="reference")
+    assert result.stdout.startswith("nf4_linear: reference (pure PyTorch)"), result.stderr
+    assert "asked for: reference" in result.stdout
+    result = python("-c", code, PYLORA_BACKEND="fast")
+    assert "PYLORA_BACKEND is 'fast'; it must be one of" in result.stderr
+
+
+def test_explain_gives_reasons() -> None:
+    w = pylora.quantize_nf4(torch.randn(48, 128))
+    x = torch.randn(2, 128)
+    explanation = pylora.explain("nf4_linear", x, w)
+    assert "cuda" in explanation.rejected
+    if extension.load()[0] is not None:
+        assert explanation.backend == "cpu" and explanation.path in str(explanation)
+        double = pylora.explain("nf4_linear", x.double(), w)
+        assert double.backend == "reference"
+        assert "x is torch.float64" in double.rejected["cpu"]
+        dense = pylora.explain(
+            "lora_linear", x, torch.randn(48, 128), torch.randn(4, 128), torch.randn(48, 4), 1.0
+        )
+        assert "dense" in dense.rejected["cpu"]
+    with pytest.raises(ValueError, match="op is 'matmul'; it must be one of dequantize_nf4"):
+        pylora.explain("matmul")
+
+
+def test_forced_backend_falls_back_to_the_reference_visibly() -> None:
+    if extension.load()[0] is None:
+        pytest.skip("the extension is not built")
+    w = pylora.quantize_nf4(torch.randn(48, 128))
+    x = torch.randn(2, 128, dtype=torch.float64)
+    with pylora.use_backend("cpu"):
+        explanation = pylora.explain("nf4_linear", x, w)
+        assert F.nf4_linear(x, w).dtype == torch.float64
+    assert explanation.backend == "reference" and explanation.forced == "cpu"
+
+
+def test_info_and_check() -> None:
+    result = python("-m", "pylora", "info")
+    assert result.returncode == 0, result.stderr
+    assert "backends, fastest first:" in result.stdout and "nf4_linear:" in result.stdout
+    result = python("-m", "pylora", "check", "--seed", "3")
+    assert result.returncode == 0, result.stdout + result.stderr
+    if extension.load()[0] is not None:
+        assert "lora_linear_backward" in result.stdout and " of " in result.stdout
+
+
+def test_check_fails_on_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check must be able to fail: one weight in a thousand off by one percent is seen."""
+    from pylora import selfcheck
+    from pylora.backends.backend import Backend, Op
+
+    def wrong(*args: object) -> torch.Tensor:
+        y = dispatch.BACKENDS["reference"].ops["nf4_linear"].run(*args)
+        return y * (1 + 0.01 * (torch.arange(y.numel()) % 1000 == 0).view(y.shape))
+
+    backend = Backend("cuda", {"nf4_linear": Op(wrong, lambda *_: None)}, lambda: None, lambda: "")
+    monkeypatch.setitem(dispatch.BACKENDS, "cuda", backend)
+    monkeypatch.setattr(selfcheck, "variants", lambda: iter([("cuda", "", None)]))
+    monkeypatch.setattr(selfcheck, "_moved", lambda arg, device: arg)
+    outcomes = list(selfcheck.run())
+    assert outcomes and any(outcome.failure is not None for outcome in outcomes)

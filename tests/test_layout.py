@@ -1,0 +1,130 @@
+"""The architecture as rules: imports point downward, one NF4 table a language, one stem per op."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "pylora"
+# Layers from the bottom up; a module imports from its own layer or from below. The two lazy imports
+# of NF4Weight's convenience methods are listed as exceptions.
+LAYERS = [
+    ("pylora.nf4",),
+    ("pylora.reference", "pylora.kernels"),
+    ("pylora.backends",),
+    ("pylora.dispatch",),
+    ("pylora.ops", "pylora.checks"),
+    ("pylora.functional", "pylora.bnb_format"),
+    ("pylora.nn", "pylora.explain", "pylora.testing"),
+    ("pylora.models", "pylora.selfcheck"),
+    ("pylora", "pylora.__main__"),
+]
+EXCEPTIONS = {
+    ("pylora.nf4", "pylora.functional"),
+    ("pylora.nf4", "pylora.bnb_format"),
+}
+OPS = ("nf4_quantize", "nf4_dequantize", "nf4_linear", "lora_linear")
+
+
+def layer(module: str) -> int:
+    parts = module.split(".")
+    for length in range(len(parts), 0, -1):
+        name = ".".join(parts[:length])
+        for index, names in enumerate(LAYERS):
+            if name in names and (name != "pylora" or length == len(parts)):
+                return index
+    raise AssertionError(f"{module} belongs to no layer")
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            if node.module == "pylora":
+                found.discard("pylora")
+                found |= {
+                    f"pylora.{alias.name}"
+                    for alias in node.names
+                    if (PACKAGE / f"{alias.name}.py").exists() or (PACKAGE / alias.name).is_dir()
+                }
+    return {name for name in found if name.split(".")[0] == "pylora"}
+
+
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_imports_point_downward(path: Path) -> None:
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for name in imports(path):
+        if (module, name) not in EXCEPTIONS:
+            assert layer(name) <= layer(module), f"{module} imports {name}, which lies above it"
+
+
+def test_model_libraries_stay_above_the_kernels() -> None:
+    for path in [
+        *PACKAGE.glob("reference/*.py"),
+        *PACKAGE.glob("ops/*.py"),
+        *PACKAGE.glob("nn/*.py"),
+    ]:
+        text = path.read_text()
+        assert not re.search(r"^\s*(import|from) (transformers|peft|bitsandbytes)", text, re.M), (
+            path
+        )
+
+
+def test_one_nf4_table_per_language() -> None:
+    def holders(*patterns: str) -> list[str]:
+        files = [f for pattern in patterns for f in ROOT.glob(pattern)]
+        return [str(f.relative_to(ROOT)) for f in files if "0.6961928" in f.read_text()]
+
+    assert holders("pylora/**/*.py", "kernels/*.py") == ["pylora/nf4.py"]
+    assert holders("csrc/**/*.h", "csrc/**/*.cpp", "csrc/**/*.cu", "csrc/**/*.cuh") == [
+        "csrc/common/nf4.h"
+    ]
+
+
+def test_nf4_tables_agree() -> None:
+    from pylora.nf4 import NF4_CODE
+
+    text = (ROOT / "csrc/common/nf4.h").read_text()
+    numbers = [float(n) for n in re.findall(r"-?\d+\.\d+(?=f)", text)]
+    first = numbers.index(-1.0)
+    assert tuple(numbers[first : first + 16]) == NF4_CODE
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_one_stem_per_op(op: str) -> None:
+    for folder in ("pylora/ops", "pylora/reference"):
+        assert (ROOT / folder / f"{op}.py").exists()
+    assert (ROOT / "tests" / f"test_{op}.py").exists()
+
+
+def test_files_are_short() -> None:
+    patterns = (
+        "pylora/**/*.py",
+        "kernels/*.py",
+        "csrc/**/*.*",
+        "tests/*.py",
+        "examples/*.py",
+        "benchmarks/*.py",
+    )
+    lengths = {f: len(f.read_text().splitlines()) for p in patterns for f in ROOT.glob(p)}
+    assert max(lengths.values()) <= 500, max(lengths, key=lambda f: lengths[f])
+    assert sorted(lengths.values())[len(lengths) // 2] <= 250
+
+
+def test_kernels_folder_refuses_another_name() -> None:
+    """A Python started in the repository root must not mistake it for Hugging Face's `kernels`."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("kernels", ROOT / "kernels" / "__init__.py")
+    assert spec is not None and spec.loader is not None
+    with pytest.raises(ImportError, match=r"pylora\.kernels"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
