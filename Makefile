@@ -35,10 +35,10 @@ demo: $(INSTALLED) ## fine-tune a real language model with QLoRA on this machine
 	$(PY) examples/finetune_qlora.py --out build/demo
 
 test: $(INSTALLED) ## all tests
-	$(PY) -m pytest tests
+	$(VENV)/bin/pytest tests
 
 check: $(INSTALLED) ## every kernel that can run here against the reference
-	$(PY) -m pylora check
+	cd $(VENV) && bin/python -m pylora check
 
 lint: $(INSTALLED) ## ruff, clang-format, mypy
 	$(PY) -m ruff check .

@@ -4,17 +4,35 @@ from pylora import functional, nn
 from pylora.dispatch import use_backend
 from pylora.explain import Explanation, explain
 from pylora.functional import dequantize_nf4, quantize_nf4
+from pylora.models import (
+    MergedLayer,
+    MergeReport,
+    add_lora,
+    load_adapter,
+    merge,
+    quantize_model,
+    save_adapter,
+    unmerge,
+)
 from pylora.nf4 import NF4Weight
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Explanation",
+    "MergeReport",
+    "MergedLayer",
     "NF4Weight",
+    "add_lora",
     "dequantize_nf4",
     "explain",
     "functional",
+    "load_adapter",
+    "merge",
     "nn",
+    "quantize_model",
     "quantize_nf4",
+    "save_adapter",
+    "unmerge",
     "use_backend",
 ]

@@ -14,6 +14,9 @@ namespace pylora {
 
 inline constexpr int64_t kGroup = 32;  // weights that surely share an absmax when rows allow it
 
+// A panel reads a short stretch of each row, too short for the hardware to see where the next begins.
+inline constexpr int64_t kRowsAhead = 6;
+
 // A row that starts at a multiple of 32 flat elements falls into groups of 32 within one block.
 PYLORA_INLINE bool has_aligned_groups(const NF4Matrix& w) { return w.cols % kGroup == 0; }
 
@@ -102,8 +105,6 @@ void decode_panel_t(F32Mac<S>, const NF4Matrix& w, int64_t row, int64_t count, i
   }
 }
 
-#ifdef __AVX512BF16__
-
 template <class S>
 PYLORA_INLINE void decode_row_bf16(const NF4Matrix& w, int64_t row, int64_t col, int64_t count,
                                    float* out) {
@@ -118,17 +119,11 @@ PYLORA_INLINE void decode_row_bf16(const NF4Matrix& w, int64_t row, int64_t col,
   }
   const GroupScales<S> scale(w, first, count);
   const uint8_t* q = w.qweight + first / 2;
-  int64_t k = 0;
-  for (; k + 128 <= count; k += 128) {
-    _mm_prefetch(reinterpret_cast<const char*>(q + k / 2 + count / 2), _MM_HINT_T1);
-    S::decode_row_128(
-        _mm512_loadu_si512(q + k / 2), [&](int g) { return scale(k / kGroup + g); }, 4, out + k / 2);
-  }
-  if (k < count) {
-    const int groups = static_cast<int>((count - k) / kGroup);
-    const __m512i bytes =
-        _mm512_maskz_loadu_epi8((__mmask64{1} << (16 * groups)) - 1, q + k / 2);
-    S::decode_row_128(bytes, [&](int g) { return scale(k / kGroup + g); }, groups, out + k / 2);
+  for (int64_t k = 0; k < count; k += 4 * kGroup) {
+    __builtin_prefetch(q + k / 2 + kRowsAhead * w.cols / 2);
+    const int64_t left = (count - k) / kGroup;
+    S::decode_row_128(q + k / 2, [&](int g) { return scale(k / kGroup + g); },
+                      left < 4 ? static_cast<int>(left) : 4, out + k / 2);
   }
 }
 
@@ -162,14 +157,10 @@ void decode_panel_t(Bf16Mac<S>, const NF4Matrix& w, int64_t row, int64_t count, 
     const GroupScales<S> scale(w, first, cols);
     const GroupScales<S> next_scale(w, second, cols);
     for (int64_t k = 0; k < cols; k += kGroup) {
-      const auto* q = reinterpret_cast<const __m128i*>(w.qweight + (first + k) / 2);
-      const auto* next = reinterpret_cast<const __m128i*>(w.qweight + (second + k) / 2);
-      S::decode_pair_32(_mm_loadu_si128(q), _mm_loadu_si128(next), scale(k / kGroup),
+      S::decode_pair_32(w.qweight + (first + k) / 2, w.qweight + (second + k) / 2, scale(k / kGroup),
                         pair ? next_scale(k / kGroup) : 0.0f, panel + k);
     }
   }
 }
-
-#endif  // __AVX512BF16__
 
 }  // namespace pylora

@@ -29,15 +29,18 @@ struct Avx512Bf16 : Avx512 {
     return _mm512_permutexvar_epi16(index, table);
   }
 
-  // 128 weights of a row in natural order, from 64 bytes; scale(g) is absmax of the 32 at 32 * g.
+  // `groups` (at most 4) times 32 weights in natural order; scale(g) is absmax of group g.
   template <class Scale>
-  PYLORA_INLINE static void decode_row_128(__m512i bytes, const Scale& scale, int groups,
+  PYLORA_INLINE static void decode_row_128(const uint8_t* q, const Scale& scale, int groups,
                                            float* out) {
     alignas(64) static constexpr auto kSpread = [] {
       std::array<uint8_t, 64> spread{};
       for (int i = 0; i < 64; ++i) spread[i] = static_cast<uint8_t>(i / 4);
       return spread;
     }();
+    const __m512i bytes =
+        groups == 4 ? _mm512_loadu_si512(q)
+                    : _mm512_maskz_loadu_epi8((__mmask64{1} << (16 * groups)) - 1, q);
     const __m512i spread = _mm512_load_si512(kSpread.data());
     const __m512i shifts = _mm512_set1_epi32(4);
 #pragma GCC unroll 2
@@ -54,7 +57,7 @@ struct Avx512Bf16 : Avx512 {
   }
 
   // 32 columns of two rows, as pairs (row, next row) of each column: from 16 bytes a row.
-  PYLORA_INLINE static void decode_pair_32(__m128i row, __m128i next, float absmax,
+  PYLORA_INLINE static void decode_pair_32(const uint8_t* row, const uint8_t* next, float absmax,
                                            float next_absmax, float* out) {
     alignas(64) static constexpr auto kSpread = [] {  // word 2j: row, column j; word 2j + 1: next row
       std::array<uint8_t, 64> spread{};
@@ -63,8 +66,9 @@ struct Avx512Bf16 : Avx512 {
       }
       return spread;
     }();
-    const __m512i bytes =
-        _mm512_castsi256_si512(_mm256_inserti128_si256(_mm256_castsi128_si256(row), next, 1));
+    const __m512i bytes = _mm512_castsi256_si512(
+        _mm256_loadu2_m128i(reinterpret_cast<const __m128i*>(next),
+                            reinterpret_cast<const __m128i*>(row)));
     const __m512i spread = _mm512_load_si512(kSpread.data());
     const __m512i shifts = _mm512_set1_epi64(0x0000000000040004);
     const __m512i bank = _mm512_set1_epi32(16 << 16);

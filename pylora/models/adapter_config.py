@@ -34,7 +34,8 @@ _HARMLESS = {
 }
 # Keys that change something only when they hold another value than these.
 _NEUTRAL: dict[str, Any] = {"bias": "none", "fan_in_fan_out": False, "ensure_weight_tying": False}
-# Ways to start lora_A and lora_B that leave the base weights as they are; PiSSA, OLoRA and others do not.
+# Ways to start lora_A and lora_B that leave the base weights as they are; PiSSA, OLoRA and others
+# do not.
 _PLAIN_INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -98,7 +99,9 @@ _REQUIRED = ("r", "lora_alpha", "target_modules")
 
 
 def read_config(folder: Path) -> AdapterConfig:
-    """Reads adapter_config.json. Raises FileNotFoundError, or ValueError naming the file and the key."""
+    """Reads adapter_config.json. Raises FileNotFoundError, or ValueError naming the file and the
+    key.
+    """
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; it must lie beside the adapter's weights")
@@ -109,7 +112,7 @@ def read_config(folder: Path) -> AdapterConfig:
     if not isinstance(facts, dict):
         raise ValueError(f"{path} holds a {type(facts).__name__}; it must hold an object")
     _refuse_unsupported(path, facts)
-    values = {}
+    values: dict[str, Any] = {}
     for key, types in _TYPES.items():
         value = facts.get(key)
         if value is None:
@@ -133,8 +136,8 @@ def _refuse_unsupported(path: Path, facts: dict[str, Any]) -> None:
     initialization = facts.get("init_lora_weights", True)
     if initialization is not None and initialization not in _PLAIN_INITIALIZATIONS:
         raise ValueError(
-            f"{path}: init_lora_weights is {initialization!r}, which changes the base weights; convert "
-            "the adapter with PEFT's path_initial_model_for_weight_conversion first"
+            f"{path}: init_lora_weights is {initialization!r}, which changes the base weights; "
+            "convert the adapter with PEFT's path_initial_model_for_weight_conversion first"
         )
     for key, value in facts.items():
         if key in _TYPES or key in _HARMLESS or key in ("peft_type", "init_lora_weights"):
@@ -194,5 +197,7 @@ def _property(layer: LoRALinear, key: str) -> Any:
 
 
 def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """The layers that differ from the default, by a regular expression that only their name matches."""
+    """The layers that differ from the default, by a regular expression that only their name
+    matches.
+    """
     return {f"^{name}": value for name, value in values.items() if value != default}

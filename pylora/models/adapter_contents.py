@@ -53,8 +53,8 @@ def read_contents(folder: Path, config: AdapterConfig, model: nn.Module) -> Adap
     """
     file, tensors = _read(folder)
     everything = list(sites(model))
-    # PEFT saves every module whose name ends with an entry, even inside a component; it keeps LoRA out
-    # of those whose components match.
+    # PEFT saves every module whose name ends with an entry, even inside a component; it keeps LoRA
+    # out of those whose components match.
     ends = tuple(config.modules_to_save)
     named = {s.name for s in everything if s.name.endswith(ends)} if ends else set()
     saved = [s for s in everything if s.name in named and not is_below(s.name, named - {s.name})]
@@ -88,8 +88,8 @@ def _read(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     if not file.is_file():
         if (folder / _PICKLED_NAME).is_file():
             raise ValueError(
-                f"{folder / _PICKLED_NAME} is a pickle, which can run any code when it is loaded; the "
-                f"weights must be in {WEIGHTS_NAME}: save them again with safe_serialization=True"
+                f"{folder / _PICKLED_NAME} is a pickle, which can run any code when it is loaded; "
+                f"the weights must be in {WEIGHTS_NAME}: save them again with safe_serialization=True"
             )
         raise FileNotFoundError(f"{file} is missing; it must lie beside {CONFIG_NAME}")
     try:
@@ -114,8 +114,8 @@ def _place(contents: AdapterContents, key: str, tensor: Tensor) -> None:
             return
     hint = " (LoRA of an embedding)" if "lora_embedding" in key else ""
     raise ValueError(
-        f"{contents.file}: key {key!r} is not supported{hint}; it must be the LoRA of a linear layer or "
-        "lie in a module of modules_to_save that the model has"
+        f"{contents.file}: key {key!r} is not supported{hint}; it must be the LoRA of a linear layer "
+        "or lie in a module of modules_to_save that the model has"
     )
 
 
@@ -128,7 +128,9 @@ def _check_same_modules(contents: AdapterContents, model: nn.Module) -> None:
     for name in contents.lora:
         if name not in targets:
             exists = any(site.name == name for site in sites(model))
-            reason = f"{CONFIG_NAME} does not target it" if exists else "the model has no such module"
+            reason = (
+                f"{CONFIG_NAME} does not target it" if exists else "the model has no such module"
+            )
             raise ValueError(f"{file}: there is LoRA for {name!r}, but {reason}")
     for name in targets:
         if name not in contents.lora:
@@ -142,7 +144,8 @@ def _check_same_modules(contents: AdapterContents, model: nn.Module) -> None:
         ("LoRA", set(existing), targets),
         ("weights", set(fully_trained_modules(model)), trained),
     ):
-        # Weights for a module that was not trained so far are welcome; the reverse would leave old ones.
+        # Weights for a module that was not trained so far are welcome; the reverse would leave old
+        # ones.
         for name in sorted(here ^ there if kind == "LoRA" else here - there):
             only = "the model" if name in here else "the file"
             raise ValueError(f"{file}: {name!r} has {kind} in {only} only; both must have the same")
@@ -156,7 +159,9 @@ def _check_lora(contents: AdapterContents, site: Site, config: AdapterConfig) ->
         raise ValueError(f"{file}: {site.name} is {kind}; it must be an nn.Linear or an NF4Linear")
     base: Any = module if existing is None else existing.base_layer
     if base.weight.is_meta:
-        raise ValueError(f"{site.name} is on the meta device; it must hold its weights before loading")
+        raise ValueError(
+            f"{site.name} is on the meta device; it must hold its weights before loading"
+        )
     if existing is not None and existing.merged:
         raise ValueError(f"{site.name} is merged; pylora.unmerge must be called before loading")
     r = config.settings(site.name, torch.float32).r if existing is None else existing.r
@@ -202,13 +207,13 @@ def _check_saved(contents: AdapterContents, site: Site) -> None:
 def _dense_state(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of the state dict that a module has once its 4-bit layers are dense."""
     layers = [Site("", module), *sites(module)]
-    packed = {site.name: site.module for site in layers if is_4bit(site.module)}
-    shapes = {}
+    packed: dict[str, Any] = {site.name: site.module for site in layers if is_4bit(site.module)}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, layer in packed.items():
         prefix = f"{name}." if name else ""
-        shapes[f"{prefix}weight"] = (int(layer.out_features), int(layer.in_features))
+        shapes[f"{prefix}weight"] = (layer.out_features, layer.in_features)
         if layer.bias is not None:
-            shapes[f"{prefix}bias"] = (int(layer.out_features),)
+            shapes[f"{prefix}bias"] = (layer.out_features,)
     for key, value in module.state_dict().items():
         inside = "" in packed or is_below(key, packed)
         if not inside and isinstance(value, Tensor):

@@ -66,20 +66,21 @@ def add_lora(
     modules_to_save: Collection[str] = (),
     dtype: torch.dtype = torch.float32,
 ) -> _Model:
-    """Freezes the model, wraps its target layers into `pylora.nn.LoRALinear` in place, and returns it.
+    """Freezes the model, wraps target layers into `pylora.nn.LoRALinear` in place, returns the model.
 
-    target_modules     "all-linear" (every linear layer but the output head), another string: a regular
-                       expression for the whole name; or names, or their last components
-    modules_to_save    names, or their last components, of modules trained in full and saved with the
-                       adapter (the hybrid of LoRA and full fine-tuning); nothing inside them is wrapped,
-                       NF4 layers inside become dense, and a weight shared with another module (tied
-                       embeddings) becomes their own
-    r, lora_alpha, lora_dropout, use_rslora, use_dora, lora_bias, dtype    as in `pylora.nn.LoRALinear`
+    target_modules     "all-linear" (every linear layer but the output head), another string: a
+                       regular expression for the whole name; or names, or their last components
+    modules_to_save    names, or their last components, of modules trained in full and saved with
+                       the adapter (the hybrid of LoRA and full fine-tuning); nothing inside them is
+                       wrapped, NF4 layers inside become dense, and a weight shared with another
+                       module (tied embeddings) becomes their own
+    the others         as in `pylora.nn.LoRALinear`
 
-    May be called again for other layers. Everything is checked before anything changes: ValueError where
-    nothing or something unsuitable is targeted, or a target is wrapped already.
-    Reentrant gradient checkpointing needs inputs that require gradients, as with any frozen embedding:
-    transformers arranges for it in `gradient_checkpointing_enable`.
+    May be called again for other layers. Everything is checked before anything changes: ValueError
+    where nothing or something unsuitable is targeted, or a target is wrapped already.
+
+    Reentrant gradient checkpointing needs inputs that require gradients, as over any frozen
+    embedding; transformers' `gradient_checkpointing_enable` sees to that.
     """
     root = unwrapped(model)
     refuse_peft_model(root)
@@ -125,7 +126,9 @@ def install(
     """
     already = [s.name for s in saved if any(isinstance(m, LoRALinear) for m in s.module.modules())]
     if already:
-        raise ValueError(f"{already[0]} has LoRA layers inside; it must have none to be trained in full")
+        raise ValueError(
+            f"{already[0]} has LoRA layers inside; it must have none to be trained in full"
+        )
     bases = {id(site.module): _base_of(site) for site in targeted}
     for site in saved:
         for inner in (site, *sites(site.module)):
@@ -206,5 +209,5 @@ def _dense_linear(module: nn.Module) -> nn.Linear:
     layer = module if isinstance(module, NF4Linear) else NF4Linear.from_bitsandbytes(module)
     linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(layer.nf4_weight.dequantize())
-    linear.bias = layer.bias
+    linear.register_parameter("bias", layer.bias)
     return linear

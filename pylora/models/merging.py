@@ -1,4 +1,4 @@
-"""`merge` and `unmerge`: LoRA written into the base weights, with a report of what rounding lost."""
+"""`merge` and `unmerge`: LoRA written into the base weights, and a report of what rounding lost."""
 
 from __future__ import annotations
 
@@ -68,16 +68,17 @@ class MergeReport:
 
 
 def merge(model: nn.Module, keep_base: bool = True) -> MergeReport:
-    """Writes the LoRA of every layer into its base weight, so that the layers cost what the base costs.
+    """Writes the LoRA of every layer into its base weight, so that the layers cost what the base
+    costs.
 
-    keep_base    keep the base weights as well, so that `unmerge` restores the very same bytes; False
-                 frees them at the end and unmerge is then an error
+    keep_base    keep the base weights as well, so that `unmerge` restores the very same bytes;
+                 False frees them at the end and unmerge is then an error
 
-    A dense base gets W + delta in its dtype. An NF4 base is requantized with its own blocksize and double
-    quantization, which may lose a good part of a small delta: the report says how much, layer by layer.
-    A base weight that is tied to another module is replaced, never written to.
-    Raises ValueError where the model has no LoRA, is merged already, or a merged weight would not be
-    finite; the model is then as it was.
+    A dense base gets W + delta in its dtype. An NF4 base is requantized with its own blocksize and
+    double quantization, which may lose a good part of a small delta: the report says how much,
+    layer by layer. A base weight that is tied to another module is replaced, never written to.
+    Raises ValueError where the model has no LoRA, is merged already, or a merged weight would not
+    be finite; the model is then as it was.
     """
     root = unwrapped(model)
     refuse_peft_model(root)
@@ -106,7 +107,8 @@ def merge(model: nn.Module, keep_base: bool = True) -> MergeReport:
 def unmerge(model: nn.Module) -> None:
     """Puts back the base weights that `merge` kept: the same bytes, however often it is done.
 
-    Raises ValueError where a layer is not merged or its base was not kept; nothing has changed then.
+    Raises ValueError where a layer is not merged or its base was not kept; nothing has changed
+    then.
     """
     root = unwrapped(model)
     refuse_peft_model(root)
@@ -116,7 +118,7 @@ def unmerge(model: nn.Module) -> None:
             raise ValueError(f"{name} is not merged; pylora.merge must be called first")
         if not layer.can_unmerge:
             raise ValueError(
-                f"{name} was merged with keep_base=False; its base weight is gone and cannot be restored"
+                f"{name} was merged with keep_base=False; its base weight is gone for good"
             )
     for layer in layers.values():
         layer.unmerge()
@@ -136,7 +138,9 @@ def _merged(name: str, layer: LoRALinear) -> tuple[Tensor | NF4Weight, MergedLay
     delta = exact - _dense(base)
     bad = int((~exact.isfinite()).sum())
     if bad:
-        raise ValueError(f"{name}: the merged weight has {bad} non-finite elements; all must be finite")
+        raise ValueError(
+            f"{name}: the merged weight has {bad} non-finite elements; all must be finite"
+        )
     merged: Tensor | NF4Weight
     if not delta.any():
         merged = base  # nothing was trained; requantizing would only add an error
@@ -152,14 +156,20 @@ def _merged(name: str, layer: LoRALinear) -> tuple[Tensor | NF4Weight, MergedLay
 
 
 def _merged_bias(name: str, layer: LoRALinear) -> Tensor | None:
-    bias, low_rank = layer.base_layer.bias, layer.lora_B_bias
+    bias = layer.bias
+    low_rank: Tensor | None = layer.lora_B_bias
     if low_rank is None:
         return bias
     low_rank = layer.scaling * low_rank.detach().float()
     if not low_rank.isfinite().all():
         raise ValueError(f"{name}: lora_B_bias is not finite; all elements must be finite")
-    dtype = layer.base_dtype if bias is None else bias.dtype
+    dtype = _base_dtype(layer) if bias is None else bias.dtype
     return (low_rank if bias is None else bias.detach().float() + low_rank).to(dtype)
+
+
+def _base_dtype(layer: LoRALinear) -> torch.dtype:
+    base = layer.base_layer
+    return base.weight_dtype if isinstance(base, NF4Linear) else base.weight.dtype
 
 
 def _dense(weight: Tensor | NF4Weight) -> Tensor:

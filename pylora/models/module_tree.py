@@ -25,7 +25,9 @@ _FULLY_TRAINED = "_pylora_fully_trained"
 
 @dataclass(frozen=True)
 class Site:
-    """A module and where it sits: `parent.<attribute>` is `module`, `name` its dotted path in the model."""
+    """A module and where it sits: `parent.<attribute>` is `module`, `name` its dotted path in the
+    model.
+    """
 
     name: str
     module: nn.Module
@@ -43,7 +45,9 @@ class Site:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and data parallelism's wrappers, whose names are the plain ones."""
+    """The model inside torch.compile's and data parallelism's wrappers, whose names are the plain
+    ones.
+    """
     while True:
         if isinstance(model, (DataParallel, DistributedDataParallel)):
             model = model.module
@@ -135,6 +139,6 @@ def refuse_peft_model(model: nn.Module) -> None:
     """Raises ValueError for a model that PEFT has wrapped already."""
     if hasattr(model, "peft_config"):
         raise ValueError(
-            f"model is a {type(model).__name__} with PEFT adapters; it must be the model without them: "
-            "save them with save_pretrained, then use pylora.load_adapter on the plain model"
+            f"model is a {type(model).__name__} with PEFT adapters; it must be the model without "
+            "them: save them with save_pretrained, then use pylora.load_adapter on the plain model"
         )

@@ -40,15 +40,16 @@ def quantize_model(
 ) -> _Model:
     """Replaces every nn.Linear by an NF4Linear, in place, and returns the model.
 
-    skip_modules               names, or their last components, of modules to leave as they are, with
-                               everything inside them
+    skip_modules               names, or their last components, of modules to leave as they are,
+                               with everything inside them
     blocksize, double_quant    as in `pylora.quantize_nf4`
 
-    One layer is quantized at a time: the dense model and one quantized layer are the most that exists.
-    bitsandbytes' Linear4bit (nf4) layers are taken over with the bytes they have. A layer whose weight is
-    shared with a module that stays dense (an output head tied to the embeddings), a subclass of nn.Linear
-    and what the model declares as float32-only stay dense; the log (`pylora.models.quantization`) says
-    which. All layers are checked first: ValueError or TypeError names the module and nothing has changed.
+    One layer is quantized at a time: the dense model and one quantized layer are the most that
+    exists. bitsandbytes' Linear4bit (nf4) layers are taken over with the bytes they have. A layer
+    whose weight is shared with a module that stays dense (an output head tied to the embeddings), a
+    subclass of nn.Linear and what the model declares as float32-only stay dense; the log
+    (`pylora.models.quantization`) says which. All layers are checked first: ValueError or TypeError
+    names the module and nothing has changed.
     """
     root = unwrapped(model)
     check_blocksize(blocksize)
@@ -62,7 +63,8 @@ def quantize_model(
     for site in chosen:
         _check(site)
     before = _nbytes(root)
-    # Places only, grouped by layer: a list of modules would keep every dense weight alive to the end.
+    # Places only, grouped by layer: a list of modules would keep every dense weight alive to the
+    # end.
     layers: dict[int, dict[int, list[_Place]]] = {}
     for site in chosen:
         modules = layers.setdefault(id(site.module.weight), {})
@@ -137,9 +139,7 @@ def _mention_fused_experts(everything: list[Site]) -> None:
         for name, parameter in site.module.named_parameters(recurse=False):
             if parameter.dim() == 3 and "expert" in site.name:
                 shape = tuple(parameter.shape)
-                logger.warning(
-                    "%s.%s %s stays dense: it is no nn.Linear", site.name, name, shape
-                )
+                logger.warning("%s.%s %s stays dense: it is no nn.Linear", site.name, name, shape)
 
 
 def _check(site: Site) -> None:
@@ -151,8 +151,9 @@ def _check(site: Site) -> None:
         except (TypeError, ValueError) as error:
             raise type(error)(f"{site.name}: {error}") from error
     else:
-        checks.quantizable(f"{site.name}.weight", site.module.weight)
-        checks.finite(f"{site.name}.weight", site.module.weight)
+        weight: Any = site.module.weight
+        checks.quantizable(f"{site.name}.weight", weight)
+        checks.finite(f"{site.name}.weight", weight)
 
 
 def _quantize_layer(

@@ -22,20 +22,25 @@ def named_by(name: str, entries: Collection[str]) -> bool:
 
 
 def can_carry_lora(module: nn.Module) -> bool:
-    """True for the layers that LoRALinear wraps; a subclass may compute something else than nn.Linear."""
-    return type(module) is nn.Linear or isinstance(module, NF4Linear) or is_bitsandbytes_4bit(module)
+    """True for the layers that LoRALinear wraps; a subclass may compute something else than
+    nn.Linear.
+    """
+    return (
+        type(module) is nn.Linear or isinstance(module, NF4Linear) or is_bitsandbytes_4bit(module)
+    )
 
 
 @dataclass(frozen=True)
 class Targets:
     """What to wrap, in the terms of PEFT's configuration.
 
-    modules              "all-linear": every linear layer but the output head; another string: a regular
-                         expression for the whole name; else names or their last components
+    modules              "all-linear": every linear layer but the output head; another string: a
+                         regular expression for the whole name; else names or their last components
     excluded             the same two forms, for what is left out
     layers               numbers of the only layers to touch, as far as names carry a number
     layers_pattern       names of the module lists that those numbers count; any list where empty
-    fully_trained        modules (names) that are trained in full, so that nothing inside them is wrapped
+    fully_trained        modules (names) that are trained in full, so that nothing inside them is
+                         wrapped
     """
 
     modules: str | Collection[str]
@@ -92,9 +97,9 @@ def output_head(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def describe(targets: Iterable[str], fully_trained: Collection[str], model: nn.Module) -> (
-    str | list[str]
-):
+def describe(
+    targets: Iterable[str], fully_trained: Collection[str], model: nn.Module
+) -> str | list[str]:
     """The shortest specification that PEFT resolves to exactly the modules named.
 
     Their last components where that is unambiguous, else their names, else a regular expression.
@@ -111,7 +116,9 @@ def _names(targets: Targets, model: nn.Module) -> set[str]:
 
 
 def pattern_value(patterns: Mapping[str, _Value], name: str, default: _Value) -> _Value:
-    """PEFT's rank_pattern and alpha_pattern: the value of the first key that matches the end of a name."""
+    """PEFT's rank_pattern and alpha_pattern: the value of the first key that matches the end of a
+    name.
+    """
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value

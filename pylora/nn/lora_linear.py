@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,14 @@ from torch import Tensor, nn
 from pylora import functional
 from pylora.nf4 import NF4Weight
 from pylora.nn.nf4_linear import NF4Linear
+
+
+@dataclass
+class _UnmergedBase:
+    """The base's tensors from before a merge, out of reach of `parameters()` and `state_dict()`."""
+
+    weight: Tensor | NF4Weight
+    bias: Tensor | None
 
 
 class LoRALinear(nn.Module):
@@ -63,10 +72,10 @@ class LoRALinear(nn.Module):
             raise TypeError(f"dtype is {dtype}; it must be a floating-point dtype")
         self.base_layer = base.requires_grad_(False)
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
-        self.use_rslora, self.use_dora = use_rslora, use_dora
-        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.r, self.lora_dropout, self.use_dora = r, lora_dropout, use_dora
+        self.set_scaling(lora_alpha, use_rslora)
         self.merged = False
+        self._unmerged_base: _UnmergedBase | None = None
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, device=device, dtype=dtype))
@@ -83,6 +92,11 @@ class LoRALinear(nn.Module):
             self.register_load_state_dict_post_hook(lambda layer, _: layer.refresh_base_norm())
         if device.type != "meta":
             self.reset_lora_parameters()
+
+    def set_scaling(self, lora_alpha: float, use_rslora: bool) -> None:
+        """scaling = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`."""
+        self.lora_alpha, self.use_rslora = lora_alpha, use_rslora
+        self.scaling = lora_alpha / (math.sqrt(self.r) if use_rslora else self.r)
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
@@ -181,6 +195,68 @@ class LoRALinear(nn.Module):
             dense *= (self.lora_magnitude.float() / self.weight_norm().float())[:, None]
         return dense
 
+    @property
+    def can_unmerge(self) -> bool:
+        """True while the base weight from before the merge is kept."""
+        return self._unmerged_base is not None
+
+    def set_merged(self, weight: Tensor | NF4Weight, bias: Tensor | None) -> None:
+        """Replaces the base's weight and bias by merged ones; `unmerge` puts the old objects back.
+
+        Raises ValueError where the layer is merged already.
+        """
+        if self.merged:
+            raise ValueError("the layer is merged already; unmerge must be called first")
+        base = self.base_layer
+        old = base.nf4_weight if isinstance(base, NF4Linear) else base.weight
+        self._unmerged_base = _UnmergedBase(old, base.bias)
+        self._set_base(weight, bias)
+        self.merged = True
+
+    def unmerge(self) -> None:
+        """Restores the base from before `set_merged`, on the device (and in the dtype) of now.
+
+        Raises ValueError where there is nothing to restore.
+        """
+        if self._unmerged_base is None:
+            raise ValueError("the layer keeps no base from before a merge; it must be merged")
+        old, now = self._unmerged_base, self.base_layer.weight
+        weight, bias = old.weight, old.bias
+        if isinstance(weight, NF4Weight):
+            weight = weight.to(now.device)
+        elif (weight.device, weight.dtype) != (now.device, now.dtype):
+            weight = weight.detach().to(now.device, now.dtype)
+        merged_bias = self.base_layer.bias
+        if bias is not None and merged_bias is not None:
+            if (bias.device, bias.dtype) != (merged_bias.device, merged_bias.dtype):
+                bias = bias.detach().to(merged_bias.device, merged_bias.dtype)
+        self._set_base(weight, bias)
+        self._unmerged_base, self.merged = None, False
+
+    def forget_base(self) -> None:
+        """Frees the base from before the merge; the layer stays merged for good."""
+        self._unmerged_base = None
+
+    def _set_base(self, weight: Tensor | NF4Weight, bias: Tensor | None) -> None:
+        base = self.base_layer
+        if isinstance(base, NF4Linear) and isinstance(weight, NF4Weight):
+            base.set_nf4_weight(weight)
+        elif isinstance(base, nn.Linear) and isinstance(weight, Tensor):
+            base.weight = _frozen(weight)
+        else:
+            raise TypeError(f"weight is {type(weight).__name__}; it must be of the base's own kind")
+        base.bias = None if bias is None else _frozen(bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight as it is stored, for code that asks a linear layer for its device."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias."""
+        return self.base_layer.bias
+
     def extra_repr(self) -> str:
         flags = "".join(f", {name}" for name in ("use_rslora", "use_dora") if getattr(self, name))
         merged = ", merged" if self.merged else ""
@@ -188,3 +264,9 @@ class LoRALinear(nn.Module):
             f"r={self.r}, lora_alpha={self.lora_alpha}, "
             f"lora_dropout={self.lora_dropout}{flags}{merged}"
         )
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    if isinstance(tensor, nn.Parameter):
+        return tensor
+    return nn.Parameter(tensor, requires_grad=False)
