@@ -40,6 +40,9 @@ test: $(INSTALLED) ## all tests
 check: $(INSTALLED) ## every kernel that can run here against the reference
 	cd $(VENV) && bin/python -m pylora check
 
+kernels: $(INSTALLED) ## resources of the compiled CUDA kernels, compared with the committed table
+	$(PY) benchmarks/kernel_resources.py
+
 lint: $(INSTALLED) ## ruff, clang-format, mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .

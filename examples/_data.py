@@ -1,4 +1,4 @@
-"""Where the examples come from: the standard library's docstrings, a JSON Lines file, or plain text.
+"""Where the examples come from: the standard library's docstrings, a JSON Lines or a text file.
 
 Everything here is a deterministic function of the files read: the same files give the same examples
 in the same order and the same split. Standard-library sources are parsed, never imported.
@@ -25,10 +25,12 @@ SKIPPED_FOLDERS = frozenset(
     "test tests turtledemo".split()
 )
 
+SENTENCE_END = re.compile(r"(?<=[a-z0-9)'`\"])(?<!\be\.g)(?<!\bi\.e)[.:;](?:\s|$)")
+
 
 @dataclass(frozen=True)
 class Example:
-    """One training example. The loss counts the completion only; an empty prompt means all of it."""
+    """The loss counts the completion only; with an empty prompt that is all there is."""
 
     prompt: str
     completion: str
@@ -197,7 +199,7 @@ def _documented(scope: ast.AST, name: str) -> Iterator[tuple[str, str]]:
 def first_sentence(docstring: str) -> str | None:
     """The first sentence, or None where a docstring opens with something that is not prose."""
     paragraph = " ".join(docstring.split("\n\n")[0].split())
-    sentence = re.split(r"(?<=[a-z0-9)'`\"])[.:;](?:\s|$)", paragraph)[0].strip()
+    sentence = SENTENCE_END.split(paragraph)[0].strip()
     is_prose = re.fullmatch(r"[A-Z][a-z]*\b[\x20-\x7e]*", sentence) and "<==>" not in sentence
     if not is_prose or not 4 <= len(sentence.split()) <= 30:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -104,8 +105,10 @@ class Job:
         asked = [e for e in self.validation_examples if e.prompt] or self.validation_examples
         samples = asked[: self.options.samples]
         texts = generate(self.model, self.encoder, samples, self.options.sample_tokens)
+        loss = validate(self.loss, self.validation)
         return {
-            "loss": validate(self.loss, self.validation),
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 100.0)),
             "samples": [
                 {"prompt": e.prompt, "expected": e.completion, "written": text}
                 for e, text in zip(samples, texts, strict=True)

@@ -49,7 +49,7 @@ class MemoryMeter:
         return _status_bytes("VmHWM") or _ru_maxrss()
 
     def start_phase(self) -> int:
-        """Gives back what is free already, sets the peak back, and returns the memory now in use."""
+        """Gives back what is free, sets the peak back, and returns the memory now in use."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -214,8 +214,8 @@ def chosen_kernels(model: nn.Module) -> str:
 
 
 def save_trained(model: nn.Module, method: str, out: Path) -> Path:
-    """What the training was for, in a folder of its own: an adapter in PEFT's format, or, after full
-    fine-tuning, the whole model in bf16."""
+    """What the training was for, in a folder of its own: an adapter in PEFT's format, or, after
+    full fine-tuning, the whole model in bf16."""
     if method == "full":
         target = out / "model"
         with replacing_folder(target) as temporary:

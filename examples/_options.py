@@ -114,10 +114,9 @@ def _check(options: Options) -> None:
         "max_length": 8,
     }
     for name, minimum in least.items():
-        if getattr(options, name) < minimum:
-            raise UserError(
-                f"--{name.replace('_', '-')} is {getattr(options, name)}, must be at least {minimum}"
-            )
+        value = getattr(options, name)
+        if value < minimum:
+            raise UserError(f"--{name.replace('_', '-')} is {value}, must be at least {minimum}")
     if not 0 <= options.dropout < 1:
         raise UserError(f"--dropout is {options.dropout}, must be at least 0 and below 1")
     if options.learning_rate is not None and not options.learning_rate > 0:

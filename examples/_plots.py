@@ -43,8 +43,9 @@ def save_loss_curve(
     axes.plot(steps, losses, color=ACCENT, alpha=0.25, linewidth=1, label="training, each step")
     axes.plot(steps, smoothed(losses), color=ACCENT, linewidth=2, label="training, smoothed")
     points = [(0, before)] if after is None else [(0, before), (len(losses), after)]
-    axes.plot(*zip(*points, strict=True), "o--", color=INK, markersize=6, linewidth=1,
-              label="validation")  # fmt: skip
+    axes.plot(
+        *zip(*points, strict=True), "o", color=INK, markersize=7, label="validation", zorder=3
+    )
     for number, (step, value) in enumerate(points):
         axes.annotate(
             f"{value:.2f}",
@@ -92,11 +93,15 @@ def save_comparison(path: Path, results: Sequence[dict[str, Any]], title: str) -
     curves.set(title="Training loss, smoothed", xlabel="step")
     curves.legend(frameon=False)
     _plain_frame(curves)
-    memory_now = [(r["memory_bytes"]["peak"] - r["memory_bytes"]["libraries"]) for r in results]
+    mebibytes = [
+        (r["memory_bytes"]["peak"] - r["memory_bytes"]["libraries"]) / 2**20 for r in results
+    ]
+    losses = [r["after"]["loss"] for r in results]
+    speeds = [r["tokens_per_second"] for r in results]
     for axes, heading, values, form in (
-        (final, "Validation loss after training", [r["after"]["loss"] for r in results], "{:.3f}"),
-        (memory, "Peak memory above the libraries, MiB", [m / 2**20 for m in memory_now], "{:.0f}"),
-        (speed, "Tokens per second in training", [r["tokens_per_second"] for r in results], "{:.0f}"),
+        (final, "Validation loss after training", losses, "{:.3f}"),
+        (memory, "Peak memory above the libraries, MiB", mebibytes, "{:.0f}"),
+        (speed, "Tokens per second in training", speeds, "{:.0f}"),
     ):
         names = [r["method"] for r in results]
         bars = axes.barh(names, values, color=[COLORS[name] for name in names], height=0.65)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import shutil
 import textwrap
@@ -74,7 +73,7 @@ def report_result(
         ("", "before", "after"),
         [
             ("validation loss", f"{before['loss']:.3f}", f"{after['loss']:.3f}"),
-            ("perplexity", f"{perplexity(before['loss']):.1f}", f"{perplexity(after['loss']):.1f}"),
+            ("perplexity", f"{before['perplexity']:.1f}", f"{after['perplexity']:.1f}"),
         ],
     )
     print()
@@ -97,10 +96,6 @@ def report_result(
     ):
         print(f"  {path}  {what}")
     print(flush=True)
-
-
-def perplexity(loss: float) -> float:
-    return math.exp(min(loss, 100.0))
 
 
 def describe_check(check: dict[str, Any]) -> str:

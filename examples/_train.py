@@ -79,9 +79,9 @@ class CompletionLoss:
 
 
 def evaluation_mode(model: nn.Module) -> None:
-    """`model.eval()`, but for bitsandbytes' layers, in which nothing depends on the mode except this:
-    on some CPUs the first call in eval mode repacks the weight for good, in a form that cannot be
-    trained over, and rounds absmax to bf16."""
+    """`model.eval()`, but not for bitsandbytes' layers: on some CPUs their first call in eval mode
+    repacks the weight for good, in a form that cannot be trained over, with absmax in bf16. Nothing
+    else in them depends on the mode."""
     model.eval()
     for module in model.modules():
         if type(module).__module__ == "bitsandbytes.nn.modules":

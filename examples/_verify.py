@@ -1,4 +1,4 @@
-"""The saved adapter, loaded by PEFT over the same NF4 base in bitsandbytes: are the logits the same?
+"""The saved adapter, loaded by PEFT over the same NF4 base: are the logits the same?
 
 Two programs that compute in bf16 differ in their last bits, so neither can be the measure of the
 other. Both are held against PEFT over the dequantized base in fp32, and the one trained here must

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.compare:
             from _compare import compare
 
-            return compare(options, argv if argv is not None else sys.argv[1:])
+            return compare(options)
         return run(options, given)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -56,7 +56,7 @@ def run(options: Options, given: set[str]) -> int:
 
     # 2. The model, quantized, with LoRA; a checkpoint's state on top when resuming.
     from _job import Job
-    from _report import announce, report_stop, report_result, write_summary
+    from _report import announce, report_result, report_stop, write_summary
 
     job = Job(options, split, saved)
     announce(job)
@@ -69,15 +69,16 @@ def run(options: Options, given: set[str]) -> int:
     finished = job.train()
     exported = job.export()
     if not finished:
-        write_summary(job, exported, after=None, check=None, seconds=time.perf_counter() - started)
+        write_summary(job, exported, None, None, time.perf_counter() - started)
         report_stop(job, exported, resume_command(options))
         return INTERRUPTED
 
     # 5. Where it stands now, and whether PEFT reads the adapter as the same model.
     after = job.measure()
     check = job.check(exported) if options.check else {"skipped": "--no-check"}
-    write_summary(job, exported, after, check, seconds=time.perf_counter() - started)
-    report_result(job, exported, after, check, seconds=time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    write_summary(job, exported, after, check, seconds)
+    report_result(job, exported, after, check, seconds)
     return 0 if check.get("agrees", True) else 1
 
 

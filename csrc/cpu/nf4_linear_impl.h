@@ -21,6 +21,10 @@ inline constexpr int64_t kForwardPanel = 48;   // outputs decoded at a time; mul
 inline constexpr int64_t kBackwardPanel = 96;  // S::rows_for(v), the latter also of kGroup
 inline constexpr int64_t kFewTokens = 48;      // up to here a longer stretch of the sum fits the cache
 
+// For few tokens torch sums fp32 products in many short chains, which is more accurate than one long
+// one; so must we. (bf16 products are exact in fp32, and their rounding outweighs that of the sum.)
+inline constexpr int64_t kShortChain = 32;
+
 // Parts of a thread's workspace, in floats.
 inline constexpr int64_t kPackedSize = kTokenBlock * kTileK / 2;
 inline constexpr int64_t kPanelSize = kBackwardPanel * kTileK;
@@ -54,43 +58,75 @@ struct LinearTask {
 
   void run() {
     const int64_t padded = round_up(outs, kPanel);
-    const int64_t elements = tiles.rows > kFewTokens ? kTileK / 2 : kTileK;
-    const int64_t stretch = elements * Sums::kStep;
     const int64_t depth = problem.depth();
-    const T* x = static_cast<const T*>(problem.x) + row * depth;
-    for (int64_t k = 0; k < depth; k += stretch) {
-      const int64_t count = depth - k < stretch ? depth - k : stretch;
-      pack_tokens<S, Mac>(x + k, depth, tiles, count, packed);
+    const int64_t tokens = tiles.padded();
+    const int64_t elements = tokens * kTileK <= kPackedSize ? kTileK : kTileK / 2;
+    const int64_t stretch = elements * Sums::kStep;
+    // Few tokens: pack all of them first, then go through W row by row as it lies in memory.
+    const bool whole = tokens * ceil_div(depth, Sums::kStep) <= kPackedSize;
+    if (whole) {
+      for (int64_t k = 0; k < depth; k += stretch) pack(k, min(stretch, depth - k), whole);
       for (int64_t p = 0; p < outs; p += kPanel) {
-        const int64_t width = outs - p < kPanel ? outs - p : kPanel;
-        if constexpr (kBackward) {
-          decode_panel_t(Sums{}, problem.weight, k, count, out + p, width, panel, kPanel);
-        } else {
-          decode_panel(Sums{}, problem.weight, out + p, width, k, count, panel);
+        for (int64_t k = 0; k < depth; k += stretch) {
+          add_panel(p, padded, k, min(stretch, depth - k), whole);
         }
-        multiply<Mac>(ceil_div(count, Sums::kStep), width, sums, padded, p, k > 0);
+      }
+    } else {
+      for (int64_t k = 0; k < depth; k += stretch) {
+        pack(k, min(stretch, depth - k), whole);
+        for (int64_t p = 0; p < outs; p += kPanel) {
+          add_panel(p, padded, k, min(stretch, depth - k), whole);
+        }
       }
     }
     if (problem.low != nullptr && problem.rank <= kTileK / 2) pack_low(0, problem.rank);
     for (int64_t p = 0; p < outs; p += kPanel) {
-      finish(p, outs - p < kPanel ? outs - p : kPanel, padded, depth > 0);
+      finish(p, min(kPanel, outs - p), padded, depth > 0);
     }
+  }
+
+  PYLORA_INLINE static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+  float* packed_at(int64_t k, bool whole) {
+    return packed + (whole ? tiles.padded() * (k / Sums::kStep) : 0);
+  }
+
+  void pack(int64_t k, int64_t count, bool whole) {
+    const int64_t depth = problem.depth();
+    const T* x = static_cast<const T*>(problem.x) + row * depth + k;
+    pack_tokens<S, Mac>(x, depth, tiles, count, packed_at(k, whole));
+  }
+
+  // Sums of outputs p .. over one stretch.
+  void add_panel(int64_t p, int64_t padded, int64_t k, int64_t count, bool whole) {
+    const int64_t width = min(kPanel, outs - p);
+    if constexpr (kBackward) {
+      decode_panel_t(Sums{}, problem.weight, k, count, out + p, width, panel, kPanel);
+    } else {
+      decode_panel(Sums{}, problem.weight, out + p, width, k, count, panel);
+    }
+    multiply<Mac>(packed_at(k, whole), ceil_div(count, Sums::kStep), width, sums, padded, p, k > 0);
   }
 
   // All tiles of tokens times the panel, into outputs p .. p + width of `target`, which holds
   // `height` outputs a tile.
   template <template <class> class M>
-  void multiply(int64_t elements, int64_t width, float* target, int64_t height, int64_t p,
+  void multiply(const float* from, int64_t elements, int64_t width, float* target, int64_t height, int64_t p,
                 bool accumulate) {
+    const int64_t chain = M<S>::kStep == 1 && tiles.rows <= kFewTokens ? kShortChain : kTileK;
     for (int64_t t = 0; t < tiles.count(); ++t) {
       const int v = tiles.vectors(t);
       const int64_t tokens = v * S::kLanes;
       const int step = S::rows_for(v);
       float* c = target + tiles.offset(t, height) + p * tokens;
-      const float* b = packed + tiles.offset(t, elements);
+      const float* b = from + tiles.offset(t, elements);
       for (int64_t i = 0; i < width; i += step) {
         const float* a = panel + (kBackward ? i : i * kTileLd);
-        run_tile<S, M, kOrder>(v, elements, a, kPanel, b, c + i * tokens, accumulate);
+        for (int64_t k = 0; k < elements; k += chain) {
+          run_tile<S, M, kOrder>(v, elements - k < chain ? elements - k : chain,
+                                 a + (kBackward ? k * kPanel : k), kPanel, b + k * tokens,
+                                 c + i * tokens, accumulate || k > 0);
+        }
       }
     }
   }
@@ -105,14 +141,13 @@ struct LinearTask {
     const bool masked = problem.low != nullptr && problem.dropout.enabled;
     if (problem.low != nullptr) {
       for (int64_t r = 0; r < problem.rank; r += kTileK / 2) {
-        const int64_t left = problem.rank - r;
-        const int64_t count = left < kTileK / 2 ? left : kTileK / 2;
+        const int64_t count = min(kTileK / 2, problem.rank - r);
         if (problem.rank > kTileK / 2) pack_low(r, count);
         load_adapter(p, width, r, count);
         if (masked) {
-          multiply<F32Mac>(count, width, low_rank, kPanel, 0, r > 0);
+          multiply<F32Mac>(packed, count, width, low_rank, kPanel, 0, r > 0);
         } else {
-          multiply<F32Mac>(count, width, sums, padded, p, summed || r > 0);
+          multiply<F32Mac>(packed, count, width, sums, padded, p, summed || r > 0);
         }
       }
     }

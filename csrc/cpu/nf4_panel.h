@@ -156,6 +156,8 @@ void decode_panel_t(Bf16Mac<S>, const NF4Matrix& w, int64_t row, int64_t count, 
     const int64_t second = pair ? first + w.cols : first;
     const GroupScales<S> scale(w, first, cols);
     const GroupScales<S> next_scale(w, second, cols);
+    __builtin_prefetch(w.qweight + (first + cols) / 2 + 63);
+    __builtin_prefetch(w.qweight + (second + cols) / 2 + 63);
     for (int64_t k = 0; k < cols; k += kGroup) {
       S::decode_pair_32(w.qweight + (first + k) / 2, w.qweight + (second + k) / 2, scale(k / kGroup),
                         pair ? next_scale(k / kGroup) : 0.0f, panel + k);

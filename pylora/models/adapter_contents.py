@@ -88,8 +88,8 @@ def _read(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     if not file.is_file():
         if (folder / _PICKLED_NAME).is_file():
             raise ValueError(
-                f"{folder / _PICKLED_NAME} is a pickle, which can run any code when it is loaded; "
-                f"the weights must be in {WEIGHTS_NAME}: save them again with safe_serialization=True"
+                f"{folder / _PICKLED_NAME} is a pickle, which can run any code when loaded; "
+                f"the weights must be in {WEIGHTS_NAME}: save it again with safe_serialization"
             )
         raise FileNotFoundError(f"{file} is missing; it must lie beside {CONFIG_NAME}")
     try:
@@ -114,8 +114,8 @@ def _place(contents: AdapterContents, key: str, tensor: Tensor) -> None:
             return
     hint = " (LoRA of an embedding)" if "lora_embedding" in key else ""
     raise ValueError(
-        f"{contents.file}: key {key!r} is not supported{hint}; it must be the LoRA of a linear layer "
-        "or lie in a module of modules_to_save that the model has"
+        f"{contents.file}: key {key!r} is not supported{hint}; it must be the LoRA of a linear "
+        "layer or lie in a module of modules_to_save that the model has"
     )
 
 

@@ -66,7 +66,7 @@ def add_lora(
     modules_to_save: Collection[str] = (),
     dtype: torch.dtype = torch.float32,
 ) -> _Model:
-    """Freezes the model, wraps target layers into `pylora.nn.LoRALinear` in place, returns the model.
+    """Freezes the model, wraps its targets into `pylora.nn.LoRALinear` in place and returns it.
 
     target_modules     "all-linear" (every linear layer but the output head), another string: a
                        regular expression for the whole name; or names, or their last components

@@ -209,9 +209,9 @@ class LoRALinear(nn.Module):
             raise ValueError("the layer is merged already; unmerge must be called first")
         base = self.base_layer
         old = base.nf4_weight if isinstance(base, NF4Linear) else base.weight
-        self._unmerged_base = _UnmergedBase(old, base.bias)
+        kept = _UnmergedBase(old, base.bias)
         self._set_base(weight, bias)
-        self.merged = True
+        self._unmerged_base, self.merged = kept, True
 
     def unmerge(self) -> None:
         """Restores the base from before `set_merged`, on the device (and in the dtype) of now.

@@ -11,8 +11,8 @@ from torch import Tensor
 from pylora.nf4 import nf4_code
 from pylora.reference.absmax import dequantize_absmax
 
-# Elements of the base weight that a reference holds dequantized at a time (16 MiB in fp32).
-PANEL_ELEMENTS = 1 << 22
+# Elements of the base weight that a reference holds dequantized at a time (2 MiB in fp32).
+PANEL_ELEMENTS = 1 << 19
 
 
 def nf4_dequantize(

@@ -1,0 +1,168 @@
+"""Registers, shared memory, spills and load widths of the compiled CUDA kernels, by architecture.
+
+    python benchmarks/kernel_resources.py            compare with the table, exit 1 if worse
+    python benchmarks/kernel_resources.py --write    replace the table
+
+No GPU is needed: the numbers are read from the machine code in `pylora._C` by cuobjdump, which
+comes with the Triton wheel. Worse means a spill, a kernel gone, or more registers or shared memory
+or fewer 16-byte accesses than the table says; a change that means it updates the table in the same
+commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+TABLE = Path(__file__).parent / "results" / "kernel_resources.json"
+# The column is checked in this direction: +1 where more is worse, -1 where less is.
+WORSE = {"registers": 1, "shared": 1, "stack": 1, "local": 1, "loads_16": -1, "stores_16": -1}
+
+Resources = dict[str, dict[str, dict[str, int]]]
+
+
+def find_cuobjdump() -> Path:
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        raise SystemExit("cuobjdump comes with the triton package, which is not installed")
+    return Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def find_extension() -> Path:
+    import pylora
+
+    modules = list(Path(pylora.__file__).parent.glob("_C.*.so"))
+    if not modules:
+        raise SystemExit("pylora._C is not built")
+    return modules[0]
+
+
+def short_name(mangled: str) -> str:
+    """`nf4_dequantize_tiles<bf16>` of a mangled kernel name."""
+    position, names = 3, []
+    # Itanium mangling: _ZN, then each enclosing name behind its length.
+    while match := re.match(r"\d+", mangled[position:]):
+        start = position + match.end()
+        position = start + int(match[0])
+        names.append(mangled[start:position])
+    types = {"If": "fp32", "I6__half": "fp16", "I13__nv_bfloat16": "bf16"}
+    kind = next((t for code, t in types.items() if mangled[position:].startswith(code)), "")
+    name = names[-1] if names else mangled
+    return f"{name}<{kind}>" if kind else name
+
+
+def measure(module: Path) -> Resources:
+    """arch -> kernel -> numbers, of every kernel in the module."""
+    tool = find_cuobjdump()
+    usage = subprocess.run(
+        [tool, "-res-usage", module], capture_output=True, text=True, check=True
+    ).stdout
+    table: Resources = {}
+    arch = ""
+    mangled = ""
+    for line in usage.splitlines():
+        if match := re.match(r"\s*arch = (sm_\w+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s*Function (\S+):", line):
+            mangled = match[1]
+        elif match := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            keys = ("registers", "stack", "shared", "local")
+            numbers = dict(zip(keys, map(int, match.groups()), strict=True))
+            table.setdefault(arch, {})[short_name(mangled)] = numbers
+    for arch in table:
+        _count_instructions(tool, module, arch, table[arch])
+    return table
+
+
+def _count_instructions(
+    tool: Path, module: Path, arch: str, kernels: dict[str, dict[str, int]]
+) -> None:
+    code = subprocess.run(
+        [tool, "-sass", "-arch", arch, module], capture_output=True, text=True, check=True
+    ).stdout
+    counts: Counter[str] = Counter()
+    name = ""
+    for line in code.splitlines():
+        if match := re.match(r"\s*Function : (\S+)", line):
+            name = short_name(match[1])
+            counts = Counter()
+            for key in ("instructions", "loads_16", "stores_16", "matrix"):
+                kernels[name][key] = 0
+        elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", line):
+            counts["instructions"] += match[1] != "NOP"
+            counts["loads_16"] += bool(re.match(r"LDG.*\.128|LDGSTS.*\.128", match[1]))
+            counts["stores_16"] += bool(re.match(r"STG.*\.128", match[1]))
+            counts["matrix"] += bool(re.match(r"HMMA|HGMMA|UTCHMMA", match[1]))
+            kernels[name] |= counts
+
+
+def problems(measured: Resources, committed: Resources) -> list[str]:
+    """Sentences for what is worse than the committed table, or spills at all."""
+    found = []
+    for arch, kernels in measured.items():
+        for name, numbers in kernels.items():
+            if numbers["local"] or numbers["stack"]:
+                found.append(f"{arch} {name} spills: {numbers}")
+    for arch, kernels in committed.items():
+        for name, before in kernels.items():
+            after = measured.get(arch, {}).get(name)
+            if after is None:
+                found.append(f"{arch} {name} is gone")
+                continue
+            found += [
+                f"{arch} {name}: {key} {before[key]} -> {after[key]}"
+                for key, sign in WORSE.items()
+                if sign * (after[key] - before[key]) > 0
+            ]
+    return found
+
+
+def show(table: Resources) -> None:
+    columns = ("registers", "shared", "local", "instructions", "loads_16", "stores_16", "matrix")
+    print(f"{'arch':8} {'kernel':34}" + "".join(f"{column:>14}" for column in columns))
+    for arch, kernels in table.items():
+        for name, numbers in sorted(kernels.items()):
+            print(f"{arch:8} {name:34}" + "".join(f"{numbers[column]:14}" for column in columns))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="kernel_resources.py")
+    parser.add_argument("--write", action="store_true", help="replace the committed table")
+    arguments = parser.parse_args()
+    from pylora import _C
+
+    if not _C.build_info()["cuda"]:
+        print("pylora._C was built without nvcc: there are no CUDA kernels to look at")
+        return 0
+    measured = measure(find_extension())
+    show(measured)
+    if arguments.write:
+        version = _C.build_info()["cuda_version"]
+        document: dict[str, Any] = {"cuda": version, "kernels": measured}
+        TABLE.parent.mkdir(parents=True, exist_ok=True)
+        TABLE.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+        print(f"wrote {TABLE}")
+        return 0
+    if not TABLE.exists():
+        print(f"{TABLE} is missing; --write makes it")
+        return 1
+    committed = json.loads(TABLE.read_text())
+    if committed["cuda"] != _C.build_info()["cuda_version"]:
+        print(f"the table is of CUDA {committed['cuda']}: only spills are checked")
+        committed = {"kernels": {}}
+    found = problems(measured, committed["kernels"])
+    for line in found:
+        print(f"WORSE {line}")
+    print(f"{sum(map(len, measured.values()))} kernels, {len(found)} problems")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

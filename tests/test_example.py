@@ -1,0 +1,282 @@
+"""The main job end to end on a tiny random Llama: every method, resuming, Ctrl-C, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("matplotlib")
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+SCRIPT = EXAMPLES / "finetune_qlora.py"
+sys.path.append(str(EXAMPLES))
+
+import finetune_qlora
+from _batches import IGNORED, Batch
+from _options import METHOD_NAMES
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer Llama with random weights and a tokenizer of single bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    lines = [json.dumps({"prompt": f"{i} + 1", "completion": f"is {i + 1}"}) for i in range(80)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture
+def arguments(model_folder: Path, data: Path, tmp_path: Path) -> list[str]:
+    return [
+        *("--model", str(model_folder), "--data", str(data), "--out", str(tmp_path / "out")),
+        *("--batch-size", "4", "--max-length", "48", "--learning-rate", "0.01"),
+        *("--r", "4", "--sample-tokens", "4", "--threads", "1"),
+    ]
+
+
+def summary(out: Path) -> dict[str, Any]:
+    return json.loads((out / "summary.json").read_text())
+
+
+def assert_no_leftovers(out: Path) -> None:
+    assert not [path for path in out.rglob(".*")], "a temporary name was left behind"
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_every_method_learns_and_writes_what_it_promises(
+    method: str, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if method == "peft":
+        pytest.importorskip("bitsandbytes")
+    out = tmp_path / "out"
+    status = finetune_qlora.main([*arguments, "--method", method, "--steps", "12"])
+    printed = capsys.readouterr().out
+    assert status == 0, printed
+    result = summary(out)
+    assert result["finished"] and len(result["losses"]) == 12
+    assert result["after"]["loss"] < result["before"]["loss"] - 0.3
+    assert result["tokens_per_second"] > 0
+    assert result["memory_bytes"]["peak"] > result["memory_bytes"]["libraries"] > 0
+    assert len(result["before"]["samples"]) == len(result["after"]["samples"]) == 3
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "validation loss" in printed and str(out / "summary.json") in printed
+    if method == "full":
+        assert (out / "model" / "model.safetensors").is_file()
+    else:
+        assert (out / "adapter" / "adapter_model.safetensors").is_file()
+    if method in ("qlora", "lora", "hybrid"):
+        assert result["peft_check"]["agrees"], result["peft_check"]
+    assert_no_leftovers(out)
+
+
+def test_hybrid_trains_whole_modules_too(arguments: list[str], tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.down_proj"
+    options = ["--method", "hybrid", "--steps", "2", "--samples", "0", "--full-modules", name]
+    assert finetune_qlora.main([*arguments, *options]) == 0
+    trained = load_file(tmp_path / "out" / "checkpoint" / "trained.safetensors")
+    whole = [key for key, value in trained.items() if value.shape == (64, 128)]
+    assert len(whole) == 1 and name in whole[0]
+    saved = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert any(name in key and value.shape == (64, 128) for key, value in saved.items())
+
+
+@pytest.mark.parametrize("method", ["qlora", "full"])
+def test_a_resumed_run_gives_the_losses_of_an_uninterrupted_one(
+    method: str, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = [*arguments, "--method", method, "--steps", str(STEPS), "--samples", "0", "--no-check"]
+    if method == "qlora":
+        common += ["--dropout", "0.3"]  # so that the random state matters
+    assert finetune_qlora.main(common) == 0
+    whole = summary(tmp_path / "out")
+
+    stop_after(3, monkeypatch)
+    parts = [*common, "--out", str(tmp_path / "parts")]
+    assert finetune_qlora.main(parts) == 130
+    assert len(summary(tmp_path / "parts")["losses"]) == 3
+    monkeypatch.undo()
+    # Everything but the places comes from the checkpoint.
+    places = [*arguments[:4], "--out", str(tmp_path / "parts")]
+    assert finetune_qlora.main([*places, "--resume", "--no-check", "--samples", "0"]) == 0
+    resumed = summary(tmp_path / "parts")
+    assert resumed["losses"] == whole["losses"]
+    assert resumed["after"]["loss"] == whole["after"]["loss"]
+    assert resumed["before"] == whole["before"]
+
+
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sends this process SIGINT in the course of that step."""
+    import _train
+
+    rate = _train.scheduled_rate
+
+    def interrupting(now: int, *rest: Any) -> float:
+        if now == step - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return rate(now, *rest)
+
+    monkeypatch.setattr(_train, "scheduled_rate", interrupting)
+
+
+def test_resume_refuses_another_job(
+    arguments: list[str],
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refused(*words: str) -> str:
+        assert finetune_qlora.main([*arguments, "--resume", *words]) == 2
+        return capsys.readouterr().err
+
+    assert "there is no checkpoint in" in refused()
+    quick = ["--steps", "1", "--samples", "0", "--no-check"]
+    assert finetune_qlora.main([*arguments, *quick]) == 0
+    assert "has method qlora, but --method lora was given" in refused("--method", "lora")
+    assert "has steps 1, but --steps 9 was given" in refused("--steps", "9")
+
+    other_data = tmp_path / "other.txt"
+    other_data.write_text("one\n\ntwo\n")
+    assert "was trained with another data" in refused("--data", str(other_data))
+    other_model = tmp_path / "other-model"
+    other_model.mkdir()
+    for file in model_folder.iterdir():
+        (other_model / file.name).write_bytes(file.read_bytes())
+    changed = json.loads((model_folder / "config.json").read_text()) | {"rms_norm_eps": 1e-3}
+    (other_model / "config.json").write_text(json.dumps(changed))
+    assert "was trained with another model" in refused("--model", str(other_model))
+
+    weights = tmp_path / "out" / "checkpoint" / "optimizer.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    assert "optimizer.safetensors cannot be read" in refused()
+
+
+def test_ctrl_c_leaves_an_adapter_that_peft_loads(
+    arguments: list[str], model_folder: Path, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    command = [sys.executable, str(SCRIPT), *arguments, "--steps", "100000", "--samples", "0"]
+    out = tmp_path / "out"
+    with subprocess.Popen(
+        [*command, "--save-every", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 90
+        while not (out / "checkpoint").exists():
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline, "no checkpoint after 90 s"
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        printed, complaints = process.communicate(timeout=60)
+    assert process.returncode == 130, complaints
+    assert "Traceback" not in complaints
+    assert "Stopped after step" in printed and "--resume" in printed
+    assert not summary(out)["finished"]
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    adapted = PeftModel.from_pretrained(base, out / "adapter")
+    lora_B = [p for name, p in adapted.named_parameters() if "lora_B" in name]
+    assert lora_B and all(p.any() for p in lora_B)
+    assert_no_leftovers(out)
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--data", "absent.jsonl"], "no such file"),
+        (["--model", "absent"], "--model absent: no such folder"),
+        (["--model", "."], "has no config.json"),
+        (["--device", "cuda:99"], "--device cuda:99: cannot be used here"),
+        (["--steps", "0"], "--steps is 0, must be at least 1"),
+        (["--dropout", "1"], "--dropout is 1.0, must be"),
+        (["--learning-rate", "-1"], "--learning-rate is -1.0, must be above 0"),
+        (["--max-length", "8"], "fits into --max-length 8"),
+        (["--full-modules", "lm_head"], "--full-modules is for --method hybrid"),
+        (["--method", "hybrid", "--full-modules", "down_proj"], "did you mean model.layers.0"),
+    ],
+)
+def test_bad_options_are_one_line(
+    words: list[str],
+    complaint: str,
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert finetune_qlora.main([*arguments, *words]) == 2
+    message = capsys.readouterr().err
+    assert complaint in message and message.startswith("error: ") and message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_method_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        finetune_qlora.main(["--method", "qdora"])
+    assert "choose from" in capsys.readouterr().err
+
+
+def test_logits_are_computed_where_they_are_learnt_only(model_folder: Path) -> None:
+    from _train import CompletionLoss
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    input_ids = torch.randint(0, 200, (3, 9))
+    labels = torch.randint(0, 200, (3, 9))
+    labels[:, :5] = IGNORED
+    loss = CompletionLoss(model)
+    with torch.autocast("cpu", enabled=False):
+        logits, wanted = loss.logits(Batch(input_ids, labels, 27))
+    assert logits.shape == (3 * 4, model.config.vocab_size)
+    torch.testing.assert_close(wanted, labels[:, 5:].flatten())
+    full = model(input_ids).logits  # the hook leaves other calls alone
+    assert full.shape == (3, 9, model.config.vocab_size)
+    # Two matmul shapes, of which one runs under bf16 autocast.
+    assert (logits.float() - full[:, 5:].flatten(0, 1)).abs().max() < 0.05
+    total, count = loss(Batch(input_ids, labels, 27))
+    expected = torch.nn.functional.cross_entropy(full.flatten(0, 1), labels.flatten())
+    assert count == 12 and abs(total.item() / count - expected.item()) < 0.01

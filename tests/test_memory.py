@@ -1,0 +1,83 @@
+"""Peak memory of a training step on one layer: no dequantized copy of the weight, ever.
+
+Measured in a process of its own as the peak resident size, which Linux resets on request.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pylora.backends import extension
+
+SCRIPT = """
+import json, sys
+import torch, pylora, pylora.functional as F
+
+OUT, IN, ROWS, RANK = 4096, 4096, 256, 16
+
+def peak_kib():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])
+
+def reset_peak():
+    open("/proc/self/clear_refs", "w").write("5")
+
+torch.set_num_threads(2)
+w = pylora.quantize_nf4(torch.randn(OUT, IN), double_quant=True)
+A = torch.randn(RANK, IN).requires_grad_()
+B = torch.randn(OUT, RANK).requires_grad_()
+
+def step(rows):
+    x = torch.randn(rows, IN, dtype=torch.bfloat16).requires_grad_()
+    grad = torch.randn(rows, OUT, dtype=torch.bfloat16)
+    reset_peak()
+    before = peak_kib()
+    y = F.lora_linear(x, w, A, B, 0.5, dropout_p=0.1)
+    y.backward(grad)
+    return (peak_kib() - before) * 1024
+
+with pylora.use_backend(sys.argv[1]):
+    step(ROWS)  # what the first call allocates for good, such as the pages of libraries
+    used = min(step(ROWS) for _ in range(3))
+small = 4 * (A.numel() + B.numel()) + ROWS * RANK * 4
+print(json.dumps({
+    "used": used,
+    "y_and_dx": 2 * ROWS * (OUT + IN),
+    "small": small,
+    "dense": 2 * OUT * IN,
+}))
+"""
+
+
+def measure(backend: str) -> dict[str, int]:
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("the peak resident size can be reset on Linux alone")
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT, backend],
+        env={**os.environ, "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr
+    numbers: dict[str, int] = json.loads(result.stdout)
+    return numbers
+
+
+def test_training_step_of_the_cpu_kernels() -> None:
+    """x and grad were there before; y, dx, the small factors and 2 MiB a thread are all it takes."""
+    if extension.load()[0] is None:
+        pytest.skip("the extension is not built")
+    n = measure("cpu")
+    assert n["used"] <= n["y_and_dx"] + 3 * n["small"] + 2 * 2 * 2**20, n
+
+
+def test_training_step_of_the_reference() -> None:
+    """Slower and less thrifty, but still less than one dense bf16 copy of the weight."""
+    n = measure("reference")
+    assert n["used"] - n["y_and_dx"] - 3 * n["small"] <= n["dense"], n
