@@ -280,3 +280,24 @@ def test_logits_are_computed_where_they_are_learnt_only(model_folder: Path) -> N
     total, count = loss(Batch(input_ids, labels, 27))
     expected = torch.nn.functional.cross_entropy(full.flatten(0, 1), labels.flatten())
     assert count == 12 and abs(total.item() / count - expected.item()) < 0.01
+
+
+def test_compare_prints_one_table(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    import _compare
+
+    monkeypatch.setattr(_compare, "METHOD_NAMES", ("qlora", "full"))
+    out = tmp_path / "out"
+    assert finetune_qlora.main([*arguments, "--compare", "--steps", "2"]) == 0
+    printed = capfd.readouterr().out
+    table = json.loads((out / "comparison.json").read_text())
+    assert [row[0] for row in table["rows"]] == ["qlora", "full"]
+    assert all(cell in printed for row in table["rows"] for cell in row)
+    quantized, dense = table["runs"]
+    assert quantized["trained_parameters"] < dense["trained_parameters"]
+    assert quantized["frozen_bytes"] > dense["frozen_bytes"]
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")

@@ -113,6 +113,7 @@ __global__ void __launch_bounds__(kScalarThreads)
   if (offset != nullptr) weight.offset = __ldg(offset);
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kScalarThreads;
   int64_t i = begin + static_cast<int64_t>(blockIdx.x) * kScalarThreads + threadIdx.x;
+#pragma unroll 1  // unrolled, it spills on sm_100
   for (; i < end; i += stride) {
     const float code = nf4_code[nf4_code_at(weight.qweight, i)];
     out[i] = round_to<T>(__fmul_rn(code, weight.absmax_at(i / weight.blocksize)));

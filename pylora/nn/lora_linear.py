@@ -140,13 +140,15 @@ class LoRALinear(nn.Module):
         plain = (self.base_weight, self.lora_A, self.lora_B, self.scaling)
         bias = self.base_layer.bias
         if not (self.training and self.lora_dropout > 0.0):
-            y = functional.lora_linear(x, *plain) * rescale.to(x.dtype)
-            return y if bias is None else y + bias
+            y = functional.lora_linear(x, *plain)  # under autocast not of x's dtype
+            y = y * rescale.to(y.dtype)
+            return y if bias is None else y + bias.to(y.dtype)
         dropped = nn.functional.dropout(x, self.lora_dropout)
         linear = nn.functional.linear
         low_rank = linear(linear(dropped.to(self.lora_A.dtype), self.lora_A), self.lora_B)
         delta = (rescale - 1) * self._base_matmul(dropped) + rescale * self.scaling * low_rank
-        return self.base_layer(x) + delta.to(x.dtype)
+        y = self.base_layer(x)
+        return y + delta.to(y.dtype)
 
     def _base_matmul(self, x: Tensor) -> Tensor:
         weight = self.base_weight
@@ -174,12 +176,13 @@ class LoRALinear(nn.Module):
         """
         A, B = self.lora_A.float(), self.lora_B.float()
         weight = self.base_weight
-        if isinstance(weight, NF4Weight):
-            projected = functional.nf4_linear(A, weight).t()
-        else:
-            projected = nn.functional.linear(A.to(weight.dtype), weight).t().float()
-        cross = 2 * self.scaling * (projected * B).sum(1)
-        own = self.scaling**2 * ((B @ (A @ A.t())) * B).sum(1)
+        with torch.autocast(A.device.type, enabled=False):  # a norm in bf16 would move every output
+            if isinstance(weight, NF4Weight):
+                projected = functional.nf4_linear(A, weight).t()
+            else:
+                projected = nn.functional.linear(A.to(weight.dtype), weight).t().float()
+            cross = 2 * self.scaling * (projected * B).sum(1)
+            own = self.scaling**2 * ((B @ (A @ A.t())) * B).sum(1)
         squared = self.base_norm**2 + cross + own
         return squared.clamp(min=0).sqrt().to(self.lora_A.dtype)
 
@@ -190,7 +193,8 @@ class LoRALinear(nn.Module):
         dense = (
             weight.dequantize(torch.float32) if isinstance(weight, NF4Weight) else weight.float()
         )
-        dense = torch.addmm(dense, self.lora_B.float(), self.lora_A.float(), alpha=self.scaling)
+        with torch.autocast(dense.device.type, enabled=False):
+            dense = torch.addmm(dense, self.lora_B.float(), self.lora_A.float(), alpha=self.scaling)
         if self.lora_magnitude is not None:
             dense *= (self.lora_magnitude.float() / self.weight_norm().float())[:, None]
         return dense

@@ -1,0 +1,232 @@
+// The skinny products of LoRA (lora_linear.h), as templates over the vector primitives.
+//
+// Activations are converted to fp32, a stretch that fits the first-level cache at a time, with dropout
+// applied on the way; the products are tiles of gemm_tile.h. Sums run in chains of kChain products,
+// which are then added: as accurate as torch's many short chains.
+#pragma once
+
+#include "cpu/gemm_pack.h"
+#include "cpu/lora_linear.h"
+#include "cpu/parallel.h"
+#include "cpu/workspace.h"
+
+namespace pylora {
+
+inline constexpr int64_t kChain = 64;
+inline constexpr int64_t kDotTokens = 16;  // up to here `project` shares out ranks, not tokens
+
+// x[row .. row + rows)[col .. col + count) as fp32 with dropout, to out [rows][ld].
+template <class S, class T>
+void widen_tokens(const TokenMatrix& x, int64_t row, int64_t rows, int64_t col, int64_t count,
+                  float* out, int64_t ld) {
+  float factors[kTileK];
+  for (int64_t m = 0; m < rows; ++m) {
+    const int64_t first = (row + m) * x.cols + col;
+    float* to = out + m * ld;
+    widen_row<S>(static_cast<const T*>(x.data) + first, count, to);
+    if (x.dropout.enabled) {
+      dropout_factors<S>(x.dropout, first, count, factors);
+      for (int64_t i = 0; i < count; ++i) to[i] = factors[i] != 0.0f ? to[i] * factors[i] : 0.0f;
+    }
+  }
+}
+
+// Few tokens: dot products of rows of x and rows of lora_A, four by four; threads share the ranks.
+template <class S, class T, class TA>
+void project_dots(const TokenMatrix& x, const TA* factor, int64_t rank, const float* bias,
+                  float* out) {
+  constexpr int kBlock = 4;
+  parallel_for(0, ceil_div(rank, kBlock), 1, [&](int64_t begin, int64_t end) {
+    float* tokens = thread_workspace();
+    float* rows = tokens + kDotTokens * kTileK;
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t j0 = block * kBlock;
+      const int64_t ranks = rank - j0 < kBlock ? rank - j0 : kBlock;
+      float sums[kDotTokens][kBlock] = {};
+      for (int64_t k = 0; k < x.cols; k += kTileK) {
+        const int64_t count = x.cols - k < kTileK ? x.cols - k : kTileK;
+        const int64_t padded = ceil_div(count, S::kLanes) * S::kLanes;
+        for (int64_t m = 0; m < x.rows; ++m) {
+          widen_tokens<S, T>(x, m, 1, k, count, tokens + m * kTileK, kTileK);
+          for (int64_t i = count; i < padded; ++i) tokens[m * kTileK + i] = 0.0f;
+        }
+        for (int64_t j = 0; j < ranks; ++j) {
+          widen_row<S>(factor + (j0 + j) * x.cols + k, count, rows + j * kTileK);
+          for (int64_t i = count; i < padded; ++i) rows[j * kTileK + i] = 0.0f;
+        }
+        for (int64_t m = 0; m < x.rows; ++m) {
+          typename S::F acc[kBlock];
+          for (auto& a : acc) a = S::zero();
+          for (int64_t i = 0; i < padded; i += S::kLanes) {
+            const auto value = S::load(tokens + m * kTileK + i);
+#pragma GCC unroll 4
+            for (int j = 0; j < kBlock; ++j) {
+              acc[j] = S::fma(value, S::load(rows + j * kTileK + i), acc[j]);
+            }
+          }
+          for (int64_t j = 0; j < ranks; ++j) sums[m][j] += S::sum(acc[j]);
+        }
+      }
+      for (int64_t m = 0; m < x.rows; ++m) {
+        for (int64_t j = 0; j < ranks; ++j) {
+          out[m * rank + j0 + j] = sums[m][j] + (bias != nullptr ? bias[j0 + j] : 0.0f);
+        }
+      }
+    }
+  });
+}
+
+// Many tokens: tokens are the broadcast operand, ranks lie along the vectors.
+template <class S, class T, class TA>
+void project_tiles(const TokenMatrix& x, const TA* factor, int64_t rank, bool rank_first,
+                   const float* bias, float* out) {
+  constexpr int64_t kWide = TokenTiles<S>::kWidth;
+  constexpr int64_t kFactorFloats = 64 * 1024;
+  constexpr int64_t kSumFloats = 128 * 1024;
+  constexpr int64_t kTokens = 24;  // a multiple of every S::rows_for(v)
+  const TokenTiles<S> ranks{rank};
+  const int64_t width = ranks.padded();
+  const int64_t most = kFactorFloats / width / kChain * kChain;
+  const int64_t stretch = most < kTileK ? most : kTileK;
+  int64_t share = ceil_div(x.rows, num_threads());
+  if (share > kSumFloats / width) share = kSumFloats / width;
+  share = (share < kTokens ? 1 : share / kTokens) * kTokens;
+  parallel_for(0, ceil_div(x.rows, share), 1, [&](int64_t begin, int64_t end) {
+    float* packed = thread_workspace();
+    float* tokens = packed + kFactorFloats;
+    float* sums = tokens + kTokens * kTileLd;  // per tile of ranks: [share][ranks]
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t row = block * share;
+      const int64_t rows = x.rows - row < share ? x.rows - row : share;
+      for (int64_t k = 0; k < x.cols; k += stretch) {
+        const int64_t count = x.cols - k < stretch ? x.cols - k : stretch;
+        for (int64_t t = 0; t < ranks.count(); ++t) {
+          const int v = ranks.vectors(t);
+          float* to = packed + ranks.offset(t, count);
+          if (rank_first) {
+            pack_tile<S, F32Mac>(factor + t * kWide * x.cols + k, x.cols, ranks.rows_in(t), count, v,
+                                 to);
+          } else {
+            for (int64_t i = 0; i < count; ++i) {
+              float* line = to + i * v * S::kLanes;
+              widen_row<S>(factor + (k + i) * rank + t * kWide, ranks.rows_in(t), line);
+              for (int64_t j = ranks.rows_in(t); j < v * S::kLanes; ++j) line[j] = 0.0f;
+            }
+          }
+        }
+        for (int64_t m = 0; m < rows; m += kTokens) {
+          widen_tokens<S, T>(x, row + m, rows - m < kTokens ? rows - m : kTokens, k, count, tokens,
+                             kTileLd);
+          for (int64_t t = 0; t < ranks.count(); ++t) {
+            const int v = ranks.vectors(t);
+            for (int64_t i = 0; i < kTokens && m + i < rows; i += S::rows_for(v)) {
+              for (int64_t c = 0; c < count; c += kChain) {
+                run_tile<S, F32Mac, Broadcast::kRowMajor>(
+                    v, count - c < kChain ? count - c : kChain, tokens + i * kTileLd + c, 0,
+                    packed + ranks.offset(t, count) + c * v * S::kLanes,
+                    sums + ranks.offset(t, share) + (m + i) * v * S::kLanes, k + c > 0);
+              }
+            }
+          }
+        }
+      }
+      for (int64_t m = 0; m < rows; ++m) {
+        for (int64_t j = 0; j < rank; ++j) {
+          const int64_t t = j / kWide;
+          const float sum = x.cols == 0 ? 0.0f
+                                        : sums[ranks.offset(t, share) +
+                                               m * ranks.vectors(t) * S::kLanes + j % kWide];
+          out[(row + m) * rank + j] = sum + (bias != nullptr ? bias[j] : 0.0f);
+        }
+      }
+    }
+  });
+}
+
+template <class S>
+void project_on(const TokenMatrix& x, const AdapterFactor& factor, const float* bias, float* out) {
+  if (x.rows == 0) return;
+  visit_dtype(x.dtype, [&](auto token) {
+    visit_dtype(factor.dtype, [&](auto weight) {
+      using T = decltype(token);
+      using TA = decltype(weight);
+      const auto* values = static_cast<const TA*>(factor.data);
+      if (x.rows <= kDotTokens && factor.rank_first) {
+        project_dots<S, T>(x, values, factor.rank, bias, out);
+      } else {
+        project_tiles<S, T>(x, values, factor.rank, factor.rank_first, bias, out);
+      }
+    });
+  });
+}
+
+// gradient = low^T x: columns of x lie along the vectors, low is the broadcast operand.
+template <class S, class T>
+void gather_columns(const TokenMatrix& x, const float* low, const AdapterFactor& gradient,
+                    float* sums) {
+  constexpr int64_t kWide = TokenTiles<S>::kWidth;
+  constexpr int64_t kTokens = 2 * kChain;
+  parallel_for(0, ceil_div(x.cols, kWide), 1, [&](int64_t begin, int64_t end) {
+    float* tokens = thread_workspace();
+    float* acc = tokens + kTokens * kWide;  // [rank, padded][v * kLanes]
+    for (int64_t strip = begin; strip < end; ++strip) {
+      const int64_t col = strip * kWide;
+      const int64_t cols = x.cols - col < kWide ? x.cols - col : kWide;
+      const int v = static_cast<int>(ceil_div(cols, S::kLanes));
+      const int64_t width = v * S::kLanes;
+      double totals[kWide] = {};
+      for (int64_t i = cols; i < width; ++i) {
+        for (int64_t m = 0; m < kTokens; ++m) tokens[m * width + i] = 0.0f;
+      }
+      for (int64_t m = 0; m < x.rows; m += kTokens) {
+        const int64_t rows = x.rows - m < kTokens ? x.rows - m : kTokens;
+        widen_tokens<S, T>(x, m, rows, col, cols, tokens, width);
+        if (sums != nullptr) {
+          float part[kWide] = {};
+          for (int64_t i = 0; i < rows; ++i) {
+            for (int64_t j = 0; j < width; ++j) part[j] += tokens[i * width + j];
+          }
+          for (int64_t j = 0; j < cols; ++j) totals[j] += part[j];
+        }
+        if (gradient.data == nullptr) continue;
+        for (int64_t r = 0; r < gradient.rank; r += S::rows_for(v)) {
+          for (int64_t c = 0; c < rows; c += kChain) {
+            run_tile<S, F32Mac, Broadcast::kColMajor>(
+                v, rows - c < kChain ? rows - c : kChain, low + (m + c) * gradient.rank + r,
+                gradient.rank, tokens + c * width, acc + r * width, m + c > 0);
+          }
+        }
+      }
+      if (sums != nullptr) {
+        for (int64_t j = 0; j < cols; ++j) sums[col + j] = static_cast<float>(totals[j]);
+      }
+      if (gradient.data == nullptr) continue;
+      visit_dtype(gradient.dtype, [&](auto element) {
+        auto* out = static_cast<decltype(element)*>(gradient.data);
+        if (x.rows == 0) {
+          for (int64_t i = 0; i < gradient.rank * width; ++i) acc[i] = 0.0f;
+        }
+        if (gradient.rank_first) {
+          for (int64_t r = 0; r < gradient.rank; ++r) {
+            for (int64_t i = 0; i < cols; i += S::kLanes) {
+              const int64_t left = cols - i;
+              S::store_n(out + r * x.cols + col + i, S::load(acc + r * width + i),
+                         static_cast<int>(left < S::kLanes ? left : S::kLanes));
+            }
+          }
+        } else {
+          write_tile<S>(acc, v, cols, gradient.rank, nullptr, nullptr, nullptr,
+                        out + col * gradient.rank, gradient.rank);
+        }
+      });
+    }
+  });
+}
+
+template <class S>
+void gather_on(const TokenMatrix& x, const float* low, const AdapterFactor& gradient, float* sums) {
+  visit_dtype(x.dtype,
+              [&](auto token) { gather_columns<S, decltype(token)>(x, low, gradient, sums); });
+}
+
+}  // namespace pylora
