@@ -86,13 +86,17 @@ class Cuda:
         found = shutil.which("nvcc", path=f"{home}/bin" if home is not None else None)
         if found is None or home == "":
             return None
-        nvcc = Path(found).resolve()
+        nvcc = Path(found)
         output = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
         release = re.search(r"release (\d+\.\d+)", output.stdout)
+        # What is on PATH may be a link or a script; nvcc itself knows where it lies.
+        dry_run = [nvcc, "--dryrun", "-x", "cu", "-E", os.devnull]
+        output = subprocess.run(dry_run, capture_output=True, text=True)
+        here = re.search(r"_HERE_=(.+)", output.stderr + output.stdout)
         archs = os.environ.get("PYLORA_CUDA_ARCHS") or cls._known(nvcc)
         return cls(
             nvcc,
-            nvcc.parent.parent,
+            Path(here.group(1).strip()).parent if here else nvcc.resolve().parent.parent,
             release.group(1) if release else "unknown",
             [arch for arch in re.split(r"[;,\s]+", archs.replace(".", "")) if arch],
         )
@@ -118,12 +122,14 @@ class Cuda:
 
     def static_runtime(self) -> Path:
         """Static, so that the module loads where there is neither a GPU nor a CUDA library."""
-        for folder in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib"):
+        machine = platform.machine()
+        for folder in ("lib64", "lib", f"targets/{machine}-linux/lib", f"lib/{machine}-linux-gnu"):
             library = self.home / folder / "libcudart_static.a"
             if library.exists():
                 return library
         raise SystemExit(
-            f"pylora: nvcc is {self.nvcc}, but libcudart_static.a is not below {self.home}"
+            f"pylora: nvcc is {self.nvcc}, but libcudart_static.a is not below {self.home}: "
+            "point CUDA_HOME to a whole toolkit, or leave it empty to build without GPU kernels"
         )
 
 

@@ -115,7 +115,7 @@ def encode_all(
 
 def collate(items: Sequence[Encoded], pad_id: int) -> Batch:
     """Pads on the right. Under a causal mask no token sees the padding that follows it, so there is
-    no attention mask, and attention keeps its fastest path."""
+    no need of an attention mask."""
     length = max(len(item.ids) for item in items)
     input_ids = torch.full((len(items), length), pad_id, dtype=torch.int64)
     labels = torch.full((len(items), length), IGNORED, dtype=torch.int64)

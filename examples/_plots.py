@@ -51,13 +51,13 @@ def save_loss_curve(
             f"{value:.2f}",
             (step, value),
             textcoords="offset points",
-            xytext=(8, 6) if number == 0 else (-2, 9),
-            ha="left" if number == 0 else "right",
+            xytext=(-9, -4) if number == 0 else (9, -4),  # outwards, where no curve is
+            ha="right" if number == 0 else "left",
             color=INK,
         )
     axes.set(title=title, xlabel="step", ylabel="loss per token of the completion")
     axes.legend(frameon=False)
-    axes.margins(y=0.1)
+    axes.margins(x=0.09, y=0.1)
     _plain_frame(axes)
     _save(figure, path)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from _files import write_json
 from _methods import METHODS
+from _phases import Phases
 from _plots import save_loss_curve
 
 import pylora
@@ -65,7 +66,7 @@ def report_stop(job: Job, exported: Path, command: str) -> None:
 
 
 def report_result(
-    job: Job, exported: Path, after: dict[str, Any], check: dict[str, Any], seconds: float
+    job: Job, exported: Path, after: dict[str, Any], check: dict[str, Any], phases: Phases
 ) -> None:
     before, history = job.before, job.history
     print()
@@ -81,7 +82,7 @@ def report_result(
     print(f"  {'speed':9} {history.tokens_per_second:.0f} tokens/s in training")
     print(f"  {'memory':9} {job.memory['peak'] / MIB:.0f} MiB at the peak of training, "
           f"{own:.0f} MiB without the libraries")  # fmt: skip
-    print(f"  {'time':9} {history.seconds:.0f} s of training, {seconds:.0f} s in all")
+    print(f"  {'time':9} {history.seconds:.0f} s of training, {phases.total():.0f} s in all")
     print(f"  {'PEFT':9} {describe_check(check)}")
     if after["samples"]:
         print()
@@ -146,7 +147,7 @@ def write_summary(
     exported: Path,
     after: dict[str, Any] | None,
     check: dict[str, Any] | None,
-    seconds: float,
+    phases: Phases,
 ) -> None:
     options, history = job.options, job.history
     save_loss_curve(
@@ -172,7 +173,8 @@ def write_summary(
             "peft_check": check,
             "tokens_per_second": history.tokens_per_second,
             "train_seconds": history.seconds,
-            "total_seconds": seconds,
+            "total_seconds": phases.total(),
+            "phase_seconds": phases.seconds,
             "memory_bytes": {
                 "what": "resident set" if job.device.type == "cpu" else "allocated by torch",
                 **job.memory,

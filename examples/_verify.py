@@ -46,16 +46,16 @@ def compare_with_peft(
     """`ours`: the logits of the model just trained, for `batch`."""
     from peft import PeftModel
 
-    reference = load_base(folder, torch.float32)
+    reference = load_base(folder, torch.float32, device)
     if METHODS[method].nf4_base:
-        base = load_bitsandbytes_base(folder, trained_modules(reference, method, lora))
+        base = load_bitsandbytes_base(folder, device, trained_modules(reference, method, lora))
         _copy_dequantized(base, reference)
     else:
-        base = load_base(folder, torch.bfloat16)
-    peft_model = PeftModel.from_pretrained(base.to(device), adapter)
+        base = load_base(folder, torch.bfloat16, device)
+    peft_model = PeftModel.from_pretrained(base, adapter)
     theirs = completion_logits(CompletionLoss(peft_model), batch)
     del base, peft_model
-    reference_model = PeftModel.from_pretrained(reference.to(device), adapter)
+    reference_model = PeftModel.from_pretrained(reference, adapter)
     evaluation_mode(reference_model)
     exact = _fp32_logits(reference_model, batch)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-import time
 from pathlib import Path
 
 # `make` sets PYTHONSAFEPATH, under which a script's own folder is not searched.
@@ -22,7 +21,9 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from _data import load_examples, split_examples
 from _errors import UserError
 from _options import Options, parse_options, take_over
+from _phases import Phases
 
+DOCSTRINGS = "the docstrings of the standard library"
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
 
@@ -43,10 +44,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(options: Options, given: set[str]) -> int:
-    started = time.perf_counter()
+    phases = Phases()
 
     # 1. Examples. They are read before torch is imported, so that a bad file fails at once.
-    split = split_examples(load_examples(options.data))
+    with phases("data", f"Reading {options.data or DOCSTRINGS}"):
+        split = split_examples(load_examples(options.data))
     saved = None
     if options.resume:
         from _checkpoint import read_state
@@ -55,30 +57,36 @@ def run(options: Options, given: set[str]) -> int:
         take_over(options, given, saved["options"])
 
     # 2. The model, quantized, with LoRA; a checkpoint's state on top when resuming.
-    from _job import Job
-    from _report import announce, report_result, report_stop, write_summary
+    with phases("model", "Loading the model"):
+        from _job import Job
+        from _report import announce, report_result, report_stop, write_summary
 
-    job = Job(options, split, saved)
+        job = Job(options, split, saved)
     announce(job)
 
     # 3. Where it stands before the first step.
     if not job.before:
-        job.before = job.measure()
+        with phases("before", "Validation before training"):
+            job.before = job.measure()
 
     # 4. Training, and at once what it was for.
-    finished = job.train()
-    exported = job.export()
+    with phases("training"):
+        finished = job.train()
+        exported = job.export()
     if not finished:
-        write_summary(job, exported, None, None, time.perf_counter() - started)
+        write_summary(job, exported, None, None, phases)
         report_stop(job, exported, resume_command(options))
         return INTERRUPTED
 
     # 5. Where it stands now, and whether PEFT reads the adapter as the same model.
-    after = job.measure()
-    check = job.check(exported) if options.check else {"skipped": "--no-check"}
-    seconds = time.perf_counter() - started
-    write_summary(job, exported, after, check, seconds)
-    report_result(job, exported, after, check, seconds)
+    with phases("after", "Validation after training"):
+        after = job.measure()
+    check = {"skipped": "--no-check"}
+    if options.check:
+        with phases("check", "Reloading the adapter through PEFT"):
+            check = job.check(exported)
+    write_summary(job, exported, after, check, phases)
+    report_result(job, exported, after, check, phases)
     return 0 if check.get("agrees", True) else 1
 
 

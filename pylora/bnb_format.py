@@ -30,8 +30,7 @@ def from_bitsandbytes(source: Any) -> NF4Weight:
     """The NF4Weight of a bitsandbytes `Linear4bit` or `Params4bit`, sharing its bytes.
 
     Raises TypeError for anything else, ValueError where the weight is fp4, not quantized yet, or
-    was repacked for bitsandbytes' CPU inference kernel (call `.train()` and `state_dict()` on it,
-    or load it anew, to get the standard bytes back).
+    was repacked for bitsandbytes' CPU inference kernel, which cannot be undone without loss.
     """
     param = getattr(source, "weight", source)
     if not isinstance(param, Tensor) or not hasattr(param, "quant_state"):
@@ -50,8 +49,8 @@ def from_bitsandbytes(source: Any) -> NF4Weight:
         raise ValueError(f"source has quant_type {state.quant_type!r}; it must be 'nf4'")
     if getattr(state, "packing_format_for_cpu", False):
         raise ValueError(
-            "source was repacked in place by bitsandbytes' CPU inference path; it must hold the "
-            "standard NF4 bytes: call source.state_dict() once, which restores them, then try again"
+            "source was repacked in place by bitsandbytes' CPU inference path, which also rounded "
+            "its absmax to bfloat16; it must hold the standard NF4 bytes: load the checkpoint anew"
         )
     nested = state.state2
     return _assemble(

@@ -15,18 +15,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-pytest.importorskip("matplotlib")
-
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-SCRIPT = EXAMPLES / "finetune_qlora.py"
-sys.path.append(str(EXAMPLES))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 
 import finetune_qlora
 from _batches import IGNORED, Batch
 from _options import METHOD_NAMES
 
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("matplotlib")
+
+SCRIPT = Path(finetune_qlora.__file__)
 STEPS = 6
 
 

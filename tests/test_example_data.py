@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-sys.path.append(str(EXAMPLES))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 
 from _batches import IGNORED, Encoded, collate, training_batches, validation_batches
 from _data import (

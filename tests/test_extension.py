@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,23 +67,36 @@ def test_build_info():
     assert info["cuda"] == bool(info["cuda_archs"]) == (info["cuda_version"] is not None)
 
 
-def test_holds_code_for_each_gpu_architecture():
-    archs = _C.build_info()["cuda_archs"]
-    if not archs:
+def cuobjdump(*options: str) -> str:
+    if not _C.build_info()["cuda"]:
         pytest.skip("built without CUDA")
     triton = pytest.importorskip("triton")
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not cuobjdump.exists():
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
         pytest.skip("this triton came without cuobjdump")
-    listed = [
-        subprocess.run([cuobjdump, kind, _C.__file__], capture_output=True, text=True, check=True)
-        for kind in ("--list-elf", "--list-ptx")
-    ]
-    binaries, ptx = (output.stdout for output in listed)
-    for arch in archs:
+    command = [tool, *options, _C.__file__]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_holds_code_for_each_gpu_architecture():
+    binaries, ptx = cuobjdump("--list-elf"), cuobjdump("--list-ptx")
+    for arch in _C.build_info()["cuda_archs"]:
         assert f".sm_{arch.removesuffix('+PTX')}.cubin" in binaries
         if arch.endswith("+PTX"):
             assert f".sm_{arch.removesuffix('+PTX')}.ptx" in ptx
+
+
+@pytest.mark.parametrize("arch", ["80", "90a", "100"])
+def test_gpu_code_moves_16_bytes_at_a_time_and_does_not_spill(arch: str):
+    if arch not in [built.removesuffix("+PTX") for built in _C.build_info()["cuda_archs"]]:
+        pytest.skip(f"built without sm_{arch}")
+    kernels = cuobjdump("-sass", "-arch", f"sm_{arch}").split("Function : ")[1:]
+    assert not [kernel.split()[0] for kernel in kernels if "STL" in kernel or "LDL" in kernel]
+    tiles = [kernel for kernel in kernels if "nf4_dequantize_tiles" in kernel.split()[0]]
+    assert len(tiles) == len(DTYPES)
+    for kernel in tiles:
+        assert "LDG.E.128" in kernel and "STG.E.128" in kernel
+        assert set(re.findall(r"STG\S*", kernel)) == {"STG.E.128"}
 
 
 def test_loads_without_a_gpu_or_a_cuda_library():

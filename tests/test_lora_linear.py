@@ -218,7 +218,7 @@ def test_saves_only_x_and_small_factors(backend: str, device: str) -> None:
     assert sum(saved.values()) <= t["x"].nbytes + w.nbytes + small
 
 
-def test_gradcheck(backend: str) -> None:
+def test_gradcheck() -> None:
     """In float64, which only the reference takes: every formula of the explicit backward."""
     w = pylora.quantize_nf4(torch.randn(6, 70), double_quant=True)
     t = inputs(3, 6, 70, 2, torch.float64, torch.float64)

@@ -1,4 +1,4 @@
-"""LoRALinear: the forward and the gradients of PEFT's layers, over dense and NF4 bases, DoRA included."""
+"""LoRALinear: output and gradients are those of PEFT's layers over dense and NF4 bases."""
 
 from __future__ import annotations
 
@@ -212,6 +212,18 @@ def test_dora_norm_follows_a_new_base() -> None:
         lambda w: torch.linalg.vector_norm(w, dim=1).float().to(w.dtype),
         exact.float(),
     )
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_dora_norm_survives_casts_and_moves(kind: str) -> None:
+    layer = trained(LoRALinear(base_layer(kind, torch.bfloat16), r=4, use_dora=True))
+    before = layer.base_norm.clone()
+    layer.bfloat16().float()
+    assert layer.base_norm.dtype == before.dtype and torch.equal(layer.base_norm, before)
+    twin = LoRALinear(base_layer(kind, torch.bfloat16), r=4, use_dora=True).to("meta")
+    assert twin.lora_A.is_meta
+    twin.to_empty(device="cpu").load_state_dict(layer.state_dict())
+    assert torch.equal(twin.base_norm, before)
 
 
 @pytest.mark.parametrize("kind", BASES)

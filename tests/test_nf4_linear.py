@@ -77,7 +77,7 @@ def test_empty_batch(backend: str, device: str, shape: tuple[int, ...]) -> None:
     assert y.shape == (*shape[:-1], 48) and x.grad is not None and x.grad.shape == shape
 
 
-def test_gradcheck(backend: str) -> None:
+def test_gradcheck() -> None:
     """In float64, which only the reference takes: the formula, through the registered autograd."""
     w = pylora.quantize_nf4(torch.randn(6, 70), double_quant=True)
     x = torch.randn(3, 70, dtype=torch.float64, requires_grad=True)

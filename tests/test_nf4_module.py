@@ -1,4 +1,4 @@
-"""NF4Linear: bitsandbytes' state dicts both ways, moves and casts, dense checkpoints, load errors."""
+"""NF4Linear: bitsandbytes' state dicts both ways, casts, dense checkpoints, load errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from pylora.nn import NF4Linear
 from pylora.testing import assert_as_accurate_as_torch
 
 bnb = pytest.importorskip("bitsandbytes")
-SHAPES = [(128, 64), (96, 40), (7, 33)]  # rows of whole blocks; blocks that straddle rows; an odd count
+SHAPES = [
+    (128, 64),
+    (96, 40),
+    (7, 33),
+]  # rows of whole blocks; blocks that straddle rows; an odd count
 
 
 def bnb_linear(out_features: int, in_features: int, double_quant: bool = True) -> nn.Module:
@@ -262,5 +266,5 @@ def test_bad_arguments(arguments: dict, message: str) -> None:
 def test_from_linear_takes_dense_layers_only() -> None:
     with pytest.raises(TypeError, match="linear is Conv1d"):
         NF4Linear.from_linear(nn.Conv1d(1, 1, 1))
-    with pytest.raises(TypeError, match="dense nn.Linear"):
+    with pytest.raises(TypeError, match=r"dense nn.Linear"):
         NF4Linear.from_linear(bnb_linear(64, 64))

@@ -12,7 +12,11 @@
 
 namespace pylora {
 
-// Tokens `begin` .. of a block of `rows`, cut into tiles.
+PYLORA_INLINE int64_t round_up(int64_t value, int64_t unit) {
+  return ceil_div(value, unit) * unit;
+}
+
+// A block of `rows` tokens, cut into tiles.
 template <class S>
 struct TokenTiles {
   static constexpr int64_t kWidth = S::kMaxV * S::kLanes;
@@ -25,7 +29,7 @@ struct TokenTiles {
   PYLORA_INLINE int vectors(int64_t t) const {
     return static_cast<int>(ceil_div(rows_in(t), S::kLanes));
   }
-  PYLORA_INLINE int64_t padded() const { return ceil_div(rows, S::kLanes) * S::kLanes; }
+  PYLORA_INLINE int64_t padded() const { return round_up(rows, S::kLanes); }
   // Where tile t starts in a buffer with `depth` values for each token.
   PYLORA_INLINE int64_t offset(int64_t t, int64_t depth) const { return t * kWidth * depth; }
 };

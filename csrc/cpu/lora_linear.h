@@ -20,7 +20,7 @@
 
 namespace pylora {
 
-inline constexpr int64_t kMaxRank = 512;
+inline constexpr int64_t kMaxRank = 1024;
 
 // A tall matrix of activations [rows, cols]; `dropout` is applied to it as it is read.
 struct TokenMatrix {

@@ -11,6 +11,7 @@
 #include "cpu/gemm_pack.h"
 #include "cpu/nf4_linear.h"
 #include "cpu/nf4_panel.h"
+#include "cpu/nf4_vector.h"
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
 
@@ -34,10 +35,6 @@ inline constexpr int64_t kSumsSize = 224 * 1024;
 static_assert(kForwardPanel * kTileLd <= kPanelSize && kFewTokens * kTileK <= kPackedSize);
 static_assert((kPackedSize + kPanelSize + kLowRankSize + kFactorSize + kSumsSize) * 4 <=
               static_cast<int64_t>(kWorkspaceBytes));
-
-PYLORA_INLINE int64_t round_up(int64_t value, int64_t unit) {
-  return ceil_div(value, unit) * unit;
-}
 
 template <class S, template <class> class Mac, class T, bool kBackward>
 struct LinearTask {
@@ -230,9 +227,11 @@ void run_linear_on(const LinearProblem& problem) {
   visit_dtype(problem.dtype, [&](auto element) {
     using T = decltype(element);
     if constexpr (S::kBf16Dot && std::is_same_v<T, BFloat16>) {
+      if (run_vector<S, Bf16Mac, T>(problem)) return;
       problem.backward ? run_panels<S, Bf16Mac, T, true>(problem)
                        : run_panels<S, Bf16Mac, T, false>(problem);
     } else {
+      if (run_vector<S, F32Mac, T>(problem)) return;
       problem.backward ? run_panels<S, F32Mac, T, true>(problem)
                        : run_panels<S, F32Mac, T, false>(problem);
     }

@@ -29,12 +29,13 @@ struct GroupScales {
   int shift;      // log2(blocksize)
   float decoded[kMaxGroups + 1];
 
-  PYLORA_INLINE GroupScales(const NF4Matrix& w, int64_t first, int64_t count) {
+  PYLORA_INLINE void find(const NF4Matrix& w, int64_t first, int64_t count) {
     shift = __builtin_ctzll(static_cast<unsigned long long>(w.blocksize));
     phase = first & (w.blocksize - 1);
     const int64_t block = first >> shift;
-    absmax = w.absmax + block;
-    if (w.nested()) {
+    if (!w.nested()) {
+      absmax = w.absmax + block;
+    } else {
       const int64_t blocks = ((phase + count - 1) >> shift) + 1;
       int64_t outer = block / w.nested_blocksize;
       int64_t left = w.nested_blocksize - block % w.nested_blocksize;
@@ -76,7 +77,8 @@ PYLORA_INLINE void decode_row_f32(const NF4Matrix& w, int64_t row, int64_t col, 
                                   float* out) {
   const int64_t first = row * w.cols + col;
   if (!has_aligned_groups(w)) return decode_stretch<S>(w, first, count, out);
-  const GroupScales<S> scale(w, first, count);
+  GroupScales<S> scale;
+  scale.find(w, first, count);
   const uint8_t* q = w.qweight + first / 2;
   for (int64_t g = 0; g < count / kGroup; ++g) {
     const float absmax = scale(g);
@@ -117,7 +119,8 @@ PYLORA_INLINE void decode_row_bf16(const NF4Matrix& w, int64_t row, int64_t col,
     if (count % 2 != 0) narrow[count].bits = 0;
     return;
   }
-  const GroupScales<S> scale(w, first, count);
+  GroupScales<S> scale;
+  scale.find(w, first, count);
   const uint8_t* q = w.qweight + first / 2;
   for (int64_t k = 0; k < count; k += 4 * kGroup) {
     __builtin_prefetch(q + k / 2 + kRowsAhead * w.cols / 2);
@@ -154,8 +157,10 @@ void decode_panel_t(Bf16Mac<S>, const NF4Matrix& w, int64_t row, int64_t count, 
       continue;
     }
     const int64_t second = pair ? first + w.cols : first;
-    const GroupScales<S> scale(w, first, cols);
-    const GroupScales<S> next_scale(w, second, cols);
+    GroupScales<S> scale;
+    scale.find(w, first, cols);
+    GroupScales<S> next_scale;
+    next_scale.find(w, second, cols);
     __builtin_prefetch(w.qweight + (first + cols) / 2 + 63);
     __builtin_prefetch(w.qweight + (second + cols) / 2 + 63);
     for (int64_t k = 0; k < cols; k += kGroup) {

@@ -6,6 +6,7 @@
 
 #include "common/float16.h"
 #include "common/nf4.h"
+#include "cpu/gemm_tile.h"
 
 namespace pylora {
 
@@ -122,6 +123,36 @@ struct Avx512 {
         _mm512_or_si512(_mm512_srli_epi64(wide, 4), _mm512_slli_epi64(wide, 32));
     return _mm512_mul_ps(_mm512_permutexvar_ps(index, _mm512_loadu_ps(kNF4Code)),
                          _mm512_set1_ps(absmax));
+  }
+
+  // See nf4_vector.h: a chunk of 128 weights, at most `left` of which are read.
+  PYLORA_INLINE static __m512i load_chunk(const uint8_t* q, int64_t left) {
+    if (left >= 128) return _mm512_loadu_si512(q);
+    return _mm512_maskz_loadu_epi8((__mmask64{1} << (left / 2)) - 1, q);
+  }
+  template <class S>
+  PYLORA_INLINE static F chunk_table(F32Mac<S>) {
+    return _mm512_loadu_ps(kNF4Code);
+  }
+  template <class S>
+  PYLORA_INLINE static constexpr float chunk_scale(F32Mac<S>) {
+    return 1.0f;
+  }
+  PYLORA_INLINE static void decode_chunk(const uint8_t* q, int64_t left, F table, F (&w)[8]) {
+    const __m512i words = load_chunk(q, left);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      w[j] = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * j), table);
+    }
+  }
+  PYLORA_INLINE static F spread(const float (&absmax)[1]) { return set1(absmax[0]); }
+  PYLORA_INLINE static F spread(const float (&absmax)[2]) {
+    return _mm512_mask_mov_ps(set1(absmax[0]), 0xFF00, set1(absmax[1]));
+  }
+  PYLORA_INLINE static F spread(const float (&absmax)[4]) {
+    return _mm512_permutexvar_ps(
+        _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
+        _mm512_castps128_ps512(_mm_loadu_ps(absmax)));
   }
 };
 

@@ -79,6 +79,28 @@ struct Avx512Bf16 : Avx512 {
     _mm512_storeu_si512(out, decode_32(low, shifts, bank, codes));
     _mm512_storeu_si512(out + 16, decode_32(high, shifts, bank, codes));
   }
+
+  // See nf4_vector.h. Multiplying the 16 codes by this before rounding them to bf16, and the sum by
+  // its inverse, brings their root-mean-square rounding error down from 5.5e-4 to 3.2e-4; weights that
+  // are each rounded to bf16 have 8e-4.
+  static constexpr float kCodeScale = 1.437f;
+  using Avx512::chunk_scale;
+  using Avx512::chunk_table;
+  using Avx512::decode_chunk;
+  PYLORA_INLINE static __m512i chunk_table(Bf16Mac<Avx512Bf16>) {
+    return table(kCodeScale, kCodeScale);  // twice, so that an index's fifth bit does not matter
+  }
+  PYLORA_INLINE static constexpr float chunk_scale(Bf16Mac<Avx512Bf16>) {
+    return 1.0f / kCodeScale;
+  }
+  PYLORA_INLINE static void decode_chunk(const uint8_t* q, int64_t left, __m512i table, F (&w)[4]) {
+    const __m512i words = load_chunk(q, left);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      w[j] = _mm512_castsi512_ps(
+          _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * j), table));
+    }
+  }
 };
 
 }  // namespace pylora

@@ -8,6 +8,7 @@
 
 #include "common/float16.h"
 #include "common/nf4.h"
+#include "cpu/gemm_tile.h"
 
 namespace pylora {
 
@@ -67,6 +68,21 @@ struct Portable {
     return F{kNF4Code[q[0] >> 4], kNF4Code[q[0] & 15], kNF4Code[q[1] >> 4], kNF4Code[q[1] & 15]} *
            set1(absmax);
   }
+
+  // See nf4_vector.h: a chunk of 32 weights, at most `left` of which are read.
+  PYLORA_INLINE static const float* chunk_table(F32Mac<Portable>) { return kNF4Code; }
+  PYLORA_INLINE static constexpr float chunk_scale(F32Mac<Portable>) { return 1.0f; }
+  PYLORA_INLINE static void decode_chunk(const uint8_t* q, int64_t /*left*/, const float* table,
+                                         F (&w)[8]) {
+    for (int j = 0; j < 8; j += 2) {
+      for (int i = 0; i < kLanes; ++i) {
+        const uint32_t byte = q[4 * i + j / 2];
+        w[j][i] = table[byte & 15];
+        w[j + 1][i] = table[byte >> 4];
+      }
+    }
+  }
+  PYLORA_INLINE static F spread(const float (&absmax)[1]) { return set1(absmax[0]); }
 };
 
 }  // namespace pylora

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from pylora.models.lora import LoraSettings
+from pylora.models.module_tree import is_below, sites
 from pylora.models.targets import Targets, describe, pattern_value
 from pylora.nn import LoRALinear
 
@@ -168,6 +169,7 @@ def config_of(
                     f"{key} is {_property(layer, key)} in {name} but {value} in {first_name}; "
                     "PEFT's format has one for the whole adapter"
                 )
+    _check_told_apart(model, fully_trained)
     (r, lora_alpha), _ = Counter((x.r, x.lora_alpha) for x in layers.values()).most_common(1)[0]
     return {
         "peft_type": "LORA",
@@ -187,6 +189,18 @@ def config_of(
         "fan_in_fan_out": False,
         "init_lora_weights": True,
     }
+
+
+def _check_told_apart(model: nn.Module, fully_trained: Collection[str]) -> None:
+    """Raises ValueError where PEFT would take modules_to_save for other modules as well."""
+    for entry in fully_trained:
+        for site in sites(model):
+            # PEFT compares endings, in the middle of a component too.
+            if site.name.endswith(entry) and not is_below(site.name, fully_trained):
+                raise ValueError(
+                    f"{entry!r} is trained in full, but PEFT would take its name for {site.name!r} "
+                    "as well; modules_to_save must include both"
+                )
 
 
 _SAME_EVERYWHERE = ("lora_dropout", "use_rslora", "use_dora", "lora_bias")

@@ -59,28 +59,31 @@ def quantize_model(
     if lora_layers(root) or fully_trained_modules(root):
         raise ValueError("model has LoRA layers; it must be quantized before pylora.add_lora")
     skip = (skip_modules,) if isinstance(skip_modules, str) else tuple(skip_modules)
-    chosen = _choose(root, skip)
-    for site in chosen:
-        _check(site)
+    layers = _places(_checked(_choose(root, skip)))
     before = _nbytes(root)
-    # Places only, grouped by layer: a list of modules would keep every dense weight alive to the
-    # end.
-    layers: dict[int, dict[int, list[_Place]]] = {}
-    for site in chosen:
-        modules = layers.setdefault(id(site.module.weight), {})
-        modules.setdefault(id(site.module), []).append((site.name, site.parent, site.attribute))
-    del chosen, site
-    for modules in _with_progress(list(layers.values())):
+    for modules in _with_progress(layers):
         shared: NF4Linear | None = None
         for places in modules.values():
             shared = _quantize_layer(places, shared, blocksize, double_quant)
     logger.info(
         "quantized %d layers to NF4: %.1f MB of parameters became %.1f MB",
-        sum(map(len, layers.values())),
+        sum(map(len, layers)),
         before / 1e6,
         _nbytes(root) / 1e6,
     )
     return model
+
+
+def _places(chosen: list[Site]) -> list[dict[int, list[_Place]]]:
+    """Where the layers sit, by layer, those that share a weight together.
+
+    Places and not modules: a list of modules would keep every dense weight alive to the end.
+    """
+    groups: dict[int, dict[int, list[_Place]]] = {}
+    for site in chosen:
+        layers = groups.setdefault(id(site.module.weight), {})
+        layers.setdefault(id(site.module), []).append((site.name, site.parent, site.attribute))
+    return list(groups.values())
 
 
 def _choose(model: nn.Module, skip: tuple[str, ...]) -> list[Site]:
@@ -142,18 +145,20 @@ def _mention_fused_experts(everything: list[Site]) -> None:
                 logger.warning("%s.%s %s stays dense: it is no nn.Linear", site.name, name, shape)
 
 
-def _check(site: Site) -> None:
-    """Raises what quantizing this layer would raise."""
-    refuse_offloaded(site)
-    if is_bitsandbytes_4bit(site.module):
-        try:
-            NF4Linear.from_bitsandbytes(site.module)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{site.name}: {error}") from error
-    else:
-        weight: Any = site.module.weight
-        checks.quantizable(f"{site.name}.weight", weight)
-        checks.finite(f"{site.name}.weight", weight)
+def _checked(chosen: list[Site]) -> list[Site]:
+    """The same list. Raises what quantizing any of its layers would raise."""
+    for site in chosen:
+        refuse_offloaded(site)
+        if is_bitsandbytes_4bit(site.module):
+            try:
+                NF4Linear.from_bitsandbytes(site.module)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{site.name}: {error}") from error
+        else:
+            weight: Any = site.module.weight
+            checks.quantizable(f"{site.name}.weight", weight)
+            checks.finite(f"{site.name}.weight", weight)
+    return chosen
 
 
 def _quantize_layer(

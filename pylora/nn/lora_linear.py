@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -89,7 +90,7 @@ class LoRALinear(nn.Module):
             self.lora_magnitude = nn.Parameter(
                 torch.empty(self.out_features, device=device, dtype=dtype)
             )
-            self.register_load_state_dict_post_hook(lambda layer, _: layer.refresh_base_norm())
+            self.register_load_state_dict_post_hook(_refresh_after_load)
         if device.type != "meta":
             self.reset_lora_parameters()
 
@@ -113,6 +114,12 @@ class LoRALinear(nn.Module):
     def base_weight(self) -> Tensor | NF4Weight:
         base = self.base_layer
         return base.nf4_weight if isinstance(base, NF4Linear) else base.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
+        super()._apply(fn, recurse)
+        if self.lora_magnitude is not None and not self.lora_magnitude.is_meta:
+            self.refresh_base_norm()  # after a cast, of W or of the norm itself, from the new W
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
@@ -160,11 +167,11 @@ class LoRALinear(nn.Module):
     def refresh_base_norm(self) -> None:
         """Recomputes |W| by rows, which DoRA reads in every forward, after W was replaced."""
         weight = self.base_weight
-        if self.lora_magnitude is None or weight.device.type == "meta":
+        if self.lora_magnitude is None or self.merged or weight.device.type == "meta":
             return
         if isinstance(weight, NF4Weight):
             weight = weight.dequantize(torch.float32)
-        norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64)
         self.register_buffer("base_norm", norm, persistent=False)
 
     @torch.no_grad()
@@ -172,7 +179,8 @@ class LoRALinear(nn.Module):
         """Row norms |W + scaling B A| [out_features] in lora_A's dtype; never a dense copy of W or
         B A.
 
-        |w + s b A|^2 = |w|^2 + 2 s (w A^T) b + s^2 b (A A^T) b, row by row.
+        |w + s b A|^2 = |w|^2 + 2 s (w A^T) b + s^2 b (A A^T) b, row by row. The three are added in
+        float64: an error in a row's norm is the same for every token and so does not average out.
         """
         A, B = self.lora_A.float(), self.lora_B.float()
         weight = self.base_weight
@@ -181,8 +189,8 @@ class LoRALinear(nn.Module):
                 projected = functional.nf4_linear(A, weight).t()
             else:
                 projected = nn.functional.linear(A.to(weight.dtype), weight).t().float()
-            cross = 2 * self.scaling * (projected * B).sum(1)
-            own = self.scaling**2 * ((B @ (A @ A.t())) * B).sum(1)
+            cross = 2 * self.scaling * (projected * B).sum(1, dtype=torch.float64)
+            own = self.scaling**2 * ((B @ (A @ A.t())) * B).sum(1, dtype=torch.float64)
         squared = self.base_norm**2 + cross + own
         return squared.clamp(min=0).sqrt().to(self.lora_A.dtype)
 
@@ -236,6 +244,7 @@ class LoRALinear(nn.Module):
                 bias = bias.detach().to(merged_bias.device, merged_bias.dtype)
         self._set_base(weight, bias)
         self._unmerged_base, self.merged = None, False
+        self.refresh_base_norm()  # a cast while merged may have rounded it, or W
 
     def forget_base(self) -> None:
         """Frees the base from before the merge; the layer stays merged for good."""
@@ -268,6 +277,11 @@ class LoRALinear(nn.Module):
             f"r={self.r}, lora_alpha={self.lora_alpha}, "
             f"lora_dropout={self.lora_dropout}{flags}{merged}"
         )
+
+
+def _refresh_after_load(layer: nn.Module, _: object) -> None:
+    assert isinstance(layer, LoRALinear)
+    layer.refresh_base_norm()
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -1,0 +1,101 @@
+"""Correct first: every result against plain torch and float64, by the one numerics rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.contender import Bench, Contender, Layer
+from benchmarks.operands import Operands
+from benchmarks.shapes import BACKWARD
+from pylora import reference
+from pylora.testing import assert_as_accurate_as_torch
+
+EXACT = "equal to plain torch bit for bit"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the rule says of one result; `text` gives the errors, or what is wrong."""
+
+    passes: bool
+    text: str
+
+
+class Oracle:
+    """One computation in plain torch and in float64, each run once however many are checked."""
+
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], skip: int = 0) -> None:
+        self._function, self._args, self._skip = function, args, skip
+        self._results: dict[bool, Any] = {}
+
+    def check(self, actual: Any) -> Verdict:
+        if _identical(actual, self._run(*self._args)):
+            return Verdict(True, EXACT)
+        try:
+            accuracy = assert_as_accurate_as_torch(actual, self._run, *self._args)
+        except AssertionError as error:
+            return Verdict(False, str(error))
+        return Verdict(True, str(accuracy))
+
+    def _run(self, *args: Any) -> Any:
+        """The rule calls this with float64 arguments too; outputs not asked for are cut off."""
+        in_float64 = any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args)
+        if in_float64 not in self._results:
+            result = self._function(*args)
+            self._results[in_float64] = result[self._skip :] if self._skip else result
+        return self._results[in_float64]
+
+
+def _identical(actual: Any, expected: Any) -> bool:
+    if isinstance(expected, Tensor):
+        return isinstance(actual, Tensor) and torch.equal(actual, expected)
+    return len(actual) == len(expected) and all(map(_identical, actual, expected))
+
+
+class Oracles:
+    """The oracles of one cell: contenders differ in LoRA or not, and in the dtype of x."""
+
+    def __init__(self, bench: Bench, operands: Operands, mode: str) -> None:
+        self._bench, self._operands = bench, operands
+        self._skip = 1 if mode == BACKWARD else 0
+        self._known: dict[tuple[bool, str | None], Oracle] = {}
+
+    def check(
+        self, contender: Contender, layer: Layer, x: Tensor | None, grad: Tensor | None, actual: Any
+    ) -> Verdict:
+        """`x` and `grad` are the ones that gave `actual`; they are the same for every contender,
+        up to their dtype."""
+        if x is not None:
+            x = x.detach()
+        if layer.weight is not None:
+            return Oracle(*_dense_oracle(layer, x, grad, self._operands), self._skip).check(actual)
+        key = contender.has_lora, contender.dtype
+        if key not in self._known:
+            function, args = self._bench.oracle(self._operands, x, grad, contender.has_lora)
+            self._known[key] = Oracle(function, args, self._skip)
+        return self._known[key].check(actual)
+
+
+def _dense_oracle(
+    layer: Layer, x: Tensor, grad: Tensor | None, operands: Operands
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """For a layer whose format is not our NF4: the same computation over the weight it holds."""
+
+    def compute(x: Tensor, grad: Tensor | None, weight: Tensor, *lora: Tensor) -> tuple[Any, ...]:
+        if not lora:
+            y = torch.nn.functional.linear(x, weight)
+            return (y,) if grad is None else (y, grad @ weight)
+        base, last = (weight, *[None] * 4, 0, 0), (operands.scaling, 0.0, None, "identity")
+        y, h = reference.lora_linear(x, *base, weight.shape[0], *lora, None, None, None, *last)
+        if grad is None:
+            return (y,)
+        wanted = [True, False, True, True, False, False, False]
+        grads = reference.lora_linear_backward(grad, x, h, *base, *lora, *last, wanted)
+        return (y, grads[0], grads[2], grads[3])
+
+    return compute, (x, grad, layer.weight, *(p.detach() for p in layer.parameters))

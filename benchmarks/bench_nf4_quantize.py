@@ -1,0 +1,66 @@
+"""nf4_quantize: a bf16 weight to packed bytes and fp32 absmax, block size 64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import pylora
+from benchmarks.contender import NF4_BITS, Bench, Contender, Layer, Work
+from benchmarks.contenders_torch import explained, on_reference
+from benchmarks.operands import Operands
+from benchmarks.shapes import FORWARD, Cell
+from pylora import reference
+
+
+def _pylora(operands: Operands) -> Layer:
+    weight = operands.source()
+    return Layer(
+        lambda _: pylora.quantize_nf4(weight),
+        lambda _: explained("quantize_nf4", weight),
+        result=lambda w: (w.qweight.view(-1), w.absmax.view(-1)),
+    )
+
+
+def _bitsandbytes(operands: Operands) -> Layer:
+    from bitsandbytes.functional import quantize_4bit
+
+    weight = operands.source()
+    return Layer(
+        lambda _: quantize_4bit(weight, quant_type="nf4", blocksize=64),
+        lambda _: "functional.quantize_4bit",
+        result=lambda pair: (pair[0].view(-1), pair[1].absmax.view(-1)),
+    )
+
+
+def _oracle(operands: Operands, *_: Any) -> tuple[Any, tuple[Any, ...]]:
+    def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(t.view(-1) for t in reference.nf4_quantize(weight, 64))
+
+    return quantize, (operands.source(),)
+
+
+def _work(cell: Cell, contender: Contender) -> Work:
+    """Three FLOP a weight: magnitude, scale, code; read in its dtype, written in NF4."""
+    size = getattr(torch, cell.dtype).itemsize
+    return Work(3 * cell.numel, size * cell.numel, cell.numel * NF4_BITS / 8)
+
+
+BENCH = Bench(
+    op="nf4_quantize",
+    contenders=(
+        Contender("pylora", _pylora, ("pylora-kernels",), "dense", modes=(FORWARD,), is_ours=True),
+        Contender(
+            "pylora reference",
+            lambda operands: on_reference(_pylora(operands)),
+            ("pylora-kernels", "torch"),
+            "dense",
+        ),
+        Contender("bitsandbytes", _bitsandbytes, ("bitsandbytes",), "dense"),
+    ),
+    work=_work,
+    oracle=_oracle,
+    has_rows=False,
+    has_backward=False,
+)

@@ -1,0 +1,126 @@
+"""The command line: list, run, compare, report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.results import InvalidResults, load, load_all
+
+DEFAULT_OUT = Path("build/benchmarks")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.split(","))
+
+
+def _shape(text: str) -> tuple[int, int]:
+    out_features, _, in_features = text.partition("x")
+    return int(out_features), int(in_features)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Benchmarks of pylora against its peers."
+    )
+    commands = top.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="ops, contenders, suites and shapes")
+
+    run = commands.add_parser("run", help="check, time and measure; writes one JSON an op")
+    run.add_argument("--op", action="append", help="an op (may be repeated); default: all")
+    run.add_argument("--suite", choices=("quick", "full"), default="quick")
+    run.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    run.add_argument("--against", type=_words, help="contenders whose name holds one of A,B,...")
+    run.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder of the JSON files")
+    run.add_argument("--threads", type=int, help="CPU threads; default: torch's")
+    run.add_argument("--seed", type=int, help="seed of the random data; default: a fresh one")
+    run.add_argument("--shape", type=_shape, action="append", help="OUTxIN instead of the suite's")
+    run.add_argument("--rows", type=_numbers, help="values of M instead of the suite's: 1,16,...")
+    run.add_argument("--seconds", type=float, help="time to spend on each cell")
+    run.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+
+    compare = commands.add_parser("compare", help="what changed between two runs of one op")
+    compare.add_argument("before", type=Path)
+    compare.add_argument("after", type=Path)
+
+    report = commands.add_parser("report", help="one HTML page and PNGs from the JSON of runs")
+    report.add_argument("paths", type=Path, nargs="*", help="folders or JSON files")
+    report.add_argument("--out", type=Path, help="folder of the page; default: that of the JSON")
+
+    commands.add_parser("memory-probe")  # the process behind `benchmarks.memory`, not for people
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    try:
+        return globals()["_" + arguments.command.replace("-", "_")](arguments)
+    except (InvalidResults, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from benchmarks.contender import installed
+    from benchmarks.registry import BENCHES
+    from benchmarks.shapes import MODELS, SUITES
+
+    for bench in BENCHES.values():
+        print(bench.op)
+        for contender in bench.contenders:
+            missing = [p for p in contender.packages if not installed(p)]
+            state = f"not installed: {', '.join(missing)}" if missing else contender.version()
+            print(f"  {contender.name:36} {state}{' (full suite)' if contender.only_full else ''}")
+    for (name, device), suite in SUITES.items():
+        print(f"suite {name} on {device}: M = {', '.join(map(str, suite.rows))}")
+        print(f"  {', '.join(f'{n}x{k}' for n, k in suite.shapes)}")
+    for model, layers in MODELS.items():
+        print(f"{model}: " + "; ".join(f"{what} {n}x{k}" for (n, k), what in layers.items()))
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from benchmarks.runner import run
+
+    return run(arguments)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from benchmarks.tables import compare_table
+
+    before, after = load(arguments.before), load(arguments.after)
+    if before["op"] != after["op"]:
+        raise InvalidResults(
+            f"{arguments.before} is of {before['op']} and {arguments.after} of {after['op']}; "
+            "two runs of one op can be compared"
+        )
+    for field in ("machine", "versions"):
+        for name in before[field].keys() | after[field].keys():
+            old, new = before[field].get(name), after[field].get(name)
+            if old != new:
+                print(f"{field} differ: {name} was {old}, is {new}")
+    table, slower = compare_table(before, after)
+    print(table)
+    return 1 if slower else 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from benchmarks.report import write_report
+
+    paths = arguments.paths or [DEFAULT_OUT]
+    out = arguments.out or (paths[0] if paths[0].is_dir() else paths[0].parent)
+    for written in write_report(load_all(paths), out):
+        print(written)
+    return 0
+
+
+def _memory_probe(arguments: argparse.Namespace) -> int:
+    from benchmarks.memory import probe
+
+    return probe()

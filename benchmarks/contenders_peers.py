@@ -1,0 +1,173 @@
+"""Contenders for a linear layer from other packages: bitsandbytes, PEFT, torchao.
+
+bitsandbytes' Linear4bit has two ways on a CPU. In train mode it dequantizes the whole weight and
+calls a dense matmul. In eval mode, where the CPU has AVX512-BF16 and x needs no gradient, the first
+call repacks the weight in place and from then on a fused kernel reads the packed bytes. The repack
+is done here while the layer is built, once for a shape, and copied; it is never timed.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from benchmarks.contender import Contender, Layer
+from benchmarks.operands import Operands
+from benchmarks.shapes import FORWARD, Cell
+
+# A kernel of bitsandbytes that a run downloads would not be the installed wheel's.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def _linear4bit(operands: Operands, training: bool) -> Any:
+    """A `Linear4bit` over the same NF4 bytes as ours, in memory of its own."""
+    if training:
+        return _plain_linear4bit(operands).train()
+    packed = operands.remembered("bitsandbytes eval", lambda: _repacked(operands))
+    return copy.deepcopy(packed)
+
+
+def _plain_linear4bit(operands: Operands) -> Any:
+    import bitsandbytes
+
+    cell = operands.cell
+    module = bitsandbytes.nn.Linear4bit(
+        cell.in_features,
+        cell.out_features,
+        bias=False,
+        compute_dtype=operands.dtype,
+        quant_type="nf4",
+        device="meta",
+    )
+    module.weight = operands.nf4().to_bitsandbytes()
+    return module
+
+
+def _repacked(operands: Operands) -> Any:
+    module = _plain_linear4bit(operands).eval()
+    with torch.no_grad():
+        module(operands.normal(1, operands.cell.in_features))
+    return module
+
+
+def _path(module: Any) -> str:
+    weight = module.weight
+    if getattr(weight.quant_state, "packing_format_for_cpu", False):
+        return "gemv_4bit on the repacked weight (fused, absmax rounded to bf16)"
+    if weight.device.type == "cpu":
+        return "gemm_4bit: dequantize the whole weight, then a dense matmul"
+    return "gemm_4bit"
+
+
+def _bare(training: bool) -> Any:
+    def build(operands: Operands) -> Layer:
+        module = _linear4bit(operands, training)
+        return Layer(module, lambda x: _path(module))
+
+    return build
+
+
+class _OneLinear(torch.nn.Module):
+    """The smallest model that PEFT takes for a 4-bit one."""
+
+    is_loaded_in_4bit = True
+
+    def __init__(self, proj: torch.nn.Module) -> None:
+        super().__init__()
+        self.proj = proj
+
+
+def _peft(training: bool) -> Any:
+    def build(operands: Operands) -> Layer:
+        from peft import LoraConfig, get_peft_model
+
+        rank = operands.cell.rank
+        config = LoraConfig(
+            r=rank, lora_alpha=rank * operands.scaling, target_modules=["proj"], lora_dropout=0.0
+        )
+        model = _OneLinear(_linear4bit(operands, training))
+        # autocast_adapter_dtype=False keeps PEFT's LoRA in bf16, the dtype of ours.
+        layer = get_peft_model(model, config, autocast_adapter_dtype=False).base_model.model.proj
+        layer.train(training)
+        a, b = operands.lora()
+        layer.lora_A["default"].weight = torch.nn.Parameter(a.detach())
+        layer.lora_B["default"].weight = torch.nn.Parameter(b.detach())
+        parameters = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+        name = f"{type(layer).__module__}.{type(layer).__name__} over "
+        return Layer(layer, lambda x: name + _path(layer.base_layer), parameters)
+
+    return build
+
+
+def _eval_why_not(cell: Cell, device: torch.device) -> str | None:
+    """Where eval mode would take the path of train mode, measuring it again says nothing."""
+    if device.type != "cpu":
+        return None
+    from bitsandbytes.functional import has_avx512bf16
+
+    if not has_avx512bf16():
+        return "same path as train mode: the CPU has no AVX512-BF16"
+    if cell.out_features % 32 or cell.in_features % 64:
+        return "its repacking needs out_features % 32 == 0 and in_features % 64 == 0"
+    return None
+
+
+def _torchao_nf4(weight: Tensor) -> tuple[Any, Any]:
+    """(NF4Tensor, linear_nf4); 0.18 has them under quantization, older releases under dtypes."""
+    try:
+        from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import linear_nf4, to_nf4
+    except ImportError:
+        from torchao.dtypes.nf4tensor import linear_nf4, to_nf4
+    return to_nf4(weight, 64, 256), linear_nf4
+
+
+def _torchao_base(operands: Operands) -> Layer:
+    weight, linear_nf4 = _torchao_nf4(operands.source())
+    return Layer(
+        lambda x: linear_nf4(x, weight),
+        lambda x: "linear_nf4, its own double quantization",
+        weight=weight.get_original_weight(),
+    )
+
+
+def _torchao_lora(operands: Operands) -> Layer:
+    layer, (a, b) = _torchao_base(operands), operands.lora()
+    base = layer.forward
+    layer.forward = lambda x: base(x) + operands.scaling * linear(linear(x, a), b)
+    layer.path = lambda x: "linear_nf4 and LoRA as torchtune adds it; its own double quantization"
+    layer.parameters = (a, b)
+    return layer
+
+
+LINEAR = (
+    Contender("bitsandbytes train", _bare(True), ("bitsandbytes",), has_lora=False),
+    Contender(
+        "bitsandbytes eval",
+        _bare(False),
+        ("bitsandbytes",),
+        has_lora=False,
+        modes=(FORWARD,),
+        unavailable=_eval_why_not,
+    ),
+    Contender("torchao NF4", _torchao_base, ("torchao",), has_lora=False),
+)
+
+LORA = (
+    Contender("bitsandbytes + PEFT train", _peft(True), ("bitsandbytes", "peft")),
+    Contender(
+        "bitsandbytes + PEFT eval",
+        _peft(False),
+        ("bitsandbytes", "peft"),
+        modes=(FORWARD,),
+        unavailable=_eval_why_not,
+    ),
+    *LINEAR[:2],
+    Contender("torchao NF4 + LoRA", _torchao_lora, ("torchao",)),
+)

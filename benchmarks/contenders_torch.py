@@ -1,0 +1,148 @@
+"""Contenders for a linear layer that need torch alone: pylora, its reference, dense, decomposed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pylora
+import pylora.functional as F
+from benchmarks.contender import Contender, Layer, installed
+from benchmarks.operands import Operands
+from benchmarks.shapes import MODES
+
+
+def explained(op: str, *args: Any) -> str:
+    """The backend and its variant that take this call, from `pylora.explain`."""
+    explanation = pylora.explain(op, *args)
+    return f"{explanation.backend} ({explanation.path})"
+
+
+def _nf4_linear(operands: Operands) -> Layer:
+    w = operands.nf4()
+    return Layer(lambda x: F.nf4_linear(x, w), lambda x: explained("nf4_linear", x, w))
+
+
+def _lora_linear(operands: Operands) -> Layer:
+    w, (a, b), scaling = operands.nf4(), operands.lora(), operands.scaling
+    return Layer(
+        lambda x: F.lora_linear(x, w, a, b, scaling),
+        lambda x: explained("lora_linear", x, w, a, b, scaling),
+        (a, b),
+    )
+
+
+def on_reference(layer: Layer) -> Layer:
+    layer.backend = "reference"
+    layer.path = lambda x: "pure PyTorch, a panel of the weight at a time"
+    return layer
+
+
+def _dense(dtype: torch.dtype) -> Any:
+    def build(operands: Operands) -> Layer:
+        weight = operands.dense(dtype)
+        return Layer(lambda x: torch.nn.functional.linear(x, weight), lambda x: "linear")
+
+    return build
+
+
+class _Decomposed(torch.autograd.Function):
+    """Dequantize, matmul, and LoRA through `addmm_`, as Unsloth's LoRA_W does it (its
+    unsloth/kernels/fast_lora.py); the backward dequantizes again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, dense: Any) -> Tensor:
+        ctx.save_for_backward(x, a, b)
+        ctx.scaling, ctx.dense = scaling, dense
+        y = x @ dense().t()
+        return y.addmm_(x @ a.t(), b.t(), alpha=scaling)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x, a, b = ctx.saved_tensors
+        grad_b = grad @ b
+        d_a = torch.empty_like(a).addmm_(grad_b.t(), x, alpha=ctx.scaling, beta=0)
+        d_b = torch.empty_like(b).addmm_(grad.t(), x @ a.t(), alpha=ctx.scaling, beta=0)
+        dx = grad @ ctx.dense()
+        dx.addmm_(grad_b, a, alpha=ctx.scaling)
+        return dx, d_a, d_b, None, None
+
+
+def _dequantizer(operands: Operands) -> tuple[Any, str]:
+    """bitsandbytes' dequantize where it is installed, as Unsloth and Axolotl call it."""
+    w, dtype = operands.nf4(), operands.dtype
+    if not installed("bitsandbytes"):
+        return lambda: pylora.dequantize_nf4(w, dtype), "pylora dequantize"
+    from bitsandbytes.functional import dequantize_4bit
+
+    packed = w.to_bitsandbytes()
+    return lambda: dequantize_4bit(packed.data, packed.quant_state), "bitsandbytes dequantize_4bit"
+
+
+def _decomposed_lora(operands: Operands) -> Layer:
+    (dense, name), (a, b), scaling = _dequantizer(operands), operands.lora(), operands.scaling
+    return Layer(
+        lambda x: _Decomposed.apply(x, a, b, scaling, dense),
+        lambda x: f"{name}, matmul, addmm_",
+        (a, b),
+    )
+
+
+def _own_decomposed_lora(operands: Operands) -> Layer:
+    w, (a, b), scaling = operands.nf4(), operands.lora(), operands.scaling
+    return Layer(
+        lambda x: _Decomposed.apply(x, a, b, scaling, w.dequantize),
+        lambda x: f"pylora dequantize on {explained('dequantize_nf4', w)}, matmul, addmm_",
+        (a, b),
+    )
+
+
+def _decomposed_base(operands: Operands) -> Layer:
+    dense, name = _dequantizer(operands)
+    return Layer(lambda x: x @ dense().t(), lambda x: f"{name}, matmul")
+
+
+DENSE = tuple(
+    Contender(
+        f"dense {short}",
+        _dense(getattr(torch, dtype)),
+        weights="dense",
+        has_lora=False,
+        dtype=dtype,
+        only_full=short != "bf16",
+    )
+    for short, dtype in (("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32"))
+)
+
+LINEAR = (
+    Contender("pylora", _nf4_linear, ("pylora-kernels",), has_lora=False, is_ours=True),
+    Contender(
+        "pylora reference",
+        lambda operands: on_reference(_nf4_linear(operands)),
+        ("pylora-kernels", "torch"),
+        has_lora=False,
+    ),
+    *DENSE,
+    # Its backward keeps the dequantized weight alive, which nobody would do: forward alone.
+    Contender("dequantize + linear", _decomposed_base, has_lora=False, modes=MODES[:1]),
+)
+
+LORA = (
+    Contender("pylora", _lora_linear, ("pylora-kernels",), is_ours=True),
+    Contender("pylora, no LoRA", _nf4_linear, ("pylora-kernels",), has_lora=False),
+    Contender(
+        "pylora reference",
+        lambda operands: on_reference(_lora_linear(operands)),
+        ("pylora-kernels", "torch"),
+    ),
+    *DENSE,
+    Contender("dequantize + linear + addmm_", _decomposed_lora),
+    Contender(
+        "pylora dequantize + linear + addmm_",
+        _own_decomposed_lora,
+        ("pylora-kernels", "torch"),
+        only_full=True,
+    ),
+)

@@ -1,0 +1,259 @@
+"""Checks, times and measures all contenders of all cells; the one place that does."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from benchmarks import memory, roofline
+from benchmarks.accuracy import Oracles, Verdict
+from benchmarks.calls import bind, comparable, draw
+from benchmarks.contender import Bench, Contender, Layer, weight_bytes
+from benchmarks.machine import last_level_cache
+from benchmarks.operands import Operands
+from benchmarks.shapes import BACKWARD, Cell
+from benchmarks.statistics import rounds, sample_counts, summarize
+from benchmarks.timing import EAGER, GRAPH, Call, captured
+
+CONTROL = "pylora (control)"
+# Inputs rotate over this many times the last-level cache, in at most so many copies of a layer.
+CACHES, MOST_LAYERS = 3, 256
+LEAST_SAMPLES, MOST_SAMPLES = 5, 60
+_SHAPES_REMEMBERED = 3
+
+OK, FAILS, REFUSED, ERROR, ABSENT = "ok", "fails the rule", "refused", "error", "absent"
+
+
+@dataclass
+class Entry:
+    """One contender in one cell, on its way through check, timing and memory."""
+
+    contender: Contender
+    calls: list[Call] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
+    path: str = ""
+    status: str = OK
+    note: str = ""
+    samples: list[float] = field(default_factory=list)
+
+    @property
+    def runs(self) -> bool:
+        return self.status in (OK, FAILS)
+
+
+class Harness:
+    """Runs cells on one device; keeps what is costly to make from one cell to the next."""
+
+    def __init__(self, device: torch.device, seed: int, seconds: float) -> None:
+        self.device, self.seed, self.seconds = device, seed, seconds
+        self.roofline = roofline.measure(device)
+        self._operands: dict[tuple[Any, ...], Operands] = {}
+        self._layers: dict[str, list[Layer]] = {}
+        self._layers_of: tuple[Any, ...] | None = None
+
+    def run(
+        self, bench: Bench, contenders: Sequence[Contender], cell: Cell
+    ) -> list[dict[str, Any]]:
+        """The cell as JSON: one entry for each way of timing, eager and, on CUDA, as a graph."""
+        ours = contenders[0]
+        entries = [
+            self._entry(bench, contender, cell)
+            for contender in (ours, replace(ours, name=CONTROL), *contenders[1:])
+        ]
+        self._check(bench, cell, entries)
+        reports = []
+        for timing in self._timings(cell):
+            timed = [e if timing == EAGER else _as_graph(e) for e in entries]
+            self._time(timed)
+            reports.append(self._report(bench, cell, timing, timed))
+        return reports
+
+    def _timings(self, cell: Cell) -> list[str]:
+        graphs = self.device.type == "cuda" and cell.mode != BACKWARD
+        return [EAGER, GRAPH] if graphs else [EAGER]
+
+    def _entry(self, bench: Bench, contender: Contender, cell: Cell) -> Entry:
+        entry = Entry(contender)
+        reason = contender.why_not(cell, self.device)
+        if reason is not None:
+            entry.status, entry.note = ABSENT, reason
+            return entry
+        with _recorded(entry):
+            entry.layers = self._rotation(bench, contender, cell)
+        return entry
+
+    def _rotation(self, bench: Bench, contender: Contender, cell: Cell) -> list[Layer]:
+        """As many layers, each over memory of its own, as exceed the cache several times."""
+        shape = (bench.op, cell.out_features, cell.in_features, cell.dtype)
+        if shape != self._layers_of:
+            self._layers, self._layers_of = {}, shape
+        if contender.name not in self._layers:
+            operands = self.operands(cell)
+            needed = CACHES * last_level_cache(self.device) / weight_bytes(cell, contender)
+            count = max(2, min(MOST_LAYERS, math.ceil(needed)))
+            self._layers[contender.name] = [contender.build(operands) for _ in range(count)]
+        return self._layers[contender.name]
+
+    def operands(self, cell: Cell) -> Operands:
+        """The operands of a shape; those of the last few shapes are kept for the next op."""
+        key = (cell.out_features, cell.in_features, cell.dtype)
+        if key not in self._operands:
+            while len(self._operands) >= _SHAPES_REMEMBERED:
+                del self._operands[next(iter(self._operands))]
+            any_rank = replace(cell, rank=cell.rank or 16)
+            self._operands[key] = Operands(any_rank, self.device, self.seed)
+        return self._operands[key]
+
+    def _check(self, bench: Bench, cell: Cell, entries: list[Entry]) -> None:
+        """Binds every call, and judges each contender's first result: ours is refused where it is
+        wrong, a peer's is timed and marked."""
+        operands = self.operands(cell)
+        inputs = draw(cell, operands)
+        oracles = Oracles(bench, operands, cell.mode)
+        for entry in entries:
+            if not entry.runs:
+                continue
+            with _recorded(entry):
+                for index, layer in enumerate(entry.layers):
+                    fresh = inputs if index == 0 else draw(cell, operands)
+                    call, x, grad = bind(cell, entry.contender, layer, operands, fresh)
+                    entry.calls.append(call)
+                    if index == 0:
+                        result = comparable(cell, layer, call.once())
+                        verdict = oracles.check(entry.contender, layer, x, grad, result)
+                        _judge(entry, verdict)
+                        entry.path = _path(layer, call, x)
+                        del result
+
+    def _time(self, entries: list[Entry]) -> None:
+        """Round-robin over contenders, each over its own rotation of inputs."""
+        running = {e.contender.name: e for e in entries if e.runs}
+        for entry in list(running.values()):
+            with _recorded(entry):
+                entry.calls[-1].once()
+                entry.samples = [entry.calls[0].seconds(self.device)]
+            if not entry.runs:
+                del running[entry.contender.name]
+        if not running:
+            return
+        estimates = {name: entry.samples.pop() for name, entry in running.items()}
+        counts = sample_counts(estimates, self.seconds, LEAST_SAMPLES, MOST_SAMPLES)
+        with _no_garbage_collection():
+            for turn in rounds(counts):
+                for name in turn:
+                    entry = running[name]
+                    call = entry.calls[len(entry.samples) % len(entry.calls)]
+                    entry.samples.append(call.seconds(self.device))
+
+    def _report(
+        self, bench: Bench, cell: Cell, timing: str, entries: list[Entry]
+    ) -> dict[str, Any]:
+        work = bench.work(cell, entries[0].contender)
+        results = [self._result(bench, cell, entry) for entry in entries]
+        medians = {r["contender"]: r["median_s"] for r in results}
+        control = None
+        if medians[entries[0].contender.name] and medians[CONTROL]:
+            control = medians[CONTROL] / medians[entries[0].contender.name]
+        return {
+            "mode": cell.mode,
+            "out_features": cell.out_features,
+            "in_features": cell.in_features,
+            "rows": cell.rows,
+            "dtype": cell.dtype,
+            "rank": cell.rank,
+            "timing": timing,
+            "flop": work.flop,
+            "bytes": work.bytes,
+            "floor_s": roofline.floor_seconds(work, self.roofline),
+            "control_ratio": control,
+            "results": results,
+        }
+
+    def _result(self, bench: Bench, cell: Cell, entry: Entry) -> dict[str, Any]:
+        contender = entry.contender
+        result: dict[str, Any] = {
+            "contender": contender.name,
+            "version": "" if entry.status == ABSENT else contender.version(),
+            "path": entry.path,
+            "has_lora": contender.has_lora,
+            "status": entry.status,
+            "note": entry.note,
+            "samples": len(entry.samples),
+            "rotation_bytes": int(len(entry.layers) * weight_bytes(cell, contender)),
+            "extra_memory_bytes": None,
+        }
+        names = ("median_s", "p20_s", "p80_s", "bytes_per_s", "flop_per_s", "of_roofline")
+        result |= dict.fromkeys(names)
+        if entry.runs and entry.samples:
+            summary, work = summarize(entry.samples), bench.work(cell, contender)
+            floor = roofline.floor_seconds(work, self.roofline)
+            result |= {
+                "median_s": summary.median,
+                "p20_s": summary.p20,
+                "p80_s": summary.p80,
+                "bytes_per_s": work.bytes / summary.median,
+                "flop_per_s": work.flop / summary.median,
+                "of_roofline": floor / summary.median,
+            }
+            if self.device.type == "cuda":
+                result["extra_memory_bytes"] = memory.cuda_extra(entry.calls[0].once)
+        return result
+
+
+def _judge(entry: Entry, verdict: Verdict) -> None:
+    entry.note = verdict.text
+    if not verdict.passes:
+        entry.status = REFUSED if entry.contender.is_ours else FAILS
+
+
+def _path(layer: Layer, call: Call, x: Any) -> str:
+    with torch.no_grad():
+        return layer.path(x)
+
+
+def _as_graph(entry: Entry) -> Entry:
+    """The same contender with each call captured, or the reason why it cannot be."""
+    graphed = replace(entry, calls=[], samples=[])
+    if entry.runs:
+        with _recorded(graphed):
+            graphed.calls = [captured(call) for call in entry.calls]
+    return graphed
+
+
+@contextmanager
+def _recorded(entry: Entry) -> Iterator[None]:
+    """What a contender raises is its result: another's failure must not end the run. It is shown
+    in the table, and where it is ours the run exits with 1."""
+    try:
+        yield
+    except Exception as error:
+        lines = str(error).splitlines() or [""]
+        entry.status, entry.note = ERROR, f"{type(error).__name__}: {lines[0][:300]}"
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def add_cpu_memory(reports: Sequence[tuple[Cell, dict[str, Any]]], seed: int) -> None:
+    """Fills in the peak memory of every contender that was timed in these cells."""
+    wanted = {
+        (cell, result["contender"]): result
+        for cell, report in reports
+        for result in report["results"]
+        if result["median_s"] is not None and result["contender"] != CONTROL
+    }
+    for task, extra in memory.cpu_extra(list(wanted), seed, torch.get_num_threads()).items():
+        wanted[task]["extra_memory_bytes"] = extra

@@ -1,0 +1,139 @@
+"""Facts about where and with what a run was made."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import datetime, timezone
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "pylora-kernels",
+    "bitsandbytes",
+    "peft",
+    "transformers",
+    "torchao",
+)
+# The CPU features that decide which kernel runs.
+_FLAGS = ("avx2", "fma", "f16c", "avx512", "avx_vnni", "amx", "asimd", "sve", "bf16", "i8mm")
+_UNKNOWN_CACHE = 64 << 20
+
+
+@lru_cache(maxsize=1)
+def cache_bytes() -> dict[str, int]:
+    """Data caches by level, all instances that this process can use together: {"L3": bytes}."""
+    instances: dict[tuple[str, str], int] = {}
+    for cpu in usable_cpus():
+        for index in Path(f"/sys/devices/system/cpu/cpu{cpu}/cache").glob("index*"):
+            try:
+                facts = {n: (index / n).read_text().strip() for n in ("level", "type", "size")}
+                shared = (index / "shared_cpu_list").read_text().strip()
+            except OSError:
+                continue
+            if facts["type"] != "Instruction":
+                size = int(facts["size"].rstrip("K")) << 10
+                instances["L" + facts["level"], shared] = size
+    totals: dict[str, int] = {}
+    for (level, _), size in sorted(instances.items()):
+        totals[level] = totals.get(level, 0) + size
+    return totals
+
+
+def last_level_cache(device: torch.device) -> int:
+    """Bytes that inputs must exceed to be read from memory; 64 MiB where nothing says so."""
+    if device.type == "cuda":
+        return cuda_l2_bytes()
+    caches = cache_bytes()
+    return caches[max(caches)] if caches else _UNKNOWN_CACHE
+
+
+def cuda_l2_bytes() -> int:
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+
+
+def usable_cpus() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _cpu_facts() -> tuple[str, list[str]]:
+    """(model name, the flags that matter) from /proc/cpuinfo."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine(), []
+    fields: dict[str, str] = {}
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    return (
+        fields.get("model name", platform.machine()),
+        sorted(flag for flag in flags if flag.startswith(_FLAGS)),
+    )
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    name, flags = _cpu_facts()
+    facts: dict[str, Any] = {
+        "device": device.type,
+        "cpu": name,
+        "cores": len(usable_cpus()),
+        "threads": torch.get_num_threads(),
+        "caches": cache_bytes(),
+        "flags": flags,
+        "os": platform.platform(),
+        "gpu": None,
+        "driver": None,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts["gpu"] = f"{properties.name}, {properties.total_memory >> 30} GiB"
+        facts["driver"] = _output(
+            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+        )
+    return facts
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def commit() -> dict[str, Any] | None:
+    """{"hash", "dirty"} of the checkout this runs from; None where it is no git checkout."""
+    revision = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    if not revision:
+        return None
+    changed = _output("git", "-C", str(ROOT), "status", "--porcelain")
+    return {"hash": revision, "dirty": bool(changed)}
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,138 @@
+"""Peak extra memory of one call: the results and everything allocated on the way to them.
+
+On CUDA it is what torch's allocator has seen. On a CPU no allocator sees it all (kernels have
+workspaces of their own), so that the resident set of a process is taken: a child for each
+contender, forked before any thread pool exists, runs a small call first so that libraries have
+set up, hands free memory back, sets the peak back (`/proc/self/clear_refs`), and makes the call
+once. The kernel counts pages a few at a time for each thread: figures are good to about 0.3 MiB.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.machine import ROOT
+from benchmarks.shapes import Cell
+
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_SECONDS_A_TASK = 60
+
+
+def cuda_extra(run: Callable[[], Any]) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = run()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    del result
+    return peak - before
+
+
+def cpu_extra(
+    tasks: Sequence[tuple[Cell, str]], seed: int, threads: int
+) -> dict[tuple[Cell, str], int | None]:
+    """Bytes for each (cell, contender); None where the child failed or there is no /proc."""
+    if not tasks or not CLEAR_REFS.exists():
+        return dict.fromkeys(tasks)
+    request = {"seed": seed, "threads": threads, "tasks": [[asdict(c), n] for c, n in tasks]}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "memory-probe"],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"},
+        timeout=60 + _SECONDS_A_TASK * len(tasks),
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"the memory probe failed:\n{done.stderr[-2000:]}")
+    return dict(zip(tasks, json.loads(done.stdout.splitlines()[-1]), strict=True))
+
+
+def probe() -> int:
+    """The process behind `cpu_extra`: reads tasks from stdin, answers with a list of bytes."""
+    from benchmarks.registry import bench_of
+
+    request = json.loads(sys.stdin.read())
+    answers: list[int | None] = []
+    for facts, name in request["tasks"]:
+        cell = Cell(**facts)
+        contender = next(c for c in bench_of(cell.op).contenders if c.name == name)
+        _import(contender.packages)
+        answers.append(_in_child(lambda c=contender, l=cell: _measure(l, c, request)))
+    print(json.dumps(answers))
+    return 0
+
+
+def _import(packages: Sequence[str]) -> None:
+    """Before the fork: children then share what an import costs."""
+    for package in packages:
+        __import__({"pylora-kernels": "pylora"}.get(package, package))
+
+
+def _in_child(measure: Callable[[], int]) -> int | None:
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.write(write_end, str(measure()).encode())
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(write_end)
+    with os.fdopen(read_end) as pipe:
+        text = pipe.read()
+    _, status = os.waitpid(child, 0)
+    return int(text) if status == 0 and text else None
+
+
+def _measure(cell: Cell, contender: Any, request: dict[str, Any]) -> int:
+    from benchmarks.calls import bind
+    from benchmarks.operands import Operands
+
+    torch.set_num_threads(request["threads"])
+    device = torch.device("cpu")
+
+    def prepared(cell: Cell) -> Any:
+        operands = Operands(cell, device, request["seed"], real=False)
+        layer = contender.build(operands)
+        return bind(cell, contender, layer, operands)[0]
+
+    small = replace(cell, out_features=256, in_features=256, rows=min(cell.rows, 8))
+    prepared(small).once()
+    call = prepared(cell)
+    before = _settle()
+    result = call.once()
+    peak = _status_bytes("VmHWM")
+    del result
+    return max(peak - before, 0)
+
+
+def _settle() -> int:
+    """Gives free memory back and sets the peak back; the bytes now resident."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # absent from musl
+    if trim is not None:
+        trim(0)
+    CLEAR_REFS.write_text("5")
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(field: str) -> int:
+    for line in STATUS.read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) << 10
+    raise RuntimeError(f"{STATUS} has no {field}")

@@ -1,0 +1,89 @@
+"""Fresh random operands of a layer. Whoever asks gets memory of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pylora
+from benchmarks.shapes import Cell
+from pylora import NF4Weight
+
+SCALING = 0.5
+
+
+class Operands:
+    """The weight of one shape, dense and in NF4, and its LoRA; every method returns a copy.
+
+    Copies let each contender rotate over memory that nobody else touches; what is costly to make
+    is made once and remembered.
+    """
+
+    def __init__(self, cell: Cell, device: torch.device, seed: int, real: bool = True) -> None:
+        """`real` quantizes random numbers; otherwise the packed bytes themselves are random, which
+        is faster and enough to measure memory."""
+        self.cell, self.device = cell, device
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._remembered: dict[str, Any] = {}
+        self._real = real
+        self.scaling = SCALING
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.cell.dtype)
+
+    def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        values = torch.randn(*shape, generator=self._generator, device=self.device)
+        return (values * scale).to(dtype or self.dtype)
+
+    def remembered(self, key: str, make: Callable[[], Any]) -> Any:
+        if key not in self._remembered:
+            self._remembered[key] = make()
+        return self._remembered[key]
+
+    def source(self) -> Tensor:
+        """The weight before it is quantized, [out_features, in_features]."""
+        return self._source().clone()
+
+    def nf4(self) -> NF4Weight:
+        return self.remembered("nf4", self._quantized).map_tensors(torch.clone)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """What the NF4 weight stands for, dequantized to `dtype`."""
+        key = f"dense {dtype}"
+        return self.remembered(key, lambda: pylora.dequantize_nf4(self.nf4(), dtype)).clone()
+
+    def lora(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """lora_A [r, in_features] and lora_B [out_features, r], both trainable.
+
+        B is not zero as at the start of a training: its part of the result must count.
+        """
+        n, k, r = self.cell.out_features, self.cell.in_features, self.cell.rank
+        pair = self.remembered(
+            "lora", lambda: (self.normal(r, k, scale=k**-0.5), self.normal(n, r, scale=0.3))
+        )
+        a, b = (t.detach().clone().to(dtype or t.dtype).requires_grad_() for t in pair)
+        return a, b
+
+    def _source(self) -> Tensor:
+        n, k = self.cell.out_features, self.cell.in_features
+        if self._real:
+            return self.remembered("source", lambda: self.normal(n, k, scale=k**-0.5))
+        return self.remembered(
+            "source", lambda: torch.full((n, k), 0.01, dtype=self.dtype, device=self.device)
+        )
+
+    def _quantized(self) -> NF4Weight:
+        if self._real:
+            return pylora.quantize_nf4(self._source())
+        n, k = self.cell.out_features, self.cell.in_features
+        if k % 64:
+            return pylora.quantize_nf4(self._source())
+        packed = torch.randint(
+            256, (n, k // 2), dtype=torch.uint8, device=self.device, generator=self._generator
+        )
+        absmax = torch.full((n, k // 64), 0.05, device=self.device)
+        return NF4Weight(packed, absmax, torch.Size((n, k)), self.dtype)

@@ -1,0 +1,129 @@
+"""`python -m benchmarks run`: the suite, the progress bar, the tables and the files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import goals, machine, results
+from benchmarks.contender import Bench
+from benchmarks.harness import Harness, add_cpu_memory
+from benchmarks.registry import BENCHES, bench_of, check_against, selected
+from benchmarks.shapes import SUITES, Cell, Suite
+from benchmarks.tables import OURS, cell_table, summary_table
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Returns 1 where a result of ours was refused or failed, else 0."""
+    if "PYTEST_CURRENT_TEST" in os.environ and not arguments.seconds == 0:
+        raise ValueError("benchmarks do not time under pytest; --seconds must be 0 there")
+    if arguments.against is not None:
+        check_against(arguments.against)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, but torch finds no CUDA device")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    suite = _suite(arguments)
+    benches = [bench_of(op) for op in arguments.op or BENCHES]
+    plan = {bench.op: _cells(bench, suite) for bench in benches}
+    seed = random.SystemRandom().randrange(2**31) if arguments.seed is None else arguments.seed
+    device = torch.device(arguments.device)
+    begin = time.perf_counter()
+    harness = Harness(device, seed, suite.seconds)
+    _announce(harness, device)
+    runs = []
+    with tqdm(total=sum(map(len, plan.values())), unit="cell", smoothing=0.1) as bar:
+        for bench in benches:
+            runs.append(_run_bench(harness, bench, plan[bench.op], suite, arguments, bar))
+            path = arguments.out / f"{bench.op}.json"
+            results.save(path, runs[-1])
+            bar.write(f"wrote {path}")
+    for finished in runs:
+        print("\n" + summary_table(finished))
+    print("\n" + goals.goals_table(runs))
+    bad = [
+        r
+        for finished in runs
+        for cell in finished["cells"]
+        for r in cell["results"]
+        if r["contender"] == OURS and r["status"] in ("refused", "error")
+    ]
+    print(f"\n{time.perf_counter() - begin:.0f} s in all")
+    if bad:
+        print(f"{len(bad)} results of pylora were refused or failed: {bad[0]['note']}")
+    return 1 if bad else 0
+
+
+def _suite(arguments: argparse.Namespace) -> Suite:
+    suite = SUITES[arguments.suite, arguments.device]
+    if arguments.shape:
+        suite = replace(suite, shapes=tuple(arguments.shape))
+    if arguments.rows:
+        suite = replace(
+            suite,
+            rows=arguments.rows,
+            backward_rows=arguments.rows,
+            memory_rows=() if arguments.device == "cuda" else arguments.rows,
+        )
+    if arguments.seconds is not None:
+        suite = replace(suite, seconds=arguments.seconds)
+    if arguments.no_memory:
+        suite = replace(suite, memory_rows=())
+    return suite
+
+
+def _cells(bench: Bench, suite: Suite) -> list[Cell]:
+    return list(suite.cells(bench.op, bench.has_rows, bench.has_backward, bench.rank))
+
+
+def _announce(harness: Harness, device: torch.device) -> None:
+    facts, limits = machine.machine(device), harness.roofline
+    print(f"{facts['gpu'] or facts['cpu']}, {facts['threads']} threads, {facts['caches']}")
+    print(
+        f"measured limits: read {limits['read_bytes_per_s'] / 1e9:.1f} GB/s, "
+        f"copy {limits['copy_bytes_per_s'] / 1e9:.1f} GB/s, "
+        f"bf16 matmul {limits['matmul_flop_per_s'] / 1e9:.0f} GFLOP/s"
+    )
+
+
+def _run_bench(
+    harness: Harness,
+    bench: Bench,
+    cells: list[Cell],
+    suite: Suite,
+    arguments: argparse.Namespace,
+    bar: Any,
+) -> dict[str, Any]:
+    begin = time.perf_counter()
+    contenders = selected(bench, arguments.against, suite.few_contenders)
+    reports = []
+    for cell in cells:
+        bar.set_description(str(cell))
+        for report in harness.run(bench, contenders, cell):
+            reports.append((cell, report))
+            bar.write(cell_table(bench.op, report) + "\n")
+        bar.update()
+    if harness.device.type == "cpu" and suite.memory_rows:
+        bar.set_description(f"{bench.op} memory")
+        wanted = [pair for pair in reports if pair[0].rows in (0, *suite.memory_rows)]
+        add_cpu_memory(wanted, harness.seed)
+    return {
+        "schema": results.SCHEMA,
+        "op": bench.op,
+        "suite": arguments.suite,
+        "date": machine.now(),
+        "seed": harness.seed,
+        "seconds": round(time.perf_counter() - begin, 1),
+        "machine": machine.machine(harness.device),
+        "versions": machine.versions(),
+        "commit": machine.commit(),
+        "roofline": harness.roofline,
+        "cells": [report for _, report in reports],
+    }

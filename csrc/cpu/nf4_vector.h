@@ -1,0 +1,254 @@
+// nf4_linear.h, forward, for a few tokens: dot products with rows of W decoded in registers.
+//
+// A chunk is 8 * kLanes weights of a row, one 32-bit word of packed weights a lane. Shifting the words
+// by 4 j brings nibble j of each to where a permute reads its index, so that one shift and one permute
+// decode a vector of weights in the order (lane, j ^ 1); the tokens are packed once in that order.
+// Products are summed with the bare codes; absmax multiplies a chunk's sum, lane by lane, since a lane
+// never leaves a group of 32 weights.
+#pragma once
+
+#include <type_traits>
+
+#include "cpu/gemm_pack.h"
+#include "cpu/nf4_linear.h"
+#include "cpu/nf4_panel.h"
+#include "cpu/parallel.h"
+#include "cpu/workspace.h"
+
+namespace pylora {
+
+inline constexpr int64_t kVectorStretch = 2048;  // weights whose absmax is looked up at a time
+inline constexpr int64_t kPrefetchBytes = 1024;
+inline constexpr int64_t kVectorGrain = 1 << 16;  // weights a thread must have to be worth waking
+
+template <class S, template <class> class Mac>
+struct VectorLayout {
+  static constexpr int kWeights = 8 * S::kLanes;             // of a chunk
+  static constexpr int kVectors = 8 / Mac<S>::kStep;         // decoded vectors
+  static constexpr int kFloats = kVectors * S::kLanes;       // 32-bit elements
+  static constexpr int kGroups = kWeights / static_cast<int>(kGroup);
+};
+
+// Row m of x in the order of the decoded weights, zeros after the last value.
+template <class S, template <class> class Mac, class T>
+void pack_vector(const T* x, int64_t depth, float* packed) {
+  using Layout = VectorLayout<S, Mac>;
+  using Value = std::conditional_t<Mac<S>::kStep == 1, float, BFloat16>;
+  constexpr int kUnit = Layout::kVectors;  // consecutive values in one lane of one permute
+  constexpr int kPlaces = Layout::kWeights / kUnit;
+  auto* out = reinterpret_cast<Value*>(packed);
+  for (int64_t k = 0; k < depth; k += Layout::kWeights, out += Layout::kWeights) {
+    const int64_t left = depth - k < Layout::kWeights ? depth - k : Layout::kWeights;
+    for (int place = 0; place < kPlaces; ++place) {
+      for (int j = 0; j < kUnit; ++j) {
+        const int i = place * kUnit + (j ^ 1);
+        Value value{};
+        if (i < left) {
+          if constexpr (Mac<S>::kStep == 1) {
+            value = to_float(x[k + i]);
+          } else {
+            value = x[k + i];
+          }
+        }
+        out[j * kPlaces + place] = value;
+      }
+    }
+  }
+}
+
+// How absmax of a chunk is found: its kParts equal parts have one each, or share one.
+enum class ChunkScales {
+  kShared,   // blocks of whole chunks
+  kHalves,   // two blocks in a chunk of four groups: the default blocksize on AVX-512
+  kGeneral,  // group by group
+};
+
+// absmax of chunk `c` of the stretch, lane by lane.
+template <class S, int kGroups, ChunkScales kScales>
+PYLORA_INLINE typename S::F chunk_absmax(const GroupScales<S>& scale, int64_t c, int64_t groups) {
+  if constexpr (kScales == ChunkScales::kShared) {
+    return S::set1(scale(c * kGroups));
+  } else if constexpr (kScales == ChunkScales::kHalves) {
+    return S::spread({scale.absmax[2 * c], scale.absmax[2 * c + 1]});
+  } else {
+    float part[kGroups];
+#pragma GCC unroll 4
+    for (int i = 0; i < kGroups; ++i) {
+      const int64_t g = c * kGroups + i;
+      part[i] = scale(g < groups ? g : groups - 1);
+    }
+    return S::spread(part);
+  }
+}
+
+// acc[m] += one chunk of a row times each token.
+template <class S, template <class> class Mac, int kTokens, class Table>
+PYLORA_INLINE void add_chunk(const uint8_t* q, int64_t left, const Table& table,
+                             typename S::F absmax, const float* x, int64_t packed_ld,
+                             typename S::F (&acc)[kTokens]) {
+  constexpr int kVectors = VectorLayout<S, Mac>::kVectors;
+  typename S::F weights[kVectors];
+  S::decode_chunk(q, left, table, weights);
+#pragma GCC unroll 8
+  for (int m = 0; m < kTokens; ++m) {
+    typename S::F sum = S::zero();
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) {
+      sum = Mac<S>::mac(sum, weights[j], S::load(x + m * packed_ld + j * S::kLanes));
+    }
+    acc[m] = S::fma(sum, absmax, acc[m]);
+  }
+}
+
+// Tokens [token, token + kTokens) times rows [row, row + kRows) of W.
+template <class S, template <class> class Mac, int kTokens, int kRows, ChunkScales kScales>
+PYLORA_INLINE void vector_rows(const LinearProblem& p, const float* packed, int64_t packed_ld,
+                               int64_t token, int64_t row) {
+  using F = typename S::F;
+  using Layout = VectorLayout<S, Mac>;
+  constexpr int64_t kBytes = Layout::kWeights / 2;
+  const NF4Matrix& w = p.weight;
+  const int64_t bytes = w.cols / 2;
+  const auto table = S::chunk_table(Mac<S>{});
+  F acc[kRows][kTokens];
+#pragma GCC unroll 2
+  for (int n = 0; n < kRows; ++n) {
+#pragma GCC unroll 8
+    for (int m = 0; m < kTokens; ++m) acc[n][m] = S::zero();
+  }
+  for (int64_t k0 = 0; k0 < w.cols; k0 += kVectorStretch) {
+    const int64_t count = w.cols - k0 < kVectorStretch ? w.cols - k0 : kVectorStretch;
+    const int64_t groups = count / kGroup;
+    const int64_t whole = count / Layout::kWeights;
+    GroupScales<S> scale[kRows];
+#pragma GCC unroll 2
+    for (int n = 0; n < kRows; ++n) scale[n].find(w, (row + n) * w.cols + k0, count);
+    const float* x = packed + token * packed_ld + k0 / Mac<S>::kStep;
+    const uint8_t* q = w.qweight + row * bytes + k0 / 2;
+    int64_t c = 0;
+    for (; c < whole; ++c, q += kBytes, x += Layout::kFloats) {
+#pragma GCC unroll 2
+      for (int n = 0; n < kRows; ++n) {
+        __builtin_prefetch(q + n * bytes + kPrefetchBytes);
+        add_chunk<S, Mac, kTokens>(q + n * bytes, Layout::kWeights, table,
+                                   chunk_absmax<S, Layout::kGroups, kScales>(scale[n], c, groups),
+                                   x, packed_ld, acc[n]);
+      }
+    }
+    if (c * Layout::kGroups == groups) continue;
+#pragma GCC unroll 2
+    for (int n = 0; n < kRows; ++n) {  // the end of the row
+      add_chunk<S, Mac, kTokens>(
+          q + n * bytes, count - c * Layout::kWeights, table,
+          chunk_absmax<S, Layout::kGroups, ChunkScales::kGeneral>(scale[n], c, groups), x,
+          packed_ld, acc[n]);
+    }
+  }
+  const F scale = S::set1(S::chunk_scale(Mac<S>{}));
+#pragma GCC unroll 2
+  for (int n = 0; n < kRows; ++n) {
+    const float bias = p.bias != nullptr ? p.bias[row + n] : 0.0f;
+#pragma GCC unroll 8
+    for (int m = 0; m < kTokens; ++m) acc[n][m] = S::mul(acc[n][m], scale);
+    if (p.low != nullptr) {
+      visit_dtype(p.adapter_dtype, [&](auto element) {
+        const auto* adapter =
+            static_cast<const decltype(element)*>(p.adapter) + (row + n) * p.rank;
+        for (int64_t r = 0; r < p.rank; r += S::kLanes) {
+          const int left = static_cast<int>(p.rank - r < S::kLanes ? p.rank - r : S::kLanes);
+          const F b = S::load_n(adapter + r, left);
+#pragma GCC unroll 8
+          for (int m = 0; m < kTokens; ++m) {
+            acc[n][m] = S::fma(b, S::load_n(p.low + (token + m) * p.rank + r, left), acc[n][m]);
+          }
+        }
+      });
+    }
+    visit_dtype(p.dtype, [&](auto element) {
+      using T = decltype(element);
+      T* y = static_cast<T*>(p.y) + token * w.rows + row + n;
+#pragma GCC unroll 8
+      for (int m = 0; m < kTokens; ++m) y[m * w.rows] = from_float<T>(S::sum(acc[n][m]) + bias);
+    });
+  }
+}
+
+template <class S, template <class> class Mac, int kTokens, ChunkScales kScales>
+void vector_range(const LinearProblem& p, const float* packed, int64_t packed_ld, int64_t begin,
+                  int64_t end) {
+  // Two rows at a time share the tokens' loads; for one token there is nothing to gain.
+  constexpr int kRows = kTokens == 1 ? 1 : 2;
+  int64_t row = begin;
+  for (; row + kRows <= end; row += kRows) {
+    vector_rows<S, Mac, kTokens, kRows, kScales>(p, packed, packed_ld, 0, row);
+  }
+  for (int m = 0; row < end && m < kTokens; ++m) {
+    vector_rows<S, Mac, 1, 1, kScales>(p, packed, packed_ld, m, row);
+  }
+}
+
+template <class S, template <class> class Mac, int kTokens>
+void run_vector_of(const LinearProblem& p, const float* packed, int64_t packed_ld) {
+  constexpr int kGroups = VectorLayout<S, Mac>::kGroups;
+  const NF4Matrix& w = p.weight;
+  const bool aligned = w.cols % w.blocksize == 0;  // every row starts a block
+  parallel_for(0, w.rows, ceil_div(kVectorGrain, w.cols), [&](int64_t begin, int64_t end) {
+    if (aligned && w.blocksize >= kGroups * kGroup) {
+      vector_range<S, Mac, kTokens, ChunkScales::kShared>(p, packed, packed_ld, begin, end);
+      return;
+    }
+    if constexpr (kGroups == 4) {
+      if (aligned && w.blocksize == 2 * kGroup) {
+        vector_range<S, Mac, kTokens, ChunkScales::kHalves>(p, packed, packed_ld, begin, end);
+        return;
+      }
+    }
+    vector_range<S, Mac, kTokens, ChunkScales::kGeneral>(p, packed, packed_ld, begin, end);
+  });
+}
+
+// False where this way does not apply.
+template <class S, template <class> class Mac, class T>
+bool run_vector(const LinearProblem& p) {
+  const int64_t ld = round_up(p.weight.cols, VectorLayout<S, Mac>::kWeights) / Mac<S>::kStep;
+  if (p.rows > kVectorTokens || p.backward || !has_aligned_groups(p.weight) ||
+      p.rows * ld * 4 > static_cast<int64_t>(kWorkspaceBytes)) {
+    return false;
+  }
+  float* packed = thread_workspace();  // read by all threads, which need none of their own here
+  for (int64_t m = 0; m < p.rows; ++m) {
+    pack_vector<S, Mac>(static_cast<const T*>(p.x) + m * p.weight.cols, p.weight.cols,
+                        packed + m * ld);
+  }
+  switch (p.rows) {
+    case 1:
+      run_vector_of<S, Mac, 1>(p, packed, ld);
+      break;
+    case 2:
+      run_vector_of<S, Mac, 2>(p, packed, ld);
+      break;
+    case 3:
+      run_vector_of<S, Mac, 3>(p, packed, ld);
+      break;
+    case 4:
+      run_vector_of<S, Mac, 4>(p, packed, ld);
+      break;
+    case 5:
+      run_vector_of<S, Mac, 5>(p, packed, ld);
+      break;
+    case 6:
+      run_vector_of<S, Mac, 6>(p, packed, ld);
+      break;
+    case 7:
+      run_vector_of<S, Mac, 7>(p, packed, ld);
+      break;
+    case 8:
+      run_vector_of<S, Mac, 8>(p, packed, ld);
+      break;
+    default:
+      return false;
+  }
+  return true;
+}
+
+}  // namespace pylora
