@@ -137,7 +137,7 @@ class Harness:
         for entry in list(running.values()):
             with _recorded(entry):
                 entry.calls[-1].once()
-                entry.samples = [entry.calls[0].seconds(self.device)]
+                entry.samples = [min(c.seconds(self.device) for c in entry.calls[:2])]
             if not entry.runs:
                 del running[entry.contender.name]
         if not running:
@@ -145,7 +145,7 @@ class Harness:
         estimates = {name: entry.samples.pop() for name, entry in running.items()}
         counts = sample_counts(estimates, self.seconds, LEAST_SAMPLES, MOST_SAMPLES)
         with _no_garbage_collection():
-            for turn in rounds(counts):
+            for turn in rounds(counts, self.seed):
                 for name in turn:
                     entry = running[name]
                     call = entry.calls[len(entry.samples) % len(entry.calls)]

@@ -71,7 +71,7 @@ def probe() -> int:
         cell = Cell(**facts)
         contender = next(c for c in bench_of(cell.op).contenders if c.name == name)
         _import(contender.packages)
-        answers.append(_in_child(lambda c=contender, l=cell: _measure(l, c, request)))
+        answers.append(_in_child(lambda who=contender, what=cell: _measure(what, who, request)))
     print(json.dumps(answers))
     return 0
 

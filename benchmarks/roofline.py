@@ -25,11 +25,9 @@ def measure(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> dict[s
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
     copy = 2 * source.nbytes / _best(Call(lambda _: target.copy_(source)), device)
-    read = max(
-        source.nbytes / _best(Call(reduction), device)
-        for reduction in (lambda _: source.sum(), lambda _: source.amax())
+    read = source.nbytes / min(
+        _best(Call(lambda _: source.sum()), device), _best(Call(lambda _: source.amax()), device)
     )
-    del source, target
     peak = max(
         2 * m * n * k / _best(Call(_matmul(m, n, k, device, dtype)), device)
         for m, n, k in (MATMUL_SHAPES if device.type == "cpu" else CUDA_MATMUL_SHAPES)

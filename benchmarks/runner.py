@@ -38,15 +38,21 @@ def run(arguments: argparse.Namespace) -> int:
     begin = time.perf_counter()
     harness = Harness(device, seed, suite.seconds)
     _announce(harness, device)
-    runs = []
+    runs, to_measure = [], []
     with tqdm(total=sum(map(len, plan.values())), unit="cell", smoothing=0.1) as bar:
         for bench in benches:
-            runs.append(_run_bench(harness, bench, plan[bench.op], suite, arguments, bar))
-            path = arguments.out / f"{bench.op}.json"
-            results.save(path, runs[-1])
-            bar.write(f"wrote {path}")
+            finished, reports = _run_bench(harness, bench, plan[bench.op], suite, arguments, bar)
+            runs.append(finished)
+            results.save(arguments.out / f"{bench.op}.json", finished)
+            to_measure += [pair for pair in reports if pair[0].rows in (0, *suite.memory_rows)]
+    if device.type == "cpu" and suite.memory_rows:
+        print("measuring peak memory, a process for each contender")
+        add_cpu_memory(to_measure, seed)
+        for finished in runs:
+            results.save(arguments.out / f"{finished['op']}.json", finished)
     for finished in runs:
         print("\n" + summary_table(finished))
+    print(f"\nwrote {', '.join(str(arguments.out / run['op']) + '.json' for run in runs)}")
     print("\n" + goals.goals_table(runs))
     bad = [
         r
@@ -100,7 +106,8 @@ def _run_bench(
     suite: Suite,
     arguments: argparse.Namespace,
     bar: Any,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[tuple[Cell, dict[str, Any]]]]:
+    """(the run of one op as JSON, its cells with their reports inside that JSON)."""
     begin = time.perf_counter()
     contenders = selected(bench, arguments.against, suite.few_contenders)
     reports = []
@@ -110,11 +117,7 @@ def _run_bench(
             reports.append((cell, report))
             bar.write(cell_table(bench.op, report) + "\n")
         bar.update()
-    if harness.device.type == "cpu" and suite.memory_rows:
-        bar.set_description(f"{bench.op} memory")
-        wanted = [pair for pair in reports if pair[0].rows in (0, *suite.memory_rows)]
-        add_cpu_memory(wanted, harness.seed)
-    return {
+    finished = {
         "schema": results.SCHEMA,
         "op": bench.op,
         "suite": arguments.suite,
@@ -127,3 +130,4 @@ def _run_bench(
         "roofline": harness.roofline,
         "cells": [report for _, report in reports],
     }
+    return finished, reports

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -75,10 +76,16 @@ def sample_counts(
     return counts
 
 
-def rounds(counts: Mapping[str, int]) -> list[list[str]]:
-    """Who runs in each round: every contender spread evenly over all rounds, in a fixed order."""
-    total = max(counts.values())
-    return [
-        [name for name, n in counts.items() if (r + 1) * n // total > r * n // total]
-        for r in range(total)
-    ]
+def rounds(counts: Mapping[str, int], seed: int) -> list[list[str]]:
+    """Who runs in each round: every contender spread evenly over all rounds, each round in a new
+    random order. In a fixed order each would always run in the wake of the same other one, with
+    the caches and thread pools as that one leaves them: two copies of a call then differ by tens of
+    percent.
+    """
+    total, generator = max(counts.values()), random.Random(seed)
+    turns = []
+    for r in range(total):
+        turn = [name for name, n in counts.items() if (r + 1) * n // total > r * n // total]
+        generator.shuffle(turn)
+        turns.append(turn)
+    return turns

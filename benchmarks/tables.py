@@ -9,6 +9,8 @@ from benchmarks.results import CELL_KEY, cell_key, result_of
 from benchmarks.statistics import CONTROL_TOLERANCE, Summary, change_threshold, geometric_mean
 
 OURS, CONTROL = "pylora", "pylora (control)"
+# Ours without LoRA: what LoRA costs, not a peer to win against.
+BASE_ONLY = "pylora, no LoRA"
 
 
 def duration(seconds: float) -> str:
@@ -41,7 +43,7 @@ def shape_name(cell: Mapping[str, Any]) -> str:
 
 def cell_table(op: str, cell: Mapping[str, Any]) -> str:
     """Every contender of one cell, losing ones marked, absent ones with the reason."""
-    rows = [("", "median", "p20..p80", "n", "ours is", "GB/s", "GFLOP/s", "of limit", "path")]
+    rows = [("", "median", "p20..p80", "n", "pylora is", "GB/s", "GFLOP/s", "of limit", "path")]
     remarks = []
     for result in cell["results"]:
         name = result["contender"]
@@ -50,7 +52,7 @@ def cell_table(op: str, cell: Mapping[str, Any]) -> str:
             continue
         ratio = ratio_to_ours(cell, name)
         verdict = "" if name == OURS or ratio is None else f"{ratio:.2f}x"
-        if ratio is not None and ratio < 1 and name not in (OURS, CONTROL):
+        if ratio is not None and ratio < 1 and name not in (OURS, CONTROL, BASE_ONLY):
             verdict += " LOSES"
         if result["status"] != "ok":
             remarks.append(f"    {name} {result['status']}: {result['note']}")
@@ -96,6 +98,13 @@ def contenders_of(cells: Iterable[Mapping[str, Any]]) -> list[str]:
     return [name for name in dict.fromkeys(names) if name not in (OURS, CONTROL)]
 
 
+def marked(ratio: float | None, contender: str) -> str:
+    """The ratio, with a star where ours loses."""
+    if ratio is None:
+        return "-"
+    return f"{ratio:.2f}{'*' if ratio < 1 and contender != BASE_ONLY else ''}"
+
+
 def summary_table(run: Mapping[str, Any]) -> str:
     """One line a cell: our time, and how many times faster it is than each contender."""
     names = contenders_of(run["cells"])
@@ -110,7 +119,7 @@ def summary_table(run: Mapping[str, Any]) -> str:
                 duration(ours["median_s"]) if ours else "-",
                 f"{ours['of_roofline']:.0%}" if ours else "-",
                 f"{control - 1:+.1%}" if control else "-",
-                *(f"{r:.2f}{'*' if r < 1 else ''}" if r else "-" for r in ratios),
+                *map(marked, ratios, names),
                 "",
             )
         )

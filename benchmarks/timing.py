@@ -44,8 +44,8 @@ class Call:
         return end - begin
 
     def _seconds_on_cuda(self, prepared: Any) -> float:
-        """Between two events, with a cold L2. The device is idle when the first is recorded, so that
-        the host's share of an eager call shows."""
+        """Between two events, with a cold L2. The device is idle when the first is recorded, so
+        that the host's share of an eager call shows."""
         flush_l2()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()

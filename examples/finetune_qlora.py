@@ -11,6 +11,7 @@ the files beside this one do one part each.
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -91,7 +92,9 @@ def run(options: Options, given: set[str]) -> int:
 
 
 def resume_command(options: Options) -> str:
-    words = [Path(sys.executable).name, sys.argv[0], "--out", str(options.out), "--resume"]
+    python = os.path.relpath(sys.executable)
+    words = [python if not python.startswith("..") else sys.executable, sys.argv[0]]
+    words += ["--out", str(options.out), "--resume"]
     for name in ("model", "data"):
         if (value := getattr(options, name)) is not None:
             words += [f"--{name}", str(value)]

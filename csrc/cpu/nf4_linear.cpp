@@ -7,7 +7,8 @@ namespace pylora {
 void run_linear(const LinearProblem& problem) {
 #if defined(__x86_64__)
   const CpuIsa isa = cpu_isa();
-  if (isa >= CpuIsa::kAvx512Bf16) return run_linear_avx512_bf16(problem);
+  const bool bf16 = problem.dtype == DType::kBFloat16;
+  if (isa >= CpuIsa::kAvx512Bf16 && bf16) return run_linear_avx512_bf16(problem);
   if (isa >= CpuIsa::kAvx512) return run_linear_avx512(problem);
 #endif
   run_linear_portable(problem);

@@ -39,7 +39,7 @@ struct LinearProblem {
   PYLORA_INLINE int64_t width() const { return backward ? weight.cols : weight.rows; }
 };
 
-// One set of kernels for each instruction set.
+// One set of kernels for each instruction set; those with bf16 products take bf16 alone.
 using RunLinear = void(const LinearProblem& problem);
 RunLinear run_linear_portable;
 RunLinear run_linear_avx2;

@@ -3,6 +3,9 @@
 
 namespace pylora {
 
-void run_linear_avx512(const LinearProblem& problem) { run_linear_on<Avx512>(problem); }
+void run_linear_avx512(const LinearProblem& problem) {
+  visit_dtype(problem.dtype,
+              [&](auto element) { run_linear_as<Avx512, F32Mac, decltype(element)>(problem); });
+}
 
 }  // namespace pylora

@@ -3,6 +3,8 @@
 
 namespace pylora {
 
-void run_linear_avx512_bf16(const LinearProblem& problem) { run_linear_on<Avx512Bf16>(problem); }
+void run_linear_avx512_bf16(const LinearProblem& problem) {
+  run_linear_as<Avx512Bf16, Bf16Mac, BFloat16>(problem);
+}
 
 }  // namespace pylora

@@ -57,22 +57,23 @@ struct LinearTask {
     const int64_t padded = round_up(outs, kPanel);
     const int64_t depth = problem.depth();
     const int64_t tokens = tiles.padded();
-    const int64_t elements = tokens * kTileK <= kPackedSize ? kTileK : kTileK / 2;
+    const int64_t elements = stretch_elements();
+    const int64_t step = panel_width();
     const int64_t stretch = elements * Sums::kStep;
     // Few tokens: pack all of them first, then go through W row by row as it lies in memory.
     const bool whole = tokens * ceil_div(depth, Sums::kStep) <= kPackedSize;
     if (whole) {
       for (int64_t k = 0; k < depth; k += stretch) pack(k, min(stretch, depth - k), whole);
-      for (int64_t p = 0; p < outs; p += kPanel) {
+      for (int64_t p = 0; p < outs; p += step) {
         for (int64_t k = 0; k < depth; k += stretch) {
-          add_panel(p, padded, k, min(stretch, depth - k), whole);
+          add_panel(p, min(step, outs - p), padded, k, min(stretch, depth - k), whole);
         }
       }
     } else {
       for (int64_t k = 0; k < depth; k += stretch) {
         pack(k, min(stretch, depth - k), whole);
-        for (int64_t p = 0; p < outs; p += kPanel) {
-          add_panel(p, padded, k, min(stretch, depth - k), whole);
+        for (int64_t p = 0; p < outs; p += step) {
+          add_panel(p, min(step, outs - p), padded, k, min(stretch, depth - k), whole);
         }
       }
     }
@@ -80,6 +81,15 @@ struct LinearTask {
     for (int64_t p = 0; p < outs; p += kPanel) {
       finish(p, min(kPanel, outs - p), padded, depth > 0);
     }
+  }
+
+  // A panel that only one tile of tokens will read should not leave the first-level cache.
+  int64_t stretch_elements() const {
+    if (tiles.count() == 1) return kBackward ? kTileK / 4 : kTileK / 2;
+    return tiles.padded() * kTileK <= kPackedSize ? kTileK : kTileK / 2;
+  }
+  int64_t panel_width() const {
+    return tiles.count() == 1 && !kBackward ? S::rows_for(tiles.vectors(0)) : kPanel;
   }
 
   PYLORA_INLINE static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -95,8 +105,7 @@ struct LinearTask {
   }
 
   // Sums of outputs p .. over one stretch.
-  void add_panel(int64_t p, int64_t padded, int64_t k, int64_t count, bool whole) {
-    const int64_t width = min(kPanel, outs - p);
+  void add_panel(int64_t p, int64_t width, int64_t padded, int64_t k, int64_t count, bool whole) {
     if constexpr (kBackward) {
       decode_panel_t(Sums{}, problem.weight, k, count, out + p, width, panel, kPanel);
     } else {
@@ -221,21 +230,14 @@ void run_panels(const LinearProblem& problem) {
   });
 }
 
-template <class S>
-void run_linear_on(const LinearProblem& problem) {
+template <class S, template <class> class Mac, class T>
+void run_linear_as(const LinearProblem& problem) {
   if (problem.rows == 0 || problem.width() == 0) return;
-  visit_dtype(problem.dtype, [&](auto element) {
-    using T = decltype(element);
-    if constexpr (S::kBf16Dot && std::is_same_v<T, BFloat16>) {
-      if (run_vector<S, Bf16Mac, T>(problem)) return;
-      problem.backward ? run_panels<S, Bf16Mac, T, true>(problem)
-                       : run_panels<S, Bf16Mac, T, false>(problem);
-    } else {
-      if (run_vector<S, F32Mac, T>(problem)) return;
-      problem.backward ? run_panels<S, F32Mac, T, true>(problem)
-                       : run_panels<S, F32Mac, T, false>(problem);
-    }
-  });
+  if (problem.backward) {
+    run_panels<S, Mac, T, true>(problem);
+  } else if (!run_vector<S, Mac, T>(problem)) {
+    run_panels<S, Mac, T, false>(problem);
+  }
 }
 
 }  // namespace pylora

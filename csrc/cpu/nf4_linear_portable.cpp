@@ -3,6 +3,9 @@
 
 namespace pylora {
 
-void run_linear_portable(const LinearProblem& problem) { run_linear_on<Portable>(problem); }
+void run_linear_portable(const LinearProblem& problem) {
+  visit_dtype(problem.dtype,
+              [&](auto element) { run_linear_as<Portable, F32Mac, decltype(element)>(problem); });
+}
 
 }  // namespace pylora

@@ -29,15 +29,16 @@ struct VectorLayout {
   static constexpr int kGroups = kWeights / static_cast<int>(kGroup);
 };
 
-// Row m of x in the order of the decoded weights, zeros after the last value.
+// One token in the order of the decoded weights, zeros after the last value. Chunks of all tokens lie
+// next to each other, `stride` floats from one chunk of a token to its next.
 template <class S, template <class> class Mac, class T>
-void pack_vector(const T* x, int64_t depth, float* packed) {
+void pack_vector(const T* x, int64_t depth, float* packed, int64_t stride) {
   using Layout = VectorLayout<S, Mac>;
   using Value = std::conditional_t<Mac<S>::kStep == 1, float, BFloat16>;
   constexpr int kUnit = Layout::kVectors;  // consecutive values in one lane of one permute
   constexpr int kPlaces = Layout::kWeights / kUnit;
-  auto* out = reinterpret_cast<Value*>(packed);
-  for (int64_t k = 0; k < depth; k += Layout::kWeights, out += Layout::kWeights) {
+  for (int64_t k = 0; k < depth; k += Layout::kWeights, packed += stride) {
+    auto* out = reinterpret_cast<Value*>(packed);
     const int64_t left = depth - k < Layout::kWeights ? depth - k : Layout::kWeights;
     for (int place = 0; place < kPlaces; ++place) {
       for (int j = 0; j < kUnit; ++j) {
@@ -81,34 +82,41 @@ PYLORA_INLINE typename S::F chunk_absmax(const GroupScales<S>& scale, int64_t c,
   }
 }
 
-// acc[m] += one chunk of a row times each token.
-template <class S, template <class> class Mac, int kTokens, class Table>
-PYLORA_INLINE void add_chunk(const uint8_t* q, int64_t left, const Table& table,
-                             typename S::F absmax, const float* x, int64_t packed_ld,
-                             typename S::F (&acc)[kTokens]) {
+// acc[n][m] += one chunk of row n times token m. Rows are `bytes` apart.
+template <class S, template <class> class Mac, int kTokens, int kRows, class Table>
+PYLORA_INLINE void add_chunk(const uint8_t* q, int64_t bytes, int64_t left, const Table& table,
+                             const typename S::F (&absmax)[kRows], const float* x,
+                             typename S::F (&acc)[kRows][kTokens]) {
   constexpr int kVectors = VectorLayout<S, Mac>::kVectors;
-  typename S::F weights[kVectors];
-  S::decode_chunk(q, left, table, weights);
+  typename S::F weights[kRows][kVectors];
+#pragma GCC unroll 2
+  for (int n = 0; n < kRows; ++n) S::decode_chunk(q + n * bytes, left, table, weights[n]);
 #pragma GCC unroll 8
   for (int m = 0; m < kTokens; ++m) {
-    typename S::F sum = S::zero();
+    typename S::F sum[kRows];
+#pragma GCC unroll 2
+    for (int n = 0; n < kRows; ++n) sum[n] = S::zero();
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) {
-      sum = Mac<S>::mac(sum, weights[j], S::load(x + m * packed_ld + j * S::kLanes));
+      const typename S::F value = S::load(x + (m * kVectors + j) * S::kLanes);
+#pragma GCC unroll 2
+      for (int n = 0; n < kRows; ++n) sum[n] = Mac<S>::mac(sum[n], weights[n][j], value);
     }
-    acc[m] = S::fma(sum, absmax, acc[m]);
+#pragma GCC unroll 2
+    for (int n = 0; n < kRows; ++n) acc[n][m] = S::fma(sum[n], absmax[n], acc[n][m]);
   }
 }
 
 // Tokens [token, token + kTokens) times rows [row, row + kRows) of W.
 template <class S, template <class> class Mac, int kTokens, int kRows, ChunkScales kScales>
-PYLORA_INLINE void vector_rows(const LinearProblem& p, const float* packed, int64_t packed_ld,
-                               int64_t token, int64_t row) {
+PYLORA_INLINE void vector_rows(const LinearProblem& p, const float* packed, int64_t token,
+                               int64_t row) {
   using F = typename S::F;
   using Layout = VectorLayout<S, Mac>;
   constexpr int64_t kBytes = Layout::kWeights / 2;
   const NF4Matrix& w = p.weight;
   const int64_t bytes = w.cols / 2;
+  const int64_t stride = p.rows * Layout::kFloats;
   const auto table = S::chunk_table(Mac<S>{});
   F acc[kRows][kTokens];
 #pragma GCC unroll 2
@@ -123,26 +131,26 @@ PYLORA_INLINE void vector_rows(const LinearProblem& p, const float* packed, int6
     GroupScales<S> scale[kRows];
 #pragma GCC unroll 2
     for (int n = 0; n < kRows; ++n) scale[n].find(w, (row + n) * w.cols + k0, count);
-    const float* x = packed + token * packed_ld + k0 / Mac<S>::kStep;
+    const float* x = packed + k0 / Layout::kWeights * stride + token * Layout::kFloats;
     const uint8_t* q = w.qweight + row * bytes + k0 / 2;
     int64_t c = 0;
-    for (; c < whole; ++c, q += kBytes, x += Layout::kFloats) {
+    for (; c < whole; ++c, q += kBytes, x += stride) {
+      F absmax[kRows];
 #pragma GCC unroll 2
       for (int n = 0; n < kRows; ++n) {
         __builtin_prefetch(q + n * bytes + kPrefetchBytes);
-        add_chunk<S, Mac, kTokens>(q + n * bytes, Layout::kWeights, table,
-                                   chunk_absmax<S, Layout::kGroups, kScales>(scale[n], c, groups),
-                                   x, packed_ld, acc[n]);
+        absmax[n] = chunk_absmax<S, Layout::kGroups, kScales>(scale[n], c, groups);
       }
+      add_chunk<S, Mac>(q, bytes, Layout::kWeights, table, absmax, x, acc);
     }
     if (c * Layout::kGroups == groups) continue;
+    F absmax[kRows];  // the end of the row
 #pragma GCC unroll 2
-    for (int n = 0; n < kRows; ++n) {  // the end of the row
-      add_chunk<S, Mac, kTokens>(
-          q + n * bytes, count - c * Layout::kWeights, table,
-          chunk_absmax<S, Layout::kGroups, ChunkScales::kGeneral>(scale[n], c, groups), x,
-          packed_ld, acc[n]);
+    for (int n = 0; n < kRows; ++n) {
+      absmax[n] =
+          chunk_absmax<S, Layout::kGroups, ChunkScales::kGeneral>(scale[n], c, groups);
     }
+    add_chunk<S, Mac>(q, bytes, count - c * Layout::kWeights, table, absmax, x, acc);
   }
   const F scale = S::set1(S::chunk_scale(Mac<S>{}));
 #pragma GCC unroll 2
@@ -174,76 +182,76 @@ PYLORA_INLINE void vector_rows(const LinearProblem& p, const float* packed, int6
 }
 
 template <class S, template <class> class Mac, int kTokens, ChunkScales kScales>
-void vector_range(const LinearProblem& p, const float* packed, int64_t packed_ld, int64_t begin,
-                  int64_t end) {
+void vector_range(const LinearProblem& p, const float* packed, int64_t begin, int64_t end) {
   // Two rows at a time share the tokens' loads; for one token there is nothing to gain.
   constexpr int kRows = kTokens == 1 ? 1 : 2;
   int64_t row = begin;
   for (; row + kRows <= end; row += kRows) {
-    vector_rows<S, Mac, kTokens, kRows, kScales>(p, packed, packed_ld, 0, row);
+    vector_rows<S, Mac, kTokens, kRows, kScales>(p, packed, 0, row);
   }
   for (int m = 0; row < end && m < kTokens; ++m) {
-    vector_rows<S, Mac, 1, 1, kScales>(p, packed, packed_ld, m, row);
+    vector_rows<S, Mac, 1, 1, kScales>(p, packed, m, row);
   }
 }
 
 template <class S, template <class> class Mac, int kTokens>
-void run_vector_of(const LinearProblem& p, const float* packed, int64_t packed_ld) {
+void run_vector_of(const LinearProblem& p, const float* packed) {
   constexpr int kGroups = VectorLayout<S, Mac>::kGroups;
   const NF4Matrix& w = p.weight;
   const bool aligned = w.cols % w.blocksize == 0;  // every row starts a block
   parallel_for(0, w.rows, ceil_div(kVectorGrain, w.cols), [&](int64_t begin, int64_t end) {
     if (aligned && w.blocksize >= kGroups * kGroup) {
-      vector_range<S, Mac, kTokens, ChunkScales::kShared>(p, packed, packed_ld, begin, end);
+      vector_range<S, Mac, kTokens, ChunkScales::kShared>(p, packed, begin, end);
       return;
     }
     if constexpr (kGroups == 4) {
       if (aligned && w.blocksize == 2 * kGroup) {
-        vector_range<S, Mac, kTokens, ChunkScales::kHalves>(p, packed, packed_ld, begin, end);
+        vector_range<S, Mac, kTokens, ChunkScales::kHalves>(p, packed, begin, end);
         return;
       }
     }
-    vector_range<S, Mac, kTokens, ChunkScales::kGeneral>(p, packed, packed_ld, begin, end);
+    vector_range<S, Mac, kTokens, ChunkScales::kGeneral>(p, packed, begin, end);
   });
 }
 
 // False where this way does not apply.
 template <class S, template <class> class Mac, class T>
 bool run_vector(const LinearProblem& p) {
-  const int64_t ld = round_up(p.weight.cols, VectorLayout<S, Mac>::kWeights) / Mac<S>::kStep;
+  using Layout = VectorLayout<S, Mac>;
+  const int64_t chunks = ceil_div(p.weight.cols, Layout::kWeights);
   if (p.rows > kVectorTokens || p.backward || !has_aligned_groups(p.weight) ||
-      p.rows * ld * 4 > static_cast<int64_t>(kWorkspaceBytes)) {
+      chunks * p.rows * Layout::kFloats * 4 > static_cast<int64_t>(kWorkspaceBytes)) {
     return false;
   }
   float* packed = thread_workspace();  // read by all threads, which need none of their own here
   for (int64_t m = 0; m < p.rows; ++m) {
     pack_vector<S, Mac>(static_cast<const T*>(p.x) + m * p.weight.cols, p.weight.cols,
-                        packed + m * ld);
+                        packed + m * Layout::kFloats, p.rows * Layout::kFloats);
   }
   switch (p.rows) {
     case 1:
-      run_vector_of<S, Mac, 1>(p, packed, ld);
+      run_vector_of<S, Mac, 1>(p, packed);
       break;
     case 2:
-      run_vector_of<S, Mac, 2>(p, packed, ld);
+      run_vector_of<S, Mac, 2>(p, packed);
       break;
     case 3:
-      run_vector_of<S, Mac, 3>(p, packed, ld);
+      run_vector_of<S, Mac, 3>(p, packed);
       break;
     case 4:
-      run_vector_of<S, Mac, 4>(p, packed, ld);
+      run_vector_of<S, Mac, 4>(p, packed);
       break;
     case 5:
-      run_vector_of<S, Mac, 5>(p, packed, ld);
+      run_vector_of<S, Mac, 5>(p, packed);
       break;
     case 6:
-      run_vector_of<S, Mac, 6>(p, packed, ld);
+      run_vector_of<S, Mac, 6>(p, packed);
       break;
     case 7:
-      run_vector_of<S, Mac, 7>(p, packed, ld);
+      run_vector_of<S, Mac, 7>(p, packed);
       break;
     case 8:
-      run_vector_of<S, Mac, 8>(p, packed, ld);
+      run_vector_of<S, Mac, 8>(p, packed);
       break;
     default:
       return false;

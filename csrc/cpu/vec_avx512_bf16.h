@@ -84,9 +84,6 @@ struct Avx512Bf16 : Avx512 {
   // its inverse, brings their root-mean-square rounding error down from 5.5e-4 to 3.2e-4; weights that
   // are each rounded to bf16 have 8e-4.
   static constexpr float kCodeScale = 1.437f;
-  using Avx512::chunk_scale;
-  using Avx512::chunk_table;
-  using Avx512::decode_chunk;
   PYLORA_INLINE static __m512i chunk_table(Bf16Mac<Avx512Bf16>) {
     return table(kCodeScale, kCodeScale);  // twice, so that an index's fifth bit does not matter
   }

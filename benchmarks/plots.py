@@ -1,0 +1,202 @@
+"""Pictures of a run: speed-up and share of the roofline against M, and memory. Drawn from JSON."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+
+from benchmarks.results import result_of
+from benchmarks.tables import BASE_ONLY, OURS, contenders_of, ratio_to_ours, shape_name
+
+INK, MUTED, GRID, OURS_COLOR, LOSING = "#1f2933", "#6b7785", "#e4e7eb", "#2563eb", "#fdecea"
+# A family of contenders has one color, its members differ in how their line is drawn.
+_FAMILIES = (
+    ("PEFT", "#d97706"),
+    ("bitsandbytes", "#b4237a"),
+    ("addmm_", "#0d9488"),
+    ("dequantize + linear", "#0d9488"),
+    ("dense", "#4b5563"),
+    ("torchao", "#7c3aed"),
+    ("reference", "#a3adb8"),
+    ("pylora", OURS_COLOR),
+)
+_MARKS = {"eval": ("--", "s"), "fp16": ("--", "s"), "fp32": (":", "^"), "no LoRA": ("--", "s")}
+_PANEL_WIDTH, _PANEL_HEIGHT = 3.9, 3.1
+
+Cells = Sequence[Mapping[str, Any]]
+
+
+def style_of(contender: str) -> dict[str, Any]:
+    color = next((c for word, c in _FAMILIES if word in contender), MUTED)
+    line, marker = next((m for word, m in _MARKS.items() if word in contender), ("-", "o"))
+    return {"color": color, "linestyle": line, "marker": marker, "markersize": 4.5}
+
+
+def speedup(cells: Cells, title: str) -> Figure:
+    """How many times faster pylora is, a panel for each shape; the shaded half is where it loses.
+
+    Against M as lines; where there is one M, or none, as bars.
+    """
+    names = [n for n in contenders_of(cells) if n != BASE_ONLY]
+    if len({cell["rows"] for cell in cells}) > 1:
+        return _lines(cells, names, ratio_to_ours, title, "times faster than", log=True)
+    return _bars(cells, names, ratio_to_ours, title, lambda ratio: f"{ratio:.2f}x", line_at=1.0)
+
+
+def of_limit(cells: Cells, title: str) -> Figure:
+    """Share of the measured limit that ours and the others reach, each by its own least work."""
+    names = [OURS, *(n for n in contenders_of(cells) if n != BASE_ONLY)]
+
+    def share(cell: Mapping[str, Any], name: str) -> float | None:
+        result = result_of(cell, name)
+        return 100 * result["of_roofline"] if result else None
+
+    if len({cell["rows"] for cell in cells}) > 1:
+        return _lines(cells, names, share, title, "% of the limit", log=False)
+    return _bars(cells, names, share, title, lambda percent: f"{percent:.0f}%", line_at=100.0)
+
+
+def memory(cells: Cells, title: str) -> Figure | None:
+    """Peak extra memory of one call at the largest M measured; None where it was not measured."""
+
+    def extra(cell: Mapping[str, Any], name: str) -> float | None:
+        result = result_of(cell, name)
+        known = result is not None and result["extra_memory_bytes"] is not None
+        return result["extra_memory_bytes"] / 2**20 if known else None
+
+    names = [OURS, *(n for n in contenders_of(cells) if n != BASE_ONLY)]
+    measured = [c for c in cells if any(extra(c, name) is not None for name in names)]
+    if not measured:
+        return None
+    largest = max(cell["rows"] for cell in measured)
+    measured = [cell for cell in measured if cell["rows"] == largest]
+    where = f"{title}, M={largest}" if largest else title
+    return _bars(measured, names, extra, where, lambda mib: f"{mib:.0f} MiB")
+
+
+def _lines(
+    cells: Cells, names: Sequence[str], value: Any, title: str, what: str, log: bool
+) -> Figure:
+    shapes = list(dict.fromkeys(map(shape_name, cells)))
+    figure, panels = _panels(len(shapes))
+    for axes, shape in zip(panels, shapes, strict=False):
+        here = sorted((c for c in cells if shape_name(c) == shape), key=lambda c: c["rows"])
+        for name in names:
+            points = [(c["rows"], value(c, name)) for c in here]
+            points = [(m, v) for m, v in points if v is not None]
+            if points:
+                width = 2.6 if name == OURS else 1.6
+                axes.plot(*zip(*points, strict=True), label=name, linewidth=width, **style_of(name))
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([c["rows"] for c in here], [str(c["rows"]) for c in here])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set(title=shape, xlabel="M (rows of x)")
+        _frame(axes)
+        if log:
+            axes.set_yscale("log", base=2)
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}x"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.axhline(1, color=INK, linewidth=1.2)
+            low, high = axes.get_ylim()
+            axes.set_ylim(min(low, 0.7), high)
+            axes.axhspan(min(low, 0.7), 1, color=LOSING, zorder=0)
+        else:
+            axes.set_ylim(0, max(100, axes.get_ylim()[1]))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0f}%"))
+    _finish(figure, panels, title, what, len(shapes))
+    return figure
+
+
+def _bars(
+    cells: Cells,
+    names: Sequence[str],
+    value: Any,
+    title: str,
+    written: Any,
+    line_at: float | None = None,
+) -> Figure:
+    present = [n for n in names if any(value(c, n) is not None for c in cells)]
+    figure, panels = _panels(len(cells), 0.9 + 0.29 * len(present))
+    for index, (axes, cell) in enumerate(zip(panels, cells, strict=False)):
+        values = [value(cell, name) for name in present]
+        colors = [style_of(name)["color"] for name in present]
+        bars = axes.barh(present, [v or 0 for v in values], color=colors, height=0.66)
+        labels = ["-" if v is None else written(v) for v in values]
+        axes.bar_label(bars, labels, padding=3, color=INK, fontsize=8.5)
+        axes.invert_yaxis()
+        axes.margins(x=0.22)
+        axes.set_title(shape_name(cell))
+        _frame(axes)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+        if line_at is not None:
+            axes.axvline(line_at, color=INK, linewidth=1.2)
+        if index % _columns(len(cells)):
+            axes.set_yticklabels([])
+    for axes in panels[len(cells) :]:
+        axes.remove()
+    figure.suptitle(title, color=INK, fontsize=12)
+    return figure
+
+
+def _columns(count: int) -> int:
+    return min(count, 3)
+
+
+def _panels(count: int, height: float = _PANEL_HEIGHT) -> tuple[Figure, list[Axes]]:
+    columns = _columns(count)
+    rows = -(-count // columns)
+    figure, grid = pyplot.subplots(
+        rows,
+        columns,
+        figsize=(max(_PANEL_WIDTH * columns, 7.0), height * rows + 0.7),
+        layout="constrained",
+        squeeze=False,
+    )
+    return figure, list(grid.flat)
+
+
+def _finish(figure: Figure, panels: list[Axes], title: str, what: str, count: int) -> None:
+    for index in range(0, count, _columns(count)):
+        panels[index].set_ylabel(what, color=INK)
+    for axes in panels[count:]:
+        axes.remove()
+    found = {}
+    for axes in panels[:count]:
+        handles, labels = axes.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    figure.legend(
+        found.values(), found.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9
+    )
+    figure.suptitle(title, color=INK, fontsize=12)
+
+
+def _frame(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(MUTED)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.title.set(color=INK, fontsize=10.5)
+    axes.xaxis.label.set_color(INK)
+    axes.tick_params(colors=MUTED, labelcolor=INK, labelsize=9)
+
+
+def rendered(figure: Figure) -> tuple[str, bytes]:
+    """(SVG to put into a page, PNG); the same figure gives the same bytes."""
+    svg, png = io.StringIO(), io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "pylora"}):
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+    figure.savefig(png, format="png", dpi=130)
+    pyplot.close(figure)
+    text = svg.getvalue()
+    return text[text.index("<svg") :], png.getvalue()

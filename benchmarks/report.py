@@ -1,0 +1,222 @@
+"""`python -m benchmarks report`: one page that needs nothing else, and its pictures as PNGs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from benchmarks import goals, plots
+from benchmarks.results import result_of, write_atomically
+from benchmarks.shapes import QUICK_SHAPES, layers_named
+from benchmarks.statistics import CONTROL_TOLERANCE
+from benchmarks.tables import (
+    BASE_ONLY,
+    CONTROL,
+    OURS,
+    contenders_of,
+    duration,
+    ratio_to_ours,
+    shape_name,
+    size,
+)
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; background: #f7f8fa; margin: 0; }
+main { max-width: 1180px; margin: 0 auto; padding: 24px 28px 60px; }
+h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 20px; margin: 44px 0 6px; }
+h3 { font-size: 15px; margin: 22px 0 6px; color: #3e4c59; }
+p, .facts { color: #52606d; margin: 4px 0 10px; } .facts b { color: #1f2933; font-weight: 600; }
+section, details { background: #fff; border: 1px solid #e4e7eb; border-radius: 8px;
+  padding: 12px 16px; margin: 10px 0; overflow-x: auto; }
+summary { cursor: pointer; color: #3e4c59; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13.5px; }
+th { text-align: right; font-weight: 600; color: #52606d; padding: 5px 9px;
+  border-bottom: 2px solid #e4e7eb; vertical-align: bottom; }
+td { text-align: right; padding: 4px 9px; border-bottom: 1px solid #eef0f3; white-space: nowrap; }
+th.l, td.l { text-align: left; } td.path { color: #6b7785; white-space: normal; min-width: 220px; }
+tr.first td { border-top: 2px solid #e4e7eb; }
+.ours { font-weight: 600; color: #2563eb; } .win { background: #e8f6ee; }
+.lose { background: #fdecea; color: #9b1c1c; } .none { color: #a3adb8; }
+.tag { border-radius: 10px; padding: 1px 9px; font-size: 12.5px; }
+svg { max-width: 100%; height: auto; }
+"""
+
+Run = Mapping[str, Any]
+
+
+def write_report(runs: Sequence[Run], out: Path) -> list[Path]:
+    """Writes report.html and one PNG a picture into `out`; the paths written."""
+    figures: dict[str, bytes] = {}
+    body = [_header(runs), *_goals(runs)]
+    for run in runs:
+        body += _op(run, figures)
+    page = (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>pylora benchmarks</title><style>{_STYLE}</style>"
+        f"<main>{''.join(body)}</main></html>"
+    )
+    written = [out / "report.html", *(out / name for name in figures)]
+    write_atomically(written[0], page)
+    for name, png in figures.items():
+        write_atomically(out / name, png)
+    return written
+
+
+def _header(runs: Sequence[Run]) -> str:
+    """Machine, versions and commit; where runs differ in them, each is named."""
+    lines = []
+    for value in dict.fromkeys(map(_facts, runs)):
+        ops = [run["op"] for run in runs if _facts(run) == value]
+        which = "" if len(ops) == len(runs) else f"<b>{', '.join(ops)}</b>: "
+        lines.append(f'<div class="facts">{which}{value}</div>')
+    return f"<h1>pylora benchmarks</h1>{''.join(lines)}"
+
+
+def _facts(run: Run) -> str:
+    machine, limits, commit = run["machine"], run["roofline"], run["commit"]
+    caches = ", ".join(f"{name} {size(count)}" for name, count in machine["caches"].items())
+    known = f"commit {commit['hash'][:10]}" if commit else "no commit"
+    dirty = " <b>with uncommitted changes</b>" if commit and commit["dirty"] else ""
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    driver = f", driver {machine['driver']}" if machine["driver"] else ""
+    return (
+        f"<b>{escape(machine['gpu'] or machine['cpu'])}</b>{escape(driver)}, "
+        f"{machine['threads']} of {machine['cores']} cores, {caches}<br>"
+        f"measured limits: read {limits['read_bytes_per_s'] / 1e9:.1f} GB/s, copy "
+        f"{limits['copy_bytes_per_s'] / 1e9:.1f} GB/s, bf16 matmul "
+        f"{limits['matmul_flop_per_s'] / 1e12:.2f} TFLOP/s<br>"
+        f"{escape(versions)}<br>{run['suite']} suite, {known}{dirty}, {run['date'][:10]}"
+    )
+
+
+def _goals(runs: Sequence[Run]) -> Iterator[str]:
+    found = goals.outcomes(runs)
+    if not found:
+        return
+    met, missed = (sum(o.met is value for o in found) for value in (True, False))
+    yield f"<h2>Goals on a CPU: {met} met, {missed} missed</h2>"
+    yield "<p>LoRA r=16 is included on our side only. Each column is one shape of the weight.</p>"
+    head = "".join(f"<th>{n} x {k}</th>" for n, k in QUICK_SHAPES)
+    rows = []
+    for outcome in found:
+        cells = "".join(_goal_cell(outcome.goal, v) for v in outcome.values.values())
+        style = {True: "win", False: "lose", None: "none"}[outcome.met]
+        word = escape(goals.verdict(outcome))
+        rows.append(
+            f'<tr><td class="l">{escape(str(outcome.goal))}</td>{cells}'
+            f'<td class="l"><span class="tag {style}">{word}</span></td></tr>'
+        )
+    yield f'<section><table><tr><th class="l">goal</th>{head}<th></th></tr>{"".join(rows)}</table>'
+    yield "</section>"
+
+
+def _goal_cell(goal: goals.Goal, value: float | None) -> str:
+    if value is None:
+        return '<td class="none">-</td>'
+    return f'<td class="{"win" if goal.met_by(value) else "lose"}">{goal.written(value)}</td>'
+
+
+def _op(run: Run, figures: dict[str, bytes]) -> Iterator[str]:
+    yield f"<h2>{run['op']}</h2>"
+    for mode, timing in dict.fromkeys((c["mode"], c["timing"]) for c in run["cells"]):
+        cells = [c for c in run["cells"] if (c["mode"], c["timing"]) == (mode, timing)]
+        title = mode if timing == "eager" else f"{mode}, {timing}"
+        yield f"<h3>{title}: how many times faster pylora is</h3>"
+        yield _ratio_table(cells)
+        what = f"{run['op']} {title}"
+        pictures = {
+            "speedup": plots.speedup(cells, f"{what}: how many times faster pylora is"),
+            "limit": plots.of_limit(cells, f"{what}: share of the measured limit"),
+            "memory": plots.memory(cells, f"{what}: peak extra memory of one call"),
+        }
+        for kind, figure in pictures.items():
+            if figure is None:
+                continue
+            svg, png = plots.rendered(figure)
+            name = f"{run['op']}-{mode.replace('+', '-')}-{timing}-{kind}.png"
+            figures[name] = png
+            yield f"<section>{svg}</section>"
+    yield _details(run)
+
+
+def _ratio_table(cells: Sequence[Run]) -> str:
+    names = contenders_of(cells)
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("pylora", "of limit", *names, "control"))
+    rows, last = [], None
+    for cell in cells:
+        ours, control = result_of(cell, OURS), cell["control_ratio"]
+        off = control is not None and abs(control - 1) > CONTROL_TOLERANCE
+        shape = shape_name(cell)
+        layers = layers_named(cell["out_features"], cell["in_features"])
+        first = f'<td class="l" title="{escape(layers)}">{shape if shape != last else ""}</td>'
+        opening = '<tr class="first">' if shape != last else "<tr>"
+        rows.append(
+            f"{opening}{first}"
+            f"<td>{cell['rows'] or ''}</td>"
+            f'<td class="ours">{duration(ours["median_s"]) if ours else "-"}</td>'
+            f"<td>{format(ours['of_roofline'], '.0%') if ours else '-'}</td>"
+            + "".join(_ratio_cell(cell, name) for name in names)
+            + f'<td class="{"lose" if off else "none"}">'
+            f"{format(control - 1, '+.1%') if control else '-'}</td></tr>"
+        )
+        last = shape
+    return (
+        f'<section><table><tr><th class="l">out x in</th><th>M</th>{head}</tr>'
+        f"{''.join(rows)}</table></section>"
+    )
+
+
+def _ratio_cell(cell: Run, name: str) -> str:
+    ratio, result = ratio_to_ours(cell, name), result_of(cell, name)
+    if ratio is None:
+        return '<td class="none">-</td>'
+    style = "" if name == BASE_ONLY else "win" if ratio >= 1 else "lose"
+    mark = "" if result["status"] == "ok" else f'<sup title="{escape(result["note"])}">!</sup>'
+    return f'<td class="{style}">{ratio:.2f}{mark}</td>'
+
+
+def _details(run: Run) -> str:
+    """Every number of every contender, those that were not timed with the reason."""
+    columns = ("median", "p20", "p80", "samples", "GB/s", "GFLOP/s", "of limit", "extra memory")
+    head = "".join(f"<th>{column}</th>" for column in columns)
+    rows = []
+    for cell in run["cells"]:
+        m = f", M={cell['rows']}" if cell["rows"] else ""
+        title = f"{cell['mode']}, {shape_name(cell)}{m}, {cell['timing']}"
+        for index, result in enumerate(cell["results"]):
+            first = f'<td class="l">{title if index == 0 else ""}</td>'
+            name = escape(result["contender"])
+            style = ' class="first"' if index == 0 else ""
+            ours = " ours" if result["contender"] in (OURS, CONTROL) else ""
+            rows.append(
+                f'<tr{style}>{first}<td class="l{ours}" title="{escape(result["version"])}">'
+                f"{name}</td>{_numbers(result)}</tr>"
+            )
+    return (
+        "<details><summary>Every number, with the path that ran and how accurate it was</summary>"
+        f'<table><tr><th class="l">cell</th><th class="l">contender</th>{head}'
+        f'<th class="l">path, accuracy</th></tr>{"".join(rows)}</table></details>'
+    )
+
+
+def _numbers(result: Run) -> str:
+    note = escape(f"{result['path']}. {result['note']}" if result["path"] else result["note"])
+    if result["median_s"] is None:
+        return (
+            f'<td class="l none" colspan="8">{result["status"]}</td><td class="l path">{note}</td>'
+        )
+    values = (
+        duration(result["median_s"]),
+        duration(result["p20_s"]),
+        duration(result["p80_s"]),
+        str(result["samples"]),
+        f"{result['bytes_per_s'] / 1e9:.1f}",
+        f"{result['flop_per_s'] / 1e9:.0f}",
+        f"{result['of_roofline']:.0%}",
+        size(result["extra_memory_bytes"]) or "-",
+    )
+    marked = note if result["status"] == "ok" else f"<b>{escape(result['status'])}</b>: {note}"
+    return "".join(f"<td>{v}</td>" for v in values) + f'<td class="l path">{marked}</td>'
