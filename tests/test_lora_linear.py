@@ -298,6 +298,8 @@ def test_autocast(backend: str, device: str) -> None:
         with torch.autocast(device, dtype=torch.bfloat16):
             y = F.lora_linear(t["x"], base, t["lora_A"], t["lora_B"], 0.5)
         assert y.dtype == torch.bfloat16
+        cast = base if isinstance(base, pylora.NF4Weight) else base.bfloat16()
+        assert torch.equal(y, F.lora_linear(t["x"].bfloat16(), cast, t["lora_A"], t["lora_B"], 0.5))
         y.sum().backward()
         assert t["lora_A"].grad is not None and t["lora_A"].grad.dtype == torch.float32
 
@@ -343,3 +345,11 @@ def test_errors() -> None:
     for args, kwargs, error, message in cases:
         with pytest.raises(error, match=message):
             F.lora_linear(*args, **kwargs)
+
+
+def test_meta() -> None:
+    """Shapes without memory: what a model built on the meta device needs."""
+    w = pylora.quantize_nf4(torch.randn(48, 192), double_quant=True).to("meta")
+    x, A, B = (torch.empty(shape, device="meta") for shape in ((2, 5, 192), (4, 192), (48, 4)))
+    assert F.lora_linear(x, w, A, B, 1.0, dropout_p=0.1).shape == (2, 5, 48)
+    assert F.nf4_linear(x, w).device.type == "meta"
