@@ -258,13 +258,16 @@ def test_asks_like_a_linear_layer() -> None:
     assert "r=4" in repr(layer) and "use_dora" not in repr(layer)
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
-def test_compiles_as_one_graph(use_dora: bool) -> None:
+# With inductor, DoRA's rescaling is fused into one rounding less, so that its bits may differ.
+@pytest.mark.parametrize(
+    ("use_dora", "compiler"), [(False, "inductor"), (False, "aot_eager"), (True, "aot_eager")]
+)
+def test_compiles_as_one_graph(use_dora: bool, compiler: str) -> None:
     layer = trained(LoRALinear(base_layer("nf4-double"), r=4, use_dora=use_dora))
     x = torch.randn(5, IN)
     y, gradients = ours(x, layer)
     layer.zero_grad()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=compiler)
     x = x.clone().requires_grad_()
     actual = compiled(x)
     actual.square().sum().backward()

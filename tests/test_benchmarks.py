@@ -1,0 +1,330 @@
+"""The benchmark harness: its command line, what it refuses, its files and its statistics.
+
+No test looks at a time: what is run here is tiny and only has to come out whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import os
+import runpy
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _package() -> ModuleType:
+    """`benchmarks` without the repository root on sys.path, where kernels/ must not be found."""
+    spec = importlib.util.spec_from_file_location(
+        "benchmarks",
+        ROOT / "benchmarks" / "__init__.py",
+        submodule_search_locations=[str(ROOT / "benchmarks")],
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["benchmarks"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+_package()
+
+from benchmarks import goals, results, statistics, tables  # noqa: E402
+from benchmarks.command_line import main  # noqa: E402
+from benchmarks.contender import Contender, Layer, linear_work  # noqa: E402
+from benchmarks.harness import Harness  # noqa: E402
+from benchmarks.registry import BENCHES, bench_of, check_against, selected  # noqa: E402
+from benchmarks.roofline import floor_seconds  # noqa: E402
+from benchmarks.shapes import BACKWARD, FORWARD, SUITES, TRAINING, Cell  # noqa: E402
+
+LIMITS = {"read_bytes_per_s": 1e10, "copy_bytes_per_s": 2e10, "matmul_flop_per_s": 1e12}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command line writes for one tiny cell an op and mode."""
+    out = tmp_path_factory.mktemp("results")
+    command = "-m benchmarks run --op nf4_quantize --op lora_linear --shape 32x64 --rows 2"
+    command += " --against dense,reference --threads 1 --seconds 0 --seed 7"
+    done = subprocess.run(
+        [sys.executable, *command.split(), "--out", str(out)],
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "lora_linear forward 32x64 M=2 r=16 bfloat16 eager" in done.stdout
+    return out
+
+
+@pytest.fixture
+def run(folder: Path) -> dict[str, Any]:
+    return results.load(folder / "lora_linear.json")
+
+
+def test_run_writes_everything(run: dict[str, Any]) -> None:
+    assert run["seed"] == 7 and run["machine"]["threads"] == 1
+    assert run["versions"]["torch"] == torch.__version__
+    assert [cell["mode"] for cell in run["cells"]] == [FORWARD, TRAINING]
+    for cell in run["cells"]:
+        timed = {r["contender"]: r for r in cell["results"]}
+        assert {"pylora", "pylora (control)", "pylora reference", "dense bf16"} <= timed.keys()
+        assert not any("bitsandbytes" in name for name in timed)
+        for result in timed.values():
+            assert result["status"] == "ok" and result["samples"] >= 3
+            assert 0 < result["p20_s"] <= result["median_s"] <= result["p80_s"]
+        assert timed["pylora reference"]["path"].startswith("pure PyTorch")
+        if sys.platform == "linux":
+            assert timed["pylora"]["extra_memory_bytes"] >= 0
+
+
+def test_list_names_ops_and_contenders(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(op in printed for op in BENCHES)
+    assert "bitsandbytes + PEFT train" in printed and "Llama-3 70B" in printed
+
+
+def test_compare_and_report(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(folder / "lora_linear.json")
+    assert main(["compare", path, path]) == 0
+    assert "same" in capsys.readouterr().out
+    assert main(["compare", path, str(folder / "nf4_quantize.json")]) == 2
+    assert "two runs of one op" in capsys.readouterr().err
+    assert main(["report", str(folder)]) == 0
+    page = (folder / "report.html").read_text()
+    assert "<svg" in page and "dense bf16" in page
+    assert "http" not in page.replace("http://www.w3.org", "").replace(
+        "http://purl.org", ""
+    ).replace("http://creativecommons.org", "").replace("https://matplotlib.org", "")
+    assert list(folder.glob("lora_linear-forward-eager-speedup.png"))
+    assert not list(folder.glob(".*")), "a temporary file was left behind"
+
+
+def test_compare_names_what_became_slower(
+    run: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slower = copy.deepcopy(run)
+    for result in slower["cells"][0]["results"]:
+        if result["contender"] == "pylora":
+            for name in ("median_s", "p20_s", "p80_s"):
+                result[name] *= 100
+    for name, each in (("a", run), ("b", slower)):
+        results.save(tmp_path / f"{name}.json", each)
+    assert main(["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 1
+    assert capsys.readouterr().out.count("SLOWER") == 1
+
+
+def test_timing_under_pytest_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run"]) == 2
+    assert "under pytest" in capsys.readouterr().err
+
+
+def _harness_report(*contenders: Contender, mode: str = FORWARD) -> dict[str, Any]:
+    cell = Cell("lora_linear", mode, 32, 64, 3, rank=4)
+    harness = Harness(torch.device("cpu"), seed=1, seconds=0.0, limits=LIMITS)
+    (report,) = harness.run(bench_of("lora_linear"), contenders, cell)
+    return {result["contender"]: result for result in report["results"]}
+
+
+def _scaled(contender: Contender, factor: float, name: str, is_ours: bool) -> Contender:
+    def build(operands: Any) -> Layer:
+        layer = contender.build(operands)
+        right = layer.forward
+        layer.forward = lambda x: right(x) * factor
+        return layer
+
+    return replace(contender, build=build, name=name, is_ours=is_ours)
+
+
+@pytest.mark.parametrize("mode", [FORWARD, BACKWARD, TRAINING])
+def test_a_wrong_result_of_ours_is_not_timed(mode: str) -> None:
+    ours = bench_of("lora_linear").contenders[0]
+    found = _harness_report(
+        _scaled(ours, 1.05, "pylora", True), _scaled(ours, 1.05, "peer", False), mode=mode
+    )
+    assert found["pylora"]["status"] == "refused" and found["pylora"]["samples"] == 0
+    assert found["pylora"]["median_s"] is None
+    assert "error is" in found["pylora"]["note"]
+    assert found["peer"]["status"] == "fails the rule" and found["peer"]["samples"] > 0
+
+
+@pytest.mark.parametrize("mode", [FORWARD, BACKWARD, TRAINING])
+def test_every_installed_contender_is_right(mode: str) -> None:
+    contenders = bench_of("lora_linear").contenders
+    found = _harness_report(*(c for c in contenders if "PEFT" not in c.name), mode=mode)
+    for name, result in found.items():
+        assert result["status"] in ("ok", "absent", "fails the rule"), (name, result["note"])
+        assert result["status"] != "fails the rule" or "eval" in name, result["note"]
+
+
+def test_what_a_contender_raises_ends_only_its_own_part() -> None:
+    def build(operands: Any) -> Layer:
+        raise RuntimeError("no such kernel")
+
+    ours = bench_of("lora_linear").contenders[0]
+    found = _harness_report(
+        ours, Contender("broken", build), Contender("gone", build, ("no-such",))
+    )
+    assert found["broken"]["status"] == "error" and "no such kernel" in found["broken"]["note"]
+    assert found["gone"]["status"] == "absent" and "no-such" in found["gone"]["note"]
+    assert found["pylora"]["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda run: run.pop("seed"), "has no 'seed'"),
+        (lambda run: run.update(schema=99), "schema 99; it must be 1"),
+        (
+            lambda run: run["machine"].update(threads="two"),
+            "threads = 'two'; it must be an integer",
+        ),
+        (lambda run: run["cells"][0].update(rows=True), r"cells\[0\] has rows = True"),
+        (lambda run: run["cells"][1].pop("floor_s"), r"cells\[1\] has no 'floor_s'"),
+        (
+            lambda run: run["cells"][0]["results"][1].update(median_s="fast"),
+            r"results\[1\] has median_s = 'fast'; it must be an integer or a number or null",
+        ),
+        (lambda run: run["cells"].append(3), "is int; it must be an object"),
+    ],
+)
+def test_invalid_results(run: dict[str, Any], tmp_path: Path, change: Any, message: str) -> None:
+    change(run)
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(run))
+    with pytest.raises(results.InvalidResults, match=message):
+        results.load(path)
+    with pytest.raises(results.InvalidResults, match=message):
+        results.save(tmp_path / "other.json", run)
+    assert not (tmp_path / "other.json").exists()
+
+
+def test_unreadable_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.json"
+    with pytest.raises(results.InvalidResults, match="cannot be read"):
+        results.load(path)
+    with pytest.raises(results.InvalidResults, match=r"holds no \.json file"):
+        results.load_all([tmp_path])
+    path.write_text("{")
+    with pytest.raises(results.InvalidResults, match="not JSON"):
+        results.load(path)
+    assert main(["report", str(path)]) == 2
+    assert "not JSON" in capsys.readouterr().err
+
+
+def test_a_failed_write_leaves_the_old_file(run: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    results.save(path, run)
+    run["cells"][0]["floor_s"] = float("nan")
+    with pytest.raises(ValueError):
+        results.save(path, run)
+    assert results.load(path)["cells"][0]["floor_s"] > 0
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="must be one of nf4_quantize"):
+        bench_of("nf5_linear")
+    with pytest.raises(ValueError, match="has 'megatron'"):
+        check_against(["dense", "megatron"])
+    few = [c.name for c in selected(bench_of("nf4_linear"), None, few=True)]
+    assert few[0] == "pylora" and "dense bf16" in few and "dense fp32" not in few
+    assert "dense fp32" in [c.name for c in selected(bench_of("nf4_linear"), ["dense"], few=True)]
+
+
+def test_quantiles() -> None:
+    samples = torch.rand(37).tolist()
+    for q in (0.0, 0.2, 0.5, 0.8, 1.0):
+        expected = torch.tensor(samples, dtype=torch.float64).quantile(q).item()
+        assert statistics.quantile(samples, q) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="samples is empty"):
+        statistics.quantile([], 0.5)
+
+
+def test_noise_is_the_standard_error_of_the_median() -> None:
+    medians = (10 + torch.randn(2000, 25)).median(dim=1).values
+    noise = [
+        statistics.relative_noise(statistics.summarize(row))
+        for row in (10 + torch.randn(200, 25)).tolist()
+    ]
+    assert sum(noise) / len(noise) == pytest.approx(medians.std().item() / 10, rel=0.25)
+
+
+def test_a_noisy_control_raises_the_threshold() -> None:
+    steady = statistics.Summary(50, 1.0, 1.0, 1.0)
+    assert statistics.change_threshold(steady, steady, []) == statistics.SMALLEST_CHANGE
+    assert statistics.change_threshold(steady, steady, [1.0, 0.9]) == pytest.approx(0.1)
+
+
+def test_samples_fit_the_budget_and_are_spread() -> None:
+    counts = statistics.sample_counts({"a": 0.001, "b": 0.01, "c": 2.0}, 1.5, least=5, most=60)
+    assert counts == {"a": 60, "b": 50, "c": 3}
+    turns = statistics.rounds(counts, seed=3)
+    for name, count in counts.items():
+        assert sum(name in turn for turn in turns) == count
+    assert {r // 20 for r, turn in enumerate(turns) if "c" in turn} == {0, 1, 2}
+    assert len({tuple(turn) for turn in turns}) > 1, "the order must change from round to round"
+
+
+def test_least_work_of_a_linear_layer() -> None:
+    ours, _, _, dense, *_ = bench_of("lora_linear").contenders
+    assert dense.name == "dense bf16"
+    m, n, k, r = 8, 64, 128, 4
+    cell = Cell("lora_linear", FORWARD, n, k, m, rank=r)
+    work = linear_work(cell, ours)
+    assert work.flop == 2 * m * n * k + 2 * m * r * (n + k)
+    assert work.bytes == n * k * 4.5 / 8 + 2 * (m * k + r * (n + k) + m * n)
+    assert linear_work(cell, dense).bytes == 2 * (n * k + m * k + m * n)
+    modes = [linear_work(replace(cell, mode=mode), ours) for mode in (FORWARD, BACKWARD, TRAINING)]
+    assert modes[0].flop + modes[1].flop == modes[2].flop
+    assert floor_seconds(work, LIMITS) == pytest.approx(
+        max(work.bytes / LIMITS["copy_bytes_per_s"], work.flop / LIMITS["matmul_flop_per_s"])
+    )
+
+
+def test_goals_take_the_best_mode_and_every_shape(run: dict[str, Any]) -> None:
+    goal = next(g for g in goals.CPU_GOALS if g.rows == 16 and g.against == goals.BEST)
+    cell = run["cells"][0]
+    cell["rows"] = 16
+    template = cell["results"][0]
+    cell["results"] = [
+        {**template, "contender": name, "median_s": seconds}
+        for name, seconds in (("pylora", 1.0), (goals.BNB_TRAIN, 9.0), (goals.BNB_EVAL, 4.5))
+    ]
+    run["cells"] = [{**cell, "out_features": n, "in_features": k} for n, k in goals.QUICK_SHAPES]
+    assert next(o for o in goals.outcomes([run]) if o.goal == goal).met is True
+    run["cells"][1] = copy.deepcopy(run["cells"][1])
+    run["cells"][1]["results"][0]["median_s"] = 2.0
+    outcome = next(o for o in goals.outcomes([run]) if o.goal == goal)
+    assert outcome.met is False and list(outcome.values.values()) == [4.5, 2.25, 4.5]
+    assert "MISSED" in goals.goals_table([run])
+    assert "4.50" in tables.summary_table(run)
+
+
+def test_suites_are_what_they_are_called() -> None:
+    quick = SUITES["quick", "cpu"]
+    cells = list(quick.cells("lora_linear", has_rows=True, has_backward=True, rank=16))
+    forward = {(c.out_features, c.in_features, c.rows) for c in cells if c.mode == FORWARD}
+    assert forward == {(*s, m) for s in goals.QUICK_SHAPES for m in (1, 4, 16, 64, 512)}
+    assert {c.rows for c in cells if c.mode == TRAINING} == {512}
+    flat = list(quick.cells("nf4_quantize", has_rows=False, has_backward=False, rank=0))
+    assert [(c.out_features, c.in_features) for c in flat] == [(4096, 4096), (14336, 4096)]
+
+
+def test_the_repository_root_leaves_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else transformers and PEFT would take our kernels/ for Hugging Face's package."""
+    monkeypatch.setattr(sys, "path", [str(ROOT), "", *sys.path])
+    monkeypatch.chdir(ROOT)
+    runpy.run_path(str(ROOT / "benchmarks" / "__main__.py"), run_name="benchmarks.__main__")
+    assert not {str(ROOT), ""} & set(sys.path)
