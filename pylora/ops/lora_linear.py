@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pylora.ops.library import register
+from pylora.ops.registration import register
 
 _WEIGHT_SCHEMA = (
     "Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, "

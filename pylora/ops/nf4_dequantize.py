@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pylora.ops.library import NF4_SCHEMA, register
+from pylora.ops.registration import NF4_SCHEMA, register
 
 
 def _fake(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pylora.nf4 import block_count
-from pylora.ops.library import register
+from pylora.ops.registration import register
 
 
 def _fake(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
