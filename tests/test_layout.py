@@ -106,6 +106,17 @@ def test_one_stem_per_op(op: str) -> None:
     assert (ROOT / "tests" / f"test_{op}.py").exists()
 
 
+def test_wheel_lists_every_package() -> None:
+    """The list in pyproject.toml is explicit: a folder left out of it is missing from the wheel."""
+    text = (ROOT / "pyproject.toml").read_text()
+    listed = set(re.findall(r'"(pylora[a-z_.]*)",', text.split("packages = [")[1].split("]")[0]))
+    found = {".".join(p.parent.relative_to(ROOT).parts) for p in PACKAGE.rglob("__init__.py")} | {
+        "pylora.kernels"
+    }
+    assert listed == found
+    assert not [p for p in (ROOT / "kernels").iterdir() if p.is_dir() and p.name != "__pycache__"]
+
+
 def test_files_are_short() -> None:
     patterns = (
         "pylora/**/*.py",
