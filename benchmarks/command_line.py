@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", type=int, help="seed of the random data; default: a fresh one")
     run.add_argument("--shape", type=_shape, action="append", help="OUTxIN instead of the suite's")
     run.add_argument("--rows", type=_numbers, help="values of M instead of the suite's: 1,16,...")
-    run.add_argument("--seconds", type=float, help="time to spend on each cell")
+    run.add_argument("--seconds", type=float, help="time to spend on each cell; 0: a dry run")
     run.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
 
     compare = commands.add_parser("compare", help="what changed between two runs of one op")

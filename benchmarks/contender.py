@@ -132,6 +132,7 @@ class Bench:
     oracle        (operands, x, grad, has_lora) -> (function, its arguments) in plain torch
     has_rows      the op takes x
     rank          of the LoRA on our side; 0 where there is none
+    quick_modes   what the quick suite measures of it
     """
 
     op: str
@@ -141,3 +142,4 @@ class Bench:
     has_rows: bool = True
     has_backward: bool = True
     rank: int = 0
+    quick_modes: tuple[str, ...] = MODES

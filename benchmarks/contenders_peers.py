@@ -109,7 +109,7 @@ def _peft(training: bool) -> Any:
 def _eval_why_not(cell: Cell, device: torch.device) -> str | None:
     """Where eval mode would take the path of train mode, measuring it again says nothing."""
     if device.type != "cpu":
-        return None
+        return "same path as train mode: there is no repacking on a GPU"
     from bitsandbytes.functional import has_avx512bf16
 
     if not has_avx512bf16():

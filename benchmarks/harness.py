@@ -26,6 +26,7 @@ CONTROL = "pylora (control)"
 CACHES, MOST_LAYERS = 3, 256
 LEAST_SAMPLES, MOST_SAMPLES = 5, 60
 _SHAPES_REMEMBERED = 3
+_QUICK_CALL = 0.05  # seconds
 
 OK, FAILS, REFUSED, ERROR, ABSENT = "ok", "fails the rule", "refused", "error", "absent"
 
@@ -50,12 +51,24 @@ class Entry:
 class Harness:
     """Runs cells on one device; keeps what is costly to make from one cell to the next."""
 
-    def __init__(self, device: torch.device, seed: int, seconds: float) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        seed: int,
+        seconds: float,
+        limits: dict[str, float] | None = None,
+    ) -> None:
+        """`limits` is what `roofline.measure` gives, which is asked where it is None."""
         self.device, self.seed, self.seconds = device, seed, seconds
-        self.roofline = roofline.measure(device)
+        self.roofline = roofline.measure(device) if limits is None else limits
         self._operands: dict[tuple[Any, ...], Operands] = {}
         self._layers: dict[str, list[Layer]] = {}
         self._layers_of: tuple[Any, ...] | None = None
+
+    def measure_limits(self) -> None:
+        """Measures them anew and keeps the best: a disturbed moment must not lower a limit."""
+        again = roofline.measure(self.device)
+        self.roofline = {name: max(value, again[name]) for name, value in self.roofline.items()}
 
     def run(
         self, bench: Bench, contenders: Sequence[Contender], cell: Cell
@@ -96,7 +109,8 @@ class Harness:
         if contender.name not in self._layers:
             operands = self.operands(cell)
             needed = CACHES * last_level_cache(self.device) / weight_bytes(cell, contender)
-            count = max(2, min(MOST_LAYERS, math.ceil(needed)))
+            # Zero seconds is a dry run: it checks everything, and its times mean nothing.
+            count = max(2, min(MOST_LAYERS, math.ceil(needed))) if self.seconds else 2
             self._layers[contender.name] = [contender.build(operands) for _ in range(count)]
         return self._layers[contender.name]
 
@@ -114,15 +128,16 @@ class Harness:
         """Binds every call, and judges each contender's first result: ours is refused where it is
         wrong, a peer's is timed and marked."""
         operands = self.operands(cell)
-        inputs = draw(cell, operands)
+        inputs: list[Any] = []
         oracles = Oracles(bench, operands, cell.mode)
         for entry in entries:
             if not entry.runs:
                 continue
             with _recorded(entry):
                 for index, layer in enumerate(entry.layers):
-                    fresh = inputs if index == 0 else draw(cell, operands)
-                    call, x, grad = bind(cell, entry.contender, layer, operands, fresh)
+                    while len(inputs) <= index:
+                        inputs.append(draw(cell, operands))
+                    call, x, grad = bind(cell, entry.contender, layer, operands, inputs[index])
                     entry.calls.append(call)
                     if index == 0:
                         result = comparable(cell, layer, call.once())
@@ -136,14 +151,19 @@ class Harness:
         running = {e.contender.name: e for e in entries if e.runs}
         for entry in list(running.values()):
             with _recorded(entry):
-                entry.calls[-1].once()
-                entry.samples = [min(c.seconds(self.device) for c in entry.calls[:2])]
+                estimate = entry.calls[0].seconds(self.device)
+                if estimate < _QUICK_CALL:  # the first calls may still have set something up
+                    estimate = min(call.seconds(self.device) for call in entry.calls[:2])
+                entry.samples = [estimate]
             if not entry.runs:
                 del running[entry.contender.name]
         if not running:
             return
-        estimates = {name: entry.samples.pop() for name, entry in running.items()}
+        estimates = {name: entry.samples[0] for name, entry in running.items()}
         counts = sample_counts(estimates, self.seconds, LEAST_SAMPLES, MOST_SAMPLES)
+        for name in [name for name, count in counts.items() if count > 1]:
+            running[name].samples.clear()
+        counts = {name: count for name, count in counts.items() if count > 1}
         with _no_garbage_collection():
             for turn in rounds(counts, self.seed):
                 for name in turn:
@@ -155,7 +175,7 @@ class Harness:
         self, bench: Bench, cell: Cell, timing: str, entries: list[Entry]
     ) -> dict[str, Any]:
         work = bench.work(cell, entries[0].contender)
-        results = [self._result(bench, cell, entry) for entry in entries]
+        results = [self._result(bench, cell, timing, entry) for entry in entries]
         medians = {r["contender"]: r["median_s"] for r in results}
         control = None
         if medians[entries[0].contender.name] and medians[CONTROL]:
@@ -175,7 +195,7 @@ class Harness:
             "results": results,
         }
 
-    def _result(self, bench: Bench, cell: Cell, entry: Entry) -> dict[str, Any]:
+    def _result(self, bench: Bench, cell: Cell, timing: str, entry: Entry) -> dict[str, Any]:
         contender = entry.contender
         result: dict[str, Any] = {
             "contender": contender.name,
@@ -201,7 +221,7 @@ class Harness:
                 "flop_per_s": work.flop / summary.median,
                 "of_roofline": floor / summary.median,
             }
-            if self.device.type == "cuda":
+            if self.device.type == "cuda" and timing == EAGER:
                 result["extra_memory_bytes"] = memory.cuda_extra(entry.calls[0].once)
         return result
 

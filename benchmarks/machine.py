@@ -94,6 +94,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "caches": cache_bytes(),
         "flags": flags,
         "os": platform.platform(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "gpu": None,
         "driver": None,
     }

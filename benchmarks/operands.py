@@ -10,7 +10,7 @@ from torch import Tensor
 
 import pylora
 from benchmarks.shapes import Cell
-from pylora import NF4Weight
+from pylora import NF4Weight, reference
 
 SCALING = 0.5
 
@@ -53,8 +53,16 @@ class Operands:
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """What the NF4 weight stands for, dequantized to `dtype`."""
-        key = f"dense {dtype}"
-        return self.remembered(key, lambda: pylora.dequantize_nf4(self.nf4(), dtype)).clone()
+        return self.dense_once(dtype).clone()
+
+    def dense_once(self, dtype: torch.dtype) -> Tensor:
+        """The same in memory shared by all who ask: to read, by the reference, exact in float64."""
+
+        def dequantized() -> Tensor:
+            w = self.nf4()
+            return reference.nf4_dequantize(*w.op_arguments(), list(w.shape), dtype)
+
+        return self.remembered(f"dense {dtype}", dequantized)
 
     def lora(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """lora_A [r, in_features] and lora_B [out_features, r], both trainable.

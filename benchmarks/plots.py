@@ -16,7 +16,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from benchmarks.results import result_of
-from benchmarks.tables import BASE_ONLY, OURS, contenders_of, ratio_to_ours, shape_name
+from benchmarks.tables import (
+    BASE_ONLY,
+    OURS,
+    REFERENCE,
+    contenders_of,
+    ratio_to_ours,
+    shape_name,
+)
 
 INK, MUTED, GRID, OURS_COLOR, LOSING = "#1f2933", "#6b7785", "#e4e7eb", "#2563eb", "#fdecea"
 # A family of contenders has one color, its members differ in how their line is drawn.
@@ -45,9 +52,10 @@ def style_of(contender: str) -> dict[str, Any]:
 def speedup(cells: Cells, title: str) -> Figure:
     """How many times faster pylora is, a panel for each shape; the shaded half is where it loses.
 
-    Against M as lines; where there is one M, or none, as bars.
+    Against M as lines; where there is one M, or none, as bars. The reference is so slow that it
+    would flatten all others; the tables have it.
     """
-    names = [n for n in contenders_of(cells) if n != BASE_ONLY]
+    names = [n for n in contenders_of(cells) if n not in (BASE_ONLY, REFERENCE)] or [REFERENCE]
     if len({cell["rows"] for cell in cells}) > 1:
         return _lines(cells, names, ratio_to_ours, title, "times faster than", log=True)
     return _bars(cells, names, ratio_to_ours, title, lambda ratio: f"{ratio:.2f}x", line_at=1.0)
@@ -80,8 +88,7 @@ def memory(cells: Cells, title: str) -> Figure | None:
         return None
     largest = max(cell["rows"] for cell in measured)
     measured = [cell for cell in measured if cell["rows"] == largest]
-    where = f"{title}, M={largest}" if largest else title
-    return _bars(measured, names, extra, where, lambda mib: f"{mib:.0f} MiB")
+    return _bars(measured, names, extra, title, lambda mib: f"{mib:.0f} MiB")
 
 
 def _lines(
@@ -135,7 +142,7 @@ def _bars(
         axes.bar_label(bars, labels, padding=3, color=INK, fontsize=8.5)
         axes.invert_yaxis()
         axes.margins(x=0.22)
-        axes.set_title(shape_name(cell))
+        axes.set_title(shape_name(cell) + (f", M={cell['rows']}" if cell["rows"] else ""))
         _frame(axes)
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
@@ -176,7 +183,12 @@ def _finish(figure: Figure, panels: list[Axes], title: str, what: str, count: in
         handles, labels = axes.get_legend_handles_labels()
         found |= dict(zip(labels, handles, strict=True))
     figure.legend(
-        found.values(), found.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9
+        found.values(),
+        found.keys(),
+        loc="outside lower center",
+        ncols=1 + _columns(count),
+        frameon=False,
+        fontsize=9,
     )
     figure.suptitle(title, color=INK, fontsize=12)
 

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks import goals, plots
 from benchmarks.results import result_of, write_atomically
 from benchmarks.shapes import QUICK_SHAPES, layers_named
-from benchmarks.statistics import CONTROL_TOLERANCE
+from benchmarks.statistics import BUSY, CONTROL_TOLERANCE
 from benchmarks.tables import (
     BASE_ONLY,
     CONTROL,
@@ -43,13 +43,20 @@ tr.first td { border-top: 2px solid #e4e7eb; }
 svg { max-width: 100%; height: auto; }
 """
 
+_EXPLANATION = f"""<p>Medians of single calls, contenders in random order in each round, inputs
+rotated past the last-level cache, every result first checked against float64. A ratio is a
+contender's time over pylora's: above 1 pylora is faster, below 1 it loses. The control is pylora
+against itself; beyond ±{CONTROL_TOLERANCE:.0%} the ratios beside it are in doubt. The limit is the
+bytes and FLOP that the contender's own format needs at least, at the speeds measured in the same
+run. <sup>!</sup> marks a peer whose result fails the numerics rule.</p>"""
+
 Run = Mapping[str, Any]
 
 
 def write_report(runs: Sequence[Run], out: Path) -> list[Path]:
     """Writes report.html and one PNG a picture into `out`; the paths written."""
     figures: dict[str, bytes] = {}
-    body = [_header(runs), *_goals(runs)]
+    body = [_header(runs), _EXPLANATION, *_goals(runs)]
     for run in runs:
         body += _op(run, figures)
     page = (
@@ -81,6 +88,8 @@ def _facts(run: Run) -> str:
     known = f"commit {commit['hash'][:10]}" if commit else "no commit"
     dirty = " <b>with uncommitted changes</b>" if commit and commit["dirty"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    if (machine["load"] or 0) > BUSY:
+        dirty += f", <b>machine not idle: load average {machine['load']:.1f}</b>"
     driver = f", driver {machine['driver']}" if machine["driver"] else ""
     return (
         f"<b>{escape(machine['gpu'] or machine['cpu'])}</b>{escape(driver)}, "
@@ -94,7 +103,7 @@ def _facts(run: Run) -> str:
 
 def _goals(runs: Sequence[Run]) -> Iterator[str]:
     found = goals.outcomes(runs)
-    if not found:
+    if all(outcome.met is None for outcome in found):
         return
     met, missed = (sum(o.met is value for o in found) for value in (True, False))
     yield f"<h2>Goals on a CPU: {met} met, {missed} missed</h2>"

@@ -34,6 +34,7 @@ _MACHINE: dict[str, Any] = {
     "caches": dict,
     "flags": list,
     "os": str,
+    "load": OPTIONAL_NUMBER,
     "gpu": (str, type(None)),
     "driver": (str, type(None)),
 }

@@ -16,7 +16,8 @@ from benchmarks import goals, machine, results
 from benchmarks.contender import Bench
 from benchmarks.harness import Harness, add_cpu_memory
 from benchmarks.registry import BENCHES, bench_of, check_against, selected
-from benchmarks.shapes import SUITES, Cell, Suite
+from benchmarks.shapes import FORWARD, SUITES, Cell, Suite
+from benchmarks.statistics import BUSY
 from benchmarks.tables import OURS, cell_table, summary_table
 
 
@@ -36,15 +37,23 @@ def run(arguments: argparse.Namespace) -> int:
     seed = random.SystemRandom().randrange(2**31) if arguments.seed is None else arguments.seed
     device = torch.device(arguments.device)
     begin = time.perf_counter()
+    # Before our own load, and before our own files make the checkout dirty.
+    facts = {
+        "machine": machine.machine(device),
+        "versions": machine.versions(),
+        "commit": machine.commit(),
+    }
     harness = Harness(device, seed, suite.seconds)
-    _announce(harness, device)
+    _announce(facts["machine"], harness)
     runs, to_measure = [], []
     with tqdm(total=sum(map(len, plan.values())), unit="cell", smoothing=0.1) as bar:
         for bench in benches:
-            finished, reports = _run_bench(harness, bench, plan[bench.op], suite, arguments, bar)
+            finished, reports = _run_bench(
+                harness, bench, plan[bench.op], suite, arguments, facts, bar
+            )
             runs.append(finished)
             results.save(arguments.out / f"{bench.op}.json", finished)
-            to_measure += [pair for pair in reports if pair[0].rows in (0, *suite.memory_rows)]
+            to_measure += [pair for pair in reports if _has_memory(pair[0], suite)]
     if device.type == "cpu" and suite.memory_rows:
         print("measuring peak memory, a process for each contender")
         add_cpu_memory(to_measure, seed)
@@ -86,12 +95,24 @@ def _suite(arguments: argparse.Namespace) -> Suite:
 
 
 def _cells(bench: Bench, suite: Suite) -> list[Cell]:
-    return list(suite.cells(bench.op, bench.has_rows, bench.has_backward, bench.rank))
+    cells = suite.cells(bench.op, bench.has_rows, bench.has_backward, bench.rank)
+    return [c for c in cells if not suite.few_contenders or c.mode in bench.quick_modes]
 
 
-def _announce(harness: Harness, device: torch.device) -> None:
-    facts, limits = machine.machine(device), harness.roofline
+def _has_memory(cell: Cell, suite: Suite) -> bool:
+    """Where peak memory is measured; in a quick suite for training steps and ops without rows."""
+    if suite.few_contenders and cell.mode == FORWARD and cell.rows:
+        return False
+    return cell.rows in (0, *suite.memory_rows)
+
+
+def _announce(facts: dict[str, Any], harness: Harness) -> None:
+    limits = harness.roofline
     print(f"{facts['gpu'] or facts['cpu']}, {facts['threads']} threads, {facts['caches']}")
+    if (facts["load"] or 0) > BUSY:
+        print(
+            f"load average {facts['load']:.1f}: something else runs here, do not trust these times"
+        )
     print(
         f"measured limits: read {limits['read_bytes_per_s'] / 1e9:.1f} GB/s, "
         f"copy {limits['copy_bytes_per_s'] / 1e9:.1f} GB/s, "
@@ -105,10 +126,12 @@ def _run_bench(
     cells: list[Cell],
     suite: Suite,
     arguments: argparse.Namespace,
+    facts: dict[str, Any],
     bar: Any,
 ) -> tuple[dict[str, Any], list[tuple[Cell, dict[str, Any]]]]:
     """(the run of one op as JSON, its cells with their reports inside that JSON)."""
     begin = time.perf_counter()
+    harness.measure_limits()
     contenders = selected(bench, arguments.against, suite.few_contenders)
     reports = []
     for cell in cells:
@@ -124,10 +147,8 @@ def _run_bench(
         "date": machine.now(),
         "seed": harness.seed,
         "seconds": round(time.perf_counter() - begin, 1),
-        "machine": machine.machine(harness.device),
-        "versions": machine.versions(),
-        "commit": machine.commit(),
-        "roofline": harness.roofline,
+        **facts,
+        "roofline": dict(harness.roofline),
         "cells": [report for _, report in reports],
     }
     return finished, reports

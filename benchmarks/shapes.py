@@ -71,11 +71,16 @@ class Suite:
     few_contenders: bool
 
     def cells(self, op: str, has_rows: bool, has_backward: bool, rank: int) -> Iterator[Cell]:
-        """The cells of one op, shape by shape, so that prepared weights serve many of them."""
+        """The cells of one op, shape by shape, so that prepared weights serve many of them.
+
+        An op without rows sees its weight as a flat run of blocks: one shape of each size is
+        enough.
+        """
+        if not has_rows:
+            sizes = {n * k: (n, k) for n, k in reversed(self.shapes)}
+            yield from (Cell(op, FORWARD, *shape, 0) for shape in reversed(sizes.values()))
+            return
         for out_features, in_features in self.shapes:
-            if not has_rows:
-                yield Cell(op, FORWARD, out_features, in_features, 0)
-                continue
             for mode in self.modes if has_backward else (FORWARD,):
                 for rows in self.rows if mode == FORWARD else self.backward_rows:
                     yield Cell(op, mode, out_features, in_features, rows, rank=rank)
@@ -100,7 +105,7 @@ SUITES: dict[tuple[str, str], Suite] = {
         backward_rows=(512,),
         memory_rows=(512,),
         modes=(FORWARD, TRAINING),
-        seconds=1.5,
+        seconds=1.0,
         few_contenders=True,
     ),
     ("full", "cpu"): Suite(

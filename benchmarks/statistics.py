@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 # Two copies of one contender may differ by this much before a cell's ratios are in doubt.
 CONTROL_TOLERANCE = 0.05
+# A load average before the run from which other processes disturb the times.
+BUSY = 0.7
 # No change below this is called one: clocks and page placement differ between two processes.
 SMALLEST_CHANGE = 0.02
 
@@ -63,15 +65,17 @@ def sample_counts(
 ) -> dict[str, int]:
     """Samples for each contender, so that all together take about `budget` seconds.
 
-    Each gets an equal share of the time, at least `least` and at most `most` samples. One that is
-    over ten times slower than the fastest gets three where even `least` exceeds its share: no one
-    needs to know such a ratio to a percent.
+    Each gets an equal share of the time, at least `least` and at most `most` samples. Where even
+    `least` exceeds its share, one that is over three times slower than the fastest gets three, and
+    over ten times slower, one: no one needs to know such a ratio to a percent.
     """
     share = budget / len(seconds)
     fastest = min(seconds.values())
     counts = {}
     for name, each in seconds.items():
-        smallest = min(3, least) if each > 10 * fastest and least * each > share else least
+        smallest = least
+        if least * each > share and each > 3 * fastest:
+            smallest = 3 if each < 10 * fastest else 1
         counts[name] = max(smallest, min(most, int(share / each)))
     return counts
 

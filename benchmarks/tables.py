@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.results import CELL_KEY, cell_key, result_of
 from benchmarks.statistics import CONTROL_TOLERANCE, Summary, change_threshold, geometric_mean
 
-OURS, CONTROL = "pylora", "pylora (control)"
+OURS, CONTROL, REFERENCE = "pylora", "pylora (control)", "pylora reference"
 # Ours without LoRA: what LoRA costs, not a peer to win against.
 BASE_ONLY = "pylora, no LoRA"
 
@@ -21,7 +21,9 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float | None) -> str:
-    return "" if count is None else f"{count / 2**20:.1f} MiB"
+    if count is None:
+        return ""
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
 
 
 def ratio_to_ours(cell: Mapping[str, Any], contender: str) -> float | None:

@@ -56,11 +56,17 @@ class MemoryMeter:
             torch.cuda.reset_peak_memory_stats(self.device)
             return self.now()
         if sys.platform == "linux":
-            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # absent from musl
-            if trim is not None:
-                trim(0)
+            self.give_back()
             try:
                 CLEAR_REFS.write_text("5")  # "5" sets VmHWM to the present VmRSS
             except OSError:
                 pass  # not permitted in some containers: the peak then counts from the start
         return self.now()
+
+    def give_back(self) -> None:
+        """Returns the holes in the C library's heap to the system. Batches of many lengths tear
+        ever more of them: QLoRA on SmolLM2 held 0.4 GiB more after 40 steps than after 10."""
+        if self.device.type == "cpu" and sys.platform == "linux":
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # absent from musl
+            if trim is not None:
+                trim(0)

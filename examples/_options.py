@@ -24,9 +24,9 @@ class Options:
     model: Path | None = None
     data: Path | None = None
     method: str = "qlora"
-    steps: int = 120
-    batch_size: int = 16
-    max_length: int = 128
+    steps: int = 200
+    batch_size: int = 8
+    max_length: int = 96
     learning_rate: float | None = None  # None: the method's own
     r: int = 16
     alpha: int = 32
@@ -45,7 +45,7 @@ class Options:
 
 
 # Enough to see the loss fall and every part of the program run once.
-SHORT = {"steps": 16, "batch_size": 8, "validation_examples": 32, "sample_tokens": 20}
+SHORT = {"steps": 16, "validation_examples": 32, "sample_tokens": 20}
 
 
 def parse_options(argv: list[str] | None = None) -> tuple[Options, set[str]]:

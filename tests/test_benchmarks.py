@@ -9,6 +9,7 @@ import copy
 import importlib.util
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def test_run_writes_everything(run: dict[str, Any]) -> None:
         assert {"pylora", "pylora (control)", "pylora reference", "dense bf16"} <= timed.keys()
         assert not any("bitsandbytes" in name for name in timed)
         for result in timed.values():
-            assert result["status"] == "ok" and result["samples"] >= 3
+            assert result["status"] == "ok" and result["samples"] >= 1
             assert 0 < result["p20_s"] <= result["median_s"] <= result["p80_s"]
         assert timed["pylora reference"]["path"].startswith("pure PyTorch")
         if sys.platform == "linux":
@@ -105,9 +106,7 @@ def test_compare_and_report(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["report", str(folder)]) == 0
     page = (folder / "report.html").read_text()
     assert "<svg" in page and "dense bf16" in page
-    assert "http" not in page.replace("http://www.w3.org", "").replace(
-        "http://purl.org", ""
-    ).replace("http://creativecommons.org", "").replace("https://matplotlib.org", "")
+    assert not re.search(r"""(src|href)=["'](?!#)|@import|url\((?!#)""", page), "an external asset"
     assert list(folder.glob("lora_linear-forward-eager-speedup.png"))
     assert not list(folder.glob(".*")), "a temporary file was left behind"
 
@@ -268,12 +267,14 @@ def test_a_noisy_control_raises_the_threshold() -> None:
 
 
 def test_samples_fit_the_budget_and_are_spread() -> None:
-    counts = statistics.sample_counts({"a": 0.001, "b": 0.01, "c": 2.0}, 1.5, least=5, most=60)
-    assert counts == {"a": 60, "b": 50, "c": 3}
+    seconds = {"a": 0.02, "b": 0.03, "c": 0.15, "d": 1.0}
+    counts = statistics.sample_counts(seconds, 2.0, least=5, most=60)
+    assert counts == {"a": 25, "b": 16, "c": 3, "d": 1}
+    assert statistics.sample_counts({"a": 1e-6}, 2.0, least=5, most=60) == {"a": 60}
     turns = statistics.rounds(counts, seed=3)
     for name, count in counts.items():
         assert sum(name in turn for turn in turns) == count
-    assert {r // 20 for r, turn in enumerate(turns) if "c" in turn} == {0, 1, 2}
+    assert {r // 9 for r, turn in enumerate(turns) if "c" in turn} == {0, 1, 2}
     assert len({tuple(turn) for turn in turns}) > 1, "the order must change from round to round"
 
 

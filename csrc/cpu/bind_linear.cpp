@@ -1,5 +1,5 @@
-// CPU side of the linear ops: tensor -> checks -> kernel. Weights are NF4 here; a dense base goes to
-// torch's own matmul in Python.
+// CPU side of the linear ops: tensor -> checks -> kernel. Weights are NF4 here; a dense base goes
+// to torch's own matmul in Python.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -23,7 +23,8 @@ void check_matrix(const char* name, const Tensor& tensor) {
   check_contiguous(name, tensor);
 }
 
-// An optional vector of `size` values, times `scale`, added to `sum`, which is empty before the first.
+// An optional vector of `size` values, times `scale`, added to `sum`, which is empty before the
+// first.
 void add_bias(const char* name, const std::optional<Tensor>& bias, int64_t size, float scale,
               std::vector<float>& sum) {
   if (!bias.has_value()) return;
@@ -83,8 +84,9 @@ Activation to_activation(const std::string& name) {
   for (int i = 0; i < 7; ++i) {
     if (name == kNames[i]) return static_cast<Activation>(i);
   }
-  STD_TORCH_CHECK(
-      false, "activation must be identity, relu, gelu, gelu_tanh, silu, tanh or sigmoid, got ", name);
+  STD_TORCH_CHECK(false,
+                  "activation must be identity, relu, gelu, gelu_tanh, silu, tanh or sigmoid, got ",
+                  name);
 }
 
 Dropout to_dropout(double p, const std::optional<Tensor>& seed) {
@@ -147,8 +149,7 @@ std::tuple<Tensor, Tensor> lora_linear_cpu(
   check_matrix("x", x);
   const NF4Matrix matrix = check_nf4_cpu(weight, *absmax, nested_absmax, nested_code, offset,
                                          blocksize, nested_blocksize, out_features, x.size(1));
-  LoraLinear op =
-      to_lora_linear(x, matrix, lora_A, lora_B, scaling, dropout_p, seed, activation);
+  LoraLinear op = to_lora_linear(x, matrix, lora_A, lora_B, scaling, dropout_p, seed, activation);
   std::vector<float> bias_sum;
   add_bias("bias", bias, out_features, 1.0f, bias_sum);
   add_bias("lora_B_bias", lora_B_bias, out_features, op.scaling, bias_sum);
@@ -194,8 +195,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_b
   check_dtype("grad", grad, x.scalar_type());
   const NF4Matrix matrix = check_nf4_cpu(weight, *absmax, nested_absmax, nested_code, offset,
                                          blocksize, nested_blocksize, grad.size(1), x.size(1));
-  LoraLinear op =
-      to_lora_linear(x, matrix, lora_A, lora_B, scaling, dropout_p, seed, activation);
+  LoraLinear op = to_lora_linear(x, matrix, lora_A, lora_B, scaling, dropout_p, seed, activation);
   STD_TORCH_CHECK(grad.size(0) == x.size(0), "grad must have as many rows as x (", x.size(0),
                   "), got ", grad.size(0));
   STD_TORCH_CHECK(h.size(0) == x.size(0) && h.size(1) == op.lora_A.rank, "h must have shape [",

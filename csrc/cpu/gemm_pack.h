@@ -1,8 +1,8 @@
 // Packing the token operand of gemm_tile.h, and writing its accumulators back.
 //
 // A block of tokens is cut into tiles of V * S::kLanes tokens, V <= S::kMaxV. A packed tile is
-// [elements along k][tokens]; an accumulator tile is [output][tokens]. Both are transposed against the
-// row-major tensors, in registers; the dtype changes on the way.
+// [elements along k][tokens]; an accumulator tile is [output][tokens]. Both are transposed against
+// the row-major tensors, in registers; the dtype changes on the way.
 #pragma once
 
 #include <cstring>
@@ -12,9 +12,7 @@
 
 namespace pylora {
 
-PYLORA_INLINE int64_t round_up(int64_t value, int64_t unit) {
-  return ceil_div(value, unit) * unit;
-}
+PYLORA_INLINE int64_t round_up(int64_t value, int64_t unit) { return ceil_div(value, unit) * unit; }
 
 // A block of `rows` tokens, cut into tiles.
 template <class S>
@@ -68,8 +66,9 @@ void pack_tile(const T* x, int64_t ld, int64_t rows, int64_t count, int v, float
       typename S::F block[L];
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i) {
-        block[i] = m + i < rows ? load_elements(Mac<S>{}, x + (m + i) * ld + k, count - k)
-                                : S::zero();
+        block[i] =
+            m + i < rows ? load_elements(Mac<S>{}, x + (m + i) * ld + k, count - k) : S::zero();
+        __builtin_prefetch(x + (m + i) * ld + k + 8 * kValues, 0, 2);
       }
       S::transpose(block);
       const int64_t first = k / Mac<S>::kStep;
@@ -97,21 +96,22 @@ void pack_tokens(const T* x, int64_t ld, const TokenTiles<S>& tiles, int64_t cou
 }
 
 // y[m][0 .. cols) = acc[0 .. cols)[m] + bias + extra[..][m] * factor[m][..], for one tile. bias,
-// extra may be null; factor is [rows][cols]. acc and extra are [cols, padded to kLanes][v * kLanes].
+// extra may be null; factor is [rows][cols]. acc and extra are [cols, padded to kLanes][v *
+// kLanes].
 template <class S, class T>
 void write_tile(const float* acc, int v, int64_t rows, int64_t cols, const float* bias,
                 const float* extra, const float* factor, T* y, int64_t ld) {
   constexpr int L = S::kLanes;
   const int64_t width = v * L;
-  for (int64_t n = 0; n < cols; n += L) {
-    const int left = static_cast<int>(cols - n < L ? cols - n : L);
-    const typename S::F shift = bias != nullptr ? S::load_n(bias + n, left) : S::zero();
-    for (int64_t m = 0; m < rows; m += L) {
+  for (int64_t m = 0; m < rows; m += L) {
+    const int count = static_cast<int>(rows - m < L ? rows - m : L);
+    for (int64_t n = 0; n < cols; n += L) {
+      const int left = static_cast<int>(cols - n < L ? cols - n : L);
+      const typename S::F shift = bias != nullptr ? S::load_n(bias + n, left) : S::zero();
       typename S::F block[L];
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i) block[i] = S::load(acc + (n + i) * width + m);
       S::transpose(block);
-      const int count = static_cast<int>(rows - m < L ? rows - m : L);
       if (extra != nullptr) {
         typename S::F more[L];
 #pragma GCC unroll 16
@@ -121,12 +121,12 @@ void write_tile(const float* acc, int v, int64_t rows, int64_t cols, const float
           block[i] = S::fma(more[i], S::load_n(factor + (m + i) * cols + n, left), block[i]);
         }
       }
-      if (left == L) {
-        for (int i = 0; i < count; ++i) S::store(y + (m + i) * ld + n, S::add(block[i], shift));
+      T* out = y + m * ld + n;
+      if (left == L && count == L) {
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) S::store(out + i * ld, S::add(block[i], shift));
       } else {
-        for (int i = 0; i < count; ++i) {
-          S::store_n(y + (m + i) * ld + n, S::add(block[i], shift), left);
-        }
+        for (int i = 0; i < count; ++i) S::store_n(out + i * ld, S::add(block[i], shift), left);
       }
     }
   }

@@ -27,9 +27,9 @@ struct Bf16Mac {
   PYLORA_INLINE static F mac(F acc, F a, F b) { return S::dot(acc, a, b); }
 };
 
-// Elements from one row of a row-major `a` to the next: fixed, so that rows are address offsets; odd
-// in cache lines, so that rows do not share a cache set.
-inline constexpr int64_t kTileK = 512;          // most elements along k in one call
+// Elements from one row of a row-major `a` to the next: fixed, so that rows are address offsets;
+// odd in cache lines, so that rows do not share a cache set.
+inline constexpr int64_t kTileK = 512;  // most elements along k in one call
 inline constexpr int64_t kTileLd = kTileK + 16;
 
 enum class Broadcast {

@@ -13,6 +13,7 @@ constexpr int64_t kGrain = 4096;
 Project* project_for(CpuIsa isa) {
 #if defined(__x86_64__)
   if (isa >= CpuIsa::kAvx512) return project_avx512;
+  if (isa >= CpuIsa::kAvx2) return project_avx2;
 #endif
   (void)isa;
   return project_portable;
@@ -21,6 +22,7 @@ Project* project_for(CpuIsa isa) {
 Gather* gather_for(CpuIsa isa) {
 #if defined(__x86_64__)
   if (isa >= CpuIsa::kAvx512) return gather_avx512;
+  if (isa >= CpuIsa::kAvx2) return gather_avx2;
 #endif
   (void)isa;
   return gather_portable;

@@ -4,7 +4,8 @@
 //              y = x @ W^T + bias + low @ lora_B^T + scaling * lora_B_bias
 //   backward   dh = (scaling * g @ lora_B) * act'(h)
 //              dx = g @ W + mask / (1 - p) * (dh @ lora_A)
-//              dlora_B = g^T low;  dlora_A = dh^T dropout(x);  the biases' gradients are column sums
+//              dlora_B = g^T low;  dlora_A = dh^T dropout(x);  the biases' gradients are column
+//              sums
 //
 // Shapes    x [M, K]; g [M, N]; h, low, dh [M, R] fp32; lora_A [R, K]; lora_B [N, R]
 // Numerics  everything of rank R is fp32, whatever the dtypes of x and of the adapter.

@@ -8,7 +8,8 @@ void project_avx512(const TokenMatrix& x, const AdapterFactor& factor, const flo
   project_on<Avx512>(x, factor, bias, out);
 }
 
-void gather_avx512(const TokenMatrix& x, const float* low, const AdapterFactor& gradient, float* sums) {
+void gather_avx512(const TokenMatrix& x, const float* low, const AdapterFactor& gradient,
+                   float* sums) {
   gather_on<Avx512>(x, low, gradient, sums);
 }
 

@@ -1,8 +1,8 @@
 // The skinny products of LoRA (lora_linear.h), as templates over the vector primitives.
 //
-// Activations are converted to fp32, a stretch that fits the first-level cache at a time, with dropout
-// applied on the way; the products are tiles of gemm_tile.h. Sums run in chains of kChain products,
-// which are then added: as accurate as torch's many short chains.
+// Activations are converted to fp32, a stretch that fits the first-level cache at a time, with
+// dropout applied on the way; the products are tiles of gemm_tile.h. Sums run in chains of kChain
+// products, which are then added: as accurate as torch's many short chains.
 #pragma once
 
 #include "cpu/gemm_pack.h"
@@ -12,8 +12,10 @@
 
 namespace pylora {
 
-inline constexpr int64_t kChain = 64;
-inline constexpr int64_t kDotTokens = 16;  // up to here `project` shares out ranks, not tokens
+inline constexpr int64_t kChain = 32;
+inline constexpr int64_t kSumChain = 16;       // of column sums, continued in fp64
+inline constexpr int64_t kDotGrain = 1 << 17;  // products a thread must have to be worth waking
+inline constexpr int64_t kDotTokens = 16;      // up to here `project` shares out ranks, not tokens
 
 // x[row .. row + rows)[col .. col + count) as fp32 with dropout, to out [rows][ld].
 template <class S, class T>
@@ -36,7 +38,8 @@ template <class S, class T, class TA>
 void project_dots(const TokenMatrix& x, const TA* factor, int64_t rank, const float* bias,
                   float* out) {
   constexpr int kBlock = 4;
-  parallel_for(0, ceil_div(rank, kBlock), 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain = ceil_div(kDotGrain, kBlock * x.cols * x.rows + 1);
+  parallel_for(0, ceil_div(rank, kBlock), grain, [&](int64_t begin, int64_t end) {
     float* tokens = thread_workspace();
     float* rows = tokens + kDotTokens * kTileK;
     for (int64_t block = begin; block < end; ++block) {
@@ -104,8 +107,8 @@ void project_tiles(const TokenMatrix& x, const TA* factor, int64_t rank, bool ra
           const int v = ranks.vectors(t);
           float* to = packed + ranks.offset(t, count);
           if (rank_first) {
-            pack_tile<S, F32Mac>(factor + t * kWide * x.cols + k, x.cols, ranks.rows_in(t), count, v,
-                                 to);
+            pack_tile<S, F32Mac>(factor + t * kWide * x.cols + k, x.cols, ranks.rows_in(t), count,
+                                 v, to);
           } else {
             for (int64_t i = 0; i < count; ++i) {
               float* line = to + i * v * S::kLanes;
@@ -133,9 +136,10 @@ void project_tiles(const TokenMatrix& x, const TA* factor, int64_t rank, bool ra
       for (int64_t m = 0; m < rows; ++m) {
         for (int64_t j = 0; j < rank; ++j) {
           const int64_t t = j / kWide;
-          const float sum = x.cols == 0 ? 0.0f
-                                        : sums[ranks.offset(t, share) +
-                                               m * ranks.vectors(t) * S::kLanes + j % kWide];
+          const float sum =
+              x.cols == 0
+                  ? 0.0f
+                  : sums[ranks.offset(t, share) + m * ranks.vectors(t) * S::kLanes + j % kWide];
           out[(row + m) * rank + j] = sum + (bias != nullptr ? bias[j] : 0.0f);
         }
       }
@@ -182,11 +186,13 @@ void gather_columns(const TokenMatrix& x, const float* low, const AdapterFactor&
         const int64_t rows = x.rows - m < kTokens ? x.rows - m : kTokens;
         widen_tokens<S, T>(x, m, rows, col, cols, tokens, width);
         if (sums != nullptr) {
-          float part[kWide] = {};
-          for (int64_t i = 0; i < rows; ++i) {
-            for (int64_t j = 0; j < width; ++j) part[j] += tokens[i * width + j];
+          for (int64_t i = 0; i < rows; i += kSumChain) {
+            float part[kWide] = {};
+            for (int64_t l = i; l < rows && l < i + kSumChain; ++l) {
+              for (int64_t j = 0; j < width; ++j) part[j] += tokens[l * width + j];
+            }
+            for (int64_t j = 0; j < cols; ++j) totals[j] += part[j];
           }
-          for (int64_t j = 0; j < cols; ++j) totals[j] += part[j];
         }
         if (gradient.data == nullptr) continue;
         for (int64_t r = 0; r < gradient.rank; r += S::rows_for(v)) {

@@ -8,7 +8,8 @@ void project_portable(const TokenMatrix& x, const AdapterFactor& factor, const f
   project_on<Portable>(x, factor, bias, out);
 }
 
-void gather_portable(const TokenMatrix& x, const float* low, const AdapterFactor& gradient, float* sums) {
+void gather_portable(const TokenMatrix& x, const float* low, const AdapterFactor& gradient,
+                     float* sums) {
   gather_on<Portable>(x, low, gradient, sums);
 }
 

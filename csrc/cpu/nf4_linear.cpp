@@ -10,6 +10,7 @@ void run_linear(const LinearProblem& problem) {
   const bool bf16 = problem.dtype == DType::kBFloat16;
   if (isa >= CpuIsa::kAvx512Bf16 && bf16) return run_linear_avx512_bf16(problem);
   if (isa >= CpuIsa::kAvx512) return run_linear_avx512(problem);
+  if (isa >= CpuIsa::kAvx2) return run_linear_avx2(problem);
 #endif
   run_linear_portable(problem);
 }

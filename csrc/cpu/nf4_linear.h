@@ -6,7 +6,8 @@
 //           (M = tokens, N = out_features, K = in_features, R = rank)
 // Numerics  fp32 accumulation. bf16 x on a processor with bf16 products: W rounded to bf16 as a
 //           dequantized weight is; else W and x in fp32. The low-rank term is fp32 throughout.
-// Method    M <= kVectorTokens: nf4_vector.h, the weight decoded in registers. Else a block of tokens
+// Method    M <= kVectorTokens: nf4_vector.h, the weight decoded in registers. Else a block of
+// tokens
 //           is packed and, a panel of W after the other, decoded into the cache and multiplied.
 // Threads   blocks of outputs; every output is summed in an order that depends on M alone.
 // Memory    at most 2 MiB a thread.
@@ -22,10 +23,10 @@ namespace pylora {
 inline constexpr int64_t kVectorTokens = 8;
 
 struct LinearProblem {
-  const void* x = nullptr;        // [rows, depth], of `dtype`
-  void* y = nullptr;              // [rows, width], of `dtype`
+  const void* x = nullptr;  // [rows, depth], of `dtype`
+  void* y = nullptr;        // [rows, width], of `dtype`
   DType dtype = DType::kFloat32;
-  int64_t rows = 0;               // M
+  int64_t rows = 0;  // M
   NF4Matrix weight;
   bool backward = false;
   const float* bias = nullptr;    // [width], all biases in one
@@ -33,7 +34,7 @@ struct LinearProblem {
   const void* adapter = nullptr;  // of `adapter_dtype`
   DType adapter_dtype = DType::kFloat32;
   int64_t rank = 0;
-  Dropout dropout;                // backward: of the low-rank term
+  Dropout dropout;  // backward: of the low-rank term
 
   PYLORA_INLINE int64_t depth() const { return backward ? weight.rows : weight.cols; }
   PYLORA_INLINE int64_t width() const { return backward ? weight.cols : weight.rows; }
@@ -45,7 +46,6 @@ RunLinear run_linear_portable;
 RunLinear run_linear_avx2;
 RunLinear run_linear_avx512;
 RunLinear run_linear_avx512_bf16;
-RunLinear run_linear_amx;
 
 void run_linear(const LinearProblem& problem);  // by cpu_isa()
 

@@ -20,21 +20,32 @@ namespace pylora {
 inline constexpr int64_t kTokenBlock = 512;
 inline constexpr int64_t kForwardPanel = 48;   // outputs decoded at a time; multiples of every
 inline constexpr int64_t kBackwardPanel = 96;  // S::rows_for(v), the latter also of kGroup
-inline constexpr int64_t kFewTokens = 48;      // up to here a longer stretch of the sum fits the cache
+inline constexpr int64_t kFewTokens = 48;  // up to here a longer stretch of the sum fits the cache
 
-// For few tokens torch sums fp32 products in many short chains, which is more accurate than one long
-// one; so must we. (bf16 products are exact in fp32, and their rounding outweighs that of the sum.)
+// For few tokens torch sums fp32 products in many short chains, which is more accurate than one
+// long one; so must we. (bf16 products are exact in fp32, and their rounding outweighs that of the
+// sum.)
 inline constexpr int64_t kShortChain = 32;
 
-// Parts of a thread's workspace, in floats.
-inline constexpr int64_t kPackedSize = kTokenBlock * kTileK / 2;
-inline constexpr int64_t kPanelSize = kBackwardPanel * kTileK;
-inline constexpr int64_t kLowRankSize = kBackwardPanel * kTokenBlock;
-inline constexpr int64_t kFactorSize = kBackwardPanel * 64;
-inline constexpr int64_t kSumsSize = 224 * 1024;
-static_assert(kForwardPanel * kTileLd <= kPanelSize && kFewTokens * kTileK <= kPackedSize);
-static_assert((kPackedSize + kPanelSize + kLowRankSize + kFactorSize + kSumsSize) * 4 <=
-              static_cast<int64_t>(kWorkspaceBytes));
+// Parts of a thread's workspace, in floats; what they leave is for the sums. The more outputs a
+// task has, the less often its tokens are packed.
+struct WorkspaceParts {
+  static constexpr int64_t kTotal = static_cast<int64_t>(kWorkspaceBytes / sizeof(float));
+  static constexpr int64_t kPacked = kTokenBlock * kTileK / 2;
+  int64_t panel;
+  int64_t low_rank = 0;  // only where dropout needs the low-rank term apart
+  int64_t factors = 0;
+
+  WorkspaceParts(bool backward, bool masked)
+      : panel(backward ? kBackwardPanel * kTileK : kForwardPanel * kTileLd) {
+    if (masked) {
+      low_rank = kBackwardPanel * kTokenBlock;
+      factors = kBackwardPanel * 64;
+    }
+  }
+  int64_t sums() const { return kTotal - kPacked - panel - low_rank - factors; }
+};
+static_assert(kFewTokens * kTileK <= WorkspaceParts::kPacked);
 
 template <class S, template <class> class Mac, class T, bool kBackward>
 struct LinearTask {
@@ -43,9 +54,9 @@ struct LinearTask {
   using Sums = Mac<S>;
 
   const LinearProblem& problem;
-  int64_t row;    // first token
-  int64_t out;    // first output
-  int64_t outs;   // outputs of this task
+  int64_t row;   // first token
+  int64_t out;   // first output
+  int64_t outs;  // outputs of this task
   TokenTiles<S> tiles;
   float* packed;
   float* panel;
@@ -61,7 +72,7 @@ struct LinearTask {
     const int64_t step = panel_width();
     const int64_t stretch = elements * Sums::kStep;
     // Few tokens: pack all of them first, then go through W row by row as it lies in memory.
-    const bool whole = tokens * ceil_div(depth, Sums::kStep) <= kPackedSize;
+    const bool whole = tokens * ceil_div(depth, Sums::kStep) <= WorkspaceParts::kPacked;
     if (whole) {
       for (int64_t k = 0; k < depth; k += stretch) pack(k, min(stretch, depth - k), whole);
       for (int64_t p = 0; p < outs; p += step) {
@@ -86,7 +97,8 @@ struct LinearTask {
   // A panel that only one tile of tokens will read should not leave the first-level cache.
   int64_t stretch_elements() const {
     if (tiles.count() == 1) return kBackward ? kTileK / 4 : kTileK / 2;
-    return tiles.padded() * kTileK <= kPackedSize ? kTileK : kTileK / 2;
+    if (tiles.padded() * kTileK <= WorkspaceParts::kPacked) return kTileK;
+    return kBackward ? kTileK / 4 : kTileK / 2;
   }
   int64_t panel_width() const {
     return tiles.count() == 1 && !kBackward ? S::rows_for(tiles.vectors(0)) : kPanel;
@@ -109,7 +121,13 @@ struct LinearTask {
     if constexpr (kBackward) {
       decode_panel_t(Sums{}, problem.weight, k, count, out + p, width, panel, kPanel);
     } else {
-      decode_panel(Sums{}, problem.weight, out + p, width, k, count, panel);
+      // Next comes the next stretch of these rows, or this stretch of the rows below.
+      const int64_t cols = problem.weight.cols;
+      const int64_t ahead = (!whole             ? width * cols
+                             : k + count < cols ? count
+                                                : width * cols - k) /
+                            2;
+      decode_panel(Sums{}, problem.weight, out + p, width, k, count, ahead, panel);
     }
     multiply<Mac>(packed_at(k, whole), ceil_div(count, Sums::kStep), width, sums, padded, p, k > 0);
   }
@@ -117,9 +135,9 @@ struct LinearTask {
   // All tiles of tokens times the panel, into outputs p .. p + width of `target`, which holds
   // `height` outputs a tile.
   template <template <class> class M>
-  void multiply(const float* from, int64_t elements, int64_t width, float* target, int64_t height, int64_t p,
-                bool accumulate) {
-    const int64_t chain = M<S>::kStep == 1 && tiles.rows <= kFewTokens ? kShortChain : kTileK;
+  void multiply(const float* from, int64_t elements, int64_t width, float* target, int64_t height,
+                int64_t p, bool accumulate) {
+    const int64_t chain = M<S>::kStep > 1 ? kTileK : tiles.rows <= kFewTokens ? kShortChain : 2 * kShortChain;
     for (int64_t t = 0; t < tiles.count(); ++t) {
       const int v = tiles.vectors(t);
       const int64_t tokens = v * S::kLanes;
@@ -169,9 +187,8 @@ struct LinearTask {
         }
       }
       float* c = sums + tiles.offset(t, padded) + p * v * S::kLanes;
-      write_tile<S>(c, v, rows, width, bias,
-                    masked ? low_rank + tiles.offset(t, kPanel) : nullptr, factors,
-                    static_cast<T*>(problem.y) + first, total);
+      write_tile<S>(c, v, rows, width, bias, masked ? low_rank + tiles.offset(t, kPanel) : nullptr,
+                    factors, static_cast<T*>(problem.y) + first, total);
     }
   }
 
@@ -199,7 +216,8 @@ void run_panels(const LinearProblem& problem) {
   const int64_t rows =
       round_up(ceil_div(problem.rows, row_blocks), row_blocks > 1 ? TokenTiles<S>::kWidth : 1);
   const int64_t width = problem.width();
-  const int64_t most = kSumsSize / TokenTiles<S>{rows}.padded() / Task::kPanel * Task::kPanel;
+  const WorkspaceParts parts(kBackward, problem.low != nullptr && problem.dropout.enabled);
+  const int64_t most = parts.sums() / TokenTiles<S>{rows}.padded() / Task::kPanel * Task::kPanel;
   const int64_t panels = ceil_div(width, Task::kPanel);
   int64_t out_blocks = ceil_div(width, most);
   // An even share for every thread, where there are enough panels.
@@ -220,10 +238,10 @@ void run_panels(const LinearProblem& problem) {
           width - out < outs ? width - out : outs,
           TokenTiles<S>{problem.rows - row < rows ? problem.rows - row : rows},
           memory,
-          memory + kPackedSize,
-          memory + kPackedSize + kPanelSize,
-          memory + kPackedSize + kPanelSize + kLowRankSize,
-          memory + kPackedSize + kPanelSize + kLowRankSize + kFactorSize,
+          memory + parts.kPacked,
+          memory + parts.kPacked + parts.panel,
+          memory + parts.kPacked + parts.panel + parts.low_rank,
+          memory + parts.kTotal - parts.sums(),
       };
       task.run();
     }

@@ -14,27 +14,29 @@ namespace pylora {
 
 inline constexpr int64_t kGroup = 32;  // weights that surely share an absmax when rows allow it
 
-// A panel reads a short stretch of each row, too short for the hardware to see where the next begins.
-inline constexpr int64_t kRowsAhead = 6;
-
 // A row that starts at a multiple of 32 flat elements falls into groups of 32 within one block.
 PYLORA_INLINE bool has_aligned_groups(const NF4Matrix& w) { return w.cols % kGroup == 0; }
+
+// Weights, in the default blocks of 64, whose absmax values fill a cache line.
+inline constexpr int64_t kLineAhead = 1024;
 
 // absmax of the 32-weight groups of a stretch of the flat weight.
 template <class S>
 struct GroupScales {
-  static constexpr int64_t kMaxGroups = 64;
+  static constexpr int64_t kMaxGroups = 256;
   const float* absmax;
   int64_t phase;  // of the first element within its block
   int shift;      // log2(blocksize)
   float decoded[kMaxGroups + 1];
 
-  PYLORA_INLINE void find(const NF4Matrix& w, int64_t first, int64_t count) {
+  // `ahead`: how many weights further the next look-up will be.
+  PYLORA_INLINE void find(const NF4Matrix& w, int64_t first, int64_t count, int64_t ahead) {
     shift = __builtin_ctzll(static_cast<unsigned long long>(w.blocksize));
     phase = first & (w.blocksize - 1);
     const int64_t block = first >> shift;
     if (!w.nested()) {
       absmax = w.absmax + block;
+      __builtin_prefetch(absmax + (ahead >> shift));
     } else {
       const int64_t blocks = ((phase + count - 1) >> shift) + 1;
       int64_t outer = block / w.nested_blocksize;
@@ -47,6 +49,7 @@ struct GroupScales {
         const float product = w.nested_code[w.absmax_q[block + i]] * w.nested_absmax[outer];
         decoded[i] = product + w.offset;
       }
+      __builtin_prefetch(w.absmax_q + block + (ahead >> shift));
       absmax = decoded;
     }
   }
@@ -74,14 +77,15 @@ __attribute__((noinline)) void decode_stretch(const NF4Matrix& w, int64_t first,
 // W[row, col .. col + count) as fp32. Groups of 32: `col` and `count` are multiples of 32.
 template <class S>
 PYLORA_INLINE void decode_row_f32(const NF4Matrix& w, int64_t row, int64_t col, int64_t count,
-                                  float* out) {
+                                  int64_t ahead, float* out) {
   const int64_t first = row * w.cols + col;
   if (!has_aligned_groups(w)) return decode_stretch<S>(w, first, count, out);
   GroupScales<S> scale;
-  scale.find(w, first, count);
+  scale.find(w, first, count, 2 * ahead);
   const uint8_t* q = w.qweight + first / 2;
   for (int64_t g = 0; g < count / kGroup; ++g) {
     const float absmax = scale(g);
+    __builtin_prefetch(q + g * kGroup / 2 + ahead);
 #pragma GCC unroll 8
     for (int i = 0; i < kGroup; i += S::kLanes) {
       S::store(out + g * kGroup + i, S::decode(q + (g * kGroup + i) / 2, absmax));
@@ -89,12 +93,14 @@ PYLORA_INLINE void decode_row_f32(const NF4Matrix& w, int64_t row, int64_t col, 
   }
 }
 
-// Forward panel: `rows` rows of W, columns col .. col + count; panel [rows][kTileLd].
+// Forward panel: `rows` rows of W, columns col .. col + count; panel [rows][kTileLd]. A panel reads
+// a short stretch of each row: the hardware cannot see what comes next, which is `ahead` bytes
+// further.
 template <class S>
 void decode_panel(F32Mac<S>, const NF4Matrix& w, int64_t row, int64_t rows, int64_t col,
-                  int64_t count, float* panel) {
+                  int64_t count, int64_t ahead, float* panel) {
   for (int64_t i = 0; i < rows; ++i) {
-    decode_row_f32<S>(w, row + i, col, count, panel + i * kTileLd);
+    decode_row_f32<S>(w, row + i, col, count, ahead, panel + i * kTileLd);
   }
 }
 
@@ -103,13 +109,13 @@ template <class S>
 void decode_panel_t(F32Mac<S>, const NF4Matrix& w, int64_t row, int64_t count, int64_t col,
                     int64_t cols, float* panel, int64_t ld) {
   for (int64_t i = 0; i < count; ++i) {
-    decode_row_f32<S>(w, row + i, col, cols, panel + i * ld);
+    decode_row_f32<S>(w, row + i, col, cols, cols / 2, panel + i * ld);
   }
 }
 
 template <class S>
 PYLORA_INLINE void decode_row_bf16(const NF4Matrix& w, int64_t row, int64_t col, int64_t count,
-                                   float* out) {
+                                   int64_t ahead, float* out) {
   const int64_t first = row * w.cols + col;
   if (!has_aligned_groups(w)) {
     float wide[2 * kTileK];
@@ -120,21 +126,25 @@ PYLORA_INLINE void decode_row_bf16(const NF4Matrix& w, int64_t row, int64_t col,
     return;
   }
   GroupScales<S> scale;
-  scale.find(w, first, count);
+  scale.find(w, first, count, 2 * ahead);
   const uint8_t* q = w.qweight + first / 2;
   for (int64_t k = 0; k < count; k += 4 * kGroup) {
-    __builtin_prefetch(q + k / 2 + kRowsAhead * w.cols / 2);
+    __builtin_prefetch(q + k / 2 + ahead);
+    const auto group = [&](int g) { return scale(k / kGroup + g); };
     const int64_t left = (count - k) / kGroup;
-    S::decode_row_128(q + k / 2, [&](int g) { return scale(k / kGroup + g); },
-                      left < 4 ? static_cast<int>(left) : 4, out + k / 2);
+    if (left >= 4) {
+      S::template decode_row_128<true>(q + k / 2, group, 4, out + k / 2);
+    } else {
+      S::template decode_row_128<false>(q + k / 2, group, static_cast<int>(left), out + k / 2);
+    }
   }
 }
 
 template <class S>
 void decode_panel(Bf16Mac<S>, const NF4Matrix& w, int64_t row, int64_t rows, int64_t col,
-                  int64_t count, float* panel) {
+                  int64_t count, int64_t ahead, float* panel) {
   for (int64_t i = 0; i < rows; ++i) {
-    decode_row_bf16<S>(w, row + i, col, count, panel + i * kTileLd);
+    decode_row_bf16<S>(w, row + i, col, count, ahead, panel + i * kTileLd);
   }
 }
 
@@ -158,14 +168,14 @@ void decode_panel_t(Bf16Mac<S>, const NF4Matrix& w, int64_t row, int64_t count, 
     }
     const int64_t second = pair ? first + w.cols : first;
     GroupScales<S> scale;
-    scale.find(w, first, cols);
+    scale.find(w, first, cols, kLineAhead);
     GroupScales<S> next_scale;
-    next_scale.find(w, second, cols);
+    next_scale.find(w, second, cols, kLineAhead);
     __builtin_prefetch(w.qweight + (first + cols) / 2 + 63);
     __builtin_prefetch(w.qweight + (second + cols) / 2 + 63);
     for (int64_t k = 0; k < cols; k += kGroup) {
-      S::decode_pair_32(w.qweight + (first + k) / 2, w.qweight + (second + k) / 2, scale(k / kGroup),
-                        pair ? next_scale(k / kGroup) : 0.0f, panel + k);
+      S::decode_pair_32(w.qweight + (first + k) / 2, w.qweight + (second + k) / 2,
+                        scale(k / kGroup), pair ? next_scale(k / kGroup) : 0.0f, panel + k);
     }
   }
 }

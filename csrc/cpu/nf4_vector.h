@@ -1,10 +1,10 @@
 // nf4_linear.h, forward, for a few tokens: dot products with rows of W decoded in registers.
 //
-// A chunk is 8 * kLanes weights of a row, one 32-bit word of packed weights a lane. Shifting the words
-// by 4 j brings nibble j of each to where a permute reads its index, so that one shift and one permute
-// decode a vector of weights in the order (lane, j ^ 1); the tokens are packed once in that order.
-// Products are summed with the bare codes; absmax multiplies a chunk's sum, lane by lane, since a lane
-// never leaves a group of 32 weights.
+// A chunk is 8 * kLanes weights of a row, one 32-bit word of packed weights a lane. Shifting the
+// words by 4 j brings nibble j of each to where a permute reads its index, so that one shift and
+// one permute decode a vector of weights in the order (lane, j ^ 1); the tokens are packed once in
+// that order. Products are summed with the bare codes; absmax multiplies a chunk's sum, lane by
+// lane, since a lane never leaves a group of 32 weights.
 #pragma once
 
 #include <type_traits>
@@ -17,20 +17,27 @@
 
 namespace pylora {
 
-inline constexpr int64_t kVectorStretch = 2048;  // weights whose absmax is looked up at a time
-inline constexpr int64_t kPrefetchBytes = 1024;
+// Weights of a row that are read in one go: for more tokens, as many as leave these in the cache.
+template <int kTokens>
+inline constexpr int64_t kVectorStretch = kTokens <= 3 ? 8192 : 2048;
+inline constexpr int64_t kPrefetchBytes =
+    2048;  // at least, and a multiple of the rows read together
+inline constexpr int64_t kAdapterRowsAhead = 8;
+inline constexpr int64_t kRowBlock = 16;
+inline constexpr int64_t kTokenBytes =
+    32 * 1024;  // of packed tokens that stay in a first-level cache
 inline constexpr int64_t kVectorGrain = 1 << 16;  // weights a thread must have to be worth waking
 
 template <class S, template <class> class Mac>
 struct VectorLayout {
-  static constexpr int kWeights = 8 * S::kLanes;             // of a chunk
-  static constexpr int kVectors = 8 / Mac<S>::kStep;         // decoded vectors
-  static constexpr int kFloats = kVectors * S::kLanes;       // 32-bit elements
+  static constexpr int kWeights = 8 * S::kLanes;        // of a chunk
+  static constexpr int kVectors = 8 / Mac<S>::kStep;    // decoded vectors
+  static constexpr int kFloats = kVectors * S::kLanes;  // 32-bit elements
   static constexpr int kGroups = kWeights / static_cast<int>(kGroup);
 };
 
-// One token in the order of the decoded weights, zeros after the last value. Chunks of all tokens lie
-// next to each other, `stride` floats from one chunk of a token to its next.
+// One token in the order of the decoded weights, zeros after the last value. Chunks of all tokens
+// lie next to each other, `stride` floats from one chunk of a token to its next.
 template <class S, template <class> class Mac, class T>
 void pack_vector(const T* x, int64_t depth, float* packed, int64_t stride) {
   using Layout = VectorLayout<S, Mac>;
@@ -107,90 +114,137 @@ PYLORA_INLINE void add_chunk(const uint8_t* q, int64_t bytes, int64_t left, cons
   }
 }
 
-// Tokens [token, token + kTokens) times rows [row, row + kRows) of W.
+// sums[n][m] (+)= columns k0 .. of rows [row, row + kRows) times tokens [token, token + kTokens).
+// `ahead`: how many bytes after these weights the next to be read lie.
 template <class S, template <class> class Mac, int kTokens, int kRows, ChunkScales kScales>
-PYLORA_INLINE void vector_rows(const LinearProblem& p, const float* packed, int64_t token,
-                               int64_t row) {
+PYLORA_INLINE void add_stretch(const LinearProblem& p, const float* packed, int64_t token,
+                               int64_t row, int64_t k0, int64_t ahead,
+                               typename S::F (*sums)[kTokens]) {
   using F = typename S::F;
   using Layout = VectorLayout<S, Mac>;
   constexpr int64_t kBytes = Layout::kWeights / 2;
   const NF4Matrix& w = p.weight;
   const int64_t bytes = w.cols / 2;
   const int64_t stride = p.rows * Layout::kFloats;
+  const int64_t count =
+      w.cols - k0 < kVectorStretch<kTokens> ? w.cols - k0 : kVectorStretch<kTokens>;
+  const int64_t groups = count / kGroup;
+  const int64_t whole = count / Layout::kWeights;
   const auto table = S::chunk_table(Mac<S>{});
+  const float* x = packed + k0 / Layout::kWeights * stride + token * Layout::kFloats;
+  const uint8_t* q = w.qweight + row * bytes + k0 / 2;
+  GroupScales<S> scale[kRows];
   F acc[kRows][kTokens];
 #pragma GCC unroll 2
   for (int n = 0; n < kRows; ++n) {
+    scale[n].find(w, (row + n) * w.cols + k0, count, kLineAhead);
 #pragma GCC unroll 8
-    for (int m = 0; m < kTokens; ++m) acc[n][m] = S::zero();
+    for (int m = 0; m < kTokens; ++m) acc[n][m] = k0 > 0 ? sums[n][m] : S::zero();
   }
-  for (int64_t k0 = 0; k0 < w.cols; k0 += kVectorStretch) {
-    const int64_t count = w.cols - k0 < kVectorStretch ? w.cols - k0 : kVectorStretch;
-    const int64_t groups = count / kGroup;
-    const int64_t whole = count / Layout::kWeights;
-    GroupScales<S> scale[kRows];
-#pragma GCC unroll 2
-    for (int n = 0; n < kRows; ++n) scale[n].find(w, (row + n) * w.cols + k0, count);
-    const float* x = packed + k0 / Layout::kWeights * stride + token * Layout::kFloats;
-    const uint8_t* q = w.qweight + row * bytes + k0 / 2;
-    int64_t c = 0;
-    for (; c < whole; ++c, q += kBytes, x += stride) {
-      F absmax[kRows];
-#pragma GCC unroll 2
-      for (int n = 0; n < kRows; ++n) {
-        __builtin_prefetch(q + n * bytes + kPrefetchBytes);
-        absmax[n] = chunk_absmax<S, Layout::kGroups, kScales>(scale[n], c, groups);
-      }
-      add_chunk<S, Mac>(q, bytes, Layout::kWeights, table, absmax, x, acc);
-    }
-    if (c * Layout::kGroups == groups) continue;
-    F absmax[kRows];  // the end of the row
+  int64_t c = 0;
+  for (; c < whole; ++c, q += kBytes, x += stride) {
+    F absmax[kRows];
 #pragma GCC unroll 2
     for (int n = 0; n < kRows; ++n) {
-      absmax[n] =
-          chunk_absmax<S, Layout::kGroups, ChunkScales::kGeneral>(scale[n], c, groups);
+      __builtin_prefetch(q + n * bytes + ahead);
+      absmax[n] = chunk_absmax<S, Layout::kGroups, kScales>(scale[n], c, groups);
+    }
+    add_chunk<S, Mac>(q, bytes, Layout::kWeights, table, absmax, x, acc);
+  }
+  if (c * Layout::kGroups < groups) {  // the end of the row
+    F absmax[kRows];
+#pragma GCC unroll 2
+    for (int n = 0; n < kRows; ++n) {
+      absmax[n] = chunk_absmax<S, Layout::kGroups, ChunkScales::kGeneral>(scale[n], c, groups);
     }
     add_chunk<S, Mac>(q, bytes, count - c * Layout::kWeights, table, absmax, x, acc);
   }
-  const F scale = S::set1(S::chunk_scale(Mac<S>{}));
 #pragma GCC unroll 2
   for (int n = 0; n < kRows; ++n) {
-    const float bias = p.bias != nullptr ? p.bias[row + n] : 0.0f;
 #pragma GCC unroll 8
-    for (int m = 0; m < kTokens; ++m) acc[n][m] = S::mul(acc[n][m], scale);
-    if (p.low != nullptr) {
-      visit_dtype(p.adapter_dtype, [&](auto element) {
-        const auto* adapter =
-            static_cast<const decltype(element)*>(p.adapter) + (row + n) * p.rank;
-        for (int64_t r = 0; r < p.rank; r += S::kLanes) {
-          const int left = static_cast<int>(p.rank - r < S::kLanes ? p.rank - r : S::kLanes);
-          const F b = S::load_n(adapter + r, left);
+    for (int m = 0; m < kTokens; ++m) sums[n][m] = acc[n][m];
+  }
+}
+
+// y[token + m][row] = sum of the lanes of sums[m] + low-rank term + bias.
+template <class S, template <class> class Mac, int kTokens>
+PYLORA_INLINE void finish_row(const LinearProblem& p, int64_t token, int64_t row,
+                              const typename S::F (&sums)[kTokens]) {
+  using F = typename S::F;
+  const F scale = S::set1(S::chunk_scale(Mac<S>{}));
+  F acc[kTokens];
 #pragma GCC unroll 8
-          for (int m = 0; m < kTokens; ++m) {
-            acc[n][m] = S::fma(b, S::load_n(p.low + (token + m) * p.rank + r, left), acc[n][m]);
-          }
+  for (int m = 0; m < kTokens; ++m) acc[m] = S::mul(sums[m], scale);
+  if (p.low != nullptr) {
+    visit_dtype(p.adapter_dtype, [&](auto element) {
+      const auto* adapter = static_cast<const decltype(element)*>(p.adapter) + row * p.rank;
+      const float* low = p.low + token * p.rank;
+      // A line or so in each row: too sparse for the hardware to foresee.
+      __builtin_prefetch(adapter + kAdapterRowsAhead * p.rank);
+      int64_t r = 0;
+      for (; r + S::kLanes <= p.rank; r += S::kLanes) {
+        const F b = S::load(adapter + r);
+#pragma GCC unroll 8
+        for (int m = 0; m < kTokens; ++m) {
+          acc[m] = S::fma(b, S::load(low + m * p.rank + r), acc[m]);
         }
-      });
-    }
-    visit_dtype(p.dtype, [&](auto element) {
-      using T = decltype(element);
-      T* y = static_cast<T*>(p.y) + token * w.rows + row + n;
+      }
+      if (r < p.rank) {
+        const int left = static_cast<int>(p.rank - r);
+        const F b = S::load_n(adapter + r, left);
 #pragma GCC unroll 8
-      for (int m = 0; m < kTokens; ++m) y[m * w.rows] = from_float<T>(S::sum(acc[n][m]) + bias);
+        for (int m = 0; m < kTokens; ++m) {
+          acc[m] = S::fma(b, S::load_n(low + m * p.rank + r, left), acc[m]);
+        }
+      }
     });
   }
+  const float bias = p.bias != nullptr ? p.bias[row] : 0.0f;
+  visit_dtype(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    T* y = static_cast<T*>(p.y) + token * p.weight.rows + row;
+#pragma GCC unroll 8
+    for (int m = 0; m < kTokens; ++m) {
+      y[m * p.weight.rows] = from_float<T>(S::sum(acc[m]) + bias);
+    }
+  });
+}
+
+// Rows [row, row + rows) of W, a multiple of kRows, at most kRowBlock: one stretch of all rows
+// after the other, so that the tokens' stretch stays in the first-level cache.
+template <class S, template <class> class Mac, int kTokens, int kRows, ChunkScales kScales>
+PYLORA_INLINE void vector_block(const LinearProblem& p, const float* packed, int64_t token,
+                                int64_t row, int64_t rows) {
+  typename S::F sums[kRowBlock][kTokens];
+  const int64_t cols = p.weight.cols;
+  const int64_t bytes = cols / 2;
+  for (int64_t k0 = 0; k0 < cols; k0 += kVectorStretch<kTokens>) {
+    for (int64_t n = 0; n < rows; n += kRows) {
+      int64_t ahead = round_up(kPrefetchBytes, kRows * bytes);
+      if (rows > kRows && n + kRows == rows) {
+        ahead = k0 + kVectorStretch<kTokens> < cols ? kVectorStretch<kTokens> / 2 - n * bytes
+                                                    : kRows * bytes - k0 / 2;
+      }
+      add_stretch<S, Mac, kTokens, kRows, kScales>(p, packed, token, row + n, k0, ahead, sums + n);
+    }
+  }
+  for (int64_t n = 0; n < rows; ++n) finish_row<S, Mac, kTokens>(p, token, row + n, sums[n]);
 }
 
 template <class S, template <class> class Mac, int kTokens, ChunkScales kScales>
 void vector_range(const LinearProblem& p, const float* packed, int64_t begin, int64_t end) {
   // Two rows at a time share the tokens' loads; for one token there is nothing to gain.
   constexpr int kRows = kTokens == 1 ? 1 : 2;
+  const bool resident = kTokens * p.weight.cols * 4 / Mac<S>::kStep <= kTokenBytes;
+  const int64_t block = resident ? kRows : kRowBlock;
   int64_t row = begin;
-  for (; row + kRows <= end; row += kRows) {
-    vector_rows<S, Mac, kTokens, kRows, kScales>(p, packed, 0, row);
+  while (row + kRows <= end) {
+    const int64_t rows = end - row < block ? (end - row) / kRows * kRows : block;
+    vector_block<S, Mac, kTokens, kRows, kScales>(p, packed, 0, row, rows);
+    row += rows;
   }
   for (int m = 0; row < end && m < kTokens; ++m) {
-    vector_rows<S, Mac, 1, 1, kScales>(p, packed, m, row);
+    vector_block<S, Mac, 1, 1, kScales>(p, packed, m, row, 1);
   }
 }
 

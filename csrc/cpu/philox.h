@@ -1,8 +1,8 @@
 // Dropout masks from Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3",
 // SC 2011): forward and backward draw them anew from the seed, nothing is stored.
 //
-// Element i of the flat input takes word i % 4 of counter (i / 4, 0) under the key `seed`, and is kept
-// where that word is at least `threshold`.
+// Element i of the flat input takes word i % 4 of counter (i / 4, 0) under the key `seed`, and is
+// kept where that word is at least `threshold`.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Vector primitives: AVX-512 F, BW, VL, DQ; and, for the struct with Bf16 in its name, BF16 and VBMI.
-// Include only from files compiled with those flags.
+// Vector primitives: AVX-512 F, BW, VL, DQ; and, for the struct with Bf16 in its name, BF16 and
+// VBMI. Include only from files compiled with those flags.
 #pragma once
 
 #include <immintrin.h>
@@ -13,7 +13,6 @@ namespace pylora {
 struct Avx512 {
   static constexpr int kLanes = 16;
   static constexpr int kMaxV = 4;
-  static constexpr bool kBf16Dot = false;
   // Rows of a tile of `v` vectors: 24 accumulators, which hide the latency of two FMA pipes.
   static constexpr int rows_for(int v) { return 24 / v; }
   using F = __m512;
@@ -23,7 +22,13 @@ struct Avx512 {
   PYLORA_INLINE static F add(F a, F b) { return _mm512_add_ps(a, b); }
   PYLORA_INLINE static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   PYLORA_INLINE static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-  PYLORA_INLINE static float sum(F a) { return _mm512_reduce_add_ps(a); }
+  PYLORA_INLINE static float sum(F a) {
+    a = add(a, _mm512_shuffle_f32x4(a, a, 0x4E));
+    a = add(a, _mm512_shuffle_f32x4(a, a, 0xB1));
+    a = add(a, _mm512_shuffle_ps(a, a, 0x4E));
+    a = add(a, _mm512_shuffle_ps(a, a, 0xB1));
+    return _mm512_cvtss_f32(a);
+  }
 
   PYLORA_INLINE static F widen(__m256i bf16) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16));
@@ -65,9 +70,7 @@ struct Avx512 {
   PYLORA_INLINE static F load_n(const Half* p, int n) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));
   }
-  PYLORA_INLINE static void store_n(float* p, F v, int n) {
-    _mm512_mask_storeu_ps(p, first(n), v);
-  }
+  PYLORA_INLINE static void store_n(float* p, F v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }
   PYLORA_INLINE static void store_n(BFloat16* p, F v, int n) {
     _mm256_mask_storeu_epi16(p, first(n), narrow(v));
   }
@@ -115,12 +118,12 @@ struct Avx512 {
 
   // 16 consecutive weights of one block, from 8 bytes.
   PYLORA_INLINE static F decode(const uint8_t* q, float absmax) {
-    const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(q)));
-    // A 64-bit lane holds one byte: its low half takes the high nibble, its high half the byte itself
-    // (vpermps reads the low four bits of an index only).
+    const __m256i bytes =
+        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(q)));
+    // A 64-bit lane holds one byte: its low half takes the high nibble, its high half the byte
+    // itself (vpermps reads the low four bits of an index only).
     const __m512i wide = _mm512_cvtepu32_epi64(bytes);
-    const __m512i index =
-        _mm512_or_si512(_mm512_srli_epi64(wide, 4), _mm512_slli_epi64(wide, 32));
+    const __m512i index = _mm512_or_si512(_mm512_srli_epi64(wide, 4), _mm512_slli_epi64(wide, 32));
     return _mm512_mul_ps(_mm512_permutexvar_ps(index, _mm512_loadu_ps(kNF4Code)),
                          _mm512_set1_ps(absmax));
   }
@@ -150,9 +153,8 @@ struct Avx512 {
     return _mm512_mask_mov_ps(set1(absmax[0]), 0xFF00, set1(absmax[1]));
   }
   PYLORA_INLINE static F spread(const float (&absmax)[4]) {
-    return _mm512_permutexvar_ps(
-        _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
-        _mm512_castps128_ps512(_mm_loadu_ps(absmax)));
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
+                                 _mm512_castps128_ps512(_mm_loadu_ps(absmax)));
   }
 };
 

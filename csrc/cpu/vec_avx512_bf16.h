@@ -8,8 +8,6 @@
 namespace pylora {
 
 struct Avx512Bf16 : Avx512 {
-  static constexpr bool kBf16Dot = true;
-
   PYLORA_INLINE static F dot(F acc, F a, F b) {  // acc + a0 b0 + a1 b1, pairs of bf16 in each lane
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
@@ -17,20 +15,21 @@ struct Avx512Bf16 : Avx512 {
   // bf16, as a dequantized weight is.
   PYLORA_INLINE static __m512i table(float absmax, float other) {
     const F code = _mm512_loadu_ps(kNF4Code);
-    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_mul_ps(code, set1(other)),
-                                                         _mm512_mul_ps(code, set1(absmax))));
+    return reinterpret_cast<__m512i>(
+        _mm512_cvtne2ps_pbh(_mm512_mul_ps(code, set1(other)), _mm512_mul_ps(code, set1(absmax))));
   }
-  // 32 weights as bf16. `spread` holds in the low byte of each word the byte of its weight; `shifts`
-  // is 4 where that weight is the high nibble, else 0; `bank` (0 or 16) picks the table's half.
+  // 32 weights as bf16. `spread` holds in the low byte of each word the byte of its weight;
+  // `shifts` is 4 where that weight is the high nibble, else 0; `bank` (0 or 16) picks the table's
+  // half.
   PYLORA_INLINE static __m512i decode_32(__m512i spread, __m512i shifts, __m512i bank,
                                          __m512i table) {
-    const __m512i index = _mm512_ternarylogic_epi32(_mm512_srlv_epi16(spread, shifts),
-                                                    _mm512_set1_epi16(15), bank, 0xEA);  // a & b | c
+    const __m512i index = _mm512_ternarylogic_epi32(
+        _mm512_srlv_epi16(spread, shifts), _mm512_set1_epi16(15), bank, 0xEA);  // a & b | c
     return _mm512_permutexvar_epi16(index, table);
   }
 
   // `groups` (at most 4) times 32 weights in natural order; scale(g) is absmax of group g.
-  template <class Scale>
+  template <bool kFull, class Scale>
   PYLORA_INLINE static void decode_row_128(const uint8_t* q, const Scale& scale, int groups,
                                            float* out) {
     alignas(64) static constexpr auto kSpread = [] {
@@ -38,9 +37,9 @@ struct Avx512Bf16 : Avx512 {
       for (int i = 0; i < 64; ++i) spread[i] = static_cast<uint8_t>(i / 4);
       return spread;
     }();
-    const __m512i bytes =
-        groups == 4 ? _mm512_loadu_si512(q)
-                    : _mm512_maskz_loadu_epi8((__mmask64{1} << (16 * groups)) - 1, q);
+    if (kFull) groups = 4;  // known to the compiler
+    const __m512i bytes = kFull ? _mm512_loadu_si512(q)
+                                : _mm512_maskz_loadu_epi8((__mmask64{1} << (16 * groups)) - 1, q);
     const __m512i spread = _mm512_load_si512(kSpread.data());
     const __m512i shifts = _mm512_set1_epi32(4);
 #pragma GCC unroll 2
@@ -59,16 +58,16 @@ struct Avx512Bf16 : Avx512 {
   // 32 columns of two rows, as pairs (row, next row) of each column: from 16 bytes a row.
   PYLORA_INLINE static void decode_pair_32(const uint8_t* row, const uint8_t* next, float absmax,
                                            float next_absmax, float* out) {
-    alignas(64) static constexpr auto kSpread = [] {  // word 2j: row, column j; word 2j + 1: next row
-      std::array<uint8_t, 64> spread{};
-      for (int i = 0; i < 64; ++i) {
-        spread[i] = static_cast<uint8_t>(i / 8 + (i % 4 >= 2 ? 16 : 0));
-      }
-      return spread;
-    }();
-    const __m512i bytes = _mm512_castsi256_si512(
-        _mm256_loadu2_m128i(reinterpret_cast<const __m128i*>(next),
-                            reinterpret_cast<const __m128i*>(row)));
+    alignas(64) static constexpr auto kSpread =
+        [] {  // word 2j: row, column j; word 2j + 1: next row
+          std::array<uint8_t, 64> spread{};
+          for (int i = 0; i < 64; ++i) {
+            spread[i] = static_cast<uint8_t>(i / 8 + (i % 4 >= 2 ? 16 : 0));
+          }
+          return spread;
+        }();
+    const __m512i bytes = _mm512_castsi256_si512(_mm256_loadu2_m128i(
+        reinterpret_cast<const __m128i*>(next), reinterpret_cast<const __m128i*>(row)));
     const __m512i spread = _mm512_load_si512(kSpread.data());
     const __m512i shifts = _mm512_set1_epi64(0x0000000000040004);
     const __m512i bank = _mm512_set1_epi32(16 << 16);
@@ -81,8 +80,8 @@ struct Avx512Bf16 : Avx512 {
   }
 
   // See nf4_vector.h. Multiplying the 16 codes by this before rounding them to bf16, and the sum by
-  // its inverse, brings their root-mean-square rounding error down from 5.5e-4 to 3.2e-4; weights that
-  // are each rounded to bf16 have 8e-4.
+  // its inverse, brings their root-mean-square rounding error down from 5.5e-4 to 3.2e-4; weights
+  // that are each rounded to bf16 have 8e-4.
   static constexpr float kCodeScale = 1.437f;
   PYLORA_INLINE static __m512i chunk_table(Bf16Mac<Avx512Bf16>) {
     return table(kCodeScale, kCodeScale);  // twice, so that an index's fifth bit does not matter
@@ -94,8 +93,7 @@ struct Avx512Bf16 : Avx512 {
     const __m512i words = load_chunk(q, left);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      w[j] = _mm512_castsi512_ps(
-          _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * j), table));
+      w[j] = _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * j), table));
     }
   }
 };

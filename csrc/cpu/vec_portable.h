@@ -1,7 +1,7 @@
 // Vector primitives in plain C++: four lanes, in GCC's and Clang's vector extension.
 //
-// Every kernel is a template over one of these structs (Portable, Avx2, Avx512, ...), so a file that
-// is compiled for one instruction set never shares an instantiation with another.
+// Every kernel is a template over one of these structs (Portable, Avx2, Avx512, ...), so a file
+// that is compiled for one instruction set never shares an instantiation with another.
 #pragma once
 
 #include <cstring>
@@ -14,8 +14,7 @@ namespace pylora {
 
 struct Portable {
   static constexpr int kLanes = 4;
-  static constexpr int kMaxV = 2;        // vectors in a tile's row: 6 x 2 accumulators in 16 registers
-  static constexpr bool kBf16Dot = false;
+  static constexpr int kMaxV = 2;  // vectors in a tile's row: 6 x 2 accumulators in 16 registers
   static constexpr int rows_for(int) { return 6; }
   typedef float F __attribute__((vector_size(16)));
 

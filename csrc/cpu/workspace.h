@@ -8,8 +8,8 @@ namespace pylora {
 
 inline constexpr size_t kWorkspaceBytes = size_t{2} << 20;
 
-// kWorkspaceBytes of memory, aligned to a page; the same for every call from one thread. A kernel that
-// holds it must not call another that takes it.
+// kWorkspaceBytes of memory, aligned to a page; the same for every call from one thread. A kernel
+// that holds it must not call another that takes it.
 float* thread_workspace();
 
 }  // namespace pylora

@@ -1,0 +1,211 @@
+"""torch.ops.pylora_C.*: the CPU's linear kernels, on each instruction set this machine can run.
+
+The public ops are tested elsewhere; here are the cases in which a kernel takes another path: few
+and many tokens, every panel and tile remainder, blocks that straddle rows, ranks beyond a tile,
+threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import pylora
+from pylora import reference
+from pylora.testing import assert_as_accurate_as_torch
+
+_C = pytest.importorskip("pylora._C", exc_type=ImportError)
+ops = torch.ops.pylora_C
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+GRADIENTS = [True, False, True, True, True, True, True]
+
+# tokens, out_features, in_features, blocksize, nested
+SHAPES = [
+    (0, 64, 128, 64, False),
+    (1, 65, 128, 64, False),
+    (2, 40, 4128, 64, True),  # two stretches of absmax look-ups, a chunk cut short
+    (5, 33, 96, 32, True),
+    (8, 48, 576, 256, False),  # rows that start inside a block
+    (3, 7, 13, 32, False),  # no groups of 32
+    (9, 130, 192, 64, False),
+    (16, 24, 3420, 64, True),
+    (33, 100, 1056, 32, False),
+    (50, 49, 640, 128, True),
+    (130, 97, 320, 4096, False),
+    (530, 16, 64, 64, False),  # two blocks of tokens
+]
+
+
+@pytest.fixture(params=_C.cpu_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _C.cpu_isa()
+    _C.set_cpu_isa(request.param)
+    yield request.param
+    _C.set_cpu_isa(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def nf4(out_features: int, in_features: int, blocksize: int, nested: bool) -> tuple:
+    weight = torch.randn(out_features, in_features) / in_features**0.5
+    with pylora.use_backend("reference"):
+        return pylora.quantize_nf4(weight, blocksize, nested).op_arguments()
+
+
+def lora(
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    rank: int,
+    dtype: torch.dtype,
+    q: tuple,
+    **options,
+) -> tuple[tuple, tuple]:
+    """The arguments of lora_linear and, for the same inputs, of lora_linear_backward."""
+    lora_dtype = options.get("lora_dtype", dtype)
+    p = options.get("dropout_p", 0.0)
+    last = (
+        0.75,
+        p,
+        torch.tensor(2**40 + 12345) if p else None,
+        options.get("activation", "identity"),
+    )
+    x, grad = (
+        torch.randn(tokens, in_features).to(dtype),
+        torch.randn(tokens, out_features).to(dtype),
+    )
+    lora_A = (torch.randn(rank, in_features) / in_features**0.5).to(lora_dtype)
+    lora_B = torch.randn(out_features, rank).to(lora_dtype)
+    biases: tuple[Tensor | None, ...] = (None, None, None)
+    if options.get("biases", False):
+        biases = (
+            torch.randn(out_features).to(dtype),
+            torch.randn(rank).to(lora_dtype),
+            torch.randn(out_features).to(lora_dtype),
+        )
+    forward = (x, *q, out_features, lora_A, lora_B, *biases, *last)
+    h = reference.lora_linear(*forward)[1]
+    return forward, (grad, x, h, *q, lora_A, lora_B, *last, GRADIENTS)
+
+
+def check_lora(forward: tuple, backward: tuple) -> None:
+    assert_as_accurate_as_torch(ops.lora_linear(*forward), reference.lora_linear, *forward)
+    assert_as_accurate_as_torch(
+        ops.lora_linear_backward(*backward), reference.lora_linear_backward, *backward
+    )
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_nf4_linear(isa: str, shape: tuple, dtype: torch.dtype) -> None:
+    tokens, out_features, in_features, blocksize, nested = shape
+    q = nf4(out_features, in_features, blocksize, nested)
+    x, grad = (
+        torch.randn(tokens, in_features).to(dtype),
+        torch.randn(tokens, out_features).to(dtype),
+    )
+    bias = torch.randn(out_features).to(dtype)
+    forward = (x, *q, out_features, bias)
+    assert_as_accurate_as_torch(ops.nf4_linear(*forward), reference.nf4_linear, *forward)
+    backward = (grad, *q, in_features)
+    assert_as_accurate_as_torch(
+        ops.nf4_linear_backward(*backward), reference.nf4_linear_backward, *backward
+    )
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 128, 256, 512, 1024, 2048, 4096])
+def test_every_blocksize(isa: str, blocksize: int) -> None:
+    q = nf4(20, 512, blocksize, nested=True)
+    for tokens, dtype in ((4, BF16), (4, FP32), (20, BF16)):
+        args = (torch.randn(tokens, 512).to(dtype), *q, 20, None)
+        assert_as_accurate_as_torch(ops.nf4_linear(*args), reference.nf4_linear, *args)
+
+
+@pytest.mark.parametrize(
+    "dtype, lora_dtype", [(BF16, FP32), (BF16, BF16), (FP16, FP32), (FP32, FP16)], ids=str
+)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_lora_linear(
+    isa: str, dtype: torch.dtype, lora_dtype: torch.dtype, dropout_p: float
+) -> None:
+    for tokens, out_features, in_features, blocksize, nested in SHAPES[dropout_p > 0.0 :: 2]:
+        q = nf4(out_features, in_features, blocksize, nested)
+        options = dict(lora_dtype=lora_dtype, dropout_p=dropout_p, biases=dropout_p == 0.0)
+        check_lora(*lora(tokens, out_features, in_features, 16, dtype, q, **options))
+
+
+@pytest.mark.parametrize("rank", [1, 5, 33, 64, 100, 300, 512])
+def test_every_rank(isa: str, rank: int) -> None:
+    q = nf4(72, 416, 32, nested=False)
+    for tokens, dropout_p in ((3, 0.0), (28, 0.0), (70, 0.5)):
+        check_lora(*lora(tokens, 72, 416, rank, BF16, q, lora_dtype=FP32, dropout_p=dropout_p))
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid"])
+def test_activations(isa: str, activation: str) -> None:
+    q = nf4(40, 128, 64, nested=False)
+    for dtype in (FP32, BF16):
+        check_lora(
+            *lora(37, 40, 128, 24, dtype, q, activation=activation, lora_dtype=FP32, biases=True)
+        )
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 40, 600])
+def test_threads_do_not_change_a_bit(isa: str, threads: None, tokens: int) -> None:
+    q = nf4(300, 640, 64, nested=False)
+    forward, backward = lora(tokens, 300, 640, 16, BF16, q, lora_dtype=FP32, dropout_p=0.1)
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append((*ops.lora_linear(*forward), *ops.lora_linear_backward(*backward)))
+    assert all(map(torch.equal, *results))
+
+
+def test_output_mask(isa: str) -> None:
+    q = nf4(48, 64, 64, nested=False)
+    _, backward = lora(5, 48, 64, 4, BF16, q)
+    everything = ops.lora_linear_backward(*backward)
+    for wanted in (0, 2, 3, 4, 5, 6):
+        mask = [index == wanted for index in range(7)]
+        results = ops.lora_linear_backward(*backward[:-1], mask)
+        for index, (result, expected) in enumerate(zip(results, everything, strict=True)):
+            assert torch.equal(result, expected) if index == wanted else result.shape == (0,)
+
+
+def test_a_nan_stays_where_it_is(isa: str) -> None:
+    """Neither a tile's padding nor what an earlier call left behind reaches a result."""
+    for tokens in (3, 20, 100):
+        q = nf4(50, 160, 32, nested=False)
+        x = torch.randn(tokens, 160).to(BF16)
+        expected = ops.nf4_linear(x, *q, 50, None)
+        poisoned = x.clone()
+        poisoned[1] = torch.nan
+        result = ops.nf4_linear(poisoned, *q, 50, None)
+        assert result[1].isnan().all()
+        others = torch.arange(tokens) != 1
+        assert torch.equal(result[others], expected[others])
+        assert torch.equal(ops.nf4_linear(x, *q, 50, None), expected)
+
+
+def test_errors_name_the_argument() -> None:
+    q = nf4(48, 64, 64, nested=False)
+    forward, backward = lora(5, 48, 64, 4, BF16, q)
+    with pytest.raises(RuntimeError, match="x must have 2 dimensions"):
+        ops.nf4_linear(torch.zeros(2, 3, 64), *q, 48, None)
+    with pytest.raises(RuntimeError, match="bias must have 48 elements"):
+        ops.nf4_linear(torch.zeros(3, 64), *q, 48, torch.zeros(47))
+    with pytest.raises(RuntimeError, match="activation must be identity"):
+        ops.lora_linear(*forward[:-1], "softplus")
+    with pytest.raises(RuntimeError, match="seed must be given"):
+        ops.lora_linear(*forward[:-3], 0.5, None, "identity")
+    with pytest.raises(RuntimeError, match="output_mask must not ask for dweight"):
+        ops.lora_linear_backward(*backward[:-1], [True] * 7)
