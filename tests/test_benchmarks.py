@@ -86,7 +86,7 @@ def test_run_writes_everything(run: dict[str, Any]) -> None:
             assert result["status"] == "ok" and result["samples"] >= 1
             assert 0 < result["p20_s"] <= result["median_s"] <= result["p80_s"]
         assert timed["pylora reference"]["path"].startswith("pure PyTorch")
-        if sys.platform == "linux":
+        if sys.platform == "linux" and cell["mode"] == TRAINING:
             assert timed["pylora"]["extra_memory_bytes"] >= 0
 
 
