@@ -9,7 +9,7 @@ export PYTHONSAFEPATH := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test lint format kernels check clean
+.PHONY: help install demo test check bench kernels lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -40,19 +40,23 @@ test: $(INSTALLED) ## all tests
 check: $(INSTALLED) ## every kernel that can run here against the reference
 	cd $(VENV) && bin/python -m pylora check
 
+bench: $(INSTALLED) ## the quick benchmark suite on this CPU and its report, in build/bench (OP=… for one op)
+	env -u PYTHONSAFEPATH $(PY) -m benchmarks run --suite quick --device cpu $(if $(OP),--op $(OP)) --out build/bench
+	env -u PYTHONSAFEPATH $(PY) -m benchmarks report build/bench
+
 kernels: $(INSTALLED) ## resources of the compiled CUDA kernels, compared with the committed table
 	$(PY) benchmarks/kernel_resources.py
 
 lint: $(INSTALLED) ## ruff, clang-format, mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m clang_format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 	$(PY) -m mypy
 
 format: $(INSTALLED) ## rewrite the sources as ruff and clang-format want them
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(PY) -m clang_format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
 clean: ## remove what was built, and keep .venv
 	rm -rf build dist *.egg-info pylora/*.so

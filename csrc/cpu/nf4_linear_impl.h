@@ -137,7 +137,9 @@ struct LinearTask {
   template <template <class> class M>
   void multiply(const float* from, int64_t elements, int64_t width, float* target, int64_t height,
                 int64_t p, bool accumulate) {
-    const int64_t chain = M<S>::kStep > 1 ? kTileK : tiles.rows <= kFewTokens ? kShortChain : 2 * kShortChain;
+    const int64_t chain = M<S>::kStep > 1            ? kTileK
+                          : tiles.rows <= kFewTokens ? kShortChain
+                                                     : 2 * kShortChain;
     for (int64_t t = 0; t < tiles.count(); ++t) {
       const int v = tiles.vectors(t);
       const int64_t tokens = v * S::kLanes;

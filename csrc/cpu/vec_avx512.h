@@ -23,10 +23,11 @@ struct Avx512 {
   PYLORA_INLINE static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   PYLORA_INLINE static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   PYLORA_INLINE static float sum(F a) {
-    a = add(a, _mm512_shuffle_f32x4(a, a, 0x4E));
-    a = add(a, _mm512_shuffle_f32x4(a, a, 0xB1));
-    a = add(a, _mm512_shuffle_ps(a, a, 0x4E));
-    a = add(a, _mm512_shuffle_ps(a, a, 0xB1));
+    constexpr __mmask16 kAll = 0xFFFF;  // these spare GCC 12 a warning about its own header
+    a = add(a, _mm512_maskz_shuffle_f32x4(kAll, a, a, 0x4E));
+    a = add(a, _mm512_maskz_shuffle_f32x4(kAll, a, a, 0xB1));
+    a = add(a, _mm512_maskz_shuffle_ps(kAll, a, a, 0x4E));
+    a = add(a, _mm512_maskz_shuffle_ps(kAll, a, a, 0xB1));
     return _mm512_cvtss_f32(a);
   }
 
