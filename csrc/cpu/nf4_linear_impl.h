@@ -22,10 +22,11 @@ inline constexpr int64_t kForwardPanel = 48;   // outputs decoded at a time; mul
 inline constexpr int64_t kBackwardPanel = 96;  // S::rows_for(v), the latter also of kGroup
 inline constexpr int64_t kFewTokens = 48;  // up to here a longer stretch of the sum fits the cache
 
-// For few tokens torch sums fp32 products in many short chains, which is more accurate than one
-// long one; so must we. (bf16 products are exact in fp32, and their rounding outweighs that of the
-// sum.)
-inline constexpr int64_t kShortChain = 32;
+// torch sums fp32 products in chains that are shorter, and so more accurate, than a stretch, the
+// more so for few tokens; so must we. (bf16 products are exact in fp32, and bf16 outweighs the
+// sum's rounding.)
+inline constexpr int64_t kFewTokensChain = 32;
+inline constexpr int64_t kManyTokensChain = 64;
 
 // Parts of a thread's workspace, in floats; what they leave is for the sums. The more outputs a
 // task has, the less often its tokens are packed.
@@ -138,8 +139,8 @@ struct LinearTask {
   void multiply(const float* from, int64_t elements, int64_t width, float* target, int64_t height,
                 int64_t p, bool accumulate) {
     const int64_t chain = M<S>::kStep > 1            ? kTileK
-                          : tiles.rows <= kFewTokens ? kShortChain
-                                                     : 2 * kShortChain;
+                          : tiles.rows <= kFewTokens ? kFewTokensChain
+                                                     : kManyTokensChain;
     for (int64_t t = 0; t < tiles.count(); ++t) {
       const int v = tiles.vectors(t);
       const int64_t tokens = v * S::kLanes;

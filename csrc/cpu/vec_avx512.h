@@ -78,9 +78,6 @@ struct Avx512 {
   PYLORA_INLINE static void store_n(Half* p, F v, int n) {
     _mm256_mask_storeu_epi16(p, first(n), half_bits(v));
   }
-  PYLORA_INLINE static F keep(F v, uint32_t bits) {
-    return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v);
-  }
 
   PYLORA_INLINE static void transpose(F (&r)[16]) {
     F t[16];

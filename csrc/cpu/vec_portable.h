@@ -50,11 +50,6 @@ struct Portable {
   PYLORA_INLINE static void store_n(T* p, F v, int n) {
     for (int i = 0; i < n; ++i) p[i] = from_float<T>(v[i]);
   }
-  // Lane i of v where bit i of keep is set, else 0.
-  PYLORA_INLINE static F keep(F v, uint32_t bits) {
-    for (int i = 0; i < kLanes; ++i) v[i] = (bits >> i & 1u) != 0 ? v[i] : 0.0f;
-    return v;
-  }
   PYLORA_INLINE static void transpose(F (&r)[kLanes]) {
     F t[kLanes];
     for (int i = 0; i < kLanes; ++i) {
