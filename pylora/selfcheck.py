@@ -15,9 +15,10 @@ from pylora.backends import extension
 from pylora.testing import Accuracy, assert_as_accurate_as_torch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# rows of x, out_features, in_features, blocksize: aligned, odd, blocks that straddle rows, one row,
-# none.
-SHAPES = ((32, 96, 256, 64), (5, 40, 420, 64), (1, 128, 192, 32), (3, 7, 13, 32), (0, 64, 128, 64))
+# Every result has some thirty elements at least: of fewer, torch's largest error is a matter of
+# luck. rows of x, out_features, in_features, blocksize: aligned, odd, blocks that straddle rows,
+# one row, none.
+SHAPES = ((32, 96, 256, 64), (5, 40, 420, 64), (1, 128, 192, 32), (9, 37, 45, 32), (0, 64, 128, 64))
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ def cases(seed: int = 0) -> Iterator[Case]:
             yield Case("nf4_linear", where, (x, *q, out_features, bias))
             yield Case("nf4_linear_backward", where, (grad, *q, in_features))
             for dropout_p, activation, lora_dtype, rank in (
-                (0.0, "identity", dtype, 16),
-                (0.25, "gelu", torch.float32, 5),
+                (0.0, "identity", dtype, 32),
+                (0.25, "gelu", torch.float32, 37),
             ):
                 yield from _lora_cases(
                     normal, where, x, grad, w, bias, dropout_p, activation, lora_dtype, rank

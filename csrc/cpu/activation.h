@@ -1,4 +1,5 @@
-// The activations between the two projections of an adapter, and their derivatives, in fp32.
+// The activations between the two projections of an adapter, and their derivatives. In fp64, since
+// there are few of them: a bias gradient sums them over tokens, and their errors would add up.
 #pragma once
 
 #include <cmath>
@@ -8,22 +9,22 @@ namespace pylora {
 
 enum class Activation { kIdentity, kRelu, kGelu, kGeluTanh, kSilu, kTanh, kSigmoid };
 
-inline float sigmoid(float h) { return 1.0f / (1.0f + std::exp(-h)); }
+inline double sigmoid(double h) { return 1.0 / (1.0 + std::exp(-h)); }
 
 // tanh's argument in the approximation of GELU (Hendrycks and Gimpel, arXiv:1606.08415).
-inline constexpr float kGeluScale = 0.7978845608028654f;  // sqrt(2 / pi)
-inline constexpr float kGeluCubic = 0.044715f;
+inline constexpr double kGeluScale = 0.7978845608028654;  // sqrt(2 / pi)
+inline constexpr double kGeluCubic = 0.044715;
 
-inline float activate(Activation activation, float h) {
+inline double activate(Activation activation, double h) {
   switch (activation) {
     case Activation::kIdentity:
       return h;
     case Activation::kRelu:
-      return h > 0.0f || h != h ? h : 0.0f;
+      return h > 0.0 || h != h ? h : 0.0;
     case Activation::kGelu:
-      return 0.5f * h * (1.0f + std::erf(h * 0.7071067811865476f));
+      return 0.5 * h * (1.0 + std::erf(h * 0.7071067811865476));
     case Activation::kGeluTanh:
-      return 0.5f * h * (1.0f + std::tanh(kGeluScale * (h + kGeluCubic * h * h * h)));
+      return 0.5 * h * (1.0 + std::tanh(kGeluScale * (h + kGeluCubic * h * h * h)));
     case Activation::kSilu:
       return h * sigmoid(h);
     case Activation::kTanh:
@@ -35,35 +36,35 @@ inline float activate(Activation activation, float h) {
 }
 
 // d activate(h) / dh.
-inline float activation_slope(Activation activation, float h) {
+inline double activation_slope(Activation activation, double h) {
   switch (activation) {
     case Activation::kIdentity:
-      return 1.0f;
+      return 1.0;
     case Activation::kRelu:
-      return h > 0.0f ? 1.0f : 0.0f;
+      return h > 0.0 ? 1.0 : 0.0;
     case Activation::kGelu: {
-      const float density = 0.3989422804014327f * std::exp(-0.5f * h * h);
-      return 0.5f * (1.0f + std::erf(h * 0.7071067811865476f)) + h * density;
+      const double density = 0.3989422804014327 * std::exp(-0.5 * h * h);
+      return 0.5 * (1.0 + std::erf(h * 0.7071067811865476)) + h * density;
     }
     case Activation::kGeluTanh: {
-      const float t = std::tanh(kGeluScale * (h + kGeluCubic * h * h * h));
-      const float inner = kGeluScale * (1.0f + 3.0f * kGeluCubic * h * h);
-      return 0.5f * (1.0f + t) + 0.5f * h * (1.0f - t * t) * inner;
+      const double t = std::tanh(kGeluScale * (h + kGeluCubic * h * h * h));
+      const double inner = kGeluScale * (1.0 + 3.0 * kGeluCubic * h * h);
+      return 0.5 * (1.0 + t) + 0.5 * h * (1.0 - t * t) * inner;
     }
     case Activation::kSilu: {
-      const float s = sigmoid(h);
-      return s * (1.0f + h * (1.0f - s));
+      const double s = sigmoid(h);
+      return s * (1.0 + h * (1.0 - s));
     }
     case Activation::kTanh: {
-      const float t = std::tanh(h);
-      return 1.0f - t * t;
+      const double t = std::tanh(h);
+      return 1.0 - t * t;
     }
     case Activation::kSigmoid: {
-      const float s = sigmoid(h);
-      return s * (1.0f - s);
+      const double s = sigmoid(h);
+      return s * (1.0 - s);
     }
   }
-  return 1.0f;
+  return 1.0;
 }
 
 }  // namespace pylora

@@ -39,7 +39,9 @@ std::unique_ptr<float[]> scaled_activation(const LoraLinear& op) {
   const int64_t count = op.x.rows * op.lora_A.rank;
   auto low = low_rank_buffer(count);
   parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) low[i] = op.scaling * activate(op.activation, op.h[i]);
+    for (int64_t i = begin; i < end; ++i) {
+      low[i] = static_cast<float>(activate(op.activation, op.h[i]) * op.scaling);
+    }
   });
   return low;
 }
@@ -71,7 +73,7 @@ void lora_linear_backward(const LoraLinear& op) {
     project_for(isa)(grad, op.lora_B, nullptr, dh.get());
     parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        dh[i] = op.scaling * dh[i] * activation_slope(op.activation, op.h[i]);
+        dh[i] = static_cast<float>(activation_slope(op.activation, op.h[i]) * op.scaling * dh[i]);
       }
     });
   }
