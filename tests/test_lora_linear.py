@@ -129,7 +129,7 @@ def test_forward_and_backward(
     check(tensors, w, 0.5, 0.0, "identity")
 
 
-@pytest.mark.parametrize("rank", [1, 3, 8, 300])
+@pytest.mark.parametrize("rank", [1, 3, 8, 300, 1100])
 def test_rank(backend: str, device: str, rank: int) -> None:
     """Any rank; without biases, in whose few elements torch's largest error is a matter of luck."""
     w = pylora.quantize_nf4(torch.randn(80, 192, device=device))

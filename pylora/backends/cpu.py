@@ -11,6 +11,7 @@ from pylora.backends import extension
 from pylora.backends.backend import Backend, Op, Reason
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MAX_RANK = 1024  # what a thread's workspace holds
 
 
 def _unavailable() -> Reason:
@@ -30,6 +31,12 @@ def _device_or_dtype(**tensors: Tensor | None) -> Reason:
             return f"{name} is on {tensor.device}, not on the CPU"
         if tensor.dtype not in _DTYPES:
             return f"{name} is {tensor.dtype}; the kernels take float32, float16 and bfloat16"
+    return None
+
+
+def _rank(lora_A: Tensor) -> Reason:
+    if lora_A.shape[0] > _MAX_RANK:
+        return f"the rank is {lora_A.shape[0]}; the kernels take up to {_MAX_RANK}"
     return None
 
 
@@ -75,7 +82,7 @@ def _lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 def _lora_linear_why_not(x: Tensor, weight: Tensor, absmax: Tensor | None, *args: Any) -> Reason:
     if absmax is None:
         return "the base weight is dense: torch's own matmul takes it"
-    return _device_or_dtype(x=x, lora_A=args[6], lora_B=args[7])
+    return _rank(args[6]) or _device_or_dtype(x=x, lora_A=args[6], lora_B=args[7])
 
 
 def _lora_linear_backward(grad: Tensor, x: Tensor, h: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -89,7 +96,7 @@ def _lora_linear_backward_why_not(
 ) -> Reason:
     if absmax is None:
         return "the base weight is dense: torch's own matmul takes it"
-    return _device_or_dtype(grad=grad, x=x, lora_A=args[5], lora_B=args[6])
+    return _rank(args[5]) or _device_or_dtype(grad=grad, x=x, lora_A=args[5], lora_B=args[6])
 
 
 BACKEND = Backend(
