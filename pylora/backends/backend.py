@@ -6,7 +6,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 Reason = str | None
+
+# What the compiled kernels compute in; float64 is the reference's alone.
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def nf4_dequantize_why_not(device_type: str, qweight: Tensor, *args: Any) -> Reason:
+    """The limits that every compiled nf4_dequantize has; the last of `args` is the output dtype."""
+    if qweight.device.type != device_type:
+        return f"qweight is on {qweight.device}, not on a {device_type} device"
+    if args[-1] not in KERNEL_DTYPES:
+        return f"dtype is {args[-1]}; the kernels give float32, float16 and bfloat16"
+    return None
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pylora.backends import extension
-from pylora.backends.backend import Backend, Op, Reason
+from pylora.backends.backend import KERNEL_DTYPES, Backend, Op, Reason, nf4_dequantize_why_not
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_MAX_RANK = 1024  # what a thread's workspace holds
+_MAX_RANK = 1024  # kMaxRank of csrc/cpu/lora_linear.h: what a thread's workspace holds
 
 
 def _unavailable() -> Reason:
@@ -29,7 +29,7 @@ def _device_or_dtype(**tensors: Tensor | None) -> Reason:
             continue
         if tensor.device.type != "cpu":
             return f"{name} is on {tensor.device}, not on the CPU"
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in KERNEL_DTYPES:
             return f"{name} is {tensor.dtype}; the kernels take float32, float16 and bfloat16"
     return None
 
@@ -54,14 +54,6 @@ def _nf4_quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
 
 def _nf4_dequantize(*args: Any) -> Tensor:
     return torch.ops.pylora_C.nf4_dequantize(*_contiguous(args))
-
-
-def _nf4_dequantize_why_not(qweight: Tensor, *args: Any) -> Reason:
-    if qweight.device.type != "cpu":
-        return f"qweight is on {qweight.device}, not on the CPU"
-    if args[-1] not in _DTYPES:
-        return f"dtype is {args[-1]}; the kernels give float32, float16 and bfloat16"
-    return None
 
 
 def _nf4_linear(x: Tensor, *args: Any) -> Tensor:
@@ -103,7 +95,7 @@ BACKEND = Backend(
     name="cpu",
     ops={
         "nf4_quantize": Op(_nf4_quantize, lambda weight, _: _device_or_dtype(weight=weight)),
-        "nf4_dequantize": Op(_nf4_dequantize, _nf4_dequantize_why_not),
+        "nf4_dequantize": Op(_nf4_dequantize, partial(nf4_dequantize_why_not, "cpu")),
         "nf4_linear": Op(_nf4_linear, lambda x, *_: _device_or_dtype(x=x)),
         "nf4_linear_backward": Op(
             _nf4_linear_backward, lambda grad, *_: _device_or_dtype(grad=grad)

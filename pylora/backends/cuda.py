@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pylora.backends import extension
-from pylora.backends.backend import Backend, Op, Reason
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from pylora.backends.backend import Backend, Op, Reason, nf4_dequantize_why_not
 
 
 def _unavailable() -> Reason:
@@ -34,17 +33,9 @@ def _nf4_dequantize(*args: Any) -> Tensor:
     return torch.ops.pylora_C.nf4_dequantize(*args)
 
 
-def _nf4_dequantize_why_not(qweight: Tensor, *args: Any) -> Reason:
-    if qweight.device.type != "cuda":
-        return f"qweight is on {qweight.device}, not on a CUDA device"
-    if args[-1] not in _DTYPES:
-        return f"dtype is {args[-1]}; the kernels give float32, float16 and bfloat16"
-    return None
-
-
 BACKEND = Backend(
     name="cuda",
-    ops={"nf4_dequantize": Op(_nf4_dequantize, _nf4_dequantize_why_not)},
+    ops={"nf4_dequantize": Op(_nf4_dequantize, partial(nf4_dequantize_why_not, "cuda"))},
     unavailable=_unavailable,
     path=_path,
 )

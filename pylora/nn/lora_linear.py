@@ -219,9 +219,7 @@ class LoRALinear(nn.Module):
         """
         if self.merged:
             raise ValueError("the layer is merged already; unmerge must be called first")
-        base = self.base_layer
-        old = base.nf4_weight if isinstance(base, NF4Linear) else base.weight
-        kept = _UnmergedBase(old, base.bias)
+        kept = _UnmergedBase(self.base_weight, self.bias)
         self._set_base(weight, bias)
         self._unmerged_base, self.merged = kept, True
 
