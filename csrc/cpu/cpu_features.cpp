@@ -19,8 +19,8 @@ namespace {
 
 constexpr const char* kVariable = "PYLORA_CPU_ISA";
 
-constexpr std::array<const char*, 5> kIsaNames = {"portable", "avx2", "avx512", "avx512_bf16",
-                                                  "amx"};
+constexpr std::array<const char*, 6> kIsaNames = {"portable",    "avx2",         "avx512",
+                                                  "avx512_bf16", "amx_emulated", "amx"};
 
 #if defined(__x86_64__)
 
@@ -108,12 +108,13 @@ bool has(std::string_view name) {
   return false;
 }
 
-CpuIsa highest_isa() {
-  CpuIsa isa = CpuIsa::kPortable;
+CpuIsa fastest_isa() {
+  CpuIsa fastest = CpuIsa::kPortable;
   for (size_t i = 0; i < kIsaNames.size(); ++i) {
-    if (cpu_can_run(static_cast<CpuIsa>(i))) isa = static_cast<CpuIsa>(i);
+    const auto isa = static_cast<CpuIsa>(i);
+    if (isa != CpuIsa::kAmxEmulated && cpu_can_run(isa)) fastest = isa;
   }
-  return isa;
+  return fastest;
 }
 
 std::string runnable_names() {
@@ -151,6 +152,7 @@ bool cpu_can_run(CpuIsa isa) {
       return cpu_can_run(CpuIsa::kAvx2) && has("avx512f") && has("avx512bw") && has("avx512vl") &&
              has("avx512dq");
     case CpuIsa::kAvx512Bf16:
+    case CpuIsa::kAmxEmulated:
       return cpu_can_run(CpuIsa::kAvx512) && has("avx512bf16") && has("avx512vbmi") &&
              has("avx512vnni");
     case CpuIsa::kAmx:
@@ -164,7 +166,7 @@ CpuIsa cpu_isa() {
   if (isa == kUnset) {
     const char* forced = std::getenv(kVariable);
     const bool set = forced != nullptr && *forced != '\0';
-    isa = static_cast<int>(set ? parse_isa(forced, kVariable) : highest_isa());
+    isa = static_cast<int>(set ? parse_isa(forced, kVariable) : fastest_isa());
     isa_in_use.store(isa, std::memory_order_relaxed);
   }
   return static_cast<CpuIsa>(isa);

@@ -10,14 +10,15 @@ namespace pylora {
 
 // level         file suffix        needs
 enum class CpuIsa {
-  kPortable,    // _portable.cpp     C++ alone
-  kAvx2,        // _avx2.cpp         AVX2, FMA, F16C
-  kAvx512,      // _avx512.cpp       + AVX-512 F, BW, VL, DQ
-  kAvx512Bf16,  // _avx512_bf16.cpp  + AVX-512 BF16, VBMI, VNNI
-  kAmx,         // _amx.cpp          + AMX TILE, BF16, and the kernel's leave to use the tiles
+  kPortable,     // _portable.cpp     C++ alone
+  kAvx2,         // _avx2.cpp         AVX2, FMA, F16C
+  kAvx512,       // _avx512.cpp       + AVX-512 F, BW, VL, DQ
+  kAvx512Bf16,   // _avx512_bf16.cpp  + AVX-512 BF16, VBMI, VNNI
+  kAmxEmulated,  // _avx512_bf16.cpp  the AMX kernels over tiles in AVX-512: slow, for tests alone
+  kAmx,          // _amx.cpp          + AMX TILE, BF16, and the kernel's leave to use the tiles
 };
 
-// The level in use: the highest that the machine runs, or the one that PYLORA_CPU_ISA names. The
+// The level in use: the fastest that the machine runs, or the one that PYLORA_CPU_ISA names. The
 // variable is read at first use; std::runtime_error when its value is unknown or cannot run here.
 CpuIsa cpu_isa();
 

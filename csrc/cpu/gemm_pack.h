@@ -54,13 +54,13 @@ PYLORA_INLINE void widen_row(const T* x, int64_t count, float* out) {
 }
 
 // One tile: tokens [0, rows) of x (row stride ld), `count` values along k -> packed
-// [ceil(count / kStep)][v * kLanes], zeros after the last token and after the last value.
+// [elements][v * kLanes], zeros after the last token and after the last value.
 template <class S, template <class> class Mac, class T>
 void pack_tile(const T* x, int64_t ld, int64_t rows, int64_t count, int v, float* packed) {
   constexpr int L = S::kLanes;
   constexpr int64_t kValues = L * Mac<S>::kStep;
   const int64_t width = v * L;
-  const int64_t elements = ceil_div(count, Mac<S>::kStep);
+  const int64_t elements = elements_of<Mac<S>>(count);
   for (int64_t m = 0; m < width; m += L) {
     for (int64_t k = 0; k < count; k += kValues) {
       typename S::F block[L];
@@ -88,7 +88,7 @@ void pack_tile(const T* x, int64_t ld, int64_t rows, int64_t count, int v, float
 // All tiles of a block of tokens; x points at the block's first token and first value.
 template <class S, template <class> class Mac, class T>
 void pack_tokens(const T* x, int64_t ld, const TokenTiles<S>& tiles, int64_t count, float* packed) {
-  const int64_t elements = ceil_div(count, Mac<S>::kStep);
+  const int64_t elements = elements_of<Mac<S>>(count);
   for (int64_t t = 0; t < tiles.count(); ++t) {
     pack_tile<S, Mac>(x + t * tiles.kWidth * ld, ld, tiles.rows_in(t), count, tiles.vectors(t),
                       packed + tiles.offset(t, elements));

@@ -13,17 +13,26 @@
 
 namespace pylora {
 
+// What a product needs of its operands.
+template <class S, int kValues>
+struct MacLayout {
+  static constexpr int kStep = kValues;  // values of k in an element
+  static constexpr int kGrain = 1;       // elements of k come in multiples of this, padded with 0
+  static constexpr bool kRowMajorOnly = false;  // `a`, even where the weight lies the other way
+  static constexpr int64_t kForwardPanel = 48;  // rows of W, a multiple of every rows_for(v)
+  struct Scope {};                              // lives while a thread multiplies
+  PYLORA_INLINE static constexpr int rows_for(int v) { return S::rows_for(v); }
+};
+
 template <class S>
-struct F32Mac {
+struct F32Mac : MacLayout<S, 1> {
   using F = typename S::F;
-  static constexpr int kStep = 1;  // values of k in an element
   PYLORA_INLINE static F mac(F acc, F a, F b) { return S::fma(a, b, acc); }
 };
 
 template <class S>
-struct Bf16Mac {
+struct Bf16Mac : MacLayout<S, 2> {
   using F = typename S::F;
-  static constexpr int kStep = 2;
   PYLORA_INLINE static F mac(F acc, F a, F b) { return S::dot(acc, a, b); }
 };
 
@@ -31,6 +40,12 @@ struct Bf16Mac {
 // odd in cache lines, so that rows do not share a cache set.
 inline constexpr int64_t kTileK = 512;  // most elements along k in one call
 inline constexpr int64_t kTileLd = kTileK + 16;
+
+// Elements that `count` values of k take.
+template <class Mac>
+PYLORA_INLINE int64_t elements_of(int64_t count) {
+  return ceil_div(count, Mac::kStep * Mac::kGrain) * Mac::kGrain;
+}
 
 enum class Broadcast {
   kRowMajor,  // a(i, k) = a[i * kTileLd + k]
@@ -72,9 +87,9 @@ __attribute__((noinline)) void tile(int64_t k_count, const float* a, int64_t lda
   }
 }
 
-template <class S, template <class> class Mac, Broadcast kOrder>
-inline void run_tile(int v, int64_t k_count, const float* a, int64_t lda, const float* b, float* c,
-                     bool accumulate) {
+template <Broadcast kOrder, class S, template <class> class Mac>
+inline void run_tile(Mac<S>, int v, int64_t k_count, const float* a, int64_t lda, const float* b,
+                     float* c, bool accumulate) {
   switch (v) {
     case 1:
       return tile<S, Mac, 1, kOrder>(k_count, a, lda, b, c, accumulate);

@@ -124,8 +124,9 @@ void project_tiles(const TokenMatrix& x, const TA* factor, int64_t rank, bool ra
             const int v = ranks.vectors(t);
             for (int64_t i = 0; i < kTokens && m + i < rows; i += S::rows_for(v)) {
               for (int64_t c = 0; c < count; c += kChain) {
-                run_tile<S, F32Mac, Broadcast::kRowMajor>(
-                    v, count - c < kChain ? count - c : kChain, tokens + i * kTileLd + c, 0,
+                run_tile<Broadcast::kRowMajor>(
+                    F32Mac<S>{}, v, count - c < kChain ? count - c : kChain,
+                    tokens + i * kTileLd + c, 0,
                     packed + ranks.offset(t, count) + c * v * S::kLanes,
                     sums + ranks.offset(t, share) + (m + i) * v * S::kLanes, k + c > 0);
               }
@@ -197,9 +198,9 @@ void gather_columns(const TokenMatrix& x, const float* low, const AdapterFactor&
         if (gradient.data == nullptr) continue;
         for (int64_t r = 0; r < gradient.rank; r += S::rows_for(v)) {
           for (int64_t c = 0; c < rows; c += kChain) {
-            run_tile<S, F32Mac, Broadcast::kColMajor>(
-                v, rows - c < kChain ? rows - c : kChain, low + (m + c) * gradient.rank + r,
-                gradient.rank, tokens + c * width, acc + r * width, m + c > 0);
+            run_tile<Broadcast::kColMajor>(F32Mac<S>{}, v, rows - c < kChain ? rows - c : kChain,
+                                           low + (m + c) * gradient.rank + r, gradient.rank,
+                                           tokens + c * width, acc + r * width, m + c > 0);
           }
         }
       }

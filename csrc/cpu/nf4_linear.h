@@ -46,6 +46,8 @@ RunLinear run_linear_portable;
 RunLinear run_linear_avx2;
 RunLinear run_linear_avx512;
 RunLinear run_linear_avx512_bf16;
+RunLinear run_linear_amx;
+RunLinear run_linear_amx_emulated;
 
 void run_linear(const LinearProblem& problem);  // by cpu_isa()
 

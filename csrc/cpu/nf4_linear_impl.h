@@ -18,8 +18,8 @@
 namespace pylora {
 
 inline constexpr int64_t kTokenBlock = 512;
-inline constexpr int64_t kForwardPanel = 48;   // outputs decoded at a time; multiples of every
-inline constexpr int64_t kBackwardPanel = 96;  // S::rows_for(v), the latter also of kGroup
+// Columns of W decoded at a time: a multiple of every rows_for(v), and of kGroup.
+inline constexpr int64_t kBackwardPanel = 96;
 inline constexpr int64_t kFewTokens = 48;  // up to here a longer stretch of the sum fits the cache
 
 // torch sums fp32 products in chains that are shorter, and so more accurate, than a stretch, the
@@ -37,8 +37,7 @@ struct WorkspaceParts {
   int64_t low_rank = 0;  // only where dropout needs the low-rank term apart
   int64_t factors = 0;
 
-  WorkspaceParts(bool backward, bool masked)
-      : panel(backward ? kBackwardPanel * kTileK : kForwardPanel * kTileLd) {
+  WorkspaceParts(int64_t panel_outputs, bool masked) : panel(panel_outputs * kTileLd) {
     if (masked) {
       low_rank = kBackwardPanel * kTokenBlock;
       factors = kBackwardPanel * 64;
@@ -50,9 +49,10 @@ static_assert(kFewTokens * kTileK <= WorkspaceParts::kPacked);
 
 template <class S, template <class> class Mac, class T, bool kBackward>
 struct LinearTask {
-  static constexpr int64_t kPanel = kBackward ? kBackwardPanel : kForwardPanel;
-  static constexpr Broadcast kOrder = kBackward ? Broadcast::kColMajor : Broadcast::kRowMajor;
   using Sums = Mac<S>;
+  static constexpr int64_t kPanel = kBackward ? kBackwardPanel : Sums::kForwardPanel;
+  template <class M>
+  static constexpr bool kByColumn = kBackward && !M::kRowMajorOnly;
 
   const LinearProblem& problem;
   int64_t row;   // first token
@@ -73,7 +73,7 @@ struct LinearTask {
     const int64_t step = panel_width();
     const int64_t stretch = elements * Sums::kStep;
     // Few tokens: pack all of them first, then go through W row by row as it lies in memory.
-    const bool whole = tokens * ceil_div(depth, Sums::kStep) <= WorkspaceParts::kPacked;
+    const bool whole = tokens * elements_of<Sums>(depth) <= WorkspaceParts::kPacked;
     if (whole) {
       for (int64_t k = 0; k < depth; k += stretch) pack(k, min(stretch, depth - k), whole);
       for (int64_t p = 0; p < outs; p += step) {
@@ -97,12 +97,12 @@ struct LinearTask {
 
   // A panel that only one tile of tokens will read should not leave the first-level cache.
   int64_t stretch_elements() const {
-    if (tiles.count() == 1) return kBackward ? kTileK / 4 : kTileK / 2;
-    if (tiles.padded() * kTileK <= WorkspaceParts::kPacked) return kTileK;
-    return kBackward ? kTileK / 4 : kTileK / 2;
+    constexpr int64_t kShort = kByColumn<Sums> ? kTileK / 4 : kTileK / 2;
+    if (tiles.count() == 1) return kShort;
+    return tiles.padded() * kTileK <= WorkspaceParts::kPacked ? kTileK : kShort;
   }
   int64_t panel_width() const {
-    return tiles.count() == 1 && !kBackward ? S::rows_for(tiles.vectors(0)) : kPanel;
+    return tiles.count() == 1 && !kBackward ? Sums::rows_for(tiles.vectors(0)) : kPanel;
   }
 
   PYLORA_INLINE static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -130,7 +130,7 @@ struct LinearTask {
                             2;
       decode_panel(Sums{}, problem.weight, out + p, width, k, count, ahead, panel);
     }
-    multiply<Mac>(packed_at(k, whole), ceil_div(count, Sums::kStep), width, sums, padded, p, k > 0);
+    multiply<Mac>(packed_at(k, whole), elements_of<Sums>(count), width, sums, padded, p, k > 0);
   }
 
   // All tiles of tokens times the panel, into outputs p .. p + width of `target`, which holds
@@ -144,15 +144,16 @@ struct LinearTask {
     for (int64_t t = 0; t < tiles.count(); ++t) {
       const int v = tiles.vectors(t);
       const int64_t tokens = v * S::kLanes;
-      const int step = S::rows_for(v);
+      const int step = M<S>::rows_for(v);
       float* c = target + tiles.offset(t, height) + p * tokens;
       const float* b = from + tiles.offset(t, elements);
       for (int64_t i = 0; i < width; i += step) {
-        const float* a = panel + (kBackward ? i : i * kTileLd);
+        const float* a = panel + (kByColumn<M<S>> ? i : i * kTileLd);
         for (int64_t k = 0; k < elements; k += chain) {
-          run_tile<S, M, kOrder>(v, elements - k < chain ? elements - k : chain,
-                                 a + (kBackward ? k * kPanel : k), kPanel, b + k * tokens,
-                                 c + i * tokens, accumulate || k > 0);
+          run_tile<kByColumn<M<S>> ? Broadcast::kColMajor : Broadcast::kRowMajor>(
+              M<S>{}, v, elements - k < chain ? elements - k : chain,
+              a + (kByColumn<M<S>> ? k * kPanel : k), kPanel, b + k * tokens, c + i * tokens,
+              accumulate || k > 0);
         }
       }
     }
@@ -219,7 +220,7 @@ void run_panels(const LinearProblem& problem) {
   const int64_t rows =
       round_up(ceil_div(problem.rows, row_blocks), row_blocks > 1 ? TokenTiles<S>::kWidth : 1);
   const int64_t width = problem.width();
-  const WorkspaceParts parts(kBackward, problem.low != nullptr && problem.dropout.enabled);
+  const WorkspaceParts parts(Task::kPanel, problem.low != nullptr && problem.dropout.enabled);
   const int64_t most = parts.sums() / TokenTiles<S>{rows}.padded() / Task::kPanel * Task::kPanel;
   const int64_t panels = ceil_div(width, Task::kPanel);
   int64_t out_blocks = ceil_div(width, most);
@@ -230,6 +231,7 @@ void run_panels(const LinearProblem& problem) {
 
   parallel_for(0, row_blocks * out_blocks, 1, [&](int64_t begin, int64_t end) {
     float* memory = thread_workspace();
+    [[maybe_unused]] const typename Mac<S>::Scope scope;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i % row_blocks * rows;
       const int64_t out = i / row_blocks * outs;

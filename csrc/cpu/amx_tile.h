@@ -1,0 +1,190 @@
+// The matrix product of gemm_tile.h in AMX tiles: 16 rows of 64 bytes.
+//
+// An A tile is 16 rows of the panel times 16 elements (bf16 pairs along the sum), a B tile 16
+// elements times 16 tokens, a C tile 16 rows times 16 tokens in fp32: the layouts that gemm_tile.h
+// and gemm_pack.h have anyway, but that the panel is row-major in the backward too. The sum comes
+// in whole tiles: panel and packed tokens are padded with zeros.
+//
+// `Tiles` are the eight tile registers: those of the processor, or a twin of theirs in AVX-512
+// BF16, so that all but the instructions themselves runs and is tested on a machine without AMX.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "cpu/gemm_tile.h"
+#include "cpu/nf4_panel.h"
+#include "cpu/vec_avx512_bf16.h"
+
+namespace pylora {
+
+inline constexpr int kTileRows = 16;
+inline constexpr int kTileElements = 16;  // 64 bytes
+
+#if defined(__AMX_BF16__)
+struct HardwareTiles {
+  // All eight tiles whole. Released at the end, so that the tiles are not saved at every context
+  // switch, and whoever uses them next in this thread finds them unconfigured.
+  struct Scope {
+    Scope() {
+      struct alignas(64) Config {
+        uint8_t palette = 1;
+        uint8_t start_row = 0;
+        uint8_t reserved[14] = {};
+        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+      } config;
+      _tile_loadconfig(&config);
+    }
+    ~Scope() { _tile_release(); }
+    Scope(const Scope&) = delete;
+    Scope& operator=(const Scope&) = delete;
+  };
+
+  // In assembly, since the compiler's own macros paste the tile's number as text, and so cannot
+  // take a template's argument.
+  template <int kTile>
+  PYLORA_INLINE void zero() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
+  }
+  template <int kTile>
+  PYLORA_INLINE void load(const float* from, int64_t ld) {
+    const int64_t bytes = ld * static_cast<int64_t>(sizeof(float));
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(bytes), "i"(kTile) : "memory");
+  }
+  template <int kTile>
+  PYLORA_INLINE void store(float* to, int64_t ld) {
+    const int64_t bytes = ld * static_cast<int64_t>(sizeof(float));
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(bytes), "i"(kTile) : "memory");
+  }
+  template <int kC, int kA, int kB>
+  PYLORA_INLINE void dot() {  // C += A B; the assembler wants B first
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
+  }
+};
+#endif
+
+struct EmulatedTiles {
+  struct Scope {};
+  // On the stack of each product: uninitialized, as the registers are.
+  alignas(64) float tiles[8][kTileRows][kTileElements];
+
+  template <int kTile>
+  void zero() {
+    for (auto& row : tiles[kTile]) _mm512_store_ps(row, _mm512_setzero_ps());
+  }
+  template <int kTile>
+  void load(const float* from, int64_t ld) {
+    for (int i = 0; i < kTileRows; ++i) {
+      _mm512_store_ps(tiles[kTile][i], _mm512_loadu_ps(from + i * ld));
+    }
+  }
+  template <int kTile>
+  void store(float* to, int64_t ld) {
+    for (int i = 0; i < kTileRows; ++i) {
+      _mm512_storeu_ps(to + i * ld, _mm512_load_ps(tiles[kTile][i]));
+    }
+  }
+  template <int kC, int kA, int kB>
+  void dot() {
+    for (int i = 0; i < kTileRows; ++i) {
+      __m512 acc = _mm512_load_ps(tiles[kC][i]);
+      for (int k = 0; k < kTileElements; ++k) {
+        acc = Avx512Bf16::dot(acc, _mm512_set1_ps(tiles[kA][i][k]), _mm512_load_ps(tiles[kB][k]));
+      }
+      _mm512_store_ps(tiles[kC][i], acc);
+    }
+  }
+};
+
+template <class S, class Tiles>
+struct AmxMac : Bf16Mac<S> {
+  static constexpr int kGrain = kTileElements;
+  static constexpr bool kRowMajorOnly = true;
+  static constexpr int64_t kForwardPanel = 96;
+  using Scope = typename Tiles::Scope;
+  PYLORA_INLINE static constexpr int rows_for(int) { return 2 * kTileRows; }
+};
+
+// c[32][kColumns tiles] (+)= a[32][k_count] b[k_count][kColumns tiles].
+template <class Tiles, int kColumns>
+__attribute__((noinline)) void amx_tile(int64_t k_count, const float* a, const float* b, float* c,
+                                        int64_t ld, bool accumulate) {
+  constexpr bool kTwo = kColumns == 2;
+  float* below = c + kTileRows * ld;
+  Tiles t;
+  if (accumulate) {
+    t.template load<0>(c, ld);
+    t.template load<2>(below, ld);
+    if constexpr (kTwo) t.template load<1>(c + kTileRows, ld);
+    if constexpr (kTwo) t.template load<3>(below + kTileRows, ld);
+  } else {
+    t.template zero<0>();
+    t.template zero<2>();
+    if constexpr (kTwo) t.template zero<1>();
+    if constexpr (kTwo) t.template zero<3>();
+  }
+  for (int64_t k = 0; k < k_count; k += kTileElements) {
+    t.template load<4>(a + k, kTileLd);
+    t.template load<6>(b + k * ld, ld);
+    t.template dot<0, 4, 6>();
+    if constexpr (kTwo) t.template load<7>(b + k * ld + kTileRows, ld);
+    if constexpr (kTwo) t.template dot<1, 4, 7>();
+    t.template load<5>(a + kTileRows * kTileLd + k, kTileLd);
+    t.template dot<2, 5, 6>();
+    if constexpr (kTwo) t.template dot<3, 5, 7>();
+  }
+  t.template store<0>(c, ld);
+  t.template store<2>(below, ld);
+  if constexpr (kTwo) t.template store<1>(c + kTileRows, ld);
+  if constexpr (kTwo) t.template store<3>(below + kTileRows, ld);
+}
+
+template <Broadcast kOrder, class S, class Tiles>
+inline void run_tile(AmxMac<S, Tiles>, int v, int64_t k_count, const float* a, int64_t,
+                     const float* b, float* c, bool accumulate) {
+  static_assert(kOrder == Broadcast::kRowMajor && S::kLanes == kTileRows);
+  const int64_t ld = v * S::kLanes;
+  int j = 0;
+  for (; j + 2 <= v; j += 2) {
+    amx_tile<Tiles, 2>(k_count, a, b + j * kTileRows, c + j * kTileRows, ld, accumulate);
+  }
+  if (j < v) amx_tile<Tiles, 1>(k_count, a, b + j * kTileRows, c + j * kTileRows, ld, accumulate);
+}
+
+// Zeros from element `count / 2` of a row to the end of its last tile.
+PYLORA_INLINE void pad_row(int64_t count, float* row) {
+  for (int64_t i = (count + 1) / 2; i % kTileElements != 0; ++i) row[i] = 0.0f;
+}
+
+template <class S, class Tiles>
+void decode_panel(AmxMac<S, Tiles>, const NF4Matrix& w, int64_t row, int64_t rows, int64_t col,
+                  int64_t count, int64_t ahead, float* panel) {
+  for (int64_t i = 0; i < rows; ++i) {
+    decode_row_bf16<S>(w, row + i, col, count, ahead, panel + i * kTileLd);
+    pad_row(count, panel + i * kTileLd);
+  }
+}
+
+// As pairs of rows come, 16 of them at a time, transposed to the row-major panel.
+template <class S, class Tiles>
+void decode_panel_t(AmxMac<S, Tiles>, const NF4Matrix& w, int64_t row, int64_t count, int64_t col,
+                    int64_t cols, float* panel, int64_t ld) {
+  float pairs[kTileElements * AmxMac<S, Tiles>::kForwardPanel];
+  for (int64_t i = 0; i < count; i += 2 * kTileElements) {
+    const int64_t rows = count - i < 2 * kTileElements ? count - i : 2 * kTileElements;
+    const int64_t found = ceil_div(rows, 2);
+    decode_panel_t(Bf16Mac<S>{}, w, row + i, rows, col, cols, pairs, ld);
+    for (int64_t j = 0; j < cols; j += S::kLanes) {
+      typename S::F block[S::kLanes];
+      for (int k = 0; k < S::kLanes; ++k) {
+        block[k] = k < found ? S::load(pairs + k * ld + j) : S::zero();
+      }
+      S::transpose(block);
+      for (int k = 0; k < S::kLanes; ++k) S::store(panel + (j + k) * kTileLd + i / 2, block[k]);
+    }
+  }
+}
+
+}  // namespace pylora
