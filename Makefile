@@ -9,7 +9,7 @@ export PYTHONSAFEPATH := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test check bench kernels lint format clean
+.PHONY: help install demo test asan check bench kernels lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -36,6 +36,14 @@ demo: $(INSTALLED) ## fine-tune a real language model with QLoRA on this machine
 
 test: $(INSTALLED) ## all tests
 	$(VENV)/bin/pytest tests
+
+# The build of its own, in build/asan, comes before the installed one. Leaks are Python's to report,
+# and libstdc++ must be in the process before the sanitizer looks for the exceptions it throws.
+asan: $(INSTALLED) ## the CPU kernels' tests under AddressSanitizer and UBSan
+	CUDA_HOME= PYLORA_SANITIZE=address,undefined $(PY) setup.py --quiet build --build-base build/asan-base --build-lib build/asan
+	env PYTHONPATH=$(CURDIR)/build/asan ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so.6)" \
+		$(VENV)/bin/pytest tests/test_cpu_kernels.py tests/test_extension.py
 
 check: $(INSTALLED) ## every kernel that can run here against the reference
 	cd $(VENV) && bin/python -m pylora check

@@ -4,6 +4,7 @@
     CXX                 the C++ compiler (default: c++, g++ or clang++)
     CUDA_HOME           the CUDA toolkit (default: that of the nvcc on PATH); empty: no GPU kernels
     PYLORA_CUDA_ARCHS   narrows the GPU architectures, such as "80;90a;100+PTX"
+    PYLORA_SANITIZE     builds with -fsanitize=..., such as "address,undefined" (see `make asan`)
 
 What is missing is left out with one line that says so: without nvcc the GPU kernels, without a
 compiler or torch the whole extension (pylora then runs on PyTorch alone). No GPU is asked for.
@@ -46,6 +47,12 @@ CXX_FLAGS = [
     # GCC 12 sees its own AVX-512 intrinsics read a variable that is undefined on purpose.
     "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option",
 ]  # fmt: skip
+
+SANITIZE = os.environ.get("PYLORA_SANITIZE", "")
+if SANITIZE:
+    # Optimized as little as the intrinsics allow: what they inline is still checked, and compiling
+    # takes half as long.
+    CXX_FLAGS += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g1", "-O1"]
 
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
@@ -172,7 +179,8 @@ class BuildExtension(build_ext):
     """
 
     def build_extension(self, ext: Extension) -> None:
-        objects = ROOT / "build" / sys.implementation.cache_tag
+        tag = "-".join([sys.implementation.cache_tag, *SANITIZE.split(",")]).rstrip("-")
+        objects = ROOT / "build" / tag
         objects.mkdir(parents=True, exist_ok=True)
         cuda = Cuda.find()
         if cuda is None:
@@ -245,6 +253,7 @@ class BuildExtension(build_ext):
     def _link_step(self, built: Path, objects: list[Path], cuda: Cuda | None) -> Step:
         torch_lib = torch_folder() / "lib"
         command = [*find_compiler(), "-shared", "-o", str(built), *map(str, objects)]
+        command += [f"-fsanitize={SANITIZE}"] * bool(SANITIZE)
         # Torch is in the process before us, hence no rpath. libtorch.so brings in the CUDA half of
         # a torch that has one; we name no symbol of it, so the linker must be told to keep it.
         command += [
@@ -257,7 +266,8 @@ class BuildExtension(build_ext):
         if cuda is not None:
             command += [str(cuda.static_runtime()), "-ldl", "-lrt", "-lpthread"]
         # The runtime's symbols stay inside: torch may have loaded another version of it.
-        command += ["-Wl,--exclude-libs,ALL", "-Wl,--gc-sections", "-Wl,-s"]
+        command += ["-Wl,--exclude-libs,ALL", "-Wl,--gc-sections"]
+        command += ["-Wl,-s"] * (not SANITIZE)
         return Step(built, objects, command)
 
 
