@@ -209,7 +209,7 @@ def dropout_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
 
 def _call(op_and_arguments: tuple[str, tuple[Any, ...]]) -> Any:
     op, arguments = op_and_arguments
-    return getattr(torch.ops.pylora, op)(*arguments)
+    return getattr(torch.ops.pylora, op).default(*arguments)
 
 
 def _quantize_arguments(

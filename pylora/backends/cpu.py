@@ -44,8 +44,8 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
-def _contiguous(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args)
+def _contiguous(args: tuple[Any, ...]) -> list[Any]:
+    return [arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args]
 
 
 def _nf4_quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:

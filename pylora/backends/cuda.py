@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from pylora.backends import extension
 from pylora.backends.backend import Backend, Op, Reason, nf4_dequantize_why_not
 
 
+@lru_cache(maxsize=1)  # asked at every call of every op
 def _unavailable() -> Reason:
     module, reason = extension.load()
     if module is None:
