@@ -27,6 +27,8 @@ CACHES, MOST_LAYERS = 3, 256
 LEAST_SAMPLES, MOST_SAMPLES = 5, 60
 _SHAPES_REMEMBERED = 3
 _QUICK_CALL = 0.05  # seconds
+# A call that will take longer is not made: no one needs to know how much longer.
+_LONGEST_CALL = 10.0
 
 OK, FAILS, REFUSED, ERROR, ABSENT = "ok", "fails the rule", "refused", "error", "absent"
 
@@ -64,6 +66,7 @@ class Harness:
         self._operands: dict[tuple[Any, ...], Operands] = {}
         self._layers: dict[str, list[Layer]] = {}
         self._layers_of: tuple[Any, ...] | None = None
+        self._took: dict[tuple[Any, ...], tuple[int, float]] = {}  # rows and seconds of the last
 
     def measure_limits(self) -> None:
         """Measures them anew and keeps the best: a disturbed moment must not lower a limit."""
@@ -84,6 +87,10 @@ class Harness:
         for timing in self._timings(cell):
             timed = [e if timing == EAGER else _as_graph(e) for e in entries]
             self._time(timed)
+            for entry in timed:
+                if entry.samples:
+                    took = (cell.rows, min(entry.samples))
+                    self._took[_kind(entry.contender, cell)] = took
             reports.append(self._report(bench, cell, timing, timed))
         return reports
 
@@ -93,13 +100,20 @@ class Harness:
 
     def _entry(self, bench: Bench, contender: Contender, cell: Cell) -> Entry:
         entry = Entry(contender)
-        reason = contender.why_not(cell, self.device)
+        reason = contender.why_not(cell, self.device) or self._too_long(contender, cell)
         if reason is not None:
             entry.status, entry.note = ABSENT, reason
             return entry
         with _recorded(entry):
             entry.layers = self._rotation(bench, contender, cell)
         return entry
+
+    def _too_long(self, contender: Contender, cell: Cell) -> str | None:
+        """Where fewer rows of this shape took so long that these would take over the limit."""
+        rows, seconds = self._took.get(_kind(contender, cell), (0, 0.0))
+        if not 0 < rows < cell.rows or seconds * cell.rows / rows <= _LONGEST_CALL:
+            return None
+        return f"a call took {seconds:.2g} s at M={rows}, so over {_LONGEST_CALL:.0f} s here"
 
     def _rotation(self, bench: Bench, contender: Contender, cell: Cell) -> list[Layer]:
         """As many layers, each over memory of its own, as exceed the cache several times."""
@@ -224,6 +238,10 @@ class Harness:
             if self.device.type == "cuda" and timing == EAGER:
                 result["extra_memory_bytes"] = memory.cuda_extra(entry.calls[0].once)
         return result
+
+
+def _kind(contender: Contender, cell: Cell) -> tuple[Any, ...]:
+    return contender.name, replace(cell, rows=0)
 
 
 def _judge(entry: Entry, verdict: Verdict) -> None:

@@ -181,6 +181,24 @@ def test_what_a_contender_raises_ends_only_its_own_part() -> None:
     assert found["pylora"]["status"] == "ok"
 
 
+def test_a_contender_that_would_take_minutes_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, reference = (
+        next(c for c in bench_of("lora_linear").contenders if c.name == name)
+        for name in ("pylora", "pylora reference")
+    )
+    harness = Harness(torch.device("cpu"), seed=1, seconds=0.0, limits=LIMITS)
+
+    def statuses(rows: int) -> list[str]:
+        cell = Cell("lora_linear", FORWARD, 32, 64, rows, rank=4)
+        (report,) = harness.run(bench_of("lora_linear"), (ours, reference), cell)
+        return [result["status"] for result in report["results"]]
+
+    assert statuses(1) == ["ok"] * 3
+    monkeypatch.setattr("benchmarks.harness._LONGEST_CALL", 0.0)
+    assert statuses(1) == ["ok"] * 3, "as many rows as were measured"
+    assert statuses(2) == ["absent"] * 3
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
