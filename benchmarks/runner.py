@@ -16,7 +16,7 @@ from benchmarks import goals, machine, results
 from benchmarks.contender import Bench
 from benchmarks.harness import Harness, add_cpu_memory
 from benchmarks.registry import BENCHES, bench_of, check_against, selected
-from benchmarks.shapes import FORWARD, SUITES, Cell, Suite
+from benchmarks.shapes import QUICK_SHAPES, SUITES, TRAINING, Cell, Suite
 from benchmarks.statistics import BUSY
 from benchmarks.tables import OURS, cell_table, summary_table
 
@@ -100,10 +100,11 @@ def _cells(bench: Bench, suite: Suite) -> list[Cell]:
 
 
 def _has_memory(cell: Cell, suite: Suite) -> bool:
-    """Where peak memory is measured; in a quick suite for training steps and ops without rows."""
-    if suite.few_contenders and cell.mode == FORWARD and cell.rows:
-        return False
-    return cell.rows in (0, *suite.memory_rows)
+    if not cell.rows:
+        return True
+    quick_shape = (cell.out_features, cell.in_features) in QUICK_SHAPES
+    given = len(suite.shapes) == 1
+    return cell.mode == TRAINING and cell.rows in suite.memory_rows and (quick_shape or given)
 
 
 def _announce(facts: dict[str, Any], harness: Harness) -> None:
