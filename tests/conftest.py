@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import linear
 
-from pylora import dispatch
+import pylora
+from pylora import dispatch, reference
+from pylora.functional import Projection
 from pylora.selfcheck import cpu_isa, variants
 
 VARIANTS = [("reference", "pure PyTorch", None), *variants()]
@@ -35,3 +39,58 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def device(backend: str) -> str:
     """Where the tensors of a test on `backend` must be."""
     return "cuda" if backend in ("cuda", "triton") else "cpu"
+
+
+@pytest.fixture
+def make_projection() -> Callable[..., Projection]:
+    """A Projection of random trainable tensors over an "nf4", "nested" or "dense" weight."""
+
+    def make(
+        out_features: int,
+        in_features: int,
+        rank: int | None,
+        kind: str = "nf4",
+        dtype: torch.dtype = torch.float32,
+        lora_dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        blocksize: int = 64,
+        has_bias: bool = False,
+        scaling: float = 0.5,
+    ) -> Projection:
+        def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+            return (torch.randn(*shape, device=device) * scale).to(dtype).requires_grad_()
+
+        scale, low_rank = in_features**-0.5, lora_dtype or dtype
+        weight: Tensor | pylora.NF4Weight
+        if kind == "dense":
+            weight = normal(out_features, in_features, dtype=dtype, scale=scale)
+        else:
+            values = torch.randn(out_features, in_features, device=device) * scale
+            weight = pylora.quantize_nf4(values, blocksize, double_quant=kind == "nested")
+        bias = normal(out_features, dtype=dtype) if has_bias else None
+        if rank is None:
+            return Projection(weight, bias=bias)
+        lora_A = normal(rank, in_features, dtype=low_rank, scale=scale)
+        lora_B = normal(out_features, rank, dtype=low_rank)
+        return Projection(weight, lora_A, lora_B, scaling, bias)
+
+    return make
+
+
+@pytest.fixture
+def plain_projection() -> Callable[..., Tensor]:
+    """What PEFT computes over a dequantized base; `mask` is 0 or 1 / (1 - p) for each element."""
+
+    def plain(x: Tensor, projection: Projection, mask: Tensor | None = None) -> Tensor:
+        weight, lora_A, lora_B, scaling, bias = projection
+        if isinstance(weight, pylora.NF4Weight):
+            weight = reference.nf4_dequantize(*weight.op_arguments(), weight.shape, x.dtype)
+        y = linear(x, weight, bias)
+        if lora_A is None or lora_B is None:
+            return y
+        dropped = x.to(lora_A.dtype)
+        if mask is not None:
+            dropped = dropped * mask.to(lora_A.dtype)
+        return (y + linear(linear(dropped, lora_A), lora_B) * scaling).to(x.dtype)
+
+    return plain

@@ -16,6 +16,9 @@ NF4_SCHEMA = (
     "int blocksize, int nested_blocksize"
 )
 
+# The same where the weight may also be dense: absmax is None then.
+WEIGHT_SCHEMA = NF4_SCHEMA.replace("Tensor qweight, Tensor absmax", "Tensor weight, Tensor? absmax")
+
 _LIBRARY = torch.library.Library("pylora", "DEF")
 
 
