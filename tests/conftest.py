@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import pylora
 from pylora import dispatch, reference
 from pylora.functional import Projection
 from pylora.selfcheck import cpu_isa, variants
+from pylora.testing import assert_as_accurate_as_torch
 
 VARIANTS = [("reference", "pure PyTorch", None), *variants()]
 
@@ -94,3 +96,40 @@ def plain_projection() -> Callable[..., Tensor]:
         return (y + linear(linear(dropped, lora_A), lora_B) * scaling).to(x.dtype)
 
     return plain
+
+
+@pytest.fixture
+def tensors_of() -> Callable[..., list[Tensor]]:
+    """The dense tensors of projections, in order."""
+    return lambda *projections: [
+        part for projection in projections for part in projection if isinstance(part, Tensor)
+    ]
+
+
+@pytest.fixture
+def check_projections(tensors_of: Callable[..., list[Tensor]]) -> Callable[..., None]:
+    """Outputs and every gradient of a function of x and projections, under the numerics rule
+    against autograd through `plain_torch`."""
+
+    def as_leaves(projection: Projection) -> Projection:
+        parts = (p.detach().requires_grad_() if isinstance(p, Tensor) else p for p in projection)
+        return Projection(*parts)
+
+    def check(
+        function: Callable[..., Any],
+        plain_torch: Callable[..., Any],
+        x: Tensor,
+        *projections: Projection,
+    ) -> None:
+        def gradients(grads: Any, x: Tensor, *projections: Projection) -> Any:
+            x, leaves = x.detach().requires_grad_(), [as_leaves(p) for p in projections]
+            return torch.autograd.grad(plain_torch(x, *leaves), [x, *tensors_of(*leaves)], grads)
+
+        outputs = function(x, *projections)
+        assert_as_accurate_as_torch(outputs, plain_torch, x, *projections)
+        several = isinstance(outputs, tuple)
+        grads = tuple(map(torch.randn_like, outputs)) if several else torch.randn_like(outputs)
+        actual = torch.autograd.grad(outputs, [x, *tensors_of(*projections)], grads)
+        assert_as_accurate_as_torch(actual, gradients, grads, x, *projections)
+
+    return check
