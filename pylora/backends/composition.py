@@ -19,7 +19,7 @@ from pylora.reference.projections import LinearOps, Projections
 
 def composed(ops: Mapping[str, Op]) -> dict[str, Op]:
     """The composed ops over `ops`, which has those of `LinearOps`."""
-    linear_ops = LinearOps(*(_or_reference(name, ops[name]) for name in LinearOps._fields))
+    linear_ops = LinearOps(*(ops[name].run for name in LinearOps._fields))
 
     def op(name: str, why_not: Callable[..., Reason]) -> Op:
         run = partial(getattr(reference, name), ops=linear_ops)
@@ -43,13 +43,6 @@ def composed(ops: Mapping[str, Op]) -> dict[str, Op]:
             "multi_lora_linear_backward", lambda grad, x, h, *args: base_why_not(x, *args)
         ),
     }
-
-
-def _or_reference(name: str, op: Op) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
-        return (op.run if op.why_not(*args) is None else getattr(reference, name))(*args)
-
-    return run
 
 
 def _projections_why_not(ops: Mapping[str, Op], x: Tensor, projections: Projections) -> Reason:

@@ -63,7 +63,8 @@ class Projections(NamedTuple):
 
 
 class LinearOps(NamedTuple):
-    """The single-layer ops that the others are composed of; a backend may put in its own."""
+    """The single-layer ops over NF4 weights that the others are composed of; a backend may put in
+    its own. Dense weights are torch's own business."""
 
     nf4_linear: Callable[..., Tensor]
     nf4_linear_backward: Callable[..., Tensor]
@@ -114,7 +115,8 @@ def project(
         return base_linear(ops, x, one.base, one.out_features, one.bias), x.new_empty(0)
     low_rank = (one.lora_A, one.lora_B, one.bias, None, None, one.scaling)
     last = (dropout_p, projection_seed(seed, index), "identity")
-    return ops.lora_linear(x, *one.base, one.out_features, *low_rank, *last)
+    run = REFERENCE_OPS if one.base[1] is None else ops
+    return run.lora_linear(x, *one.base, one.out_features, *low_rank, *last)
 
 
 def wanted_of(output_mask: list[bool], index: int, wants_x: bool) -> list[bool]:
@@ -145,7 +147,8 @@ def project_backward(
     if one.has_lora and any(wanted):
         low_rank = (one.lora_A, one.lora_B, one.scaling)
         last = (dropout_p, projection_seed(seed, index), "identity", [*wanted, False, False])
-        results = list(ops.lora_linear_backward(grad, x, h, *one.base, *low_rank, *last)[:5])
+        run = REFERENCE_OPS if one.base[1] is None else ops
+        results = list(run.lora_linear_backward(grad, x, h, *one.base, *low_rank, *last)[:5])
     else:
         results = [x.new_empty(0) for _ in wanted]
         rows = grad.reshape(-1, grad.shape[-1])
