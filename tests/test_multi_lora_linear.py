@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor
 import pylora
 import pylora.functional as F
 from pylora import reference
-from pylora.reference.adapter_tiles import adapter_tiles
+from pylora.reference.adapter_groups import Tiles, tiles
 from pylora.testing import assert_as_accurate_as_torch
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -130,6 +132,37 @@ def test_segments(backend: str, device: str, how: str) -> None:
         assert bool(dlora_A[index].any()) == bool(dlora_B[index].any()) == used
 
 
+@pytest.fixture
+def on_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The reference as it runs on a GPU, here on the CPU."""
+    module = sys.modules["pylora.reference.multi_lora_linear"]
+
+    def groups(ids: Tensor, adapters: int, rank: int) -> list[Tiles]:
+        return [tiles(ids, adapters, max(64, rank))]
+
+    monkeypatch.setattr(module, "groups", groups)
+    with pylora.use_backend("reference"):
+        yield
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", list(CASES))
+def test_tiles_forward_and_backward(on_tiles: None, case: str, dtype: torch.dtype) -> None:
+    check(make(*CASES[case], dtype=dtype))
+
+
+@pytest.mark.parametrize("how", SEGMENTS)
+def test_tiles_of_segments(on_tiles: None, how: str) -> None:
+    test_segments("reference", "cpu", how)
+
+
+def test_tiles_keep_adapters_apart(on_tiles: None) -> None:
+    test_adapters_do_not_touch_each_other("reference", "cpu")
+    test_deterministic("reference", "cpu")
+    for shape in ((0, 96), (2, 0, 96)):
+        test_empty_batch("reference", "cpu", shape)
+
+
 def test_against_lora_linear(backend: str, device: str) -> None:
     """Each adapter's rows through lora_linear, the others through nf4_linear."""
     t = make(60, 48, 96, 3, 33, dtype=BF16, device=device)
@@ -151,15 +184,15 @@ def test_against_a_mixed_batch_of_peft(backend: str, device: str) -> None:
     """`adapter_names`, which PEFT has for inference alone: one adapter a sample, ranks equal."""
     peft = pytest.importorskip("peft")
     options = {"r": 40, "target_modules": ["0"], "init_lora_weights": False}
-    alphas = {"a": 20, "b": 80, "c": 40}
+    alphas = {"en": 20, "de": 80, "fr": 40}
     configs = {name: peft.LoraConfig(lora_alpha=a, **options) for name, a in alphas.items()}
     plain = torch.nn.Sequential(torch.nn.Linear(96, 48)).to(device)
-    model = peft.get_peft_model(plain, configs["a"], adapter_name="a")
-    for name in "bc":
+    model = peft.get_peft_model(plain, configs["en"], adapter_name="en")
+    for name in ("de", "fr"):
         model.add_adapter(name, configs[name])
     layer = model.base_model.model[0].eval()
     x = torch.randn(6, 5, 96, device=device)
-    names = ["b", "__base__", "a", "a", "c", "b"]
+    names = ["de", "__base__", "en", "en", "fr", "de"]
     ids = torch.tensor([1, -1, 0, 0, 2, 1], device=device)
 
     def through_peft(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
@@ -168,7 +201,8 @@ def test_against_a_mixed_batch_of_peft(backend: str, device: str) -> None:
 
     parameters = dict(layer.named_parameters())
     A, B = (
-        torch.stack([parameters[f"lora_{which}.{name}.weight"] for name in "abc"]) for which in "AB"
+        torch.stack([parameters[f"lora_{which}.{name}.weight"] for name in alphas])
+        for which in "AB"
     )
     scalings = torch.tensor([0.5, 2.0, 1.0], device=device)
     base = (parameters["base_layer.weight"], A, B, ids, scalings, parameters["base_layer.bias"])
@@ -247,16 +281,16 @@ def test_tiles(tile_rows: int) -> None:
     """Each row with a valid id lies once in a tile of its adapter; the bound on tiles holds."""
     for rows, adapters in ((0, 3), (1, 1), (50, 7), (50, 60), (129, 2)):
         ids = torch.randint(-2, adapters + 2, (rows,))
-        tiles = adapter_tiles(ids, adapters, tile_rows)
+        found = tiles(ids, adapters, tile_rows)
         valid = (ids >= 0) & (ids < adapters)
-        assert torch.equal(tiles.covered, valid)
-        used = tiles.row[tiles.row < rows]
+        assert torch.equal(found.covered, valid)
+        used = found.row[found.row < rows]
         assert sorted(used.tolist()) == valid.nonzero()[:, 0].tolist()
-        owner = tiles.adapter.repeat_interleave(tile_rows)
-        flat = tiles.row.view(-1)
+        owner = found.adapter.repeat_interleave(tile_rows)
+        flat = found.row.view(-1)
         assert torch.equal(ids[flat[flat < rows]], owner[flat < rows])
-        assert torch.equal(flat[tiles.place[valid]], valid.nonzero()[:, 0])
-        assert len(tiles.adapter) <= rows // tile_rows + adapters
+        assert torch.equal(flat[found.place[valid]], valid.nonzero()[:, 0])
+        assert len(found.adapter) <= rows // tile_rows + adapters
 
 
 def test_reference_never_waits_for_a_gpu() -> None:

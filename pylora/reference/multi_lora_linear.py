@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pylora.reference.adapter_tiles import adapter_tiles, tile_rows_of
+from pylora.reference.adapter_groups import groups
 from pylora.reference.projections import (
     REFERENCE_OPS,
     LinearOps,
@@ -57,13 +57,14 @@ def multi_lora_linear(
     adapters, rank, in_features = lora_A.shape
     check_adapter_ids(adapter_ids, adapters)
     q = (weight, absmax, nested_absmax, nested_code, offset, blocksize, nested_blocksize)
-    base = base_linear(ops, x, q, out_features, bias).view(-1, out_features)
-    tiles = adapter_tiles(adapter_ids, adapters, tile_rows_of(rank))
-    x_tiles = tiles.gathered(x.reshape(-1, in_features)).to(lora_A.dtype)
-    h = x_tiles @ lora_A[tiles.adapter].mT
-    delta = (h @ lora_B[tiles.adapter].mT) * scalings[tiles.adapter].view(-1, 1, 1)
-    y = (base + tiles.scattered(delta)).to(x.dtype)
-    h = tiles.scattered(h).to(torch.promote_types(h.dtype, torch.float32))
+    y = base_linear(ops, x, q, out_features, bias).view(-1, out_features)
+    flat_x = x.reshape(-1, in_features)
+    hidden_dtype = torch.promote_types(lora_A.dtype, torch.float32)
+    h = x.new_zeros(y.shape[0], rank, dtype=hidden_dtype)
+    for group in groups(adapter_ids, adapters, rank):
+        projected = group.gathered(flat_x).to(lora_A.dtype) @ lora_A[group.adapter].mT
+        group.add_to(h, projected)
+        group.add_to(y, group.scaled(projected @ lora_B[group.adapter].mT, scalings))
     return y.view(*x.shape[:-1], out_features), h.view(*x.shape[:-1], rank)
 
 
@@ -93,27 +94,29 @@ def multi_lora_linear_backward(
     """
     want_x, want_weight, want_A, want_B, want_bias = output_mask
     adapters, rank, in_features = lora_A.shape
-    results = [x.new_empty(0) for _ in output_mask]
-    flat_grad, flat_x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, in_features)
-    tiles = adapter_tiles(adapter_ids, adapters, tile_rows_of(rank))
-    scaled = tiles.gathered(flat_grad).to(lora_A.dtype) * scalings[tiles.adapter].view(-1, 1, 1)
-    dh = scaled.to(lora_A.dtype) @ lora_B[tiles.adapter]
-    # Sums over rows are finished outside the matmul: they are kept in fp32 until the last one.
-    summed = torch.promote_types(lora_A.dtype, torch.float32)
+    dx, dweight, dlora_A, dlora_B, dbias = (x.new_empty(0) for _ in output_mask)
+    flat_grad, flat_x, flat_h = (t.reshape(-1, t.shape[-1]) for t in (grad, x, h))
     if want_x:
         q = (weight, absmax, nested_absmax, nested_code, offset, blocksize, nested_blocksize)
-        base = base_linear_backward(ops, flat_grad, q, in_features)
-        low_rank = tiles.scattered(dh @ lora_A[tiles.adapter])
-        results[0] = (base + low_rank).to(x.dtype).view(x.shape)
-    if want_weight:
-        results[1] = flat_grad.t() @ flat_x
+        dx = base_linear_backward(ops, flat_grad, q, in_features)
+    # Zeros for the adapters that no row has.
     if want_A:
-        by_tile = dh.to(summed).mT @ tiles.gathered(flat_x).to(summed)
-        results[2] = tiles.sum_by_adapter(by_tile).to(lora_A.dtype)
+        dlora_A = lora_A.new_zeros(lora_A.shape)
     if want_B:
-        by_tile = scaled.to(summed).mT @ tiles.gathered(h.reshape(-1, rank)).to(summed)
-        results[3] = tiles.sum_by_adapter(by_tile).to(lora_B.dtype)
+        dlora_B = lora_B.new_zeros(lora_B.shape)
+    for group in groups(adapter_ids, adapters, rank) if want_x or want_A or want_B else ():
+        gathered = group.gathered(flat_grad).to(lora_A.dtype)
+        scaled = group.scaled(gathered, scalings).to(lora_A.dtype)
+        dh = scaled @ lora_B[group.adapter]
+        summed = group.summed_dtype(lora_A.dtype)
+        if want_x:
+            group.add_to(dx, dh @ lora_A[group.adapter])
+        if want_A:
+            group.put_sum(dlora_A, dh.to(summed).mT @ group.gathered(flat_x).to(summed))
+        if want_B:
+            group.put_sum(dlora_B, scaled.to(summed).mT @ group.gathered(flat_h).to(summed))
+    if want_weight:
+        dweight = flat_grad.t() @ flat_x
     if want_bias:
-        results[4] = flat_grad.sum(0)
-    dx, dweight, dlora_A, dlora_B, dbias = results
-    return dx, dweight, dlora_A, dlora_B, dbias
+        dbias = flat_grad.sum(0)
+    return dx.view(x.shape) if want_x else dx, dweight, dlora_A, dlora_B, dbias
