@@ -133,3 +133,44 @@ def check_projections(tensors_of: Callable[..., list[Tensor]]) -> Callable[..., 
         assert_as_accurate_as_torch(actual, gradients, grads, x, *projections)
 
     return check
+
+
+@pytest.fixture
+def check_against_peft() -> Callable[..., None]:
+    """A function of x and projections against a bf16 module in which PEFT puts fp32 LoRA on the
+    linear layers `targets`: outputs and the gradients of x and of every LoRA factor."""
+
+    def check(
+        module: torch.nn.Module, targets: list[str], function: Callable[..., Any], x: Tensor
+    ) -> None:
+        peft = pytest.importorskip("peft")
+        lora = peft.LoraConfig(r=40, lora_alpha=80, target_modules=targets, init_lora_weights=False)
+        peft.inject_adapter_in_model(lora, module)
+        values = {name: parameter.detach() for name, parameter in module.named_parameters()}
+        values |= {name: value.float() for name, value in values.items() if "lora" in name}
+        trained = [name for name in values if "lora" in name]
+
+        def with_gradients(forward: Any, x: Tensor, values: Any, grads: tuple[Tensor, ...]) -> Any:
+            leaves = {n: v.detach().requires_grad_(n in trained) for n, v in values.items()}
+            x = x.detach().requires_grad_()
+            y = forward(x, leaves)
+            outputs = y if isinstance(y, tuple) else (y,)
+            wanted = [x, *(leaves[name] for name in trained)]
+            return outputs, torch.autograd.grad(outputs, wanted, grads)
+
+        def through_peft(x: Tensor, values: dict[str, Tensor]) -> Any:
+            return torch.func.functional_call(module, values, (x,))
+
+        def ours(x: Tensor, values: dict[str, Tensor]) -> Any:
+            def projection(name: str) -> Projection:
+                factors = (values[f"{name}.lora_{which}.default.weight"] for which in "AB")
+                return Projection(values[f"{name}.base_layer.weight"], *factors, 2.0)
+
+            return function(x, *map(projection, targets))
+
+        y = through_peft(x, values)
+        args = (x, values, tuple(map(torch.randn_like, y if isinstance(y, tuple) else (y,))))
+        actual = with_gradients(ours, *args)
+        assert_as_accurate_as_torch(actual, with_gradients, through_peft, *args)
+
+    return check

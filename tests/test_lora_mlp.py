@@ -14,7 +14,6 @@ import pylora.functional as F
 from pylora.functional import Projection
 from pylora.reference.activation import GATED_ACTIVATIONS
 from pylora.reference.dropout import dropout_mask
-from pylora.testing import assert_as_accurate_as_torch
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -116,44 +115,13 @@ def test_equals_lora_linear_of_each(backend: str, small: Any, tensors_of: Tensor
     assert all(map(torch.equal, found, torch.autograd.grad(expected.sum(), leaves)))
 
 
-def test_against_peft(backend: str, device: str, make_projection: Make) -> None:
+def test_against_peft(backend: str, device: str, check_against_peft: Check) -> None:
     """transformers' LlamaMLP with PEFT's LoRA on its three projections, in bf16 with fp32 LoRA."""
-    peft = pytest.importorskip("peft")
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     config = llama.LlamaConfig(hidden_size=96, intermediate_size=128)
     targets = ["gate_proj", "up_proj", "down_proj"]
-    lora = peft.LoraConfig(
-        r=40, lora_alpha=80, target_modules=targets, init_lora_weights=False, lora_dropout=0.0
-    )
-    module = peft.inject_adapter_in_model(lora, llama.LlamaMLP(config).to(BF16)).to(device)
     x = torch.randn(2, 9, 96, device=device).to(BF16)
-    parameters = {
-        name: p.detach().to(FP32 if "lora" in name else BF16)
-        for name, p in module.named_parameters()
-    }
-    trained = sorted(name for name in parameters if "lora" in name)
-    grad = torch.randn_like(x)
-
-    def with_gradients(
-        function: Callable[..., Tensor], x: Tensor, grad: Tensor, values: Any
-    ) -> Any:
-        x = x.detach().requires_grad_()
-        values = {n: v.detach().requires_grad_(n in trained) for n, v in values.items()}
-        y = function(x, values)
-        return y, *torch.autograd.grad(y, [x, *(values[name] for name in trained)], grad)
-
-    def through_peft(x: Tensor, values: dict[str, Tensor]) -> Tensor:
-        return torch.func.functional_call(module, values, (x,))
-
-    def ours(x: Tensor, values: dict[str, Tensor]) -> Tensor:
-        def projection(name: str) -> Projection:
-            factors = (values[f"{name}.lora_{which}.default.weight"] for which in "AB")
-            return Projection(values[f"{name}.base_layer.weight"], *factors, 2.0)
-
-        return F.lora_mlp(x, *map(projection, targets))
-
-    args = (x, grad, parameters)
-    assert_as_accurate_as_torch(with_gradients(ours, *args), with_gradients, through_peft, *args)
+    check_against_peft(llama.LlamaMLP(config).to(device, BF16), targets, F.lora_mlp, x)
 
 
 @pytest.mark.parametrize("shape", [(0, 96), (2, 0, 96)])

@@ -112,6 +112,26 @@ def test_equals_lora_linear_of_each(backend: str, grouped: Any) -> None:
     assert not torch.equal(first, second) and not torch.equal(second, third)
 
 
+def test_against_peft(backend: str, device: str, check_against_peft: Callable[..., None]) -> None:
+    """The projections of transformers' grouped-query LlamaAttention with PEFT's LoRA."""
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    config = llama.LlamaConfig(hidden_size=96, num_attention_heads=3, num_key_value_heads=1)
+    attention = llama.LlamaAttention(config, layer_idx=0)
+    targets = ["q_proj", "k_proj", "v_proj"]
+
+    class Projections(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = attention
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return tuple(getattr(attention, name)(x) for name in targets)
+
+    x = torch.randn(2, 9, 96, device=device).to(BF16)
+    module = Projections().to(device, BF16)
+    check_against_peft(module, [f"attention.{name}" for name in targets], F.lora_qkv, x)
+
+
 def test_seed(backend: str, grouped: Any) -> None:
     x, qkv = grouped
     assert torch.equal(F.lora_qkv(x, *qkv, 0.5, 3)[0], F.lora_qkv(x, *qkv, 0.5, torch.tensor(3))[0])
