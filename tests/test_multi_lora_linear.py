@@ -156,6 +156,11 @@ def test_tiles_of_segments(on_tiles: None, how: str) -> None:
     test_segments("reference", "cpu", how)
 
 
+def test_tiles_add_up_in_fp32(on_tiles: None) -> None:
+    """Of 63 tiles of one adapter, rounding each partial sum to bf16 would be seen."""
+    check(make(4000, 24, 32, 1, 16, dtype=BF16))
+
+
 def test_tiles_keep_adapters_apart(on_tiles: None) -> None:
     test_adapters_do_not_touch_each_other("reference", "cpu")
     test_deterministic("reference", "cpu")
