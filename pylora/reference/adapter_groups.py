@@ -76,6 +76,8 @@ class Tiles:
         return taken.masked_fill_((self.row == count).unsqueeze(-1), 0)
 
     def scaled(self, values: Tensor, scalings: Tensor) -> Tensor:
+        # As with a Python number, but for one rounding less, whatever dtype they are given in.
+        scalings = scalings.to(torch.promote_types(values.dtype, torch.float32))
         return values * scalings[self.adapter].view(-1, 1, 1)
 
     def add_to(self, total: Tensor, values: Tensor) -> None:

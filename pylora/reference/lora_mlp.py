@@ -79,6 +79,7 @@ def lora_mlp_backward(
     dup = down[0] * activated
     del activated
     dgate = act.backward(down[0].mul_(up), gate)
+    down[0] = dgate  # lets go of dhidden, as large
     found = [backward(GATE, dgate, x, wanted[GATE]), backward(UP, dup, x, wanted[UP]), down]
     dx = found[GATE][0].add_(found[UP][0]) if wants_x else x.new_empty(0)
     return collected(dx, found)

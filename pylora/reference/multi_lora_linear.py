@@ -57,8 +57,8 @@ def multi_lora_linear(
     adapters, rank, in_features = lora_A.shape
     check_adapter_ids(adapter_ids, adapters)
     q = (weight, absmax, nested_absmax, nested_code, offset, blocksize, nested_blocksize)
-    y = base_linear(ops, x, q, out_features, bias).view(-1, out_features)
     flat_x = x.reshape(-1, in_features)
+    y = base_linear(ops, flat_x, q, out_features, bias)
     hidden_dtype = torch.promote_types(lora_A.dtype, torch.float32)
     h = x.new_zeros(y.shape[0], rank, dtype=hidden_dtype)
     for group in groups(adapter_ids, adapters, rank):
