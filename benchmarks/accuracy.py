@@ -70,7 +70,7 @@ class Oracles:
 
     def __init__(self, bench: Bench, operands: Operands, mode: str) -> None:
         self._bench, self._operands = bench, operands
-        self._skip = 1 if mode == BACKWARD else 0
+        self._skip = bench.outputs if mode == BACKWARD else 0
         self._known: dict[tuple[bool, str | None], Oracle] = {}
 
     def check(

@@ -43,10 +43,10 @@ def bind(
         return Call(lambda _: layer.forward(x), around=around), x, None
 
     x.requires_grad_()
-    wanted = [x, *layer.parameters]
+    wanted, grads = [x, *layer.parameters], layer.grads(grad)
     if cell.mode == BACKWARD:
         call = Call(
-            lambda y: torch.autograd.grad(y, wanted, grad),
+            lambda y: torch.autograd.grad(y, wanted, grads),
             prepare=lambda: layer.forward(x),
             around=around,
         )
@@ -54,21 +54,24 @@ def bind(
 
     def training(_: Any) -> tuple[Tensor, ...]:
         y = layer.forward(x)
-        return (y.detach(), *torch.autograd.grad(y, wanted, grad))
+        outputs = y if isinstance(y, tuple) else (y,)
+        return (*(t.detach() for t in outputs), *torch.autograd.grad(y, wanted, grads))
 
     return Call(training, around=around), x, grad
 
 
 def draw(cell: Cell, operands: Operands) -> tuple[Tensor | None, Tensor | None]:
-    """Fresh random x [rows, in_features] and grad [rows, out_features] where the mode has them."""
+    """Fresh random x [rows, in_features] and grad [rows, result_features], where the mode has
+    them."""
     if not cell.rows:
         return None, None
     x = operands.normal(cell.rows, cell.in_features)
-    grad = None if cell.mode == FORWARD else operands.normal(cell.rows, cell.out_features)
+    grad = None if cell.mode == FORWARD else operands.normal(cell.rows, cell.result_features)
     return x, grad
 
 
 def comparable(cell: Cell, layer: Layer, raw: Any) -> Any:
     """The result in the form of the oracles: a tuple of outputs for an op that takes x."""
     result = layer.result(raw)
-    return (result,) if cell.rows and cell.mode == FORWARD else result
+    is_single = cell.rows and cell.mode == FORWARD and isinstance(result, Tensor)
+    return (result,) if is_single else result

@@ -26,6 +26,7 @@ class Layer:
     result       makes a raw result comparable, outside the timed region
     weight       the dense weight this layer stands for, where its format is not our NF4
     backend      the pylora backend to force
+    grads        the gradient as drawn -> what the results of forward are differentiated with
     """
 
     forward: Callable[[Tensor | None], Any]
@@ -34,6 +35,7 @@ class Layer:
     result: Callable[[Any], Any] = lambda raw: raw
     weight: Tensor | None = None
     backend: str | None = None
+    grads: Callable[[Tensor], Any] = lambda grad: grad
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,10 @@ class Bench:
     has_rows      the op takes x
     rank          of the LoRA on our side; 0 where there is none
     quick_modes   what the quick suite measures of it
+    layers        the linear layers in a cell, each a cell of its own
+    outputs       results of the forward
+    shapes        to measure instead of the suite's; () for the suite's own
+    in_quick      part of the quick suite; otherwise of the full one, and whenever it is asked for
     """
 
     op: str
@@ -143,3 +149,11 @@ class Bench:
     has_backward: bool = True
     rank: int = 0
     quick_modes: tuple[str, ...] = MODES
+    layers: Callable[[Cell], tuple[Cell, ...]] = lambda cell: (cell,)
+    outputs: int = 1
+    shapes: tuple[tuple[int, int], ...] = ()
+    in_quick: bool = True
+
+    def weight_bytes(self, cell: Cell, contender: Contender) -> float:
+        """Bytes of all base weights of a cell as this contender holds them."""
+        return sum(weight_bytes(layer, contender) for layer in self.layers(cell))

@@ -11,6 +11,9 @@ from __future__ import annotations
 import copy
 import logging
 import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,6 +107,49 @@ def _peft(training: bool) -> Any:
         return Layer(layer, lambda x: name + _path(layer.base_layer), parameters)
 
     return build
+
+
+def mixed_batch(
+    adapters: int, adapter_ids: Callable[[Operands, int], Tensor]
+) -> tuple[Contender, ...]:
+    """PEFT's `adapter_names`: one adapter a row, for inference alone, over both ways of
+    bitsandbytes.
+
+    adapter_ids    (operands, rows) -> the adapter of each row, -1 for none
+    """
+
+    def build(operands: Operands, packed: bool) -> Layer:
+        from peft import LoraConfig, get_peft_model
+
+        rank = operands.cell.rank
+        options = {"r": rank, "lora_alpha": rank * operands.scaling, "target_modules": ["proj"]}
+        names = [str(index) for index in range(adapters)]
+        config = LoraConfig(**options)
+        model = _OneLinear(_linear4bit(operands, training=not packed))
+        model = get_peft_model(model, config, adapter_name=names[0], autocast_adapter_dtype=False)
+        for name in names[1:]:
+            model.add_adapter(name, config, autocast_adapter_dtype=False)
+        layer = model.base_model.model.proj.eval()
+        layer.base_layer.train(not packed)
+        stacks = (t.detach() for t in operands.lora_stacks(adapters))
+        for name, A, B in zip(names, *stacks, strict=True):
+            layer.lora_A[name].weight = torch.nn.Parameter(A)
+            layer.lora_B[name].weight = torch.nn.Parameter(B)
+
+        def forward(x: Tensor) -> Tensor:
+            ids = adapter_ids(operands, x.shape[0]).tolist()
+            return layer(x, adapter_names=[names[i] if i >= 0 else "__base__" for i in ids])
+
+        return Layer(forward, lambda x: "adapter_names over " + _path(layer.base_layer))
+
+    return tuple(
+        replace(
+            contender,
+            build=partial(build, packed=contender.unavailable is _eval_why_not),
+            modes=(FORWARD,),
+        )
+        for contender in LORA[:2]
+    )
 
 
 def _eval_why_not(cell: Cell, device: torch.device) -> str | None:

@@ -14,7 +14,7 @@ import torch
 from benchmarks import memory, roofline
 from benchmarks.accuracy import Oracles, Verdict
 from benchmarks.calls import bind, comparable, draw
-from benchmarks.contender import Bench, Contender, Layer, weight_bytes
+from benchmarks.contender import Bench, Contender, Layer
 from benchmarks.machine import last_level_cache
 from benchmarks.operands import Operands
 from benchmarks.shapes import BACKWARD, Cell
@@ -122,7 +122,7 @@ class Harness:
             self._layers, self._layers_of = {}, shape
         if contender.name not in self._layers:
             operands = self.operands(cell)
-            needed = CACHES * last_level_cache(self.device) / weight_bytes(cell, contender)
+            needed = CACHES * last_level_cache(self.device) / bench.weight_bytes(cell, contender)
             # Zero seconds is a dry run: it checks everything, and its times mean nothing.
             count = max(2, min(MOST_LAYERS, math.ceil(needed))) if self.seconds else 2
             self._layers[contender.name] = [contender.build(operands) for _ in range(count)]
@@ -219,7 +219,7 @@ class Harness:
             "status": entry.status,
             "note": entry.note,
             "samples": len(entry.samples),
-            "rotation_bytes": int(len(entry.layers) * weight_bytes(cell, contender)),
+            "rotation_bytes": int(len(entry.layers) * bench.weight_bytes(cell, contender)),
             "extra_memory_bytes": None,
         }
         names = ("median_s", "p20_s", "p80_s", "bytes_per_s", "flop_per_s", "of_roofline")

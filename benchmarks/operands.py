@@ -31,6 +31,11 @@ class Operands:
         self._real = real
         self.scaling = SCALING
 
+    def another(self, cell: Cell) -> Operands:
+        """Operands of another shape, of random data of their own."""
+        seed = int(torch.randint(2**31, (), generator=self._generator, device=self.device))
+        return Operands(cell, self.device, seed, self._real)
+
     @property
     def dtype(self) -> torch.dtype:
         return getattr(torch, self.cell.dtype)
@@ -69,10 +74,21 @@ class Operands:
 
         B is not zero as at the start of a training: its part of the result must count.
         """
+        return self._factors("lora", (), dtype)
+
+    def lora_stacks(self, adapters: int) -> tuple[Tensor, Tensor]:
+        """The same of many adapters: lora_A [adapters, r, in_features] and lora_B."""
+        return self._factors(f"lora of {adapters}", (adapters,), None)
+
+    def _factors(
+        self, key: str, stack: tuple[int, ...], dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
         n, k, r = self.cell.out_features, self.cell.in_features, self.cell.rank
-        pair = self.remembered(
-            "lora", lambda: (self.normal(r, k, scale=k**-0.5), self.normal(n, r, scale=0.3))
-        )
+
+        def draw() -> tuple[Tensor, Tensor]:
+            return self.normal(*stack, r, k, scale=k**-0.5), self.normal(*stack, n, r, scale=0.3)
+
+        pair = self.remembered(key, draw)
         a, b = (t.detach().clone().to(dtype or t.dtype).requires_grad_() for t in pair)
         return a, b
 

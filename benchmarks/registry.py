@@ -4,13 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks import bench_lora_linear, bench_nf4_dequantize, bench_nf4_linear, bench_nf4_quantize
+from benchmarks import (
+    bench_lora_linear,
+    bench_lora_mlp,
+    bench_lora_qkv,
+    bench_multi_lora_linear,
+    bench_nf4_dequantize,
+    bench_nf4_linear,
+    bench_nf4_quantize,
+)
 from benchmarks.contender import Bench, Contender
 
 BENCHES: dict[str, Bench] = {
     module.BENCH.op: module.BENCH
-    for module in (bench_nf4_quantize, bench_nf4_dequantize, bench_nf4_linear, bench_lora_linear)
+    for module in (
+        bench_nf4_quantize,
+        bench_nf4_dequantize,
+        bench_nf4_linear,
+        bench_lora_linear,
+        # With these the quick suite would take more than five minutes: they are of the full one.
+        bench_lora_qkv,
+        bench_lora_mlp,
+        bench_multi_lora_linear,
+    )
 }
+
+
+def ops_of(suite: str) -> list[str]:
+    """The ops that a suite measures where none is named."""
+    return [op for op, bench in BENCHES.items() if bench.in_quick or suite != "quick"]
 
 
 def bench_of(op: str) -> Bench:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from benchmarks import goals, machine, results
 from benchmarks.contender import Bench
 from benchmarks.harness import Harness, add_cpu_memory
-from benchmarks.registry import BENCHES, bench_of, check_against, selected
+from benchmarks.registry import bench_of, check_against, ops_of, selected
 from benchmarks.shapes import QUICK_SHAPES, SUITES, TRAINING, Cell, Suite
 from benchmarks.statistics import BUSY
 from benchmarks.tables import OURS, cell_table, summary_table
@@ -32,8 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     suite = _suite(arguments)
-    benches = [bench_of(op) for op in arguments.op or BENCHES]
-    plan = {bench.op: _cells(bench, suite) for bench in benches}
+    benches = [bench_of(op) for op in arguments.op or ops_of(arguments.suite)]
+    plan = {bench.op: _cells(bench, suite, bool(arguments.shape)) for bench in benches}
     seed = random.SystemRandom().randrange(2**31) if arguments.seed is None else arguments.seed
     device = torch.device(arguments.device)
     begin = time.perf_counter()
@@ -94,7 +94,9 @@ def _suite(arguments: argparse.Namespace) -> Suite:
     return suite
 
 
-def _cells(bench: Bench, suite: Suite) -> list[Cell]:
+def _cells(bench: Bench, suite: Suite, shapes_asked_for: bool) -> list[Cell]:
+    if bench.shapes and not shapes_asked_for:
+        suite = replace(suite, shapes=bench.shapes)
     cells = suite.cells(bench.op, bench.has_rows, bench.has_backward, bench.rank)
     return [c for c in cells if not suite.few_contenders or c.mode in bench.quick_modes]
 

@@ -45,6 +45,11 @@ class Cell:
     def numel(self) -> int:
         return self.out_features * self.in_features
 
+    @property
+    def result_features(self) -> int:
+        """Of y. A gated MLP whose gate and up are out_features x in_features gives in_features."""
+        return self.in_features if self.op == "lora_mlp" else self.out_features
+
     def __str__(self) -> str:
         rows = f", M={self.rows}" if self.rows else ""
         rank = f", r={self.rank}" if self.rank else ""

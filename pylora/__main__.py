@@ -59,11 +59,11 @@ def check(seed: int) -> int:
     for outcome in selfcheck.run(seed):
         table[outcome.backend, outcome.path, outcome.case.op].append(outcome)
     failures = [o for outcomes in table.values() for o in outcomes if o.failure is not None]
-    print(f"{'backend':8} {'path':24} {'op':22} {'cases':>5} {'wrong':>5}  error allowed and used")
+    print(f"{'backend':8} {'path':24} {'op':27} {'cases':>5} {'wrong':>5}  error allowed and used")
     for (backend, path, op), outcomes in table.items():
         wrong = sum(o.failure is not None for o in outcomes)
         used = max((o.accuracy.used for o in outcomes if o.accuracy is not None), default=0.0)
-        print(f"{backend:8} {path[:24]:24} {op:22} {len(outcomes):5} {wrong:5}  {used:.0%}")
+        print(f"{backend:8} {path[:24]:24} {op:27} {len(outcomes):5} {wrong:5}  {used:.0%}")
     for outcome in failures:
         print(
             f"WRONG {outcome.backend} {outcome.path} {outcome.case.op} {outcome.case.description}"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pylora.nf4 import QUANTIZABLE_DTYPES, NF4Weight
-from pylora.reference.activation import ACTIVATIONS
+from pylora.reference.activation import ACTIVATIONS, GATED_ACTIVATIONS
 
 
 def tensor(name: str, value: object) -> None:
@@ -111,33 +111,106 @@ def vector(
 
 
 def lora_pair(
-    lora_A: Tensor, lora_B: Tensor, out_features: int, in_features: int, device: torch.device
+    lora_A: Tensor,
+    lora_B: Tensor,
+    out_features: int,
+    in_features: int,
+    device: torch.device,
+    owner: str = "",
 ) -> None:
-    """lora_A [r, in_features], lora_B [out_features, r], r >= 1, on one device, of one dtype."""
-    for name, value in (("lora_A", lora_A), ("lora_B", lora_B)):
-        tensor(name, value)
-        if not value.dtype.is_floating_point:
-            raise TypeError(f"{name} has dtype {value.dtype}; it must be a floating-point dtype")
-        if value.device != device:
-            raise ValueError(f"{name} is on {value.device}; it must be on {device}, where x is")
+    """lora_A [r, in_features], lora_B [out_features, r], r >= 1, on one device, of one dtype.
+
+    `owner` goes before the names, such as "q.".
+    """
+    name_A, name_B = f"{owner}lora_A", f"{owner}lora_B"
+    for name, value in ((name_A, lora_A), (name_B, lora_B)):
+        adapter_tensor(name, value, device)
     if lora_A.dim() != 2 or lora_A.shape[0] < 1 or lora_A.shape[1] != in_features:
         raise ValueError(
-            f"lora_A has shape {tuple(lora_A.shape)}; it must be [r, {in_features}] with r >= 1"
+            f"{name_A} has shape {tuple(lora_A.shape)}; it must be [r, {in_features}] with r >= 1"
         )
     if tuple(lora_B.shape) != (out_features, lora_A.shape[0]):
         raise ValueError(
-            f"lora_B has shape {tuple(lora_B.shape)}; "
+            f"{name_B} has shape {tuple(lora_B.shape)}; "
             f"it must be ({out_features}, {lora_A.shape[0]})"
         )
-    if lora_B.dtype != lora_A.dtype:
+    same_dtype(name_B, lora_B, name_A, lora_A)
+
+
+def adapter_tensor(name: str, value: Tensor, device: torch.device) -> None:
+    """A floating-point tensor on x's device."""
+    tensor(name, value)
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} has dtype {value.dtype}; it must be a floating-point dtype")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}; it must be on {device}, where x is")
+
+
+def same_dtype(name: str, value: Tensor, name_of_other: str, other: Tensor) -> None:
+    if value.dtype != other.dtype:
         raise TypeError(
-            f"lora_B has dtype {lora_B.dtype}; it must be lora_A's dtype, {lora_A.dtype}"
+            f"{name} has dtype {value.dtype}; it must be {name_of_other}'s dtype, {other.dtype}"
         )
+
+
+def lora_stacks(
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scalings: Tensor,
+    out_features: int,
+    in_features: int,
+    device: torch.device,
+) -> None:
+    """lora_A [n, r, in_features], lora_B [n, out_features, r], scalings [n], n >= 1, r >= 1."""
+    for name, value in (("lora_A", lora_A), ("lora_B", lora_B), ("scalings", scalings)):
+        adapter_tensor(name, value, device)
+    if lora_A.dim() != 3 or 0 in lora_A.shape[:2] or lora_A.shape[2] != in_features:
+        raise ValueError(
+            f"lora_A has shape {tuple(lora_A.shape)}; "
+            f"it must be [n, r, {in_features}] with n >= 1 and r >= 1"
+        )
+    adapters, rank, _ = lora_A.shape
+    for name, value, shape in (
+        ("lora_B", lora_B, (adapters, out_features, rank)),
+        ("scalings", scalings, (adapters,)),
+    ):
+        if tuple(value.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {shape}")
+    same_dtype("lora_B", lora_B, "lora_A", lora_A)
+    if scalings.requires_grad:
+        raise ValueError("scalings requires grad; it must not, no gradient is computed for it")
+
+
+def adapter_ids(name: str, value: Tensor, x: Tensor) -> Tensor:
+    """int64 ids of the rows of x.reshape(-1, in_features): given for each of them, in the shape of
+    x without its last dimension, or for each x[i], which stands for all rows in it.
+
+    What the ids are is for the op to check.
+    """
+    tensor(name, value)
+    if value.dtype != torch.int64:
+        raise TypeError(f"{name} has dtype {value.dtype}; it must be torch.int64")
+    if value.device != x.device:
+        raise ValueError(f"{name} is on {value.device}; it must be on {x.device}, where x is")
+    leading = x.shape[:-1]
+    if value.shape in (leading, (leading.numel(),)):
+        return value.reshape(-1)
+    if len(leading) > 1 and value.shape == leading[:1]:
+        return value.view(-1, *[1] * (len(leading) - 1)).expand(leading).reshape(-1)
+    allowed = dict.fromkeys([(leading.numel(),), tuple(leading), tuple(leading[:1])])
+    raise ValueError(
+        f"{name} has shape {tuple(value.shape)}; it must be {' or '.join(map(str, allowed))}"
+    )
 
 
 def probability(name: str, value: float) -> None:
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name} is {value}; it must be in [0, 1)")
+
+
+def gated_activation(name: str, value: str) -> None:
+    if value not in GATED_ACTIVATIONS:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(GATED_ACTIVATIONS)}")
 
 
 def activation(name: str, value: str | None) -> str:

@@ -7,7 +7,7 @@ in_features], lora_B [out_features, r]. Any leading dimensions and strides, empt
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,17 +21,8 @@ from pylora.nf4 import (
     check_blocksize,
     packed_shape,
 )
+from pylora.projections import Projection, base_arguments, input_of, projection_arguments
 from pylora.reference.absmax import quantize_absmax
-
-
-class Projection(NamedTuple):
-    """One linear projection and its LoRA: weight [out_features, in_features] dense or NF4."""
-
-    weight: Tensor | NF4Weight
-    lora_A: Tensor | None = None
-    lora_B: Tensor | None = None
-    scaling: float = 1.0
-    bias: Tensor | None = None
 
 
 def quantize_nf4(
@@ -118,15 +109,12 @@ def _lora_linear_arguments(
     checks.weight("weight", weight)
     out_features, in_features = weight.shape
     x = checks.activations("x", x, in_features, weight.device, name_of_weight="weight")
-    if isinstance(weight, NF4Weight):
-        base = weight.op_arguments()
-    else:
-        base = (checks.same_dtype_as_x("weight", weight, x), None, None, None, None, 0, 0)
+    base = base_arguments("weight", weight, x)
     checks.lora_pair(lora_A, lora_B, out_features, in_features, x.device)
     checks.vector("bias", bias, out_features, x.device)
     checks.vector("lora_A_bias", lora_A_bias, lora_A.shape[0], x.device, lora_A.dtype)
     checks.vector("lora_B_bias", lora_B_bias, out_features, x.device, lora_A.dtype)
-    checks.probability("dropout_p", dropout_p)
+    dropout = _dropout(dropout_p, seed, x)
     activation = checks.activation("activation", activation)
     return "lora_linear", (
         x,
@@ -138,8 +126,7 @@ def _lora_linear_arguments(
         lora_A_bias,
         lora_B_bias,
         float(scaling),
-        float(dropout_p),
-        dropout_seed(seed, x.device) if dropout_p > 0.0 else None,
+        *dropout,
         activation,
     )
 
@@ -193,6 +180,156 @@ def lora_linear(
     )[0]
 
 
+def _lora_qkv_arguments(
+    x: Tensor,
+    q: Projection,
+    k: Projection,
+    v: Projection,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> tuple[str, tuple[Any, ...]]:
+    projections = {"q": q, "k": k, "v": v}
+    x = input_of(projections, x)
+    lists = projection_arguments(projections, x, dict.fromkeys(projections, x.shape[-1]))
+    return "lora_qkv", (x, *lists, *_dropout(dropout_p, seed, x))
+
+
+def lora_qkv(
+    x: Tensor,
+    q: Projection,
+    k: Projection,
+    v: Projection,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The query, key and value projections of x, each with or without LoRA, in one op.
+
+    x            [..., in_features] floating point; under autocast it is cast to the autocast dtype
+    q, k, v      each over a weight [its out_features, in_features], NF4 or dense, each with a rank,
+                 block size and scaling of its own
+    dropout_p    probability of dropping an element of x on each low-rank path, in [0, 1)
+    seed         int or int64 scalar tensor; drawn from torch's generator where None. q, k and v
+                 draw independent masks: they equal `lora_linear` with the seeds seed, seed + 1 and
+                 seed + 2
+
+    Returns (q, k, v), each [..., its out_features] in x.dtype. Differentiable in x, dense weights,
+    lora_A, lora_B and biases; the backward keeps x once, and the [..., r] projections.
+    Raises TypeError or ValueError naming the argument that does not fit.
+    Source: LoRA, arXiv:2106.09685.
+    """
+    query, key, value = _call(_lora_qkv_arguments(x, q, k, v, dropout_p, seed))[0]
+    return query, key, value
+
+
+def _lora_mlp_arguments(
+    x: Tensor,
+    gate: Projection,
+    up: Projection,
+    down: Projection,
+    activation: str = "silu",
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> tuple[str, tuple[Any, ...]]:
+    projections = {"gate": gate, "up": up, "down": down}
+    x = input_of(projections, x)
+    intermediate = gate.weight.shape[0]
+    if up.weight.shape[0] != intermediate:
+        raise ValueError(
+            f"up.weight has shape {tuple(up.weight.shape)}; "
+            f"it must have as many rows as gate.weight, {intermediate}"
+        )
+    in_features = {"gate": x.shape[-1], "up": x.shape[-1], "down": intermediate}
+    lists = projection_arguments(projections, x, in_features)
+    checks.gated_activation("activation", activation)
+    return "lora_mlp", (x, *lists, *_dropout(dropout_p, seed, x), activation)
+
+
+def lora_mlp(
+    x: Tensor,
+    gate: Projection,
+    up: Projection,
+    down: Projection,
+    activation: str = "silu",
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """y = down(act(gate(x)) * up(x)), each projection with or without LoRA, in one op.
+
+    x             [..., in_features] floating point; under autocast it is cast to the autocast dtype
+    gate, up      over weights [intermediate, in_features], NF4 or dense
+    down          over a weight [out_features, intermediate]
+    activation    "silu", "gelu" or "gelu_tanh"
+    dropout_p     probability of dropping an element of the input of each low-rank path, in [0, 1)
+    seed          int or int64 scalar tensor; drawn from torch's generator where None. gate, up and
+                  down draw independent masks: they equal `lora_linear` with the seeds seed,
+                  seed + 1 and seed + 2
+
+    Returns [..., out_features] in x.dtype. Differentiable in x, dense weights, lora_A, lora_B and
+    biases. The backward keeps x, gate(x), up(x) and the [..., r] projections; act(gate(x)) * up(x)
+    is computed again.
+    Raises TypeError or ValueError naming the argument that does not fit.
+    Source: GLU variants, arXiv:2002.05202; LoRA, arXiv:2106.09685.
+    """
+    return _call(_lora_mlp_arguments(x, gate, up, down, activation, dropout_p, seed))[0]
+
+
+def _multi_lora_linear_arguments(
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    adapter_ids: Tensor,
+    scalings: Tensor,
+    bias: Tensor | None = None,
+) -> tuple[str, tuple[Any, ...]]:
+    checks.weight("weight", weight)
+    out_features, in_features = weight.shape
+    x = checks.activations("x", x, in_features, weight.device, name_of_weight="weight")
+    base = base_arguments("weight", weight, x)
+    checks.lora_stacks(lora_A, lora_B, scalings, out_features, in_features, x.device)
+    checks.vector("bias", bias, out_features, x.device)
+    ids = checks.adapter_ids("adapter_ids", adapter_ids, x)
+    return "multi_lora_linear", (x, *base, out_features, lora_A, lora_B, ids, scalings, bias)
+
+
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    adapter_ids: Tensor,
+    scalings: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y[m] = x[m] @ W^T + bias + scalings[i] * (x[m] @ lora_A[i]^T) @ lora_B[i]^T with
+    i = adapter_ids[m]: a batch in which each row has its own LoRA adapter, or none.
+
+    x            [..., in_features] floating point; under autocast it is cast to the autocast dtype
+    weight       [out_features, in_features], an NF4Weight or a tensor of x's dtype
+    lora_A       [n, r, in_features] and lora_B [n, out_features, r], of one dtype, which may differ
+                 from x's
+    adapter_ids  int64, -1 for the base alone: one for each row of x.reshape(-1, in_features), in
+                 that order or in x's own shape, or one for each x[i]. On a CPU an id outside
+                 [-1, n) is a ValueError. On a GPU ids are not checked, for that would wait for the
+                 device: a row with such an id gets the base alone, nothing out of bounds is read
+    scalings     [n] floating point, alpha / r of each adapter; a constant, not differentiated
+    bias         [out_features]
+
+    Returns [..., out_features] in x.dtype. Differentiable in x, a dense weight, lora_A, lora_B and
+    bias; the backward keeps x and the [..., r] projection. Adapters that no row has get zeros.
+    Raises TypeError or ValueError naming the argument that does not fit.
+    Source: Punica, arXiv:2310.18547; S-LoRA, arXiv:2311.03285.
+    """
+    arguments = (x, weight, lora_A, lora_B, adapter_ids, scalings, bias)
+    return _call(_multi_lora_linear_arguments(*arguments))[0]
+
+
+def _dropout(p: float, seed: int | Tensor | None, x: Tensor) -> tuple[float, Tensor | None]:
+    """The ops' dropout_p and seed; no seed is drawn where nothing is dropped."""
+    checks.probability("dropout_p", p)
+    return float(p), dropout_seed(seed, x.device) if p > 0.0 else None
+
+
 def dropout_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     """The int64 scalar tensor of `seed`, drawn from torch's default generator where it is None."""
     if seed is None:
@@ -226,4 +363,7 @@ OP_ARGUMENTS: dict[str, Callable[..., tuple[str, tuple[Any, ...]]]] = {
     "dequantize_nf4": _dequantize_arguments,
     "nf4_linear": _nf4_linear_arguments,
     "lora_linear": _lora_linear_arguments,
+    "lora_qkv": _lora_qkv_arguments,
+    "lora_mlp": _lora_mlp_arguments,
+    "multi_lora_linear": _multi_lora_linear_arguments,
 }

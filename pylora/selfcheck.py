@@ -76,6 +76,7 @@ def cases(seed: int = 0) -> Iterator[Case]:
                 yield from _lora_cases(
                     normal, where, x, grad, w, bias, dropout_p, activation, lora_dtype, rank
                 )
+                yield from _composed_cases(normal, where, x, grad, w, dropout_p, lora_dtype, rank)
 
 
 def _lora_cases(
@@ -102,6 +103,60 @@ def _lora_cases(
     mask = [True, False, True, True, True, True, True]
     backward = (grad, x, h, *w.op_arguments(), lora_A, lora_B, *last, mask)
     yield Case("lora_linear_backward", where, backward)
+
+
+def _composed_cases(
+    normal: Callable[..., Tensor],
+    where: str,
+    x: Tensor,
+    grad: Tensor,
+    w: functional.NF4Weight,
+    dropout_p: float,
+    lora_dtype: torch.dtype,
+    rank: int,
+) -> Iterator[Case]:
+    """lora_qkv and lora_mlp over an NF4 weight with LoRA, one without and a trained dense one,
+    multi_lora_linear over the NF4 weight; and their backwards."""
+    where += f" r{rank} p{dropout_p}"
+    out_features, in_features = w.shape
+    adapters = 3
+
+    def low_rank(n: int, k: int, *stack: int) -> tuple[Tensor, Tensor]:
+        lora_A = normal(*stack, rank, k, dtype=lora_dtype) / max(k, 1) ** 0.5
+        return lora_A, normal(*stack, n, rank, dtype=lora_dtype)
+
+    def dense(n: int, k: int) -> functional.Projection:
+        weight, bias = normal(n, k, dtype=x.dtype) / max(k, 1) ** 0.5, normal(n, dtype=x.dtype)
+        return functional.Projection(weight, *low_rank(n, k), 0.5, bias)
+
+    trained = dense(out_features, in_features)
+    nf4 = trained._replace(weight=w)
+    plain = functional.Projection(w, bias=trained.bias)
+    dropout = (dropout_p, 1234567890123)
+    # dx, then of each projection dweight, dlora_A, dlora_B and dbias.
+    mask = [True, False, False, True, *[True, False, True] * 2, *[True] * 3]
+
+    _, args = functional.OP_ARGUMENTS["lora_qkv"](x, nf4, plain, trained, *dropout)
+    yield Case("lora_qkv", where, args)
+    hidden = reference.lora_qkv(*args)[1]
+    grads = [grad, normal(*grad.shape, dtype=x.dtype), normal(*grad.shape, dtype=x.dtype)]
+    yield Case("lora_qkv_backward", where, (grads, x, hidden, *args[1:], mask))
+
+    down = dense(in_features, out_features)
+    _, args = functional.OP_ARGUMENTS["lora_mlp"](x, nf4, plain, down, "silu", *dropout)
+    yield Case("lora_mlp", where, args)
+    kept = reference.lora_mlp(*args)[1:]
+    into_down = normal(*x.shape, dtype=x.dtype)
+    yield Case("lora_mlp_backward", where, (into_down, x, *kept, *args[1:], mask))
+
+    stacks = low_rank(out_features, in_features, adapters)
+    ids = torch.arange(x.shape[0]) % (adapters + 1) - 1
+    scalings = torch.tensor([0.5, 1.0, 2.0])
+    _, args = functional.OP_ARGUMENTS["multi_lora_linear"](x, w, *stacks, ids, scalings, plain.bias)
+    yield Case("multi_lora_linear", where, args)
+    h = reference.multi_lora_linear(*args)[1]
+    rest = (*args[1:8], *stacks, ids, scalings, [True, False, True, True, True])
+    yield Case("multi_lora_linear_backward", where, (grad, x, h, *rest))
 
 
 @contextmanager
@@ -145,6 +200,8 @@ def run(seed: int = 0) -> Iterator[Outcome]:
 
 
 def _moved(arg: Any, device: str) -> Any:
+    if isinstance(arg, list):
+        return [_moved(item, device) for item in arg]
     return arg.to(device) if isinstance(arg, Tensor) else arg
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import linear
 
-from pylora import dispatch
+import pylora
+from pylora import dispatch, reference
+from pylora.functional import Projection
 from pylora.selfcheck import cpu_isa, variants
+from pylora.testing import assert_as_accurate_as_torch
 
 VARIANTS = [("reference", "pure PyTorch", None), *variants()]
 
@@ -35,3 +41,136 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def device(backend: str) -> str:
     """Where the tensors of a test on `backend` must be."""
     return "cuda" if backend in ("cuda", "triton") else "cpu"
+
+
+@pytest.fixture
+def make_projection() -> Callable[..., Projection]:
+    """A Projection of random trainable tensors over an "nf4", "nested" or "dense" weight."""
+
+    def make(
+        out_features: int,
+        in_features: int,
+        rank: int | None,
+        kind: str = "nf4",
+        dtype: torch.dtype = torch.float32,
+        lora_dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        blocksize: int = 64,
+        has_bias: bool = False,
+        scaling: float = 0.5,
+    ) -> Projection:
+        def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+            return (torch.randn(*shape, device=device) * scale).to(dtype).requires_grad_()
+
+        scale, low_rank = in_features**-0.5, lora_dtype or dtype
+        weight: Tensor | pylora.NF4Weight
+        if kind == "dense":
+            weight = normal(out_features, in_features, dtype=dtype, scale=scale)
+        else:
+            values = torch.randn(out_features, in_features, device=device) * scale
+            weight = pylora.quantize_nf4(values, blocksize, double_quant=kind == "nested")
+        bias = normal(out_features, dtype=dtype) if has_bias else None
+        if rank is None:
+            return Projection(weight, bias=bias)
+        lora_A = normal(rank, in_features, dtype=low_rank, scale=scale)
+        lora_B = normal(out_features, rank, dtype=low_rank)
+        return Projection(weight, lora_A, lora_B, scaling, bias)
+
+    return make
+
+
+@pytest.fixture
+def plain_projection() -> Callable[..., Tensor]:
+    """What PEFT computes over a dequantized base; `mask` is 0 or 1 / (1 - p) for each element."""
+
+    def plain(x: Tensor, projection: Projection, mask: Tensor | None = None) -> Tensor:
+        weight, lora_A, lora_B, scaling, bias = projection
+        if isinstance(weight, pylora.NF4Weight):
+            weight = reference.nf4_dequantize(*weight.op_arguments(), weight.shape, x.dtype)
+        y = linear(x, weight, bias)
+        if lora_A is None or lora_B is None:
+            return y
+        dropped = x.to(lora_A.dtype)
+        if mask is not None:
+            dropped = dropped * mask.to(lora_A.dtype)
+        return (y + linear(linear(dropped, lora_A), lora_B) * scaling).to(x.dtype)
+
+    return plain
+
+
+@pytest.fixture
+def tensors_of() -> Callable[..., list[Tensor]]:
+    """The dense tensors of projections, in order."""
+    return lambda *projections: [
+        part for projection in projections for part in projection if isinstance(part, Tensor)
+    ]
+
+
+@pytest.fixture
+def check_projections(tensors_of: Callable[..., list[Tensor]]) -> Callable[..., None]:
+    """Outputs and every gradient of a function of x and projections, under the numerics rule
+    against autograd through `plain_torch`."""
+
+    def as_leaves(projection: Projection) -> Projection:
+        parts = (p.detach().requires_grad_() if isinstance(p, Tensor) else p for p in projection)
+        return Projection(*parts)
+
+    def check(
+        function: Callable[..., Any],
+        plain_torch: Callable[..., Any],
+        x: Tensor,
+        *projections: Projection,
+    ) -> None:
+        def gradients(grads: Any, x: Tensor, *projections: Projection) -> Any:
+            x, leaves = x.detach().requires_grad_(), [as_leaves(p) for p in projections]
+            return torch.autograd.grad(plain_torch(x, *leaves), [x, *tensors_of(*leaves)], grads)
+
+        outputs = function(x, *projections)
+        assert_as_accurate_as_torch(outputs, plain_torch, x, *projections)
+        several = isinstance(outputs, tuple)
+        grads = tuple(map(torch.randn_like, outputs)) if several else torch.randn_like(outputs)
+        actual = torch.autograd.grad(outputs, [x, *tensors_of(*projections)], grads)
+        assert_as_accurate_as_torch(actual, gradients, grads, x, *projections)
+
+    return check
+
+
+@pytest.fixture
+def check_against_peft() -> Callable[..., None]:
+    """A function of x and projections against a bf16 module in which PEFT puts fp32 LoRA on the
+    linear layers `targets`: outputs and the gradients of x and of every LoRA factor."""
+
+    def check(
+        module: torch.nn.Module, targets: list[str], function: Callable[..., Any], x: Tensor
+    ) -> None:
+        peft = pytest.importorskip("peft")
+        lora = peft.LoraConfig(r=40, lora_alpha=80, target_modules=targets, init_lora_weights=False)
+        peft.inject_adapter_in_model(lora, module)
+        values = {name: parameter.detach() for name, parameter in module.named_parameters()}
+        values |= {name: value.float() for name, value in values.items() if "lora" in name}
+        trained = [name for name in values if "lora" in name]
+
+        def with_gradients(forward: Any, x: Tensor, values: Any, grads: tuple[Tensor, ...]) -> Any:
+            leaves = {n: v.detach().requires_grad_(n in trained) for n, v in values.items()}
+            x = x.detach().requires_grad_()
+            y = forward(x, leaves)
+            outputs = y if isinstance(y, tuple) else (y,)
+            wanted = [x, *(leaves[name] for name in trained)]
+            return outputs, torch.autograd.grad(outputs, wanted, grads)
+
+        def through_peft(x: Tensor, values: dict[str, Tensor]) -> Any:
+            return torch.func.functional_call(module, values, (x,))
+
+        def ours(x: Tensor, values: dict[str, Tensor]) -> Any:
+            def projection(name: str) -> Projection:
+                factors = (values[f"{name}.lora_{which}.default.weight"] for which in "AB")
+                return Projection(values[f"{name}.base_layer.weight"], *factors, 2.0)
+
+            return function(x, *map(projection, targets))
+
+        y = through_peft(x, values)
+        args = (x, values, tuple(map(torch.randn_like, y if isinstance(y, tuple) else (y,))))
+        actual = with_gradients(ours, *args)
+        assert_as_accurate_as_torch(actual, with_gradients, through_peft, *args)
+
+    return check

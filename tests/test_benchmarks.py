@@ -44,7 +44,7 @@ from benchmarks import goals, results, statistics, tables  # noqa: E402
 from benchmarks.command_line import main  # noqa: E402
 from benchmarks.contender import Contender, Layer, linear_work  # noqa: E402
 from benchmarks.harness import Harness  # noqa: E402
-from benchmarks.registry import BENCHES, bench_of, check_against, selected  # noqa: E402
+from benchmarks.registry import BENCHES, bench_of, check_against, ops_of, selected  # noqa: E402
 from benchmarks.roofline import floor_seconds  # noqa: E402
 from benchmarks.shapes import BACKWARD, FORWARD, SUITES, TRAINING, Cell  # noqa: E402
 
@@ -130,10 +130,12 @@ def test_timing_under_pytest_is_refused(capsys: pytest.CaptureFixture[str]) -> N
     assert "under pytest" in capsys.readouterr().err
 
 
-def _harness_report(*contenders: Contender, mode: str = FORWARD) -> dict[str, Any]:
-    cell = Cell("lora_linear", mode, 32, 64, 3, rank=4)
+def _harness_report(
+    *contenders: Contender, mode: str = FORWARD, op: str = "lora_linear", out_features: int = 32
+) -> dict[str, Any]:
+    cell = Cell(op, mode, out_features, 64, 3, rank=4)
     harness = Harness(torch.device("cpu"), seed=1, seconds=0.0, limits=LIMITS)
-    (report,) = harness.run(bench_of("lora_linear"), contenders, cell)
+    (report,) = harness.run(bench_of(op), contenders, cell)
     return {result["contender"]: result for result in report["results"]}
 
 
@@ -166,6 +168,56 @@ def test_every_installed_contender_is_right(mode: str) -> None:
     for name, result in found.items():
         assert result["status"] in ("ok", "absent", "fails the rule"), (name, result["note"])
         assert result["status"] != "fails the rule" or "eval" in name, result["note"]
+
+
+@pytest.mark.parametrize("mode", [FORWARD, BACKWARD, TRAINING])
+@pytest.mark.parametrize("op", ["lora_qkv", "lora_mlp", "multi_lora_linear"])
+def test_contenders_of_ops_of_several_layers(op: str, mode: str) -> None:
+    """Ours is right, a wrong one of ours is refused, and so every output and gradient is judged."""
+    bench = bench_of(op)
+    ours = bench.contenders[0]
+
+    def build(operands: Any) -> Layer:
+        layer = ours.build(operands)
+        right = layer.forward
+
+        def wrong(x: torch.Tensor) -> Any:
+            y = right(x)
+            return (*y[:-1], y[-1] * 1.05) if isinstance(y, tuple) else y * 1.05
+
+        layer.forward = wrong
+        return layer
+
+    wrong = replace(ours, build=build, name="wrong")
+    others = [c for c in bench.contenders[1:] if "PEFT" not in c.name and not c.only_full]
+    found = _harness_report(ours, wrong, *others, mode=mode, op=op, out_features=128)
+    assert found.pop("wrong")["status"] == "refused"
+    for name, result in found.items():
+        assert result["status"] in ("ok", "absent") or "eval" in name, (name, result["note"])
+
+
+def test_ops_of_several_layers_are_left_to_the_full_suite() -> None:
+    """The quick suite is to end within five minutes."""
+    assert set(ops_of("full")) - set(ops_of("quick")) == {
+        "lora_qkv",
+        "lora_mlp",
+        "multi_lora_linear",
+    }
+
+
+def test_least_work_of_ops_of_several_layers() -> None:
+    m, n, k, r = 8, 256, 64, 4
+    for op, shapes in (
+        ("lora_qkv", [(64, k), (96, k), (96, k)]),
+        ("lora_mlp", [(n, k), (n, k), (k, n)]),
+    ):
+        bench = bench_of(op)
+        cell = Cell(op, FORWARD, n, k, m, rank=r)
+        assert [(c.out_features, c.in_features) for c in bench.layers(cell)] == shapes
+        work = bench.work(cell, bench.contenders[0])
+        weights, lora = (sum(a * b for a, b in shapes), r * sum(a + b for a, b in shapes))
+        assert work.flop == 2 * m * (weights + lora)
+        assert work.bytes == weights * 4.5 / 8 + 2 * (lora + m * k + m * cell.result_features)
 
 
 def test_what_a_contender_raises_ends_only_its_own_part() -> None:

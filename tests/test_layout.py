@@ -17,7 +17,7 @@ LAYERS = [
     ("pylora.reference", "pylora.kernels"),
     ("pylora.backends",),
     ("pylora.dispatch",),
-    ("pylora.ops", "pylora.checks"),
+    ("pylora.ops", "pylora.checks", "pylora.projections"),
     ("pylora.functional", "pylora.bnb_format"),
     ("pylora.nn", "pylora.explain", "pylora.testing"),
     ("pylora.models", "pylora.selfcheck"),
@@ -27,7 +27,15 @@ EXCEPTIONS = {
     ("pylora.nf4", "pylora.functional"),
     ("pylora.nf4", "pylora.bnb_format"),
 }
-OPS = ("nf4_quantize", "nf4_dequantize", "nf4_linear", "lora_linear")
+OPS = (
+    "nf4_quantize",
+    "nf4_dequantize",
+    "nf4_linear",
+    "lora_linear",
+    "lora_qkv",
+    "lora_mlp",
+    "multi_lora_linear",
+)
 
 
 def layer(module: str) -> int:

@@ -270,10 +270,11 @@ def test_opcheck(backend: str, device: str, dense: bool) -> None:
     detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
     h = torch.ops.pylora.lora_linear(*detached)[1]
     backward = (torch.randn(3, 48, device=device), detached[0], h, *base, detached[9], detached[10])
-    mask = [True, dense, True, True, True, True, True]
-    torch.library.opcheck(
-        torch.ops.pylora.lora_linear_backward.default, (*backward, 0.7, 0.25, seed, "silu", mask)
-    )
+    for mask in ([True, dense, True, True, True, True, True], [False] * 7):
+        torch.library.opcheck(
+            torch.ops.pylora.lora_linear_backward.default,
+            (*backward, 0.7, 0.25, seed, "silu", mask),
+        )
 
 
 def test_direct_op_call_has_gradients(backend: str, device: str) -> None:

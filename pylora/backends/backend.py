@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -13,6 +14,26 @@ Reason = str | None
 
 # What the compiled kernels compute in; float64 is the reference's alone.
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+DENSE = "the base weight is dense: torch's own matmul takes it"
+
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An op's inputs have been cast already; autocast must not cast inside it as well.
+
+    The first argument is a tensor or a list of them.
+    """
+
+    @wraps(function)
+    def run(first: Tensor | list[Tensor], *args: Any) -> Any:
+        device = (first if isinstance(first, Tensor) else first[0]).device.type
+        if not torch.is_autocast_enabled(device):
+            return function(first, *args)
+        with torch.autocast(device, enabled=False):
+            return function(first, *args)
+
+    return run
 
 
 def nf4_dequantize_why_not(device_type: str, qweight: Tensor, *args: Any) -> Reason:

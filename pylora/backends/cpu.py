@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from pylora.backends import extension
-from pylora.backends.backend import KERNEL_DTYPES, Backend, Op, Reason, nf4_dequantize_why_not
+from pylora.backends.backend import (
+    DENSE,
+    KERNEL_DTYPES,
+    Backend,
+    Op,
+    Reason,
+    nf4_dequantize_why_not,
+)
+from pylora.backends.composition import composed
 
 _MAX_RANK = 1024  # kMaxRank of csrc/cpu/lora_linear.h: what a thread's workspace holds
 
@@ -73,7 +81,7 @@ def _lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 def _lora_linear_why_not(x: Tensor, weight: Tensor, absmax: Tensor | None, *args: Any) -> Reason:
     if absmax is None:
-        return "the base weight is dense: torch's own matmul takes it"
+        return DENSE
     return _rank(args[6]) or _device_or_dtype(x=x, lora_A=args[6], lora_B=args[7])
 
 
@@ -87,22 +95,17 @@ def _lora_linear_backward_why_not(
     grad: Tensor, x: Tensor, h: Tensor, weight: Tensor, absmax: Tensor | None, *args: Any
 ) -> Reason:
     if absmax is None:
-        return "the base weight is dense: torch's own matmul takes it"
+        return DENSE
     return _rank(args[5]) or _device_or_dtype(grad=grad, x=x, lora_A=args[5], lora_B=args[6])
 
 
-BACKEND = Backend(
-    name="cpu",
-    ops={
-        "nf4_quantize": Op(_nf4_quantize, lambda weight, _: _device_or_dtype(weight=weight)),
-        "nf4_dequantize": Op(_nf4_dequantize, partial(nf4_dequantize_why_not, "cpu")),
-        "nf4_linear": Op(_nf4_linear, lambda x, *_: _device_or_dtype(x=x)),
-        "nf4_linear_backward": Op(
-            _nf4_linear_backward, lambda grad, *_: _device_or_dtype(grad=grad)
-        ),
-        "lora_linear": Op(_lora_linear, _lora_linear_why_not),
-        "lora_linear_backward": Op(_lora_linear_backward, _lora_linear_backward_why_not),
-    },
-    unavailable=_unavailable,
-    path=_path,
-)
+_OPS = {
+    "nf4_quantize": Op(_nf4_quantize, lambda weight, _: _device_or_dtype(weight=weight)),
+    "nf4_dequantize": Op(_nf4_dequantize, partial(nf4_dequantize_why_not, "cpu")),
+    "nf4_linear": Op(_nf4_linear, lambda x, *_: _device_or_dtype(x=x)),
+    "nf4_linear_backward": Op(_nf4_linear_backward, lambda grad, *_: _device_or_dtype(grad=grad)),
+    "lora_linear": Op(_lora_linear, _lora_linear_why_not),
+    "lora_linear_backward": Op(_lora_linear_backward, _lora_linear_backward_why_not),
+}
+
+BACKEND = Backend(name="cpu", ops={**_OPS, **composed(_OPS)}, unavailable=_unavailable, path=_path)

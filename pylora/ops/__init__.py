@@ -4,6 +4,22 @@ file.
 Importing this package registers them all. Each op runs whatever backend `pylora.dispatch` chooses.
 """
 
-from pylora.ops import lora_linear, nf4_dequantize, nf4_linear, nf4_quantize
+from pylora.ops import (
+    lora_linear,
+    lora_mlp,
+    lora_qkv,
+    multi_lora_linear,
+    nf4_dequantize,
+    nf4_linear,
+    nf4_quantize,
+)
 
-__all__ = ["lora_linear", "nf4_dequantize", "nf4_linear", "nf4_quantize"]
+__all__ = [
+    "lora_linear",
+    "lora_mlp",
+    "lora_qkv",
+    "multi_lora_linear",
+    "nf4_dequantize",
+    "nf4_linear",
+    "nf4_quantize",
+]

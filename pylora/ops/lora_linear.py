@@ -12,12 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pylora.ops.registration import register
+from pylora.ops.registration import WEIGHT_SCHEMA, register
 
-_WEIGHT_SCHEMA = (
-    "Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, "
-    "int blocksize, int nested_blocksize"
-)
 _BACKWARD_MASK = "bool[] output_mask"
 
 
@@ -130,14 +126,14 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
 
 register(
     "lora_linear_backward",
-    f"Tensor grad, Tensor x, Tensor h, {_WEIGHT_SCHEMA}, Tensor lora_A, Tensor lora_B, "
+    f"Tensor grad, Tensor x, Tensor h, {WEIGHT_SCHEMA}, Tensor lora_A, Tensor lora_B, "
     f"float scaling, float dropout_p, Tensor? seed, str activation, {_BACKWARD_MASK}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_fake,
 )
 register(
     "lora_linear",
-    f"Tensor x, {_WEIGHT_SCHEMA}, SymInt out_features, Tensor lora_A, Tensor lora_B, "
+    f"Tensor x, {WEIGHT_SCHEMA}, SymInt out_features, Tensor lora_A, Tensor lora_B, "
     "Tensor? bias, Tensor? lora_A_bias, Tensor? lora_B_bias, float scaling, float dropout_p, "
     "Tensor? seed, str activation) -> (Tensor y, Tensor h)",
     _fake,

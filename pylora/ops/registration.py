@@ -16,6 +16,9 @@ NF4_SCHEMA = (
     "int blocksize, int nested_blocksize"
 )
 
+# The same where the weight may also be dense: absmax is None then.
+WEIGHT_SCHEMA = NF4_SCHEMA.replace("Tensor qweight, Tensor absmax", "Tensor weight, Tensor? absmax")
+
 _LIBRARY = torch.library.Library("pylora", "DEF")
 
 
@@ -30,7 +33,13 @@ def register(
     _LIBRARY.define(f"{name}({schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, partial(dispatch.call, name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"pylora::{name}", fake, lib=_LIBRARY)
-    if setup_context is not None and backward is not None:
+    if setup_context is None or backward is None:
+        return
+    if "[]" in schema:  # torch's own knows how to go through lists of tensors
+        torch.library.register_autograd(
+            f"pylora::{name}", backward, setup_context=setup_context, lib=_LIBRARY
+        )
+    else:
         kernel = _autograd_kernel(name, setup_context, backward)
         _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
 

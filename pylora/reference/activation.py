@@ -38,3 +38,6 @@ ACTIVATIONS: dict[str, Activation] = {
     "tanh": Activation(torch.tanh, _tanh_backward),
     "sigmoid": Activation(torch.sigmoid, _sigmoid_backward),
 }
+
+# Those of a gated MLP; each returns a tensor of its own, never its argument.
+GATED_ACTIVATIONS = {name: ACTIVATIONS[name] for name in ("silu", "gelu", "gelu_tanh")}

@@ -79,7 +79,6 @@ def lora_linear_backward(
     dx = grad @ W + mask / (1 - p) * (dh @ lora_A). What `output_mask` leaves out is an empty tensor
     [0].
     """
-    nothing = x.new_empty(0)
     want_x, want_weight, want_A, want_B, want_bias, want_A_bias, want_B_bias = output_mask
     act = ACTIVATIONS[activation]
     flat_grad = grad.reshape(-1, grad.shape[-1])
@@ -87,11 +86,11 @@ def lora_linear_backward(
     h = h.reshape(-1, h.shape[-1]).to(lora_A.dtype)
     dh = act.backward(scaled @ lora_B, h)
 
-    dlora_A = nothing
+    # Tensors of their own: an op's results must not share memory, not even when empty.
+    dx, dweight, dlora_A, dlora_B, dbias, dA_bias, dB_bias = (x.new_empty(0) for _ in output_mask)
     if want_A:
         xd = dropout(x.to(lora_A.dtype), dropout_p, seed).reshape(-1, x.shape[-1])
         dlora_A = dh.t() @ xd
-    dx = nothing
     if want_x:
         if absmax is None:
             base = grad @ weight
@@ -99,12 +98,14 @@ def lora_linear_backward(
             q = (weight, absmax, nested_absmax, nested_code, offset, blocksize, nested_blocksize)
             base = nf4_linear_backward(grad, *q, x.shape[-1])
         dx = (base + dropout((dh @ lora_A).view(x.shape), dropout_p, seed)).to(x.dtype)
-    return (
-        dx,
-        flat_grad.t() @ x.reshape(-1, x.shape[-1]) if want_weight else nothing,
-        dlora_A,
-        scaled.t() @ act.forward(h) if want_B else nothing,
-        flat_grad.sum(0) if want_bias else nothing,
-        dh.sum(0) if want_A_bias else nothing,
-        scaled.sum(0) if want_B_bias else nothing,
-    )
+    if want_weight:
+        dweight = flat_grad.t() @ x.reshape(-1, x.shape[-1])
+    if want_B:
+        dlora_B = scaled.t() @ act.forward(h)
+    if want_bias:
+        dbias = flat_grad.sum(0)
+    if want_A_bias:
+        dA_bias = dh.sum(0)
+    if want_B_bias:
+        dB_bias = scaled.sum(0)
+    return dx, dweight, dlora_A, dlora_B, dbias, dA_bias, dB_bias
