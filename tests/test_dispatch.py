@@ -101,9 +101,10 @@ def test_check_fails_on_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         y = dispatch.BACKENDS["reference"].ops["nf4_linear"].run(*args)
         return y * (1 + 0.01 * (torch.arange(y.numel()) % 1000 == 0).view(y.shape))
 
-    backend = Backend("cuda", {"nf4_linear": Op(wrong, lambda *_: None)}, lambda: None, lambda: "")
+    backend = Backend(
+        "cuda", {"nf4_linear": Op(wrong, lambda *_: None)}, lambda: None, str, lambda: "cpu"
+    )
     monkeypatch.setitem(dispatch.BACKENDS, "cuda", backend)
     monkeypatch.setattr(selfcheck, "variants", lambda: iter([("cuda", "", None)]))
-    monkeypatch.setattr(selfcheck, "_moved", lambda arg, device: arg)
     outcomes = list(selfcheck.run())
     assert outcomes and any(outcome.failure is not None for outcome in outcomes)

@@ -105,4 +105,5 @@ BACKEND = Backend(
     },
     unavailable=_unavailable,
     path=_path,
+    device=lambda: "cpu",
 )

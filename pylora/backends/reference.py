@@ -44,4 +44,5 @@ BACKEND = Backend(
     },
     unavailable=lambda: None,
     path=lambda: "pure PyTorch",
+    device=lambda: "cpu",
 )
