@@ -78,16 +78,24 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _split(length: int, step: int, tiles: int, facts: Facts, least: int) -> tuple[int, int]:
-    """(splits, length of each) so that tiles * splits fill the device, none below `least`.
-
-    estimate: two programs a multiprocessor keep its memory pipes full.
-    """
-    wanted = max(1, 2 * facts.multiprocessors // max(tiles, 1))
+def _split(
+    length: int, step: int, tiles: int, facts: Facts, per_multiprocessor: int, least: int
+) -> tuple[int, int]:
+    """(splits, length of each) so that tiles * splits fill the device, none below `least`."""
+    wanted = max(1, per_multiprocessor * facts.multiprocessors // max(tiles, 1))
     steps = max(1, cdiv(length, step))
     splits = max(1, min(wanted, cdiv(length, least), steps))
     per_split = cdiv(steps, splits) * step
     return max(1, cdiv(length, per_split)), per_split
+
+
+def _programs(M: int) -> int:
+    """Programs that a multiprocessor should have.
+
+    estimate: two keep its memory pipes full; larger tiles are bound by the matrix units, fill a
+    multiprocessor alone, and would pay for a split with a workspace of M rows each.
+    """
+    return 2 if M <= 64 else 1
 
 
 def forward_plan(M: int, N: int, K: int, itemsize: int, blocksize: int, facts: Facts) -> TilePlan:
@@ -97,17 +105,19 @@ def forward_plan(M: int, N: int, K: int, itemsize: int, blocksize: int, facts: F
     if itemsize == 4:
         tile = TileConfig(16 if M <= 16 else 64, 64, block_k, 4, 3)
     elif M <= 16:
-        tile = TileConfig(16, 64, block_k, 4, 5)
+        # estimate: 2 KiB of codes a stage; it takes some 24 KiB in flight to hide the latency.
+        tile = TileConfig(16, 64, block_k, 4, 7)
     elif M <= 32:
         tile = TileConfig(32, 64, block_k, 4, 4)
     elif M <= 64:
         tile = TileConfig(64, 64, block_k, 4, 4)
-    elif M <= 128:
+    elif M <= 128 or block_k < 64:
+        # Shorter steps leave too few registers for an epilogue on a larger tile.
         tile = TileConfig(64, 128, block_k, 8, 3)
     else:
         tile = TileConfig(128, 128, block_k, 8, 3)
     tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
-    return TilePlan(tile, *_split(K, block_k, tiles, facts, least=512))
+    return TilePlan(tile, *_split(K, block_k, tiles, facts, _programs(M), 512))
 
 
 def backward_plan(M: int, N: int, K: int, itemsize: int, blocksize: int, facts: Facts) -> TilePlan:
@@ -116,17 +126,21 @@ def backward_plan(M: int, N: int, K: int, itemsize: int, blocksize: int, facts: 
         tile = TileConfig(32, 64, 32, 4, 2)
     elif M <= 16:
         tile = TileConfig(16, 64, 64, 4, 4)
-    elif M <= 64:
+    elif M <= 64 or blocksize == 32:
+        # Twice the absmax values leave too few registers for a larger tile.
         tile = TileConfig(64, 64, 64, 4, 3)
+    elif facts.capability < 90:
+        # The accumulators are fragments of mma.sync here, and the mask takes registers as well.
+        tile = TileConfig(64, 128, 64, 8, 3)
     else:
         tile = TileConfig(128, 128, 64, 8, 3)
     tiles = cdiv(M, tile.block_m) * cdiv(K, tile.block_n)
-    return TilePlan(tile, *_split(N, tile.block_k, tiles, facts, least=512))
+    return TilePlan(tile, *_split(N, tile.block_k, tiles, facts, _programs(M), 512))
 
 
-def expand_tile(itemsize: int) -> TileConfig:
+def expand_tile() -> TileConfig:
     """Tiles of what is added to an output that is there already; block_k is unused."""
-    return TileConfig(32, 64, 0, 4, 2) if itemsize == 4 else TileConfig(64, 64, 0, 4, 2)
+    return TileConfig(32, 64, 0, 4, 2)
 
 
 def _block_r(rank: int, most: int) -> int:
@@ -138,9 +152,11 @@ def shrink_config(
 ) -> tuple[ShrinkConfig, int, int]:
     """(config, splits of K, length of each) of a projection of [M, K] to [M, rank]."""
     block_m = 16 if M <= 16 else 64
-    config = ShrinkConfig(block_m, _block_r(rank, 32 if fp32 else 64), 32 if fp32 else 128, 4, 3)
+    config = ShrinkConfig(block_m, _block_r(rank, 64), 128, 4, 3)
+    if fp32:
+        config = ShrinkConfig(block_m, _block_r(rank, 32), 32, 4, 2)
     tiles = cdiv(M, block_m) * cdiv(rank, config.block_r)
-    return config, *_split(K, config.block_k, tiles, facts, least=256)
+    return config, *_split(K, config.block_k, tiles, facts, 2, 256)
 
 
 def weight_grad_config(
@@ -152,4 +168,4 @@ def weight_grad_config(
     """
     config = ShrinkConfig(64, _block_r(rank, 32 if fp32 else 64), 32 if fp32 else 64, 4, 3)
     tiles = cdiv(columns, config.block_m) * cdiv(rank, config.block_r)
-    return config, *_split(M, config.block_k, tiles, facts, least=256)
+    return config, *_split(M, config.block_k, tiles, facts, 2, 256)

@@ -17,9 +17,9 @@ class Facts(NamedTuple):
     multiprocessors: int
 
 
-# The interpreter runs one program at a time; few multiprocessors keep its grids small, yet make it
-# split long sums as a GPU does.
-_INTERPRETER = Facts(capability=90, multiprocessors=4)
+# Of tensors on no GPU: the interpreter's, which runs one program at a time. Few multiprocessors
+# keep its grids small, yet make it split long sums as a GPU does.
+ELSEWHERE = Facts(capability=90, multiprocessors=4)
 
 
 @lru_cache(maxsize=64)
@@ -30,7 +30,7 @@ def _device_facts(index: int) -> Facts:
 
 def facts(tensor: Tensor) -> Facts:
     """The facts of the tensor's device."""
-    return _device_facts(tensor.get_device()) if tensor.is_cuda else _INTERPRETER
+    return _device_facts(tensor.get_device()) if tensor.is_cuda else ELSEWHERE
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:

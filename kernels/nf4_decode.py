@@ -17,8 +17,8 @@ import triton.language as tl
 from pylora.kernels.precision import INTERPRETED, rounded
 from pylora.nf4 import NF4_CODE
 
-# In bf16 the sixteen values are stored times this: of the factors in [1, 2) it rounds them with
-# the smallest relative error, 3.2e-4 (rms) where the values as they are give 5.5e-4.
+# In bf16 the sixteen values are stored times this: of all factors it rounds them with the smallest
+# rms error, 3.2e-4, where the values as they are give 5.5e-4.
 _BF16_FACTOR = 1.437
 BF16_FACTOR = tl.constexpr(_BF16_FACTOR)
 _CODE = tl.constexpr(NF4_CODE)

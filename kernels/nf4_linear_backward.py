@@ -27,6 +27,7 @@ def _nf4_tile(
     DTYPE: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
+    EVEN_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -45,9 +46,11 @@ def _nf4_tile(
         NESTED_BLOCKSIZE,
     )
     word = first_k // 8 + tl.arange(0, BLOCK_K // 8)
-    words = tl.load(
-        words_ptr + n[:, None] * (K // 8) + word[None, :], mask=(word * 8 < K)[None, :], other=0
-    )
+    pointers = words_ptr + n[:, None] * (K // 8) + word[None, :]
+    if EVEN_K:
+        words = tl.load(pointers)
+    else:
+        words = tl.load(pointers, mask=(word * 8 < K)[None, :], other=0)
     codes = decode_words(words, DTYPE).to(tl.float32).reshape(BLOCK_N, GROUPS, GROUP)
     return rounded(codes * (absmax * CODE_SCALE)[:, :, None], DTYPE).reshape(BLOCK_N, BLOCK_K)
 
@@ -89,7 +92,8 @@ def _nf4_linear_backward_kernel(
     LORA_PRECISION: tl.constexpr,
     ALIGNED_MASK: tl.constexpr,
     PARTIAL: tl.constexpr,
-    EVEN_N: tl.constexpr,
+    EVEN_N: tl.constexpr,  # N % BLOCK_N == 0
+    EVEN_K: tl.constexpr,  # K % BLOCK_K == 0
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -140,6 +144,7 @@ def _nf4_linear_backward_kernel(
                 DTYPE,
                 BLOCKSIZE,
                 NESTED_BLOCKSIZE,
+                EVEN_K,
                 BLOCK_N,
                 BLOCK_K,
             )
@@ -213,6 +218,7 @@ def launch_nf4_linear_backward(
             ALIGNED_MASK=K % 4 == 0,
             PARTIAL=plan.splits > 1,
             EVEN_N=N % tile.block_k == 0,
+            EVEN_K=K % tile.block_n == 0,
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_k,
             BLOCK_K=tile.block_n,
