@@ -181,9 +181,9 @@ def launches(capability: int) -> list[Variant]:
                 _call("nf4_linear_backward", grad, *plain, K)
                 if M not in (32, 64):
                     _lora_step(M, N, K, plain, 16, dtype, dtype, 0.0, "identity", False)
-        # Few tiles, so that the sum is split.
-        for M in (1, 64):
-            _lora_step(M, 4096, K, _weight(4096, K, 64, False), 16, bf16, bf16, 0.0, "silu", False)
+        # A narrow layer: smaller tiles, and so few of them that the sum is split.
+        for M in (1, 32, 64):
+            _lora_step(M, 1024, K, _weight(1024, K, 64, False), 16, bf16, bf16, 0.0, "silu", False)
         nested, short = _weight(N, K, 64, True), _weight(N, K, 32, False)
         base = (torch.empty(N, K, dtype=bf16, device="meta"), None, None, None, None, 0, 0)
         for M in (1, 512, 8192):

@@ -65,12 +65,13 @@ _DTYPES = {
 
 
 def fp32_precision() -> str:
-    """How a matrix product of fp32 operands is done, by torch's own switch.
+    """How a matrix product of fp32 operands is done, by torch's own switch (which
+    `allow_tf32` and `set_float32_matmul_precision` set as well).
 
     "tf32x3" splits each operand into two TF32 numbers and is as accurate as fp32 arithmetic to a
     few units in the last place, on the matrix units.
     """
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def lora_operands(dtype: torch.dtype, lora_dtype: torch.dtype) -> Operands:
