@@ -102,8 +102,8 @@ def forward_plan(M: int, N: int, K: int, itemsize: int, blocksize: int, facts: F
     """Tiles of y = x @ W^T; the weight is the operand held in registers. blocksize 0: dense."""
     # A step of K never crosses a block, so that one absmax serves it.
     block_k = min(64 if itemsize == 2 else 32, blocksize or 64)
-    # estimate: 128 rows of W a step need a sixth fewer instructions a weight than 64, but leave half
-    # as many tiles, and narrow layers would be split further.
+    # estimate: 128 rows of W a step need a sixth fewer instructions a weight than 64, but leave
+    # half as many tiles, and narrow layers would be split further.
     block_n = 128 if N >= 4096 else 64
     if itemsize == 4:
         tile = TileConfig(16 if M <= 16 else 64, 64, block_k, 4, 3)
@@ -142,9 +142,12 @@ def backward_plan(M: int, N: int, K: int, itemsize: int, blocksize: int, facts: 
     return TilePlan(tile, *_split(N, tile.block_k, tiles, facts, _programs(M), 512))
 
 
-def expand_tile() -> TileConfig:
-    """Tiles of what is added to an output that is there already; block_k is unused."""
-    return TileConfig(32, 64, 0, 4, 2)
+def expand_tile(facts: Facts) -> TileConfig:
+    """Tiles of what is added to an output that is there already; block_k is unused.
+
+    Of the small tiles that any memory-bound kernel could take, those that spill nowhere.
+    """
+    return TileConfig(32, 64 if facts.capability < 90 else 32, 0, 4, 2)
 
 
 def _block_r(rank: int, most: int) -> int:
@@ -156,7 +159,7 @@ def shrink_config(
 ) -> tuple[ShrinkConfig, int, int]:
     """(config, splits of K, length of each) of a projection of [M, K] to [M, rank]."""
     block_m = 16 if M <= 16 else 64
-    config = ShrinkConfig(block_m, _block_r(rank, 64), 128, 4, 3)
+    config = ShrinkConfig(block_m, _block_r(rank, 64), 64, 4, 4)
     if fp32:
         config = ShrinkConfig(block_m, _block_r(rank, 32), 32, 4, 2)
     tiles = cdiv(M, block_m) * cdiv(rank, config.block_r)

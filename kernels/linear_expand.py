@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pylora.kernels.configs import expand_tile
 from pylora.kernels.epilogue import Epilogue, add_epilogue
-from pylora.kernels.launch import on_device_of
+from pylora.kernels.launch import facts, on_device_of
 from pylora.kernels.precision import rounded
 
 
@@ -100,7 +100,7 @@ def _linear_expand_kernel(
 def linear_expand(base: Tensor, out: Tensor, epilogue: Epilogue) -> None:
     """base [parts, M, Q] -> out [M, Q], both contiguous; out may share the memory of one part."""
     M, Q = out.shape
-    tile = expand_tile()
+    tile = expand_tile(facts(out))
     with on_device_of(out):
         _linear_expand_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(Q, tile.block_n),)](
             base_ptr=base,

@@ -6,15 +6,14 @@ through the functions here, which do there what a GPU does.
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-# Triton reads the variable when a kernel is decorated: it holds for the whole process.
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+# Triton asks this when a kernel is decorated: it holds for the whole process.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
@@ -65,11 +64,11 @@ _DTYPES = {
 
 
 def fp32_precision() -> str:
-    """How a matrix product of fp32 operands is done, by torch's own switch (which
-    `allow_tf32` and `set_float32_matmul_precision` set as well).
+    """How a matrix product of fp32 operands is done, by torch's own switch.
 
-    "tf32x3" splits each operand into two TF32 numbers and is as accurate as fp32 arithmetic to a
-    few units in the last place, on the matrix units.
+    `allow_tf32` and `set_float32_matmul_precision` set it as well. "tf32x3" splits each operand
+    into two TF32 numbers and is as accurate as fp32 arithmetic to a few units in the last place,
+    on the matrix units.
     """
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 

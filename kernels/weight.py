@@ -28,7 +28,7 @@ class NF4Base(NamedTuple):
         flat = self.qweight.reshape(-1)
         if flat.numel() % 4:
             flat = pad(flat, (0, -flat.numel() % 4))
-        if flat.data_ptr() % _ALIGNMENT:
+        if flat.data_ptr() % _ALIGNMENT or flat.storage_offset() % 4:
             flat = flat.clone()
         return flat.view(torch.int32)
 

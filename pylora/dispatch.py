@@ -68,13 +68,16 @@ def candidates() -> list[Backend]:
     return list({forced: BACKENDS[forced], "reference": BACKENDS["reference"]}.values())
 
 
+def unavailable(backend: Backend) -> Reason:
+    """None where `backend`, one of the candidates, would be asked at all, else the reason."""
+    if forced_backend() is None:
+        return backend.unavailable() or backend.request_only()
+    return backend.unavailable()
+
+
 def why_not(backend: Backend, op: str, args: tuple[Any, ...]) -> Reason:
     """None where `backend`, one of the candidates, would run `op` on `args`, else the reason."""
-    if forced_backend() is None:
-        reason = backend.request_only()
-        if reason is not None:
-            return reason
-    return backend.why_not(op, args)
+    return unavailable(backend) or backend.why_not(op, args)
 
 
 def select(op: str, args: tuple[Any, ...]) -> Backend:

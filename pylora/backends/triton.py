@@ -17,9 +17,10 @@ from torch import Tensor
 from pylora.backends.backend import KERNEL_DTYPES, Backend, Op, Reason, nf4_dequantize_why_not
 
 
+@lru_cache(maxsize=1)
 def interpreted() -> bool:
     """Whether this process runs Triton kernels in the interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 @lru_cache(maxsize=1)
