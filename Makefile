@@ -34,8 +34,9 @@ install: $(INSTALLED) ## make .venv with pylora and all that its tests, demo and
 demo: $(INSTALLED) ## fine-tune a real language model with QLoRA on this machine; results in build/demo
 	$(PY) examples/finetune_qlora.py --out build/demo
 
-test: $(INSTALLED) ## all tests
+test: $(INSTALLED) ## all tests, then those of the Triton kernels once more in Triton's interpreter
 	$(VENV)/bin/pytest tests
+	TRITON_INTERPRET=1 $(VENV)/bin/pytest tests -k triton
 
 # The build of its own, in build/asan, comes before the installed one. Leaks are Python's to report,
 # and libstdc++ must be in the process before the sanitizer looks for the exceptions it throws.
@@ -52,8 +53,9 @@ bench: $(INSTALLED) ## the quick benchmark suite on this CPU and its report, in 
 	env -u PYTHONSAFEPATH $(PY) -m benchmarks run --suite quick --device cpu $(if $(OP),--op $(OP)) --out build/bench
 	env -u PYTHONSAFEPATH $(PY) -m benchmarks report build/bench
 
-kernels: $(INSTALLED) ## resources of the compiled CUDA kernels, compared with the committed table
+kernels: $(INSTALLED) ## resources of the compiled CUDA and Triton kernels, compared with the committed tables
 	$(PY) benchmarks/kernel_resources.py
+	env -u PYTHONSAFEPATH $(PY) -m benchmarks.triton_resources
 
 lint: $(INSTALLED) ## ruff, clang-format, mypy
 	$(PY) -m ruff check .

@@ -40,15 +40,14 @@ def info() -> int:
     print(f"threads: {torch.get_num_threads()}")
     print("backends, fastest first:")
     for backend in dispatch.candidates():
-        reason = backend.unavailable()
+        reason = dispatch.unavailable(backend)
         print(f"  {backend.name}: {reason or backend.path()}")
     print("ops:")
     for op in dispatch.BACKENDS["reference"].ops:
-        here = [b.name for b in dispatch.candidates() if b.unavailable() is None and op in b.ops]
-        built = [
-            b.name for b in dispatch.candidates() if b.unavailable() is not None and op in b.ops
-        ]
-        absent = f" (and {', '.join(built)}, which cannot run here)" if built else ""
+        having = [backend for backend in dispatch.candidates() if op in backend.ops]
+        here = [b.name for b in having if dispatch.unavailable(b) is None]
+        built = [b.name for b in having if dispatch.unavailable(b) is not None]
+        absent = f" (and {', '.join(built)}, which will not run here)" if built else ""
         print(f"  {op}: {', '.join(here)}{absent}")
     return 0
 

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pylora.backends import cpu, cuda, reference
-from pylora.backends.backend import Backend
+from pylora.backends import cpu, cuda, reference, triton
+from pylora.backends.backend import Backend, Reason
 
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (cuda.BACKEND, cpu.BACKEND, reference.BACKEND)
+    backend.name: backend
+    for backend in (cuda.BACKEND, triton.BACKEND, cpu.BACKEND, reference.BACKEND)
 }
-_NAMES = ("reference", "cpu", "triton", "cuda")
 
 # Process-wide, not a context variable: autograd runs the backward of CUDA ops on threads of its
 # own.
@@ -27,10 +27,9 @@ _forced: str | None = None
 
 
 def _check_name(name: str, source: str) -> str:
-    if name not in _NAMES:
-        raise ValueError(f"{source} is {name!r}; it must be one of {', '.join(_NAMES)}")
     if name not in BACKENDS:
-        raise RuntimeError(f"{source} is {name!r}, which this version does not have")
+        known = ", ".join(reversed(BACKENDS))
+        raise ValueError(f"{source} is {name!r}; it must be one of {known}")
     reason = BACKENDS[name].unavailable()
     if reason is not None:
         raise RuntimeError(f"{source} is {name!r}, which cannot run here: {reason}")
@@ -69,10 +68,22 @@ def candidates() -> list[Backend]:
     return list({forced: BACKENDS[forced], "reference": BACKENDS["reference"]}.values())
 
 
+def unavailable(backend: Backend) -> Reason:
+    """None where `backend`, one of the candidates, would be asked at all, else the reason."""
+    if forced_backend() is None:
+        return backend.unavailable() or backend.request_only()
+    return backend.unavailable()
+
+
+def why_not(backend: Backend, op: str, args: tuple[Any, ...]) -> Reason:
+    """None where `backend`, one of the candidates, would run `op` on `args`, else the reason."""
+    return unavailable(backend) or backend.why_not(op, args)
+
+
 def select(op: str, args: tuple[Any, ...]) -> Backend:
     """The backend that runs `op` on `args`."""
     for backend in candidates():
-        if backend.why_not(op, args) is None:
+        if why_not(backend, op, args) is None:
             return backend
     raise AssertionError(f"the reference must take every op, but did not take {op}")
 

@@ -44,7 +44,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     name, op_args = functional.OP_ARGUMENTS[op](*args, **kwargs)
     rejected: dict[str, str] = {}
     for backend in dispatch.candidates():
-        reason = backend.why_not(name, op_args)
+        reason = dispatch.why_not(backend, name, op_args)
         if reason is None:
             return Explanation(
                 op, backend.name, backend.path(), rejected, dispatch.forced_backend()

@@ -191,7 +191,7 @@ def run(seed: int = 0) -> Iterator[Outcome]:
     """Runs every case on every variant that takes it."""
     all_cases = list(cases(seed))
     for name, path, isa in variants():
-        device = "cpu" if name == "cpu" else "cuda"
+        device = dispatch.BACKENDS[name].device()
         with dispatch.use_backend(name), cpu_isa(isa):
             for case in all_cases:
                 args = tuple(_moved(arg, device) for arg in case.args)

@@ -29,7 +29,13 @@ def poisoned_buffers() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=VARIANTS, ids=lambda variant: f"{variant[0]}-{variant[2] or 'default'}")
+def _parameter(variant: tuple[str, str, str | None]) -> Any:
+    name, _, isa = variant
+    marks = [pytest.mark.gpu] if dispatch.BACKENDS[name].device() == "cuda" else []
+    return pytest.param(variant, marks=marks, id=f"{name}-{isa or 'default'}")
+
+
+@pytest.fixture(params=map(_parameter, VARIANTS))
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend, on the CPU each instruction set, that can run here; yields its name."""
     name, _, isa = request.param
@@ -40,7 +46,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def device(backend: str) -> str:
     """Where the tensors of a test on `backend` must be."""
-    return "cuda" if backend in ("cuda", "triton") else "cpu"
+    return dispatch.BACKENDS[backend].device()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import util
 
 import pytest
 import torch
@@ -13,6 +14,11 @@ import pylora
 import pylora.functional as F
 from pylora import dispatch
 from pylora.backends import extension
+
+EXPLAIN_NF4_LINEAR = (
+    "import pylora, torch; w = pylora.quantize_nf4(torch.randn(4, 64)); "
+    "print(pylora.explain('nf4_linear', torch.randn(2, 64), w))"
+)
 
 
 def python(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -44,8 +50,7 @@ def test_backend_that_cannot_run_says_why() -> None:
 
 
 def test_environment_chooses_the_backend() -> None:
-    code = "import pylora, torch; w = pylora.quantize_nf4(torch.randn(4, 64)); "
-    code += "print(pylora.explain('nf4_linear', torch.randn(2, 64), w))"
+    code = EXPLAIN_NF4_LINEAR
     result = python("-c", code, PYLORA_BACKEND="reference")
     assert result.stdout.startswith("nf4_linear: reference (pure PyTorch)"), result.stderr
     assert "asked for: reference" in result.stdout
@@ -53,11 +58,29 @@ def test_environment_chooses_the_backend() -> None:
     assert "PYLORA_BACKEND is 'fast'; it must be one of" in result.stderr
 
 
+@pytest.mark.skipif(util.find_spec("triton") is None, reason="triton is not installed")
+def test_triton_runs_on_the_cpu_only_when_asked_for() -> None:
+    result = python("-c", EXPLAIN_NF4_LINEAR, PYLORA_BACKEND="triton", TRITON_INTERPRET="1")
+    assert result.stdout.startswith("nf4_linear: triton (interpreter)"), result.stderr
+    result = python("-c", EXPLAIN_NF4_LINEAR, TRITON_INTERPRET="1")
+    assert "not triton: Triton's interpreter runs only where it is asked for" in result.stdout
+    late = "import os, triton; os.environ['TRITON_INTERPRET'] = '1'; "
+    result = python("-c", late + EXPLAIN_NF4_LINEAR, PYLORA_BACKEND="triton", TRITON_INTERPRET="0")
+    assert "TRITON_INTERPRET=1 was set after triton was imported" in result.stderr
+
+
+def test_importing_pylora_imports_no_triton() -> None:
+    """It costs a second, and a CPU without the interpreter never needs it."""
+    code = EXPLAIN_NF4_LINEAR + "; import sys; print('triton' in sys.modules)"
+    result = python("-c", code, TRITON_INTERPRET="0")
+    assert result.stdout.rstrip().endswith("False"), result.stdout + result.stderr
+
+
 def test_explain_gives_reasons() -> None:
     w = pylora.quantize_nf4(torch.randn(48, 128))
     x = torch.randn(2, 128)
     explanation = pylora.explain("nf4_linear", x, w)
-    assert "cuda" in explanation.rejected
+    assert "cuda" in explanation.rejected and "triton" in explanation.rejected
     if extension.load()[0] is not None:
         assert explanation.backend == "cpu" and explanation.path in str(explanation)
         double = pylora.explain("nf4_linear", x.double(), w)
@@ -101,9 +124,10 @@ def test_check_fails_on_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         y = dispatch.BACKENDS["reference"].ops["nf4_linear"].run(*args)
         return y * (1 + 0.01 * (torch.arange(y.numel()) % 1000 == 0).view(y.shape))
 
-    backend = Backend("cuda", {"nf4_linear": Op(wrong, lambda *_: None)}, lambda: None, lambda: "")
+    backend = Backend(
+        "cuda", {"nf4_linear": Op(wrong, lambda *_: None)}, lambda: None, str, lambda: "cpu"
+    )
     monkeypatch.setitem(dispatch.BACKENDS, "cuda", backend)
     monkeypatch.setattr(selfcheck, "variants", lambda: iter([("cuda", "", None)]))
-    monkeypatch.setattr(selfcheck, "_moved", lambda arg, device: arg)
     outcomes = list(selfcheck.run())
     assert outcomes and any(outcome.failure is not None for outcome in outcomes)

@@ -66,10 +66,14 @@ def imports(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT))
+    "path",
+    sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").glob("*.py")]),
+    ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_imports_point_downward(path: Path) -> None:
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    if not path.is_relative_to(PACKAGE):
+        module = f"pylora.{module}"
     for name in imports(path):
         if (module, name) not in EXCEPTIONS:
             assert layer(name) <= layer(module), f"{module} imports {name}, which lies above it"

@@ -63,12 +63,16 @@ class Backend:
 
     unavailable   None where the backend can run in this process, else the reason in words
     path          the variant in use, such as the instruction set, in words; for reports only
+    device        type of the device that the kernels' tensors are on
+    request_only  None where the backend is taken without being asked for by name, else the reason
     """
 
     name: str
     ops: Mapping[str, Op]
     unavailable: Callable[[], Reason]
     path: Callable[[], str]
+    device: Callable[[], str]
+    request_only: Callable[[], Reason] = lambda: None
 
     def why_not(self, op: str, args: tuple[Any, ...]) -> Reason:
         """None where this backend would run `op` on `args`, else the reason."""

@@ -1,7 +1,8 @@
 """Ops of several layers out of a backend's ops of one: lora_qkv, lora_mlp, multi_lora_linear.
 
-A backend that has no kernel of its own for them still runs every NF4 weight on its kernels. What is
-dense, and the adapters of multi_lora_linear, run in torch.
+A backend that has no kernel of its own for them still runs every NF4 weight on its kernels, and
+dense ones with LoRA where it takes those. The rest, and the adapters of multi_lora_linear, run in
+torch.
 """
 
 from __future__ import annotations
@@ -14,19 +15,23 @@ from torch import Tensor
 
 from pylora import reference
 from pylora.backends.backend import DENSE, Op, Reason, without_autocast
-from pylora.reference.projections import LinearOps, Projections
+from pylora.reference.projections import LINEAR_OPS, LinearOps, Projections
 
 
-def composed(ops: Mapping[str, Op]) -> dict[str, Op]:
-    """The composed ops over `ops`, which has those of `LinearOps`."""
-    linear_ops = LinearOps(*(ops[name].run for name in LinearOps._fields))
+def composed(ops: Mapping[str, Op], takes_dense: bool = False) -> dict[str, Op]:
+    """The composed ops over `ops`, which has those of `LinearOps`.
+
+    takes_dense    its lora_linear takes dense weights too
+    """
+    linear_ops = LinearOps(**{name: ops[name].run for name in LINEAR_OPS}, takes_dense=takes_dense)
 
     def op(name: str, why_not: Callable[..., Reason]) -> Op:
         run = partial(getattr(reference, name), ops=linear_ops)
         return Op(without_autocast(run), why_not)
 
     def why_not(x: Tensor, *args: Any) -> Reason:
-        return _projections_why_not(ops, x, Projections(*args[: len(Projections._fields)]))
+        projections = Projections(*args[: len(Projections._fields)])
+        return _projections_why_not(ops, takes_dense, x, projections)
 
     def base_why_not(x: Tensor, weight: Tensor, absmax: Tensor | None, *args: Any) -> Reason:
         return DENSE if absmax is None else ops["nf4_linear"].why_not(x, weight, absmax, *args)
@@ -45,14 +50,15 @@ def composed(ops: Mapping[str, Op]) -> dict[str, Op]:
     }
 
 
-def _projections_why_not(ops: Mapping[str, Op], x: Tensor, projections: Projections) -> Reason:
-    """None where there is an NF4 weight and the backend takes every one of them."""
-    if all(absmax is None for absmax in projections.absmax):
+def _projections_why_not(
+    ops: Mapping[str, Op], takes_dense: bool, x: Tensor, projections: Projections
+) -> Reason:
+    """None where there is a weight for the backend and it takes every such one."""
+    ones = [projections.one(index) for index in range(len(projections.weight))]
+    own = [one for one in ones if one.base[1] is not None or (takes_dense and one.has_lora)]
+    if not own:
         return DENSE
-    for index, absmax in enumerate(projections.absmax):
-        if absmax is None:
-            continue
-        one = projections.one(index)
+    for one in own:
         args = (x, *one.base, one.out_features)
         if one.has_lora:
             last = (one.lora_A, one.lora_B, one.bias, None, None, one.scaling, 0.0, None)

@@ -108,4 +108,10 @@ _OPS = {
     "lora_linear_backward": Op(_lora_linear_backward, _lora_linear_backward_why_not),
 }
 
-BACKEND = Backend(name="cpu", ops={**_OPS, **composed(_OPS)}, unavailable=_unavailable, path=_path)
+BACKEND = Backend(
+    name="cpu",
+    ops={**_OPS, **composed(_OPS)},
+    unavailable=_unavailable,
+    path=_path,
+    device=lambda: "cpu",
+)

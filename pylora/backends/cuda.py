@@ -39,4 +39,5 @@ BACKEND = Backend(
     ops={"nf4_dequantize": Op(_nf4_dequantize, partial(nf4_dequantize_why_not, "cuda"))},
     unavailable=_unavailable,
     path=_path,
+    device=lambda: "cuda",
 )

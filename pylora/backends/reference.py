@@ -33,4 +33,5 @@ BACKEND = Backend(
     },
     unavailable=lambda: None,
     path=lambda: "pure PyTorch",
+    device=lambda: "cpu",
 )

@@ -64,13 +64,20 @@ class Projections(NamedTuple):
 
 class LinearOps(NamedTuple):
     """The single-layer ops over NF4 weights that the others are composed of; a backend may put in
-    its own. Dense weights are torch's own business."""
+    its own. Dense weights are torch's own business, or where `takes_dense` lora_linear's."""
 
     nf4_linear: Callable[..., Tensor]
     nf4_linear_backward: Callable[..., Tensor]
     lora_linear: Callable[..., tuple[Tensor, Tensor]]
     lora_linear_backward: Callable[..., tuple[Tensor, ...]]
+    takes_dense: bool = False
 
+    def of_lora(self, base: Base) -> LinearOps:
+        """The ops for a base weight with LoRA."""
+        return self if self.takes_dense or base[1] is not None else REFERENCE_OPS
+
+
+LINEAR_OPS = LinearOps._fields[:4]
 
 REFERENCE_OPS = LinearOps(nf4_linear, nf4_linear_backward, lora_linear, lora_linear_backward)
 
@@ -115,8 +122,7 @@ def project(
         return base_linear(ops, x, one.base, one.out_features, one.bias), x.new_empty(0)
     low_rank = (one.lora_A, one.lora_B, one.bias, None, None, one.scaling)
     last = (dropout_p, projection_seed(seed, index), "identity")
-    run = REFERENCE_OPS if one.base[1] is None else ops
-    return run.lora_linear(x, *one.base, one.out_features, *low_rank, *last)
+    return ops.of_lora(one.base).lora_linear(x, *one.base, one.out_features, *low_rank, *last)
 
 
 def wanted_of(output_mask: list[bool], index: int, wants_x: bool) -> list[bool]:
@@ -147,7 +153,7 @@ def project_backward(
     if one.has_lora and any(wanted):
         low_rank = (one.lora_A, one.lora_B, one.scaling)
         last = (dropout_p, projection_seed(seed, index), "identity", [*wanted, False, False])
-        run = REFERENCE_OPS if one.base[1] is None else ops
+        run = ops.of_lora(one.base)
         results = list(run.lora_linear_backward(grad, x, h, *one.base, *low_rank, *last)[:5])
     else:
         results = [x.new_empty(0) for _ in wanted]

@@ -1,0 +1,178 @@
+"""Which tile shapes, splits and regime a kernel runs with: one rule per op.
+
+Three regimes of the linear layers, by M, the rows of x:
+  small     fused tiles, K split so that every multiprocessor has work; memory-bound
+  middle    fused tiles, K whole
+  large     the weight dequantized into a buffer, then one dense matrix product
+
+Every threshold here is an estimate, from arithmetic and from the machine code: none has been
+measured on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pylora.kernels.launch import Facts
+
+
+@dataclass(frozen=True)
+class DequantizeConfig:
+    """One program decodes this many elements, or one block where blocks are larger."""
+
+    elements: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """One program computes block_m x block_n of the output, block_k of the sum at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """A tile shape, and how often the sum is split; `per_split` is a multiple of its step."""
+
+    tile: TileConfig
+    splits: int
+    per_split: int
+
+
+@dataclass(frozen=True)
+class ShrinkConfig:
+    """One program computes block_m x block_r of a projection, block_k of the sum at a time."""
+
+    block_m: int
+    block_r: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class PointwiseConfig:
+    block_m: int
+    block_r: int
+
+
+DEQUANTIZE = DequantizeConfig(elements=4096, num_warps=4)
+HIDDEN = PointwiseConfig(block_m=32, block_r=16)
+
+# estimate: beyond it the second reading of a dequantized weight costs less than decoding it again
+# for each tile of M, and than what Triton's tiles lose against the vendor's matrix product.
+_LARGE_M = {2: 512, 4: 64}
+
+
+def is_large(M: int, itemsize: int) -> bool:
+    """Whether M rows of elements of this size are better off with a dense matrix product."""
+    return M > _LARGE_M[itemsize]
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _split(
+    length: int, step: int, tiles: int, facts: Facts, per_multiprocessor: int, least: int
+) -> tuple[int, int]:
+    """(splits, length of each) so that tiles * splits fill the device, none below `least`."""
+    wanted = max(1, per_multiprocessor * facts.multiprocessors // max(tiles, 1))
+    steps = max(1, cdiv(length, step))
+    splits = max(1, min(wanted, cdiv(length, least), steps))
+    per_split = cdiv(steps, splits) * step
+    return max(1, cdiv(length, per_split)), per_split
+
+
+def _programs(M: int) -> int:
+    """Programs that a multiprocessor should have.
+
+    estimate: two keep its memory pipes full; larger tiles are bound by the matrix units, fill a
+    multiprocessor alone, and would pay for a split with a workspace of M rows each.
+    """
+    return 2 if M <= 64 else 1
+
+
+def forward_plan(M: int, N: int, K: int, itemsize: int, blocksize: int, facts: Facts) -> TilePlan:
+    """Tiles of y = x @ W^T; the weight is the operand held in registers. blocksize 0: dense."""
+    # A step of K never crosses a block, so that one absmax serves it.
+    block_k = min(64 if itemsize == 2 else 32, blocksize or 64)
+    # estimate: 128 rows of W a step need a sixth fewer instructions a weight than 64, but leave
+    # half as many tiles, and narrow layers would be split further.
+    block_n = 128 if N >= 4096 else 64
+    if itemsize == 4:
+        tile = TileConfig(16 if M <= 16 else 64, 64, block_k, 4, 3)
+    elif M <= 16:
+        # 16 bytes of codes a thread and stage, or twice that: it takes some 24 KiB in flight on a
+        # multiprocessor to hide the latency of memory.
+        tile = TileConfig(16, block_n, block_k, 4, 6)
+    elif M <= 32:
+        tile = TileConfig(32, block_n, block_k, 4, 4)
+    elif M <= 64:
+        tile = TileConfig(64, block_n, block_k, 4, 3)
+    elif M <= 128 or block_k < 64:
+        # Shorter steps leave too few registers for an epilogue on a larger tile.
+        tile = TileConfig(64, 128, block_k, 8, 3)
+    else:
+        tile = TileConfig(128, 128, block_k, 8, 3)
+    tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
+    return TilePlan(tile, *_split(K, block_k, tiles, facts, _programs(M), 512))
+
+
+def backward_plan(M: int, N: int, K: int, itemsize: int, blocksize: int, facts: Facts) -> TilePlan:
+    """Tiles of dx = grad @ W: block_n is the width of dx's tile, block_k the step over N."""
+    if itemsize == 4:
+        tile = TileConfig(32, 64, 32, 4, 2)
+    elif M <= 16:
+        tile = TileConfig(16, 64, 64, 4, 4)
+    elif M <= 64 or blocksize == 32:
+        # Twice the absmax values leave too few registers for a larger tile.
+        tile = TileConfig(64, 64, 64, 4, 3)
+    elif facts.capability < 90:
+        # The accumulators are fragments of mma.sync here, and the mask takes registers as well.
+        tile = TileConfig(64, 128, 64, 8, 3)
+    else:
+        tile = TileConfig(128, 128, 64, 8, 3)
+    tiles = cdiv(M, tile.block_m) * cdiv(K, tile.block_n)
+    return TilePlan(tile, *_split(N, tile.block_k, tiles, facts, _programs(M), 512))
+
+
+def expand_tile(facts: Facts) -> TileConfig:
+    """Tiles of what is added to an output that is there already; block_k is unused.
+
+    Of the small tiles that any memory-bound kernel could take, those that spill nowhere.
+    """
+    return TileConfig(32, 64 if facts.capability < 90 else 32, 0, 4, 2)
+
+
+def _block_r(rank: int, most: int) -> int:
+    return min(most, max(16, 1 << (rank - 1).bit_length()))
+
+
+def shrink_config(
+    M: int, K: int, rank: int, fp32: bool, facts: Facts
+) -> tuple[ShrinkConfig, int, int]:
+    """(config, splits of K, length of each) of a projection of [M, K] to [M, rank]."""
+    block_m = 16 if M <= 16 else 64
+    config = ShrinkConfig(block_m, _block_r(rank, 64), 64, 4, 4)
+    if fp32:
+        config = ShrinkConfig(block_m, _block_r(rank, 32), 32, 4, 2)
+    tiles = cdiv(M, block_m) * cdiv(rank, config.block_r)
+    return config, *_split(K, config.block_k, tiles, facts, 2, 256)
+
+
+def weight_grad_config(
+    M: int, columns: int, rank: int, fp32: bool, facts: Facts
+) -> tuple[ShrinkConfig, int, int]:
+    """(config, splits of M, length of each) of a sum over M to [columns, rank].
+
+    block_m is the width of the tile of columns, block_k the step over M.
+    """
+    config = ShrinkConfig(64, _block_r(rank, 32 if fp32 else 64), 32 if fp32 else 64, 4, 3)
+    tiles = cdiv(columns, config.block_m) * cdiv(rank, config.block_r)
+    return config, *_split(M, config.block_k, tiles, facts, 2, 256)

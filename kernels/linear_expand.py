@@ -1,0 +1,116 @@
+"""Finishing an output whose base product is there: partial sums of a split, or a dense product."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pylora.kernels.configs import expand_tile
+from pylora.kernels.epilogue import Epilogue, add_epilogue
+from pylora.kernels.launch import facts, on_device_of
+from pylora.kernels.precision import rounded
+
+
+@triton.jit(do_not_specialize=["M", "parts", "threshold", "base_parts"])
+def _linear_expand_kernel(
+    base_ptr,  # [base_parts, M, Q], fp32 or of the output's dtype
+    base_parts,
+    out_ptr,  # [M, Q]; may be base itself
+    bias_ptr,  # this and the following: see `epilogue.add_epilogue`
+    parts_ptr,
+    parts,
+    parts_scale,
+    hidden_bias_ptr,
+    h_ptr,
+    factor_ptr,
+    stride_q,
+    stride_r,
+    factor_bias_ptr,
+    scaling,
+    seed_ptr,
+    threshold,
+    keep_scale,
+    M,
+    Q,
+    R,
+    ACTIVATION: tl.constexpr,
+    OPERAND: tl.constexpr,
+    LORA_PRECISION: tl.constexpr,
+    ALIGNED_MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """out = sum(base) + bias + mask * (scaling * act(h) @ factor^T) + scaling * factor_bias
+
+    Shapes    base [base_parts, M, Q]; out [M, Q]; the rest as in `epilogue.add_epilogue`
+              (M = rows, Q = features of the output, R = rank)
+    Numerics  fp32 sums in the order of the parts, rounded once.
+    Grid      (tiles of M, fastest, times tiles of Q)
+    Algorithm 1. Add the parts up, in order. 2. Add the epilogue. 3. Store.
+    Source    pylora/reference/lora_linear.py
+    """
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    pid_m, pid_q = tl.program_id(0) % tiles_m, tl.program_id(0) // tiles_m
+    m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    q = pid_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    offset = m.to(tl.int64)[:, None] * Q + q[None, :]
+    inside = (m < M)[:, None] & (q < Q)[None, :]
+    # 1.
+    acc = tl.load(base_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    for part in range(1, base_parts):
+        values = tl.load(base_ptr + part * (M.to(tl.int64) * Q) + offset, mask=inside, other=0.0)
+        acc += values.to(tl.float32)
+    # 2.
+    acc = add_epilogue(
+        acc,
+        m,
+        pid_q * BLOCK_Q,
+        bias_ptr,
+        parts_ptr,
+        parts,
+        parts_scale,
+        hidden_bias_ptr,
+        h_ptr,
+        pid_q == 0,
+        factor_ptr,
+        stride_q,
+        stride_r,
+        factor_bias_ptr,
+        scaling,
+        seed_ptr,
+        threshold,
+        keep_scale,
+        M,
+        Q,
+        R,
+        ACTIVATION,
+        OPERAND,
+        LORA_PRECISION,
+        ALIGNED_MASK,
+        False,
+        BLOCK_Q,
+        BLOCK_R,
+    )
+    # 3.
+    tl.store(out_ptr + offset, rounded(acc, out_ptr.dtype.element_ty), mask=inside)
+
+
+def linear_expand(base: Tensor, out: Tensor, epilogue: Epilogue) -> None:
+    """base [parts, M, Q] -> out [M, Q], both contiguous; out may share the memory of one part."""
+    M, Q = out.shape
+    tile = expand_tile(facts(out))
+    with on_device_of(out):
+        _linear_expand_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(Q, tile.block_n),)](
+            base_ptr=base,
+            base_parts=base.shape[0],
+            out_ptr=out,
+            M=M,
+            Q=Q,
+            ALIGNED_MASK=Q % 4 == 0,
+            BLOCK_M=tile.block_m,
+            BLOCK_Q=tile.block_n,
+            num_warps=tile.num_warps,
+            **epilogue.arguments(),
+        )

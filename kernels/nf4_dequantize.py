@@ -1,0 +1,107 @@
+"""NF4 to a dense tensor."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pylora.kernels.configs import DEQUANTIZE
+from pylora.kernels.launch import on_device_of
+from pylora.kernels.nf4_decode import decode_words, load_absmax
+from pylora.kernels.precision import rounded
+from pylora.kernels.weight import NF4Base
+
+
+@triton.jit
+def _nf4_dequantize_kernel(
+    words_ptr,  # int32 [ceil(rows * columns / 8)]
+    absmax_ptr,
+    nested_absmax_ptr,
+    nested_code_ptr,
+    offset_ptr,
+    out_ptr,  # [rows, columns], rows `stride` elements apart
+    columns,
+    stride,
+    tiles,  # of each row
+    BLOCKSIZE: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """out = code * absmax in fp32, rounded once to the dtype of `out`
+
+    Shapes    words int32, eight elements each, the even one of a byte in its high nibble;
+              absmax [rows * columns / BLOCKSIZE]; out [rows, columns] fp32|fp16|bf16
+    Numerics  one fp32 product, one rounding: equal bit for bit to bitsandbytes.
+    Grid      one program per row and BLOCKS blocks of absmax in it.
+    Algorithm 1. Load BLOCKS absmax values. 2. Load and decode their words. 3. Multiply and store.
+    Limits    columns % BLOCKSIZE == 0, or a single row (the flat weight whose blocks straddle rows)
+              padded to whole words.
+    Source    QLoRA, arXiv:2305.14314; pylora/reference/nf4_dequantize.py
+    """
+    WORDS: tl.constexpr = BLOCKSIZE // 8
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    block = tl.program_id(0) % tiles * BLOCKS + tl.arange(0, BLOCKS)
+    # 1. A block that begins in the row is there, if only in part.
+    column = block.to(tl.int64) * BLOCKSIZE
+    begins = column < columns
+    first = row * columns
+    absmax = load_absmax(
+        absmax_ptr,
+        nested_absmax_ptr,
+        nested_code_ptr,
+        offset_ptr,
+        (first + column) // BLOCKSIZE,
+        begins,
+        NESTED_BLOCKSIZE,
+    )
+    # 2. [BLOCKS, WORDS] words
+    word_column = column[:, None] + tl.arange(0, WORDS)[None, :] * 8
+    words = tl.load(words_ptr + (first + word_column) // 8, mask=word_column < columns, other=0)
+    values = decode_words(words, tl.float32)
+    # 3. [BLOCKS, BLOCKSIZE] values
+    out = (values * absmax[:, None, None]).reshape(BLOCKS, BLOCKSIZE)
+    element = column[:, None] + tl.arange(0, BLOCKSIZE)[None, :]
+    pointers = out_ptr + row * stride + element
+    tl.store(pointers, rounded(out, out_ptr.dtype.element_ty), mask=element < columns)
+
+
+def launch_nf4_dequantize(base: NF4Base, out: Tensor) -> None:
+    """Writes the dense weight to `out` [rows, columns], whose rows may be padded.
+
+    Where blocks straddle rows `out` must be contiguous.
+    """
+    columns = out.shape[-1]
+    rows = math.prod(out.shape[:-1])
+    stride = out.stride(-2) if out.dim() > 1 else columns
+    if columns % base.blocksize:
+        if not out.is_contiguous():
+            raise ValueError("out is not contiguous; it must be where blocks straddle rows")
+        columns, rows = out.numel(), 1
+    if rows * columns == 0:
+        return
+    blocks = max(1, DEQUANTIZE.elements // base.blocksize)
+    tiles = triton.cdiv(columns, blocks * base.blocksize)
+    with on_device_of(out):
+        _nf4_dequantize_kernel[(rows * tiles,)](
+            base.words(),
+            *base.scales,
+            out,
+            columns,
+            stride,
+            tiles,
+            BLOCKSIZE=base.blocksize,
+            NESTED_BLOCKSIZE=base.nested_blocksize,
+            BLOCKS=blocks,
+            num_warps=DEQUANTIZE.num_warps,
+        )
+
+
+def nf4_dequantize(base: NF4Base, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The dense weight of `shape` in `dtype`."""
+    out = base.qweight.new_empty(shape, dtype=dtype)
+    launch_nf4_dequantize(base, out)
+    return out

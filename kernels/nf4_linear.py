@@ -1,0 +1,245 @@
+"""The tile kernel of the forward pass: x @ W^T over an NF4 or a dense weight, with LoRA."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pylora.kernels.configs import TilePlan
+from pylora.kernels.epilogue import Epilogue, add_epilogue
+from pylora.kernels.launch import on_device_of
+from pylora.kernels.nf4_decode import BF16_FACTOR, decode_words, load_absmax
+from pylora.kernels.precision import dot, dot_add, fp32_precision, rounded
+from pylora.kernels.weight import NF4Base, weight_arguments
+
+
+@triton.jit
+def _word_order(tile):
+    """Reorders the columns of [P, 8 C] from word-major to element-pair-major.
+
+    A matrix product may take k in any order that is the same for both operands. In this one the
+    registers of a thread's fragment are the pairs of one word: it loads whole words of W, where
+    the natural order makes it load bytes.
+    """
+    P: tl.constexpr = tile.shape[0]
+    K: tl.constexpr = tile.shape[1]
+    return tile.reshape(P, K // 8, 4, 2).permute(0, 2, 1, 3).reshape(P, K)
+
+
+@triton.jit
+def _weight_times_x(
+    x_ptr,
+    weight_ptr,
+    absmax_ptr,
+    nested_absmax_ptr,
+    nested_code_ptr,
+    offset_ptr,
+    m,  # int [BLOCK_M], rows of x, all of them valid
+    n,  # int [BLOCK_N], rows of the weight, all of them valid
+    first,  # the part of K to sum over: whole blocks of BLOCK_K from here
+    last,
+    K,
+    stride_x,
+    BLOCKSIZE: tl.constexpr,  # 0: a dense weight of x's dtype
+    NESTED_BLOCKSIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,  # K % BLOCK_K == 0
+):
+    """(W @ x^T) [BLOCK_N, BLOCK_M] in fp32: the weight is the operand that stays in registers."""
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    k = tl.arange(0, BLOCK_K)
+    x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_x + k[None, :]
+    acc = tl.zeros((n.shape[0], m.shape[0]), tl.float32)
+    if BLOCKSIZE:
+        # Whole blocks of absmax lie in a row, and BLOCK_K divides them: nothing needs a mask.
+        words = tl.arange(0, BLOCK_K // 8)
+        w_rows = weight_ptr + n.to(tl.int64)[:, None] * (K // 8) + words[None, :]
+        blocks = n.to(tl.int64) * (K // BLOCKSIZE)
+        CODE_SCALE: tl.constexpr = 1.0 / BF16_FACTOR if DTYPE == tl.bfloat16 else 1.0
+        for start in range(first, last, BLOCK_K):
+            absmax = load_absmax(
+                absmax_ptr,
+                nested_absmax_ptr,
+                nested_code_ptr,
+                offset_ptr,
+                blocks + start // BLOCKSIZE,
+                None,
+                NESTED_BLOCKSIZE,
+            )
+            x = tl.load(x_rows + start)
+            w = decode_words(tl.load(w_rows + start // 8), DTYPE).reshape(n.shape[0], BLOCK_K)
+            partial = dot(_word_order(w), _word_order(x).T, PRECISION)
+            acc += partial * (absmax * CODE_SCALE)[:, None]
+    else:
+        w_rows = weight_ptr + n.to(tl.int64)[:, None] * K + k[None, :]
+        for start in range(first, last, BLOCK_K):
+            if EVEN_K:
+                x = tl.load(x_rows + start)
+                w = tl.load(w_rows + start)
+            else:
+                inside = (start + k < K)[None, :]
+                x = tl.load(x_rows + start, mask=inside, other=0.0)
+                w = tl.load(w_rows + start, mask=inside, other=0.0)
+            acc = dot_add(acc, w, x.T, PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["M", "parts", "threshold"])
+def _nf4_linear_kernel(
+    x_ptr,  # [M, K], rows stride_x apart
+    weight_ptr,  # int32 [N, K / 8] or dense [N, K]
+    absmax_ptr,
+    nested_absmax_ptr,
+    nested_code_ptr,
+    offset_ptr,
+    out_ptr,  # [M, N] of x's dtype, or fp32 [splits, M, N] where PARTIAL
+    bias_ptr,  # this and the following: see `epilogue.add_epilogue`
+    parts_ptr,
+    parts,
+    parts_scale,
+    hidden_bias_ptr,
+    h_ptr,
+    factor_ptr,
+    stride_q,
+    stride_r,
+    factor_bias_ptr,
+    scaling,
+    seed_ptr,
+    threshold,
+    keep_scale,
+    M,
+    N,
+    K,
+    R,
+    stride_x,
+    k_per_split,
+    BLOCKSIZE: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr,
+    LORA_PRECISION: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """y = x @ dequantize(W)^T + bias + scaling * (act(h) @ lora_B^T + lora_B_bias)
+
+    Shapes    x [M, K] fp32|fp16|bf16; W int32 words [N, K / 8], eight codes each, the even one of a
+              byte in its high nibble, with absmax [N, K / BLOCKSIZE]; or dense [N, K] of x's dtype;
+              h = parts_scale * sum(parts) + lora_A_bias, parts fp32 [parts, M, R]; lora_B [N, R];
+              y [M, N]  (M = rows of x, N = out_features, K = in_features, R = rank)
+    Numerics  fp32 accumulation; the codes are multiplied as they are (fp16: 11 bits, bf16: 8 bits
+              under a factor that suits them), absmax is applied in fp32 to each block's product.
+    Grid      (tiles of M, fastest, times tiles of N; splits of K)
+    Algorithm 1. Sum over this split's K. 2. Where K is split, store the fp32 partial sum for
+              `linear_expand`. 3. Else add bias and the low-rank term; the programs of the first
+              tile of N store h. 4. Store y.
+    Limits    K % BLOCKSIZE == 0, BLOCKSIZE % BLOCK_K == 0.
+    Source    QLoRA, arXiv:2305.14314; weight in registers as in Machete and CUTLASS example 55;
+              pylora/reference/lora_linear.py
+    """
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    pid_m, pid_n = tl.program_id(0) % tiles_m, tl.program_id(0) // tiles_m
+    m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1)
+    # 1. Rows beyond the end repeat the last one; they are not stored.
+    acc = _weight_times_x(
+        x_ptr,
+        weight_ptr,
+        absmax_ptr,
+        nested_absmax_ptr,
+        nested_code_ptr,
+        offset_ptr,
+        tl.minimum(m, M - 1),
+        tl.minimum(n, N - 1),
+        split * k_per_split,
+        tl.minimum(split * k_per_split + k_per_split, K),
+        K,
+        stride_x,
+        BLOCKSIZE,
+        NESTED_BLOCKSIZE,
+        PRECISION,
+        BLOCK_K,
+        EVEN_K,
+    )
+    out = out_ptr + m.to(tl.int64)[None, :] * N + n[:, None]
+    inside = (n < N)[:, None] & (m < M)[None, :]
+    if PARTIAL:
+        # 2.
+        tl.store(out + split.to(tl.int64) * M * N, acc, mask=inside)
+    else:
+        # 3.
+        acc = add_epilogue(
+            acc,
+            m,
+            pid_n * BLOCK_N,
+            bias_ptr,
+            parts_ptr,
+            parts,
+            parts_scale,
+            hidden_bias_ptr,
+            h_ptr,
+            pid_n == 0,
+            factor_ptr,
+            stride_q,
+            stride_r,
+            factor_bias_ptr,
+            scaling,
+            seed_ptr,
+            threshold,
+            keep_scale,
+            M,
+            N,
+            R,
+            ACTIVATION,
+            OPERAND,
+            LORA_PRECISION,
+            False,
+            True,
+            BLOCK_N,
+            BLOCK_R,
+        )
+        # 4.
+        tl.store(out, rounded(acc, out_ptr.dtype.element_ty), mask=inside)
+
+
+def launch_nf4_linear(
+    x: Tensor, weight: NF4Base | Tensor, out: Tensor, plan: TilePlan, epilogue: Epilogue
+) -> None:
+    """x [M, K], any row stride; weight NF4 whose blocks lie in rows, or dense [N, K] contiguous.
+
+    out is [M, N] of x's dtype; with plan.splits > 1 it is fp32 [splits, M, N], and gets the partial
+    sums without the epilogue.
+    """
+    (M, K), N = x.shape, out.shape[-1]
+    tile = plan.tile
+    epilogue = Epilogue() if plan.splits > 1 else epilogue
+    with on_device_of(x):
+        _nf4_linear_kernel[
+            (triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n), plan.splits)
+        ](
+            x_ptr=x,
+            **weight_arguments(weight),
+            out_ptr=out,
+            M=M,
+            N=N,
+            K=K,
+            stride_x=x.stride(0),
+            k_per_split=plan.per_split,
+            PRECISION=fp32_precision(),
+            PARTIAL=plan.splits > 1,
+            EVEN_K=K % tile.block_k == 0,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            BLOCK_K=tile.block_k,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            **epilogue.arguments(),
+        )

@@ -1,0 +1,65 @@
+"""Dropout from a seed: the bits of `pylora.reference.dropout`, drawn inside the kernels.
+
+Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) under the key
+`seed`. Element i of the flattened [M, K] input takes word i % 4 of the counter (i // 4, 0), and is
+kept where that word is at least p * 2^32. One counter serves four neighbours.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pylora.reference.dropout import drop_threshold
+
+
+@triton.jit
+def _words(seed, counter):
+    # The high half matters from 2^34 elements on.
+    zero = counter.to(tl.uint32) * 0
+    return tl.philox(seed, counter.to(tl.uint32), (counter >> 32).to(tl.uint32), zero, zero)
+
+
+@triton.jit
+def keep_mask(
+    seed_ptr,  # int64 []
+    threshold,  # what a kept element's word is at least: its 32 bits as int32
+    rows,  # int64 [P], row of each element
+    first,  # first column, a multiple of 4
+    columns,  # K, the width of the whole input
+    WIDTH: tl.constexpr,
+    ALIGNED: tl.constexpr,  # columns % 4 == 0
+):
+    """True where element (rows, first + [0, WIDTH)) is kept, [P, WIDTH]."""
+    P: tl.constexpr = rows.shape[0]
+    seed = tl.load(seed_ptr)
+    start = rows[:, None] * columns + first
+    if ALIGNED:
+        counter = start // 4 + tl.arange(0, WIDTH // 4)[None, :]
+        w0, w1, w2, w3 = _words(seed, counter)
+        word = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(P, WIDTH)
+    else:
+        index = start + tl.arange(0, WIDTH)[None, :]
+        w0, w1, w2, w3 = _words(seed, index // 4)
+        lane = index % 4
+        word = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
+    return word >= threshold.to(tl.uint32, bitcast=True)
+
+
+class Dropout(NamedTuple):
+    """What the kernels need to regenerate a mask; seed is None where nothing is dropped."""
+
+    seed: Tensor | None = None
+    threshold: int = 0
+    scale: float = 1.0  # of the kept elements
+
+
+def seeded_dropout(p: float, seed: Tensor | None) -> Dropout:
+    if p == 0.0 or seed is None:
+        return Dropout()
+    threshold = drop_threshold(p)
+    # As the int32 of the same bits: a kernel argument's type must not depend on its value.
+    return Dropout(seed, threshold - (threshold >> 31 << 32), 1.0 / (1.0 - p))

@@ -1,0 +1,173 @@
+"""The triton backend: the kernels of `pylora.kernels` on CUDA devices, or in Triton's interpreter.
+
+Triton and the kernels are imported when an op first needs them. The interpreter runs them on CPU
+tensors, slowly and exactly, where TRITON_INTERPRET=1 was set before Triton was imported.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from importlib import util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pylora.backends.backend import KERNEL_DTYPES, Backend, Op, Reason, nf4_dequantize_why_not
+from pylora.backends.composition import composed
+
+
+@lru_cache(maxsize=1)
+def interpreted() -> bool:
+    """Whether this process runs Triton kernels in the interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+@lru_cache(maxsize=1)
+def _unavailable() -> Reason:
+    if util.find_spec("triton") is None:
+        return "the triton package is not installed"
+    if interpreted():
+        import triton
+        import triton.language as tl
+
+        # Triton's own functions were decorated when it was imported.
+        if isinstance(tl.philox, triton.JITFunction):
+            return "TRITON_INTERPRET=1 was set after triton was imported"
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA device, and TRITON_INTERPRET=1 is not set"
+    return None
+
+
+def _request_only() -> Reason:
+    return "Triton's interpreter runs only where it is asked for" if interpreted() else None
+
+
+def _device() -> str:
+    return "cpu" if interpreted() else "cuda"
+
+
+def _path() -> str:
+    if _unavailable() is not None:
+        return "absent"
+    if interpreted():
+        return "interpreter"
+    return "sm_" + "".join(map(str, torch.cuda.get_device_capability()))
+
+
+def _tensors_why_not(**tensors: Tensor | None) -> Reason:
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.device.type != _device():
+            return f"{name} is on {tensor.device}, not on a {_device()} device"
+        if tensor.dtype not in KERNEL_DTYPES:
+            return f"{name} is {tensor.dtype}; the kernels take float32, float16 and bfloat16"
+        if 0 in tensor.shape[1:] or tensor.shape[-1:] == (0,):
+            return f"{name} has shape {tuple(tensor.shape)}: there is nothing to multiply"
+    return None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., features] as a matrix whose rows may be apart, but not their elements."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
+def _base(args: tuple[Any, ...]) -> Any:
+    """The weight from its seven arguments: NF4, or the dense tensor where absmax is None."""
+    from pylora.kernels.weight import NF4Base
+
+    return args[0].contiguous() if args[1] is None else NF4Base(*args)
+
+
+def _nf4_dequantize(*args: Any) -> Tensor:
+    from pylora.kernels.nf4_dequantize import nf4_dequantize
+
+    *q, shape, dtype = args
+    return nf4_dequantize(_base(tuple(q)), tuple(shape), dtype)
+
+
+def _nf4_dequantize_why_not(*args: Any) -> Reason:
+    return nf4_dequantize_why_not(_device(), *args)
+
+
+def _nf4_linear(x: Tensor, *args: Any) -> Tensor:
+    from pylora.kernels.lora_linear import nf4_linear
+
+    *q, out_features, bias = args
+    y = nf4_linear(_rows(x), _base(tuple(q)), out_features, bias)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def _nf4_linear_backward(grad: Tensor, *args: Any) -> Tensor:
+    from pylora.kernels.lora_linear_backward import nf4_linear_backward
+
+    *q, in_features = args
+    dx = nf4_linear_backward(_rows(grad), _base(tuple(q)), in_features)
+    return dx.view(*grad.shape[:-1], in_features)
+
+
+def _lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    from pylora.kernels.lora_linear import LoRA, lora_linear
+    from pylora.kernels.philox import seeded_dropout
+
+    out_features, A, B, bias, A_bias, B_bias, scaling, p, seed, activation = args[7:]
+    lora = LoRA(A, B, A_bias, B_bias, scaling, seeded_dropout(p, seed), activation)
+    y, h = lora_linear(_rows(x), _base(args[:7]), out_features, bias, lora)
+    return y.view(*x.shape[:-1], out_features), h.view(*x.shape[:-1], A.shape[0])
+
+
+def _lora_linear_why_not(x: Tensor, *args: Any) -> Reason:
+    return _tensors_why_not(x=x, lora_A=args[8], lora_B=args[9])
+
+
+def _lora_linear_backward(grad: Tensor, x: Tensor, h: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    from pylora.kernels.lora_linear import LoRA
+    from pylora.kernels.lora_linear_backward import lora_linear_backward
+    from pylora.kernels.philox import seeded_dropout
+
+    A, B, scaling, p, seed, activation, output_mask = args[7:]
+    lora = LoRA(A, B, None, None, scaling, seeded_dropout(p, seed), activation)
+    grad_rows, x_rows = _rows(grad), _rows(x)
+    want_x, want_weight, want_A, want_B, want_bias, want_A_bias, want_B_bias = output_mask
+    wanted = (want_x, want_A, want_B, want_A_bias)
+    dx, dlora_A, dlora_B, dlora_A_bias = lora_linear_backward(
+        grad_rows, x_rows, _rows(h), _base(args[:7]), lora, wanted
+    )
+    column_sums = grad_rows.sum(0, dtype=torch.float32) if want_bias or want_B_bias else None
+    nothing = x.new_empty(0)
+    results = (
+        None if dx is None else dx.view(x.shape),
+        grad_rows.t() @ x_rows if want_weight else None,
+        dlora_A,
+        dlora_B,
+        column_sums.to(grad.dtype) if column_sums is not None and want_bias else None,
+        dlora_A_bias,
+        (scaling * column_sums).to(A.dtype) if column_sums is not None and want_B_bias else None,
+    )
+    return tuple(nothing if result is None else result for result in results)
+
+
+def _lora_linear_backward_why_not(grad: Tensor, x: Tensor, h: Tensor, *args: Any) -> Reason:
+    return _tensors_why_not(grad=grad, x=x, lora_A=args[7], lora_B=args[8])
+
+
+_OPS = {
+    "nf4_dequantize": Op(_nf4_dequantize, _nf4_dequantize_why_not),
+    "nf4_linear": Op(_nf4_linear, lambda x, *_: _tensors_why_not(x=x)),
+    "nf4_linear_backward": Op(_nf4_linear_backward, lambda grad, *_: _tensors_why_not(grad=grad)),
+    "lora_linear": Op(_lora_linear, _lora_linear_why_not),
+    "lora_linear_backward": Op(_lora_linear_backward, _lora_linear_backward_why_not),
+}
+
+BACKEND = Backend(
+    name="triton",
+    ops={**_OPS, **composed(_OPS, takes_dense=True)},
+    unavailable=_unavailable,
+    path=_path,
+    device=_device,
+    request_only=_request_only,
+)

@@ -1,0 +1,306 @@
+"""The Triton kernels where they take another path than in the tests of the ops: regimes, splits,
+masks, weights that are not aligned, activations.
+
+Run in Triton's interpreter (TRITON_INTERPRET=1) or on a GPU; the tests of the ops run there as
+well, on the variant "triton" of their backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pylora
+from pylora import reference
+from pylora.backends.triton import BACKEND
+from pylora.reference.activation import ACTIVATIONS
+from pylora.reference.dropout import dropout_mask
+from pylora.testing import assert_as_accurate_as_torch
+
+if BACKEND.unavailable() is not None:
+    pytest.skip(f"no Triton kernels here: {BACKEND.unavailable()}", allow_module_level=True)
+
+from pylora.kernels import configs, launch
+from pylora.kernels.epilogue import Epilogue
+from pylora.kernels.linear_expand import linear_expand
+from pylora.kernels.lora_hidden import lora_hidden, lora_hidden_backward
+from pylora.kernels.lora_shrink import lora_shrink
+from pylora.kernels.lora_weight_grad import lora_weight_grad
+from pylora.kernels.philox import seeded_dropout
+from pylora.kernels.precision import fp32_precision, lora_operands
+
+DEVICE = BACKEND.device()
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+ops = torch.ops.pylora
+
+
+@pytest.fixture(autouse=True)
+def on_triton(poisoned_buffers: None) -> Iterator[None]:
+    with pylora.use_backend("triton"):
+        yield
+
+
+def normal(*shape: int, dtype: torch.dtype = FP32, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape) * scale).to(DEVICE, dtype)
+
+
+def quantized(out_features: int, in_features: int, blocksize: int, nested: bool) -> tuple[Any, ...]:
+    weight = torch.randn(out_features, in_features) / in_features**0.5
+    with pylora.use_backend("reference"):
+        return pylora.quantize_nf4(weight, blocksize, nested).to(DEVICE).op_arguments()
+
+
+def check_lora(
+    rows: int,
+    out_features: int,
+    in_features: int,
+    rank: int,
+    dtype: torch.dtype,
+    base: tuple[Any, ...],
+    lora_dtype: torch.dtype | None = None,
+    p: float = 0.0,
+    activation: str = "identity",
+    biases: bool = True,
+) -> None:
+    """Forward and backward of lora_linear on triton against the reference."""
+    lora_dtype = lora_dtype or dtype
+    x, grad = normal(rows, in_features, dtype=dtype), normal(rows, out_features, dtype=dtype)
+    A = normal(rank, in_features, dtype=lora_dtype, scale=in_features**-0.5)
+    B = normal(out_features, rank, dtype=lora_dtype)
+    vectors: tuple[Tensor | None, ...] = (None, None, None)
+    if biases:
+        vectors = (
+            normal(out_features, dtype=dtype),
+            normal(rank, dtype=lora_dtype),
+            normal(out_features, dtype=lora_dtype),
+        )
+    seed = torch.tensor(2**40 + 12345, device=DEVICE) if p else None
+    last = (0.75, p, seed, activation)
+    forward = (x, *base, out_features, A, B, *vectors, *last)
+    backend = pylora.dispatch.select("lora_linear", forward)
+    assert backend.name == "triton"
+    assert_as_accurate_as_torch(ops.lora_linear(*forward), reference.lora_linear, *forward)
+    h = reference.lora_linear(*forward)[1]
+    mask = [True, False, True, True, biases, biases, biases]
+    backward = (grad, x, h, *base, A, B, *last, mask)
+    assert_as_accurate_as_torch(
+        ops.lora_linear_backward(*backward), reference.lora_linear_backward, *backward
+    )
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize(
+    ("p", "lora_dtype", "biases"), [(0.0, None, True), (0.3, None, False), (0.0, FP32, True)]
+)
+def test_large_m(
+    dtype: torch.dtype, p: float, lora_dtype: torch.dtype | None, biases: bool
+) -> None:
+    """The regime of the dense product: extended by LoRA's columns, or finished by the expand."""
+    rows = 530 if dtype.itemsize == 2 else 70
+    assert configs.is_large(rows, dtype.itemsize)
+    base = quantized(48, 128, 64, True)
+    check_lora(rows, 48, 128, 20, dtype, base, lora_dtype, p, "silu", biases)
+    x = normal(rows, 128, dtype=dtype)
+    args = (x, *base, 48, normal(48, dtype=dtype))
+    assert_as_accurate_as_torch(ops.nf4_linear(*args), reference.nf4_linear, *args)
+    args = (normal(rows, 48, dtype=dtype), *base, 128)
+    assert_as_accurate_as_torch(
+        ops.nf4_linear_backward(*args), reference.nf4_linear_backward, *args
+    )
+
+
+def test_large_m_over_a_dense_and_a_straddling_weight() -> None:
+    dense = (normal(40, 100, dtype=BF16, scale=0.1), None, None, None, None, 0, 0)
+    for base in (dense, quantized(40, 100, 64, False)):
+        check_lora(530, 40, 100, 9, BF16, base, p=0.25, activation="relu")
+
+
+@pytest.mark.parametrize("dtype", [FP16, FP32])
+@pytest.mark.parametrize(("rows", "nested"), [(1, True), (20, False)])
+def test_split_sums(rows: int, nested: bool, dtype: torch.dtype) -> None:
+    """Few tiles over a long K or N: partial sums in a workspace, added up in order."""
+    q = quantized(40, 2048, 64, nested)
+    size = dtype.itemsize
+    facts = launch.facts(normal(1))
+    if DEVICE == "cpu":
+        assert configs.forward_plan(rows, 40, 2048, size, 64, facts).splits > 1
+        assert configs.backward_plan(rows, 2048, 40, size, 64, facts).splits > 1
+    check_lora(rows, 40, 2048, 17, dtype, q, p=0.2, activation="gelu")
+    check_lora(rows, 2048, 64, 17, dtype, quantized(2048, 64, 64, nested), p=0.2)
+
+
+@pytest.mark.parametrize(
+    ("out_features", "in_features", "blocksize", "nested"),
+    [
+        (65, 576, 64, True),
+        (1, 192, 32, False),
+        (33, 512, 256, True),
+        (3, 4096, 4096, False),  # one block a row
+        (20, 3420, 64, False),  # blocks that straddle rows
+        (7, 45, 32, True),  # an odd width
+    ],
+)
+def test_weight_shapes(out_features: int, in_features: int, blocksize: int, nested: bool) -> None:
+    q = quantized(out_features, in_features, blocksize, nested)
+    for rows in (1, 37):
+        x = normal(rows, in_features, dtype=FP16)
+        forward = (x, *q, out_features, normal(out_features, dtype=FP16))
+        assert_as_accurate_as_torch(ops.nf4_linear(*forward), reference.nf4_linear, *forward)
+        backward = (normal(rows, out_features, dtype=FP16), *q, in_features)
+        assert_as_accurate_as_torch(
+            ops.nf4_linear_backward(*backward), reference.nf4_linear_backward, *backward
+        )
+
+
+def test_other_nested_blocksize_and_unaligned_bytes() -> None:
+    """Double quantization in groups of 32; bytes that begin inside an allocation."""
+    with pylora.use_backend("reference"):
+        qweight, absmax = ops.nf4_quantize(torch.randn(24, 256), 64)
+    codes, *nested = reference.quantize_absmax(absmax, 32)
+    storage = torch.empty(qweight.numel() + 3, dtype=torch.uint8)
+    storage[3:] = qweight
+    parts = [t.to(DEVICE) for t in (storage, codes, *nested)]
+    q = (parts[0][3:].view(24, 128), *parts[1:], 64, 32)
+    x = normal(9, 256)
+    assert_as_accurate_as_torch(
+        ops.nf4_linear(x, *q, 24, None), reference.nf4_linear, x, *q, 24, None
+    )
+    dense = ops.nf4_dequantize(*q, [24, 256], FP32)
+    assert torch.equal(dense, reference.nf4_dequantize(*q, [24, 256], FP32))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_strided_rows(dtype: torch.dtype) -> None:
+    """Rows that are slices of a wider tensor are read in place; other layouts are copied."""
+    q = quantized(24, 128, 64, False)
+    wide = normal(5, 7, 300, dtype=dtype)
+    for x in (wide[..., 100:228], wide[:, ::2, :128], wide.transpose(0, 1)[..., :128]):
+        assert not x.is_contiguous()
+        args = (x, *q, 24, None)
+        assert_as_accurate_as_torch(ops.nf4_linear(*args), reference.nf4_linear, *args)
+    grad = normal(1, dtype=dtype).expand(5, 24)
+    args = (grad, *q, 128)
+    assert_as_accurate_as_torch(
+        ops.nf4_linear_backward(*args), reference.nf4_linear_backward, *args
+    )
+
+
+@pytest.mark.parametrize("columns", [64, 52, 45])
+def test_mask_is_the_references_bit_for_bit(columns: int) -> None:
+    """Each kernel that regenerates the mask, as the identity: what it keeps is what is kept."""
+    rows, p = 21, 0.4
+    seed = torch.tensor(2**61 + 98765, device=DEVICE)
+    keep = dropout_mask(torch.Size((rows, columns)), p, seed)
+    dropout = seeded_dropout(p, seed)
+    operands = lora_operands(FP32, FP32)
+    ones = torch.ones(rows, columns, device=DEVICE)
+    shrunk = lora_shrink(ones, torch.eye(columns, device=DEVICE), operands, dropout).sum(0)
+    assert torch.equal(shrunk, keep.float())
+    gradient = lora_weight_grad(ones, torch.eye(rows, device=DEVICE), operands, dropout)
+    assert torch.equal(gradient != 0, keep)
+    out = torch.zeros_like(ones)
+    eye = torch.eye(rows, device=DEVICE)
+    epilogue = Epilogue(parts=eye[None], factor=ones.t(), operands=operands, dropout=dropout)
+    linear_expand(out[None], out, epilogue)
+    assert torch.equal(out != 0, keep)
+    assert torch.equal(out[keep], gradient[keep])
+    # The tile kernel of the backward pass, over a weight of zeros.
+    base = (torch.zeros(rows, columns, device=DEVICE), None, None, None, None, 0, 0)
+    dx = ops.lora_linear_backward(
+        torch.eye(rows, device=DEVICE),
+        ones,
+        torch.zeros(rows, rows, device=DEVICE),
+        *base,
+        torch.ones(rows, columns, device=DEVICE),
+        torch.eye(rows, device=DEVICE),
+        *(1.0, p, seed, "identity"),
+        [True] + [False] * 6,
+    )[0]
+    assert torch.equal(dx != 0, keep)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation: str) -> None:
+    """Over the whole range that matters, beyond what random hidden values reach."""
+    h = torch.linspace(-30, 30, 4096, device=DEVICE).view(64, 64)
+    h = torch.cat([h, h / 100])
+    out = torch.empty(128, 80, device=DEVICE)
+    stored = lora_hidden(h[None] / 2, 2.0, None, 1.0, activation, out)
+    assert torch.equal(stored, h) and not out[:, 64:].any()
+    function = ACTIVATIONS[activation]
+    assert_as_accurate_as_torch(out[:, :64], function.forward, h)
+    grad = normal(128, 64)
+    dh, activated = lora_hidden_backward(grad[None], h, 1.0, activation)
+    assert_as_accurate_as_torch(dh, function.backward, grad, h)
+    assert torch.equal(activated, out[:, :64])
+
+
+def test_repeats_are_equal() -> None:
+    """Splits are added up in order: no float atomics."""
+    q = quantized(40, 2048, 64, True)
+    x, grad = normal(37, 2048, dtype=FP16), normal(37, 40, dtype=FP16)
+    A, B = normal(8, 2048), normal(40, 8)
+    seed = torch.tensor(5, device=DEVICE)
+    forward = (x, *q, 40, A, B, None, None, None, 0.5, 0.1, seed, "gelu")
+    first, second = ops.lora_linear(*forward), ops.lora_linear(*forward)
+    assert all(map(torch.equal, first, second))
+    mask = [True, False, True, True, True, True, True]
+    backward = (grad, x, first[1], *q, A, B, 0.5, 0.1, seed, "gelu", mask)
+    first, second = ops.lora_linear_backward(*backward), ops.lora_linear_backward(*backward)
+    assert all(map(torch.equal, first, second))
+
+
+def test_fp16_keeps_the_range_of_fp32_lora_weights() -> None:
+    """Hidden values beyond 65504, whose products are small again."""
+    q = quantized(16, 64, 64, False)
+    for rows in (9, 530):
+        x = torch.full((rows, 64), 8.0, dtype=FP16, device=DEVICE)
+        A = torch.full((4, 64), 1e4, device=DEVICE)
+        B = normal(16, 4, scale=1e-6)
+        args = (x, *q, 16, A, B, None, None, None, 1.0, 0.0, None, "identity")
+        y, h = ops.lora_linear(*args)
+        assert h.max() > 65504 and y.isfinite().all()
+        assert_as_accurate_as_torch((y, h), reference.lora_linear, *args)
+
+
+def test_precision_follows_torchs_switch() -> None:
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        for allowed, precision in ((True, "tf32"), (False, "tf32x3")):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            assert fp32_precision() == precision
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert lora_operands(BF16, BF16).dtype.name == "bf16"
+    assert lora_operands(BF16, FP32) == lora_operands(FP32, FP32)
+    assert lora_operands(BF16, FP16).precision == "tf32"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+def test_cuda_graph() -> None:
+    q = quantized(256, 512, 64, True)
+    A, B = normal(16, 512, dtype=BF16), normal(256, 16, dtype=BF16)
+    x, seed = normal(8, 512, dtype=BF16), torch.tensor(3, device=DEVICE)
+    args = (x, *q, 256, A, B, None, None, None, 0.5, 0.1, seed, "identity")
+    expected = ops.lora_linear(*args)[0]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ops.lora_linear(*args)[0]
+    y.zero_()
+    graph.replay()
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_second_device() -> None:
+    q = [t.to("cuda:1") if isinstance(t, Tensor) else t for t in quantized(64, 128, 64, True)]
+    x = normal(5, 128).to("cuda:1")
+    args = (x, *q, 64, None)
+    assert_as_accurate_as_torch(ops.nf4_linear(*args), reference.nf4_linear, *args)
