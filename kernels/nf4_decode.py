@@ -91,15 +91,21 @@ _DECODE_FP32 = tl.constexpr(_decoder(torch.float32))
 
 
 @triton.jit
-def _plain(words, ELEMENT: tl.constexpr, DTYPE: tl.constexpr):
+def _plain_table(DTYPE: tl.constexpr):
+    code = tl.arange(0, 16)
+    table = tl.zeros((16,), tl.float32)
+    for index in tl.static_range(16):
+        table = tl.where(code == index, _CODE[index], table)
+    if DTYPE == tl.bfloat16:
+        table *= BF16_FACTOR
+    return rounded(table, DTYPE)
+
+
+@triton.jit
+def _plain(words, table, ELEMENT: tl.constexpr):
     # Element 0 is the high nibble of the lowest byte.
     code = (words >> (4 * (ELEMENT ^ 1))) & 0xF
-    value = tl.full(code.shape, 0.0, tl.float32)
-    for index in tl.static_range(16):
-        value = tl.where(code == index, _CODE[index], value)
-    if DTYPE == tl.bfloat16:
-        value *= BF16_FACTOR
-    return rounded(value, DTYPE)
+    return tl.gather(table, code.reshape(words.numel), 0).reshape(words.shape)
 
 
 @triton.jit
@@ -113,10 +119,11 @@ def _halves(pair, DTYPE: tl.constexpr):
 def _elements(words, DTYPE: tl.constexpr):
     """The eight values of each word, a tensor each."""
     if INTERPRETED:
-        v0, v1 = _plain(words, 0, DTYPE), _plain(words, 1, DTYPE)
-        v2, v3 = _plain(words, 2, DTYPE), _plain(words, 3, DTYPE)
-        v4, v5 = _plain(words, 4, DTYPE), _plain(words, 5, DTYPE)
-        v6, v7 = _plain(words, 6, DTYPE), _plain(words, 7, DTYPE)
+        table = _plain_table(DTYPE)
+        v0, v1 = _plain(words, table, 0), _plain(words, table, 1)
+        v2, v3 = _plain(words, table, 2), _plain(words, table, 3)
+        v4, v5 = _plain(words, table, 4), _plain(words, table, 5)
+        v6, v7 = _plain(words, table, 6), _plain(words, table, 7)
     elif DTYPE == tl.float32:
         v0, v1, v2, v3, v4, v5, v6, v7 = tl.inline_asm_elementwise(
             _DECODE_FP32,

@@ -124,14 +124,14 @@ def test_large_m_over_a_dense_and_a_straddling_weight() -> None:
 @pytest.mark.parametrize(("rows", "nested"), [(1, True), (20, False)])
 def test_split_sums(rows: int, nested: bool, dtype: torch.dtype) -> None:
     """Few tiles over a long K or N: partial sums in a workspace, added up in order."""
-    q = quantized(40, 2048, 64, nested)
+    long = 1088
+    q = quantized(40, long, 64, nested)
     size = dtype.itemsize
     facts = launch.facts(normal(1))
-    if DEVICE == "cpu":
-        assert configs.forward_plan(rows, 40, 2048, size, 64, facts).splits > 1
-        assert configs.backward_plan(rows, 2048, 40, size, 64, facts).splits > 1
-    check_lora(rows, 40, 2048, 17, dtype, q, p=0.2, activation="gelu")
-    check_lora(rows, 2048, 64, 17, dtype, quantized(2048, 64, 64, nested), p=0.2)
+    assert configs.forward_plan(rows, 40, long, size, 64, facts).splits > 1
+    assert configs.backward_plan(rows, long, 64, size, 64, facts).splits > 1
+    check_lora(rows, 40, long, 17, dtype, q, p=0.2, activation="gelu")
+    check_lora(rows, long, 64, 17, dtype, quantized(long, 64, 64, nested), p=0.2)
 
 
 @pytest.mark.parametrize(
@@ -242,9 +242,9 @@ def test_activations(activation: str) -> None:
 
 def test_repeats_are_equal() -> None:
     """Splits are added up in order: no float atomics."""
-    q = quantized(40, 2048, 64, True)
-    x, grad = normal(37, 2048, dtype=FP16), normal(37, 40, dtype=FP16)
-    A, B = normal(8, 2048), normal(40, 8)
+    q = quantized(40, 1088, 64, True)
+    x, grad = normal(37, 1088, dtype=FP16), normal(37, 40, dtype=FP16)
+    A, B = normal(8, 1088), normal(40, 8)
     seed = torch.tensor(5, device=DEVICE)
     forward = (x, *q, 40, A, B, None, None, None, 0.5, 0.1, seed, "gelu")
     first, second = ops.lora_linear(*forward), ops.lora_linear(*forward)
