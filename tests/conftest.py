@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,23 @@ import torch
 
 from pylora import dispatch
 from pylora.selfcheck import cpu_isa, variants
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _load_benchmarks() -> None:
+    """`benchmarks` without the repository root on sys.path, where kernels/ must not be found."""
+    folder = ROOT / "benchmarks"
+    spec = importlib.util.spec_from_file_location(
+        "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["benchmarks"] = module
+    spec.loader.exec_module(module)
+
+
+_load_benchmarks()
 
 VARIANTS = [("reference", "pure PyTorch", None), *variants()]
 
