@@ -113,8 +113,8 @@ def main() -> None:
         arguments.multiprocessors * 4 * 32 * arguments.clock * 1e9,
         arguments.multiprocessors,
     )
-    print("arithmetic, nothing measured; us of each launch, the first bound of memory, matrix and")
-    print(f"issue that holds it marked m, x or i; rank {arguments.rank}, NF4 in blocks of 64")
+    print(f"arithmetic, nothing measured; rank {arguments.rank}, NF4 in blocks of 64")
+    print("us of each launch and what bounds it: m memory, x matrix units, i instruction issue")
     for N, K in MODELS["Llama-3 8B"]:
         for M in ROWS:
             launches = forward(M, N, K, arguments.rank, machine)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +18,23 @@ from pylora import dispatch, reference
 from pylora.functional import Projection
 from pylora.selfcheck import cpu_isa, variants
 from pylora.testing import assert_as_accurate_as_torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _load_benchmarks() -> None:
+    """`benchmarks` without the repository root on sys.path, where kernels/ must not be found."""
+    folder = ROOT / "benchmarks"
+    spec = importlib.util.spec_from_file_location(
+        "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["benchmarks"] = module
+    spec.loader.exec_module(module)
+
+
+_load_benchmarks()
 
 VARIANTS = [("reference", "pure PyTorch", None), *variants()]
 

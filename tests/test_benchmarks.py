@@ -6,7 +6,6 @@ No test looks at a time: what is run here is tiny and only has to come out whole
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import os
 import re
@@ -15,39 +14,20 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import goals, results, statistics, tables
+from benchmarks.command_line import main
+from benchmarks.contender import Contender, Layer, linear_work
+from benchmarks.harness import Harness
+from benchmarks.registry import BENCHES, bench_of, check_against, ops_of, selected
+from benchmarks.roofline import floor_seconds
+from benchmarks.shapes import BACKWARD, FORWARD, SUITES, TRAINING, Cell
+
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def _package() -> ModuleType:
-    """`benchmarks` without the repository root on sys.path, where kernels/ must not be found."""
-    spec = importlib.util.spec_from_file_location(
-        "benchmarks",
-        ROOT / "benchmarks" / "__init__.py",
-        submodule_search_locations=[str(ROOT / "benchmarks")],
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmarks"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-_package()
-
-from benchmarks import goals, results, statistics, tables  # noqa: E402
-from benchmarks.command_line import main  # noqa: E402
-from benchmarks.contender import Contender, Layer, linear_work  # noqa: E402
-from benchmarks.harness import Harness  # noqa: E402
-from benchmarks.registry import BENCHES, bench_of, check_against, ops_of, selected  # noqa: E402
-from benchmarks.roofline import floor_seconds  # noqa: E402
-from benchmarks.shapes import BACKWARD, FORWARD, SUITES, TRAINING, Cell  # noqa: E402
-
 LIMITS = {"read_bytes_per_s": 1e10, "copy_bytes_per_s": 2e10, "matmul_flop_per_s": 1e12}
 
 

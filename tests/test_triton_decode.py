@@ -91,12 +91,12 @@ def test_bf16_factor_rounds_the_table_best() -> None:
 
 def test_absmax_is_decoded_with_two_roundings() -> None:
     """The product and the sum of double quantization must not become one FMA."""
-    benchmarks = pytest.importorskip("benchmarks.triton_launches")
     if decode.INTERPRETED.value:
         pytest.skip("the interpreter compiles nothing")
+    from benchmarks.triton_launches import launches
     from benchmarks.triton_resources import compile_variant
 
-    variants = [v for v in benchmarks.launches(90) if v.kernel == "nf4_dequantize"]
+    variants = [v for v in launches(90) if v.kernel == "nf4_dequantize"]
     nested = [v for v in variants if "nested" in str(v)]
     assert nested
     for variant in nested:
