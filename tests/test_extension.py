@@ -92,8 +92,8 @@ def test_gpu_code_moves_16_bytes_at_a_time_and_does_not_spill(arch: str):
         pytest.skip(f"built without sm_{arch}")
     kernels = cuobjdump("-sass", "-arch", f"sm_{arch}").split("Function : ")[1:]
     assert not [kernel.split()[0] for kernel in kernels if "STL" in kernel or "LDL" in kernel]
-    tiles = [kernel for kernel in kernels if "nf4_dequantize_tiles" in kernel.split()[0]]
-    assert len(tiles) == len(DTYPES)
+    tiles = [k for k in kernels if re.search("nf4_(de)?quantize_tiles", k.split()[0])]
+    assert len(tiles) == 2 * len(DTYPES)
     for kernel in tiles:
         assert "LDG.E.128" in kernel and "STG.E.128" in kernel
         assert set(re.findall(r"STG\S*", kernel)) == {"STG.E.128"}

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from pylora.backends import extension
-from pylora.backends.backend import Backend, Op, Reason, nf4_dequantize_why_not
+from pylora.backends.backend import (
+    KERNEL_DTYPES,
+    Backend,
+    Op,
+    Reason,
+    nf4_dequantize_why_not,
+)
 
 
 @lru_cache(maxsize=1)  # asked at every call of every op
@@ -30,13 +36,28 @@ def _path() -> str:
     return ", ".join(archs) or "absent"
 
 
+def _nf4_quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    return torch.ops.pylora_C.nf4_quantize(weight.contiguous(), blocksize)
+
+
+def _nf4_quantize_why_not(weight: Tensor, _: int) -> Reason:
+    if not weight.is_cuda:
+        return f"weight is on {weight.device}, not on a cuda device"
+    if weight.dtype not in KERNEL_DTYPES:
+        return f"weight is {weight.dtype}; the kernels take float32, float16 and bfloat16"
+    return None
+
+
 def _nf4_dequantize(*args: Any) -> Tensor:
     return torch.ops.pylora_C.nf4_dequantize(*args)
 
 
 BACKEND = Backend(
     name="cuda",
-    ops={"nf4_dequantize": Op(_nf4_dequantize, partial(nf4_dequantize_why_not, "cuda"))},
+    ops={
+        "nf4_quantize": Op(_nf4_quantize, _nf4_quantize_why_not),
+        "nf4_dequantize": Op(_nf4_dequantize, partial(nf4_dequantize_why_not, "cuda")),
+    },
     unavailable=_unavailable,
     path=_path,
 )
