@@ -95,8 +95,11 @@ def test_gpu_code_moves_16_bytes_at_a_time_and_does_not_spill(arch: str):
     tiles = [k for k in kernels if re.search("nf4_(de)?quantize_tiles", k.split()[0])]
     assert len(tiles) == 2 * len(DTYPES)
     for kernel in tiles:
-        assert "LDG.E.128" in kernel and "STG.E.128" in kernel
-        assert set(re.findall(r"STG\S*", kernel)) == {"STG.E.128"}
+        loads, stores = set(re.findall(r"LDG\S*", kernel)), set(re.findall(r"STG\S*", kernel))
+        assert any("128" in load for load in loads)
+        # Beside its 16 bytes of codes, quantize stores an absmax.
+        assert stores - {"STG.E"} == {"STG.E.128"}
+        assert "STG.E" not in stores or "nf4_quantize" in kernel.split()[0]
 
 
 def test_loads_without_a_gpu_or_a_cuda_library():

@@ -154,3 +154,38 @@ def test_quantize_every_16_bit_value(nf4_quantize, dtype: torch.dtype):
     assert_quantizes(
         nf4_quantize, torch.nn.functional.pad(values, (1, 0), value=1.0).contiguous(), 64
     )
+
+
+# The executor itself
+
+
+@pytest.fixture(scope="module")
+def mutants(compiled) -> Path:
+    return compiled("mutants")
+
+
+WRONG = "the result is wrong"
+OUTSIDE = "heap-buffer-overflow"
+BUGS = {
+    "missing __syncthreads": WRONG,
+    "missing __syncthreads before the next write": WRONG,
+    "missing __syncwarp": WRONG,
+    "missing cp.async wait": WRONG,
+    "cp.async waits for a group too few": WRONG,
+    "missing barrier after the cp.async wait": WRONG,
+    "step outside shared memory": OUTSIDE,
+    "step outside global memory": OUTSIDE,
+    "lanes in different shuffles": "threads of one group are in different operations",
+    "wrong map of A": WRONG,
+    "wrong map of B": WRONG,
+    "B not transposed": WRONG,
+}
+
+
+@pytest.mark.parametrize("bug", ["none", *BUGS])
+def test_the_executor_sees_a_bug_of_each_kind(mutants: Path, bug: str):
+    for seed in SEEDS:
+        environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0", "HOST_CUDA_SEED": str(seed)}
+        ran = subprocess.run([mutants, bug], capture_output=True, env=environment, text=True)
+        assert (ran.returncode == 0) == (bug == "none"), f"seed {seed}: {ran.stderr}"
+        assert BUGS.get(bug, "") in ran.stderr
