@@ -2,6 +2,7 @@
 
 #include "cuda/element.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/nf4_code.cuh"
 #include "cuda/nf4_dequantize.cuh"
 #include "cuda/ptx.cuh"
 
@@ -12,13 +13,6 @@ constexpr int kWarps = 8;                                 // a CTA
 constexpr int kTileElements = 2 * kVectorBytes * kLanes;  // 1024
 constexpr int kScalarThreads = 256;
 constexpr int64_t kScalarBlocks = 1 << 20;  // beyond it the threads loop
-
-// Filled from the one table; an array of the host is out of a kernel's reach.
-__constant__ float nf4_code[kNF4Size] = {
-    kNF4Code[0],  kNF4Code[1],  kNF4Code[2],  kNF4Code[3],  kNF4Code[4],  kNF4Code[5],
-    kNF4Code[6],  kNF4Code[7],  kNF4Code[8],  kNF4Code[9],  kNF4Code[10], kNF4Code[11],
-    kNF4Code[12], kNF4Code[13], kNF4Code[14], kNF4Code[15],
-};
 
 struct TileMemory {
   float code[kNF4Size];

@@ -77,13 +77,12 @@ __device__ __forceinline__ uint64_t evict_first_policy() {
   return policy;
 }
 
-// 16 bytes from global to shared memory without a register between, zeros where `valid` is false.
-// They may be read after commit, wait and a barrier.
-__device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool valid,
-                                              uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(
+// 16 bytes from global to shared memory without a register between. They may be read after commit,
+// wait and a barrier.
+__device__ __forceinline__ void copy_async_16(void* shared, const void* global, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(
                    shared_address(shared)),
-               "l"(global), "r"(valid ? 16 : 0), "l"(policy)
+               "l"(global), "l"(policy)
                : "memory");
 }
 // Closes a group of this thread's copies; and waits until at most `kPending` groups are under way.

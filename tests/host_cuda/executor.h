@@ -53,8 +53,9 @@ struct Warp {
   Barrier barrier;
   // What each lane shows the others in an operation of the whole warp.
   struct Lane {
-    uint32_t words[8];
+    uint64_t value;
     const void* pointer;
+    float a[8], b[4];  // fragments of mma
   } lanes[kLanes];
 };
 
@@ -70,7 +71,7 @@ struct Cta {
 // A copy that has been issued and has not landed.
 struct AsyncCopy {
   void* shared;
-  const void* global;  // null: zeros
+  const void* global;
 };
 
 struct Fiber {

@@ -37,11 +37,11 @@ inline float load_from_l2(const float* pointer) { return *pointer; }
 // Shows `mine` to the warp and returns what lane `from` shows.
 template <class T>
 T exchange(T mine, unsigned from, const char* operation) {
-  static_assert(sizeof(T) <= sizeof(host_cuda::Warp::Lane::words));
+  static_assert(sizeof(T) <= sizeof(host_cuda::Warp::Lane::value));
   host_cuda::Warp& warp = host_cuda::warp();
-  std::memcpy(warp.lanes[host_cuda::lane()].words, &mine, sizeof(T));
+  std::memcpy(&warp.lanes[host_cuda::lane()].value, &mine, sizeof(T));
   host_cuda::wait_at(warp.barrier, operation);
-  std::memcpy(&mine, warp.lanes[from].words, sizeof(T));
+  std::memcpy(&mine, &warp.lanes[from].value, sizeof(T));
   host_cuda::wait_at(warp.barrier, operation);  // before anyone shows the next
   return mine;
 }
@@ -68,12 +68,12 @@ inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
 inline uint64_t evict_first_policy() { return 0; }
 
 // A copy lands as late as it may: when its thread waits for it.
-inline void copy_async_16(void* shared, const void* global, bool valid, uint64_t /*policy*/) {
+inline void copy_async_16(void* shared, const void* global, uint64_t /*policy*/) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 ||
-      (valid && reinterpret_cast<uintptr_t>(global) % 16 != 0)) {
+      reinterpret_cast<uintptr_t>(global) % 16 != 0) {
     host_cuda::fail("cp.async of 16 bytes from or to an address that is no multiple of 16");
   }
-  host_cuda::executor.current().groups.back().push_back({shared, valid ? global : nullptr});
+  host_cuda::executor.current().groups.back().push_back({shared, global});
 }
 inline void copy_async_commit() { host_cuda::executor.current().groups.emplace_back(); }
 template <int kPending>
@@ -81,11 +81,7 @@ void copy_async_wait() {
   auto& groups = host_cuda::executor.current().groups;
   while (groups.size() > kPending + 1) {  // the open group is not waited for
     for (const host_cuda::AsyncCopy& copy : groups.front()) {
-      if (copy.global != nullptr) {
-        std::memcpy(copy.shared, copy.global, 16);
-      } else {
-        std::memset(copy.shared, 0, 16);
-      }
+      std::memcpy(copy.shared, copy.global, 16);
     }
     groups.erase(groups.begin());
   }
@@ -122,22 +118,22 @@ template <class T>
 void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   host_cuda::Warp& warp = host_cuda::warp();
   const unsigned lane = host_cuda::lane();
-  uint32_t* mine = warp.lanes[lane].words;
-  std::memcpy(mine, a, sizeof(a));
-  mine[4] = b0;
-  mine[5] = b1;
-  host_cuda::wait_at(warp.barrier, "mma");
-  // Element k of register `pair`, `pair + step` of the four lanes from `first` on.
-  const auto element = [&](unsigned first, unsigned k, unsigned pair, unsigned step) {
-    const uint32_t word = warp.lanes[first + k % 8 / 2].words[pair + k / 8 * step];
-    return static_cast<double>(to_float(T{static_cast<uint16_t>(word >> 16 * (k % 2))}));
+  host_cuda::Warp::Lane& mine = warp.lanes[lane];
+  const auto half_of = [](uint32_t word, unsigned i) {
+    return to_float(T{static_cast<uint16_t>(word >> 16 * i)});
   };
-  const unsigned group = lane / 4;
+  for (unsigned i = 0; i < 8; ++i) mine.a[i] = half_of(a[i / 2], i % 2);
+  for (unsigned i = 0; i < 4; ++i) mine.b[i] = half_of(i < 2 ? b0 : b1, i % 2);
+  host_cuda::wait_at(warp.barrier, "mma");
   for (unsigned i = 0; i < 4; ++i) {
-    const unsigned column = 2 * (lane % 4) + i % 2;
+    const unsigned row = lane / 4 + i / 2 * 8;
+    const unsigned column = lane % 4 * 2 + i % 2;
     double sum = 0.0;
     for (unsigned k = 0; k < 16; ++k) {
-      sum += element(4 * group, k, i / 2, 2) * element(4 * column, k, 4, 1);
+      const unsigned quarter = k % 8 / 2;  // the lane of the group that holds this k
+      const float left = warp.lanes[row % 8 * 4 + quarter].a[k / 8 * 4 + row / 8 * 2 + k % 2];
+      const float right = warp.lanes[column * 4 + quarter].b[k / 8 * 2 + k % 2];
+      sum += static_cast<double>(left) * right;
     }
     d[i] += static_cast<float>(sum);
   }
