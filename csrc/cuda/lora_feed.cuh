@@ -17,6 +17,7 @@ inline constexpr int kAhead = kStages - 1;
 inline constexpr int kStageHoles = 8;
 inline constexpr int kStageBytes = kStageHoles * kPairRow;  // from one stage to the next
 inline constexpr int kGranule = 32;                         // columns
+inline constexpr int kChunkGranules = kChunk / kGranule;
 static_assert(kWarps * kStages * kStageHoles == kPairEntries);
 
 // What the kernel needs beside the plan, which is the same for all its CTAs.
@@ -47,7 +48,8 @@ class Feed {
         tile_(begin - slice_ * problem.plan.tiles),
         row_warp_(row_warp),
         k_warp_(k_warp),
-        lane_(lane) {
+        lane_(lane),
+        row_granules_(static_cast<int>(problem.op.weight.cols) / kGranule) {
     if (items_ > 0) open();
   }
 
@@ -55,18 +57,20 @@ class Feed {
   // an empty one behind the last chunk.
   __device__ __forceinline__ void fetch(uint8_t* stage, StoredAbsmax (&absmax)[kAbsmax]) {
     const NF4Matrix& weight = problem_.op.weight;
+    const int shift = problem_.block_shift;
     if (chunk_ < last_) {
-      const int granule = lane_ % 4;
-      const int byte = min(chunk_ * kChunk + granule * kGranule, columns() - kGranule) / 2;
-      uint8_t* place = stage + 2 * granule * kPairRow + lane_ / 4 * kVectorBytes;
-      copy_async_16(place, upper_ + byte, policy_);
-      copy_async_16(place + kPairRow, lower_ + byte, policy_);
+      const uint32_t granule = static_cast<uint32_t>(
+          min(chunk_ * kChunkGranules + lane_ % kChunkGranules, row_granules_ - 1));
+      uint8_t* place =
+          stage + 2 * (lane_ % kChunkGranules) * kPairRow + lane_ / kChunkGranules * kVectorBytes;
+      const auto* qweight = reinterpret_cast<const uint4*>(weight.qweight);
+      copy_async_16(place, qweight + (upper_ + granule), policy_);
+      copy_async_16(place + kPairRow, qweight + (lower_ + granule), policy_);
 #pragma unroll
       for (int i = 0; i < kAbsmax; ++i) {
-        const int column = chunk_ * kChunk + lane_ % 2 * 64 + i * kGranule;
-        const uint32_t block =
-            first_block_ +
-            (static_cast<uint32_t>(min(column, columns() - kGranule)) >> problem_.block_shift);
+        const int column =
+            min(chunk_ * kChunk + lane_ % 2 * 64 + i * kGranule, (row_granules_ - 1) * kGranule);
+        const uint32_t block = first_block_ + (static_cast<uint32_t>(column) >> shift);
         if (weight.absmax_q == nullptr) {
           absmax[i].value = __ldg(weight.absmax + block);
         } else {
@@ -81,29 +85,24 @@ class Feed {
   }
 
  private:
-  __device__ __forceinline__ int columns() const {
-    return static_cast<int>(problem_.op.weight.cols);
-  }
-
   // Goes to the first chunk of the item.
   __device__ __forceinline__ void open() {
     const SmallPlan& plan = problem_.plan;
     const NF4Matrix& weight = problem_.op.weight;
     const int first = slice_ * plan.slice_chunks;
     chunk_ = first + k_warp_;
-    last_ = min(first + plan.slice_chunks, (columns() + kChunk - 1) / kChunk);
+    last_ = min(first + plan.slice_chunks, (row_granules_ + 3) / kChunkGranules);
     // Every warp makes the same number of steps, whether there is a chunk for it in the last or
     // not.
     end_ = first + plan.steps * plan.k_warps;
 
     const int row = (tile_ * plan.row_warps + row_warp_) * kWarpRows;
-    const int64_t final_row = weight.rows - 1;
-    const int64_t upper = min(static_cast<int64_t>(row + lane_ / 4), final_row);
-    const int64_t lower = min(static_cast<int64_t>(row + lane_ / 4 + 8), final_row);
-    upper_ = weight.qweight + upper * columns() / 2;
-    lower_ = weight.qweight + lower * columns() / 2;
-    const int64_t absmax_row = min(static_cast<int64_t>(row + lane_ / 2), final_row);
-    first_block_ = static_cast<uint32_t>(absmax_row * columns() >> problem_.block_shift);
+    const int final_row = static_cast<int>(weight.rows) - 1;
+    const auto granules = static_cast<uint32_t>(row_granules_);
+    const uint32_t blocks = granules * kGranule >> problem_.block_shift;
+    upper_ = static_cast<uint32_t>(min(row + lane_ / kChunkGranules, final_row)) * granules;
+    lower_ = static_cast<uint32_t>(min(row + lane_ / kChunkGranules + 8, final_row)) * granules;
+    first_block_ = static_cast<uint32_t>(min(row + lane_ / 2, final_row)) * blocks;
   }
 
   __device__ __forceinline__ void next_item() {
@@ -122,10 +121,10 @@ class Feed {
   const Problem& problem_;
   uint64_t policy_;
   int items_, slice_, tile_;  // slice and tile of the item, and how many are left with it
-  int row_warp_, k_warp_, lane_;
+  int row_warp_, k_warp_, lane_, row_granules_;
   int chunk_ = 0, last_ = 0, end_ = INT_MAX;  // of the slice: the next one, and where they end
-  const uint8_t *upper_ = nullptr, *lower_ = nullptr;  // the two rows whose bytes this lane copies
-  uint32_t first_block_ = 0;                           // of the row whose absmax this lane loads
+  uint32_t upper_ = 0, lower_ = 0;            // the two rows whose bytes this lane copies
+  uint32_t first_block_ = 0;                  // of the row whose absmax this lane loads
 };
 
 }  // namespace pylora

@@ -1,10 +1,11 @@
 // Runs CUDA threads as fibers on one thread of the CPU, in an order drawn from a seed.
 //
-// A fiber runs until it waits at a barrier, of its warp or of its CTA; then any other that can run
-// goes on. Between two barriers the threads of a CTA therefore run one after the other in random
-// order, and so do those of a few CTAs that are resident together: a result that depends on the
-// order changes with the seed. What a barrier is for is part of it: lanes of a warp that meet in
-// different operations, or wait for ones that will not come, end the program.
+// A fiber runs until it waits at a barrier, of its warp or of its CTA; then another that can run
+// goes on: any of the warp that has the highest priority. Priorities are drawn anew now and then,
+// so that warps run far ahead of each other, as far as barriers let them, and so do the few CTAs
+// that are resident together. A result that depends on the order changes with the seed. What a
+// barrier is for is part of it: lanes of a warp that meet in different operations, or wait for ones
+// that will not come, end the program.
 #pragma once
 
 #include <ucontext.h>
@@ -36,6 +37,7 @@ namespace host_cuda {
 inline constexpr unsigned kLanes = 32;
 inline constexpr size_t kStackBytes = 256 << 10;
 inline constexpr size_t kResidentCtas = 3;
+inline constexpr unsigned kTurnsOfAPriority = 256;  // on average
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "host_cuda: %s\n", what);
@@ -51,6 +53,8 @@ struct Barrier {
 
 struct Warp {
   Barrier barrier;
+  std::vector<unsigned> ready;  // fibers
+  uint32_t priority = 0;
   // What each lane shows the others in an operation of the whole warp.
   struct Lane {
     uint64_t value;
@@ -87,7 +91,7 @@ struct Fiber {
 struct Executor {
   std::mt19937 random;
   std::vector<std::unique_ptr<Fiber>> fibers;  // reused from CTA to CTA
-  std::vector<unsigned> ready;
+  std::vector<Warp*> ready;                    // warps with such fibers
   unsigned running = 0;
   ucontext_t scheduler;
   const void* scheduler_stack = nullptr;
@@ -112,10 +116,11 @@ inline uint8_t* poisoned(size_t bytes, size_t alignment) {
   return static_cast<uint8_t*>(memory);
 }
 
-inline Warp& warp() {
-  Fiber& fiber = executor.current();
+inline Warp& warp_of(unsigned number) {
+  Fiber& fiber = *executor.fibers[number];
   return fiber.cta->warps[fiber.thread / kLanes];
 }
+inline Warp& warp() { return warp_of(executor.running); }
 inline unsigned lane() { return executor.current().thread % kLanes; }
 
 inline void to_scheduler(bool forever) {
@@ -132,9 +137,29 @@ inline void to_scheduler(bool forever) {
   (void)forever;
 }
 
+inline void make_ready(unsigned number) {
+  Warp& warp = warp_of(number);
+  if (warp.ready.empty()) executor.ready.push_back(&warp);
+  warp.ready.push_back(number);
+}
+
+// Takes the fiber that runs next.
+inline unsigned take_ready() {
+  const auto less = [](const Warp* a, const Warp* b) { return a->priority < b->priority; };
+  const auto first = std::max_element(executor.ready.begin(), executor.ready.end(), less);
+  Warp& warp = **first;
+  std::swap(warp.ready[executor.random() % warp.ready.size()], warp.ready.back());
+  const unsigned number = warp.ready.back();
+  warp.ready.pop_back();
+  if (warp.ready.empty()) executor.ready.erase(first);
+  const uint32_t draw = executor.random();
+  if (draw % kTurnsOfAPriority == 0) warp.priority = executor.random();
+  return number;
+}
+
 inline void release_if_complete(Barrier& barrier) {
   if (barrier.waiting.empty() || barrier.waiting.size() < barrier.live) return;
-  executor.ready.insert(executor.ready.end(), barrier.waiting.begin(), barrier.waiting.end());
+  for (const unsigned number : barrier.waiting) make_ready(number);
   barrier.waiting.clear();
 }
 
@@ -180,7 +205,7 @@ inline void start_fiber(unsigned number, Cta* cta, unsigned thread) {
   fiber.context.uc_stack.ss_size = kStackBytes;
   fiber.context.uc_link = nullptr;
   makecontext(&fiber.context, fiber_main, 0);
-  executor.ready.push_back(number);
+  make_ready(number);
 }
 
 inline std::unique_ptr<Cta> make_cta(dim3 index, unsigned threads, size_t dynamic_bytes) {
@@ -192,6 +217,7 @@ inline std::unique_ptr<Cta> make_cta(dim3 index, unsigned threads, size_t dynami
   for (unsigned thread = 0; thread < threads; ++thread) {
     ++cta->warps[thread / kLanes].barrier.live;
   }
+  for (Warp& warp : cta->warps) warp.priority = executor.random();
   return cta;
 }
 
@@ -235,10 +261,7 @@ inline void run(dim3 grid, unsigned threads, size_t dynamic_bytes, std::function
       }
     }
     if (executor.ready.empty()) break;
-    std::swap(executor.ready[executor.random() % executor.ready.size()], executor.ready.back());
-    const unsigned next = executor.ready.back();
-    executor.ready.pop_back();
-    resume(next);
+    resume(take_ready());
   }
   for (const auto& cta : resident) {
     if (cta != nullptr) fail("deadlock: threads wait for others that do not come");
