@@ -308,6 +308,7 @@ BUGS = {
     "step outside shared memory": OUTSIDE,
     "step outside global memory": OUTSIDE,
     "lanes in different shuffles": "threads of one group are in different operations",
+    "missing wait for the kernel before": WRONG,
     "wrong map of A": WRONG,
     "wrong map of B": WRONG,
     "B not transposed": WRONG,

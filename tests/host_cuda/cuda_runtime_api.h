@@ -47,7 +47,13 @@ cudaError_t cudaFuncSetAttribute(Kernel* /*kernel*/, cudaFuncAttribute /*attribu
   return cudaSuccess;
 }
 
+inline cudaError_t cudaDeviceSynchronize() {
+  host_cuda::synchronize();
+  return cudaSuccess;
+}
+
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t /*stream*/) {
+  host_cuda::synchronize();
   std::memset(memory, value, bytes);
   return cudaSuccess;
 }
@@ -92,7 +98,7 @@ inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
-  host_cuda::run(config->gridDim, config->blockDim.x, config->dynamicSmemBytes,
-                 [=] { kernel(arguments...); });
+  host_cuda::start(config->gridDim, config->blockDim.x, config->dynamicSmemBytes,
+                   config->numAttrs > 0, [=] { kernel(arguments...); });
   return cudaSuccess;
 }

@@ -58,18 +58,35 @@ struct Warp {
   // What each lane shows the others in an operation of the whole warp.
   struct Lane {
     uint64_t value;
-    const void* pointer;
+    uint16_t row[8];   // of ldmatrix
     float a[8], b[4];  // fragments of mma
   } lanes[kLanes];
 };
 
+struct Grid;
+
 struct Cta {
+  Grid* grid = nullptr;
   dim3 index;
   Barrier barrier;
   std::vector<Warp> warps;
-  size_t dynamic_bytes = 0;
+  std::vector<unsigned> fibers;
   std::unique_ptr<uint8_t, void (*)(void*)> static_memory{nullptr, std::free};
   std::unique_ptr<uint8_t, void (*)(void*)> dynamic_memory{nullptr, std::free};
+};
+
+// A launched kernel.
+struct Grid {
+  dim3 size;
+  unsigned threads = 0;
+  size_t dynamic_bytes = 0;
+  std::function<void()> kernel;
+  Grid* previous = nullptr;    // that need not have ended before this one starts
+  std::vector<dim3> to_start;  // CTAs, in random order
+  std::vector<std::unique_ptr<Cta>> resident;
+  std::vector<unsigned> waiting;  // fibers of the next grid, for the end of this one
+
+  bool done() const { return to_start.empty() && resident.empty(); }
 };
 
 // A copy that has been issued and has not landed.
@@ -84,19 +101,19 @@ struct Fiber {
   void* fake_stack = nullptr;  // the address sanitizer's
   Cta* cta = nullptr;
   unsigned thread = 0;
-  bool done = true;
   std::vector<std::vector<AsyncCopy>> groups;  // the last one is still open
 };
 
 struct Executor {
   std::mt19937 random;
   std::vector<std::unique_ptr<Fiber>> fibers;  // reused from CTA to CTA
+  std::vector<unsigned> idle;                  // of them
+  std::vector<std::unique_ptr<Grid>> grids;    // launched and not waited for
   std::vector<Warp*> ready;                    // warps with such fibers
   unsigned running = 0;
   ucontext_t scheduler;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
-  std::function<void()> kernel;
 
   Executor() {
     const char* seed = std::getenv("HOST_CUDA_SEED");
@@ -179,9 +196,8 @@ inline void fiber_main() {
   __sanitizer_finish_switch_fiber(nullptr, &executor.scheduler_stack,
                                   &executor.scheduler_stack_bytes);
 #endif
-  executor.kernel();
+  executor.current().cta->grid->kernel();
   Fiber& fiber = executor.current();
-  fiber.done = true;
   for (Barrier* barrier : {&warp().barrier, &fiber.cta->barrier}) {
     --barrier->live;  // who has returned is waited for no more
     release_if_complete(*barrier);
@@ -198,7 +214,6 @@ inline void start_fiber(unsigned number, Cta* cta, unsigned thread) {
   fiber.fake_stack = nullptr;
   fiber.cta = cta;
   fiber.thread = thread;
-  fiber.done = false;
   fiber.groups.assign(1, {});
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -208,26 +223,52 @@ inline void start_fiber(unsigned number, Cta* cta, unsigned thread) {
   make_ready(number);
 }
 
-inline std::unique_ptr<Cta> make_cta(dim3 index, unsigned threads, size_t dynamic_bytes) {
+inline std::unique_ptr<Cta> start_cta(Grid& grid) {
   auto cta = std::make_unique<Cta>();
-  cta->index = index;
-  cta->dynamic_bytes = dynamic_bytes;
-  cta->barrier.live = threads;
-  cta->warps.resize((threads + kLanes - 1) / kLanes);
-  for (unsigned thread = 0; thread < threads; ++thread) {
-    ++cta->warps[thread / kLanes].barrier.live;
-  }
+  cta->grid = &grid;
+  cta->index = grid.to_start.back();
+  grid.to_start.pop_back();
+  cta->barrier.live = grid.threads;
+  cta->warps.resize((grid.threads + kLanes - 1) / kLanes);
   for (Warp& warp : cta->warps) warp.priority = executor.random();
+  for (unsigned thread = 0; thread < grid.threads; ++thread) {
+    ++cta->warps[thread / kLanes].barrier.live;
+    if (executor.idle.empty()) {
+      executor.idle.push_back(static_cast<unsigned>(executor.fibers.size()));
+      executor.fibers.push_back(std::make_unique<Fiber>());
+    }
+    cta->fibers.push_back(executor.idle.back());
+    executor.idle.pop_back();
+    start_fiber(cta->fibers.back(), cta.get(), thread);
+  }
   return cta;
+}
+
+// Ends the CTAs whose threads have returned, and starts others in their place.
+inline void replace_ctas(Grid& grid) {
+  for (auto& cta : grid.resident) {
+    if (cta->barrier.live > 0) continue;
+    executor.idle.insert(executor.idle.end(), cta->fibers.begin(), cta->fibers.end());
+    cta = nullptr;
+  }
+  std::erase(grid.resident, nullptr);
+  while (grid.resident.size() < kResidentCtas && !grid.to_start.empty()) {
+    grid.resident.push_back(start_cta(grid));
+  }
+  if (!grid.done()) return;
+  for (const unsigned number : grid.waiting) make_ready(number);
+  grid.waiting.clear();
 }
 
 inline void resume(unsigned number) {
   executor.running = number;
-  threadIdx = {executor.fibers[number]->thread, 0, 0};
-  blockIdx = executor.fibers[number]->cta->index;
+  const Fiber& fiber = *executor.fibers[number];
+  threadIdx = {fiber.thread, 0, 0};
+  blockIdx = fiber.cta->index;
+  blockDim = {fiber.cta->grid->threads, 1, 1};
+  gridDim = fiber.cta->grid->size;
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack = nullptr;
-  Fiber& fiber = *executor.fibers[number];
   __sanitizer_start_switch_fiber(&fake_stack, fiber.stack.get(), kStackBytes);
 #endif
   swapcontext(&executor.scheduler, &executor.fibers[number]->context);
@@ -236,36 +277,42 @@ inline void resume(unsigned number) {
 #endif
 }
 
-// Runs `kernel` once for every thread of every CTA. CTAs start in random order, too.
-inline void run(dim3 grid, unsigned threads, size_t dynamic_bytes, std::function<void()> kernel) {
-  executor.kernel = std::move(kernel);
-  blockDim = {threads, 1, 1};
-  gridDim = grid;
-  std::vector<dim3> to_start;
-  for (unsigned y = 0; y < grid.y; ++y) {
-    for (unsigned x = 0; x < grid.x; ++x) to_start.push_back({x, y, 0});
-  }
-  std::shuffle(to_start.begin(), to_start.end(), executor.random);
-  std::vector<std::unique_ptr<Cta>> resident(kResidentCtas);
-  while (executor.fibers.size() < kResidentCtas * threads) {
-    executor.fibers.push_back(std::make_unique<Fiber>());
-  }
+// Runs every launched kernel to its end.
+inline void synchronize() {
   for (;;) {
-    for (size_t slot = 0; slot < kResidentCtas; ++slot) {
-      if (resident[slot] != nullptr && resident[slot]->barrier.live == 0) resident[slot] = nullptr;
-      if (resident[slot] != nullptr || to_start.empty()) continue;
-      resident[slot] = make_cta(to_start.back(), threads, dynamic_bytes);
-      to_start.pop_back();
-      for (unsigned thread = 0; thread < threads; ++thread) {
-        start_fiber(static_cast<unsigned>(slot) * threads + thread, resident[slot].get(), thread);
-      }
-    }
+    for (auto& grid : executor.grids) replace_ctas(*grid);
     if (executor.ready.empty()) break;
     resume(take_ready());
   }
-  for (const auto& cta : resident) {
-    if (cta != nullptr) fail("deadlock: threads wait for others that do not come");
+  for (const auto& grid : executor.grids) {
+    if (!grid->done()) fail("deadlock: threads wait for others that do not come");
   }
+  executor.grids.clear();
+}
+
+// Launches a kernel. One that is `dependent` starts together with the one before it: that is the
+// earliest a GPU may start it.
+inline void start(dim3 size, unsigned threads, size_t dynamic_bytes, bool dependent,
+                  std::function<void()> kernel) {
+  if (!dependent) synchronize();
+  auto grid = std::make_unique<Grid>();
+  grid->size = size;
+  grid->threads = threads;
+  grid->dynamic_bytes = dynamic_bytes;
+  grid->kernel = std::move(kernel);
+  if (!executor.grids.empty()) grid->previous = executor.grids.back().get();
+  for (unsigned y = 0; y < size.y; ++y) {
+    for (unsigned x = 0; x < size.x; ++x) grid->to_start.push_back({x, y, 0});
+  }
+  std::shuffle(grid->to_start.begin(), grid->to_start.end(), executor.random);
+  executor.grids.push_back(std::move(grid));
+}
+
+inline void wait_for_previous_grid() {
+  Grid* previous = executor.current().cta->grid->previous;
+  if (previous == nullptr || previous->done()) return;
+  previous->waiting.push_back(executor.running);
+  to_scheduler(false);
 }
 
 }  // namespace host_cuda

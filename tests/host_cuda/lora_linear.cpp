@@ -78,6 +78,7 @@ int main() {
   hidden.h = static_cast<float*>(make_output(h_bytes));
   hidden.low = static_cast<float*>(make_output(h_bytes));
   if (pylora::lora_linear_small_cuda(op, plan, true, nullptr) != cudaSuccess) return 1;
+  cudaDeviceSynchronize();
   std::fprintf(stderr, "slices %d, row warps %d, grid %d\n", plan.slices, plan.row_warps,
                plan.grid);
   write_output(op.y, y_bytes);

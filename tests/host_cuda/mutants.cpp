@@ -109,6 +109,28 @@ void multiply(const uint16_t* in, float* out) {
   for (int i = 0; i < 4; ++i) out[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = d[i];
 }
 
+void double_values(const int* in, int* out) {
+  start_dependent_kernel();
+  out[threadIdx.x] = 2 * in[threadIdx.x];
+}
+template <bool kWait>
+void add_one(const int* in, int* out) {
+  if (kWait) wait_for_previous_kernel();
+  out[threadIdx.x] = in[threadIdx.x] + 1;
+}
+
+template <class Kernel>
+bool is_two_x_plus_one(Kernel* second_kernel) {
+  std::vector<int> in(kThreads, 3), between(kThreads, -1), out(kThreads, -1);
+  LaunchShape shape;
+  shape.block = kThreads;
+  launch(double_values, shape, in.data(), between.data());
+  shape.dependent = true;
+  launch(second_kernel, shape, between.data(), out.data());
+  cudaDeviceSynchronize();
+  return out == std::vector<int>(kThreads, 7);
+}
+
 template <class Kernel>
 bool is_reversed(Kernel* kernel) {
   std::vector<int> in(kThreads), out(kThreads, -1);
@@ -117,6 +139,7 @@ bool is_reversed(Kernel* kernel) {
   config.blockDim.x = kThreads;
   config.dynamicSmemBytes = sizeof(Memory);
   cudaLaunchKernelEx(&config, kernel, in.data(), out.data());
+  cudaDeviceSynchronize();
   for (int i = 0; i < kThreads; ++i) {
     if (out[static_cast<size_t>(i)] != 100 + kThreads - 1 - i) return false;
   }
@@ -136,6 +159,7 @@ bool is_product(Kernel* kernel) {
   config.blockDim.x = kLanes;
   config.dynamicSmemBytes = sizeof(uint16_t) * (kA + kB);
   cudaLaunchKernelEx(&config, kernel, in.data(), out.data());
+  cudaDeviceSynchronize();
   for (size_t m = 0; m < 16; ++m) {
     for (size_t n = 0; n < 8; ++n) {
       int sum = 0;
@@ -151,7 +175,7 @@ bool result_is_right(const std::string& bug) {
     return is_reversed(reverse_twice<true, true>) && is_reversed(reverse_in_warps<true>) &&
            is_reversed(reverse_copied<true, true, 0>) && is_reversed(step_outside<0>) &&
            is_reversed(step_outside_global<0>) && is_reversed(shuffle_reverse<false>) &&
-           is_product(multiply<false, false, true>);
+           is_product(multiply<false, false, true>) && is_two_x_plus_one(add_one<true>);
   }
   if (bug == "missing __syncthreads") return is_reversed(reverse_twice<false, true>);
   if (bug == "missing __syncthreads before the next write") {
@@ -167,6 +191,7 @@ bool result_is_right(const std::string& bug) {
   if (bug == "step outside shared memory") return is_reversed(step_outside<1>);
   if (bug == "step outside global memory") return is_reversed(step_outside_global<1>);
   if (bug == "lanes in different shuffles") return is_reversed(shuffle_reverse<true>);
+  if (bug == "missing wait for the kernel before") return is_two_x_plus_one(add_one<false>);
   if (bug == "wrong map of A") return is_product(multiply<true, false, true>);
   if (bug == "wrong map of B") return is_product(multiply<false, true, true>);
   if (bug == "B not transposed") return is_product(multiply<false, false, false>);

@@ -27,5 +27,6 @@ int main() {
   const int64_t bytes = numel * pylora::dtype_size(dtype);
   void* out = make_output(bytes);
   if (pylora::nf4_dequantize_cuda(weight, offset, dtype, out, nullptr) != cudaSuccess) return 1;
+  cudaDeviceSynchronize();
   write_output(out, bytes);
 }

@@ -18,6 +18,7 @@ int main() {
                                 static_cast<float*>(absmax), nullptr) != cudaSuccess) {
     return 1;
   }
+  cudaDeviceSynchronize();
   write_output(qweight, packed);
   write_output(absmax, 4 * blocks);
 }

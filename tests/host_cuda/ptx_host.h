@@ -21,7 +21,7 @@ T& shared_memory() {
 inline uint8_t* dynamic_shared_memory() {
   host_cuda::Cta& cta = *host_cuda::executor.current().cta;
   auto& memory = cta.dynamic_memory;
-  if (memory == nullptr) memory.reset(host_cuda::poisoned(cta.dynamic_bytes, 256));
+  if (memory == nullptr) memory.reset(host_cuda::poisoned(cta.grid->dynamic_bytes, 256));
   return memory.get();
 }
 
@@ -87,22 +87,20 @@ void copy_async_wait() {
   }
 }
 
+// A lane reads its row when it comes: what others have not made sure is there by then is missing.
 inline void load_matrices(uint32_t (&out)[4], const void* row, bool transposed = false) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) {
     host_cuda::fail("ldmatrix of a row whose address is no multiple of 16");
   }
   host_cuda::Warp& warp = host_cuda::warp();
   const unsigned lane = host_cuda::lane();
-  warp.lanes[lane].pointer = row;
+  std::memcpy(warp.lanes[lane].row, row, 16);
   host_cuda::wait_at(warp.barrier, "ldmatrix");
   const unsigned group = lane / 4;
   const unsigned pair = 2 * (lane % 4);
   for (unsigned matrix = 0; matrix < 4; ++matrix) {
     const auto element = [&](unsigned r, unsigned c) -> uint32_t {
-      uint16_t value;
-      const auto* address = static_cast<const uint8_t*>(warp.lanes[8 * matrix + r].pointer);
-      std::memcpy(&value, address + 2 * c, sizeof(value));
-      return value;
+      return warp.lanes[8 * matrix + r].row[c];
     };
     const uint32_t first = transposed ? element(pair, group) : element(group, pair);
     const uint32_t second = transposed ? element(pair + 1, group) : element(group, pair + 1);
@@ -141,6 +139,6 @@ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1
 }
 
 inline void start_dependent_kernel() {}
-inline void wait_for_previous_kernel() {}
+inline void wait_for_previous_kernel() { host_cuda::wait_for_previous_grid(); }
 
 }  // namespace pylora
