@@ -3,37 +3,75 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from pylora import reference
+import pylora
+from pylora import nf4, reference
+from pylora.reference.activation import ACTIVATIONS
+from pylora.testing import assert_as_accurate_as_torch
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # in the order of the C++ enum
-CTA = 8 * 1024  # elements
+SEEDS = range(2)  # of the order in which threads run
+DEQUANTIZE_CTA = 8 * 1024  # elements
+QUANTIZE_TILE = 4096
 
 
 @pytest.fixture(scope="module")
-def nf4_dequantize(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Builds a program of host_cuda/ with the kernels it runs."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    program = tmp_path_factory.mktemp("host_cuda") / "nf4_dequantize"
-    command = f"""{compiler} -std=c++20 -O1 -pthread -ffp-contract=off -Wno-unknown-pragmas
-        -fsanitize=address,undefined -fno-sanitize-recover=all -Itests/host_cuda -Icsrc
-        -x c++ csrc/cuda/nf4_dequantize.cu tests/host_cuda/nf4_dequantize.cpp -o {program}"""
-    subprocess.run(command.split(), cwd=ROOT, check=True)
-    return program
+    folder = tmp_path_factory.mktemp("host_cuda")
+
+    def compiled(stem: str, *kernels: str) -> Path:
+        sources = " ".join(f"csrc/cuda/{kernel}.cu" for kernel in kernels)
+        command = f"""{compiler} -std=c++20 -O1 -Wall -Wextra -Werror -ffp-contract=off
+            -Wno-unknown-pragmas -Wno-maybe-uninitialized -fsanitize=address,undefined
+            -fno-sanitize-recover=all -Itests/host_cuda -Icsrc
+            -x c++ {sources} tests/host_cuda/{stem}.cpp -o {folder / stem}"""
+        subprocess.run(command.split(), cwd=ROOT, check=True)
+        return folder / stem
+
+    return compiled
+
+
+def start(
+    program: Path, *arguments: str, stdin: bytes = b"", seed: int = 0
+) -> subprocess.CompletedProcess[bytes]:
+    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0", "HOST_CUDA_SEED": str(seed)}
+    return subprocess.run([program, *arguments], input=stdin, capture_output=True, env=environment)
+
+
+def run(program: Path, arrays: list[Tensor], seed: int = 0) -> tuple[bytearray, str]:
+    """Standard output and error of `program`; `seed` decides the order of its threads."""
+    stdin = b"".join(bytes(x.contiguous().view(-1).view(torch.uint8).numpy()) for x in arrays)
+    ran = start(program, stdin=stdin, seed=seed)
+    assert ran.returncode == 0, ran.stderr.decode()
+    return bytearray(ran.stdout), ran.stderr.decode()
+
+
+# nf4_dequantize
+
+
+@pytest.fixture(scope="module")
+def nf4_dequantize(compiled) -> Path:
+    return compiled("nf4_dequantize", "nf4_dequantize")
 
 
 @pytest.mark.parametrize(
     ("numel", "blocksize", "misalign"),
     [
-        (CTA + 3 * 1024, 64, 0),  # the last CTA is not full
+        (DEQUANTIZE_CTA + 3 * 1024, 64, 0),  # the last CTA is not full
         (1024 + 8, 32, 0),  # whole tiles and a rest
         (2 * 1024 + 333, 64, 0),  # an odd count
         (8 * 1024, 4096, 0),  # a block over several tiles
@@ -43,7 +81,7 @@ def nf4_dequantize(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_equals_the_reference(nf4_dequantize, dtype, blocksize, nested, numel, misalign):
+def test_dequantize_is_the_reference(nf4_dequantize, dtype, blocksize, nested, numel, misalign):
     generator = torch.Generator().manual_seed(numel + blocksize)
     blocks = -(-numel // blocksize)
     nested_blocksize = 4
@@ -57,14 +95,230 @@ def test_equals_the_reference(nf4_dequantize, dtype, blocksize, nested, numel, m
         nested_code = torch.linspace(-1, 1, 256)
         offset = torch.tensor(0.3)
         arrays = [absmax, nested_absmax, nested_code, offset]
-
     header = [numel, blocksize, nested_blocksize, nested, DTYPES.index(dtype), misalign]
-    stdin = b"".join(x.numpy().tobytes() for x in [torch.tensor(header), qweight, *arrays])
-    no_leak_report = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
-    ran = subprocess.run([nf4_dequantize], input=stdin, capture_output=True, env=no_leak_report)
-    assert ran.returncode == 0, ran.stderr.decode()
-    got = torch.frombuffer(bytearray(ran.stdout), dtype=dtype)
 
     arguments = (nested_absmax, nested_code, offset, blocksize, nested_blocksize, (numel,), dtype)
     expected = reference.nf4_dequantize(qweight, absmax, *arguments)
-    assert torch.equal(got, expected)
+    for seed in SEEDS:
+        stdout, _ = run(nf4_dequantize, [torch.tensor(header), qweight, *arrays], seed)
+        assert torch.equal(torch.frombuffer(stdout, dtype=dtype), expected)
+
+
+# nf4_quantize
+
+
+@pytest.fixture(scope="module")
+def nf4_quantize(compiled) -> Path:
+    return compiled("nf4_quantize", "nf4_quantize")
+
+
+def assert_quantizes(program: Path, weight: Tensor, blocksize: int, misalign: int = 0) -> None:
+    """Bit for bit the reference, which is bit for bit bitsandbytes (tests/test_nf4_quantize.py)."""
+    header = [weight.numel(), blocksize, DTYPES.index(weight.dtype), misalign]
+    codes, absmax = reference.nf4_quantize(weight, blocksize)
+    for seed in SEEDS:
+        stdout, _ = run(program, [torch.tensor(header), weight], seed)
+        assert torch.equal(torch.frombuffer(stdout[: codes.numel()], dtype=torch.uint8), codes)
+        got = torch.frombuffer(stdout[codes.numel() :], dtype=torch.int32)
+        assert torch.equal(got, absmax.view(torch.int32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("blocksize", nf4.BLOCKSIZES)
+def test_quantize_is_the_reference(nf4_quantize, blocksize: int, dtype: torch.dtype):
+    rest = blocksize + blocksize // 2 + 1  # a whole block, and an odd part of one
+    assert_quantizes(nf4_quantize, torch.randn(2 * QUANTIZE_TILE + rest).to(dtype), blocksize)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("numel", "misalign"), [(1, 0), (62, 0), (96, 0), (QUANTIZE_TILE + 7, 1)])
+def test_quantize_block_by_block(nf4_quantize, numel: int, misalign: int, dtype: torch.dtype):
+    assert_quantizes(nf4_quantize, torch.randn(numel).to(dtype), 64, misalign)
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_quantize_rounds_ties_down_and_keeps_denormals(nf4_quantize, short: bool):
+    """Every midpoint and its neighbours, in whole tiles and in a short last block."""
+    midpoints = nf4.nf4_midpoints(torch.device("cpu"))
+    up, down = (torch.nextafter(midpoints, torch.tensor(x)) for x in (2.0, -2.0))
+    around = torch.cat([torch.ones(1), midpoints, up, down, torch.zeros(18)])  # a block, absmax 1
+    scales = torch.exp2(torch.linspace(-149, 124, QUANTIZE_TILE // 64).round())[:, None]
+    weight = torch.cat([around * scales, -around * scales, torch.randn(64, 64) * scales])
+    weight = torch.cat([weight, torch.zeros(64, 64), torch.full((64, 64), 1e-39)])
+    if short:
+        for row in weight[::7]:
+            assert_quantizes(nf4_quantize, row[:63].clone(), 64)
+    else:
+        assert_quantizes(nf4_quantize, weight, 64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize_every_16_bit_value(nf4_quantize, dtype: torch.dtype):
+    """All finite fp16 or bf16 values as s, behind an absmax of 1 (fp32: those of fp16)."""
+    half = torch.arange(2**16).to(torch.int16)
+    values = half.view(torch.float16 if dtype == torch.float32 else dtype).to(dtype)
+    values = values[values.abs() <= 1]
+    values = torch.nn.functional.pad(values, (0, -values.numel() % 63)).view(-1, 63)
+    assert_quantizes(
+        nf4_quantize, torch.nn.functional.pad(values, (1, 0), value=1.0).contiguous(), 64
+    )
+
+
+# nf4_linear and lora_linear
+
+SHARED = {"H200": 228, "A100": 164, "L4": 100}  # KiB of shared memory of an SM
+
+
+@pytest.fixture(scope="module")
+def lora_linear(compiled) -> Path:
+    return compiled("lora_linear", "lora_linear", "lora_plan", "lora_hidden")
+
+
+def check_linear(
+    program: Path,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    blocksize: int = 64,
+    nested: bool = False,
+    rank: int = 0,
+    lora_dtype: torch.dtype | None = None,
+    biases: bool = True,
+    activation: str = "identity",
+    dropout_p: float = 0.0,
+    processors: int = 2,
+    gpu: str = "H200",
+    seed: int = 0,
+) -> tuple[Tensor, dict[str, int]]:
+    """Runs x [M, K] on W [N, K] and judges y, and h where there is LoRA, by the numerics rule.
+
+    Returns y and the plan: slices of K, warps beside each other, CTAs.
+    """
+    M, N, K = shape
+    generator = torch.Generator().manual_seed(M + N + K + rank)
+
+    def normal(*size: int, like: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*size, generator=generator).to(like)
+
+    w = pylora.quantize_nf4(normal(N, K) / K**0.5, blocksize, nested)
+    x, bias = normal(M, K, like=dtype), normal(N, like=dtype) if biases else None
+    lora_dtype = lora_dtype or dtype
+    lora: list[Tensor | None] = [None] * 4  # A, B and their biases
+    if rank:
+        lora[:2] = [normal(rank, K, like=lora_dtype) / K**0.5, normal(N, rank, like=lora_dtype)]
+    if rank and biases:
+        lora[2:] = [normal(rank, like=lora_dtype), normal(N, like=lora_dtype)]
+    dropout_seed = torch.tensor(-1234567890123) if dropout_p else None
+    scaling = 0.5
+
+    header = [
+        *(M, N, K, DTYPES.index(dtype), blocksize, w.nested_blocksize, nested),
+        *(DTYPES.index(dtype) if biases else -1, rank, DTYPES.index(lora_dtype), biases),
+        *(list(ACTIVATIONS).index(activation), dropout_p > 0, processors, SHARED[gpu] << 10),
+    ]
+    tensors = [torch.tensor(header), torch.tensor([scaling, dropout_p], dtype=torch.float64), x]
+    tensors += [t.reshape(-1) for t in w.tensors().values()]
+    tensors += [t for t in (bias, *lora, dropout_seed) if t is not None]
+    stdout, stderr = run(program, tensors, seed)
+    y = torch.frombuffer(stdout[: 2 * M * N], dtype=dtype).view(M, N)
+    if not rank:
+        arguments = (x, *w.op_arguments(), N, bias)
+        assert_as_accurate_as_torch(y, reference.nf4_linear, *arguments)
+    else:
+        h = torch.frombuffer(stdout[2 * M * N :], dtype=torch.float32).view(M, rank)
+        last = (scaling, dropout_p, dropout_seed, activation)
+        arguments = (x, *w.op_arguments(), N, *lora[:2], bias, *lora[2:], *last)
+        assert_as_accurate_as_torch((y, h), reference.lora_linear, *arguments)
+    return y, {name: int(n) for name, n in re.findall(r"(\w+) (\d+)", stderr.splitlines()[-1])}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 70, 576), (3, 1, 64), (8, 70, 576), (16, 33, 320)])
+def test_linear_without_lora(lora_linear, shape, dtype: torch.dtype):
+    check_linear(lora_linear, shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("blocksize", "nested", "K"),
+    [
+        (32, False, 352),
+        (32, True, 96),
+        (64, True, 576),
+        (128, False, 384),
+        (256, True, 512),
+        (4096, False, 4096),
+    ],
+)
+def test_linear_block_sizes(lora_linear, blocksize: int, nested: bool, K: int):
+    for M in (2, 9):
+        check_linear(lora_linear, (M, 40, K), blocksize=blocksize, nested=nested, biases=False)
+
+
+@pytest.mark.parametrize(("M", "rank"), [(1, 16), (2, 37), (5, 1), (16, 16)])
+@pytest.mark.parametrize("lora_dtype", [torch.float32, torch.float16])
+def test_lora(lora_linear, lora_dtype: torch.dtype, M: int, rank: int):
+    check_linear(lora_linear, (M, 70, 576), torch.float16, rank=rank, lora_dtype=lora_dtype)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_lora_dropout_and_activation(lora_linear, activation: str):
+    check_linear(
+        lora_linear, (3, 50, 192), rank=8, activation=activation, dropout_p=0.3, nested=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "gpu", "processors", "slices"),
+    [
+        ((1, 16, 4096), "H200", 8, 4),  # fewer tiles than CTAs
+        ((2, 144, 1152), "H200", 2, 1),  # several tiles a CTA
+        ((4, 32, 4096), "A100", 1, 3),  # x does not fit beside the table
+        ((16, 80, 2048), "L4", 1, 3),  # one CTA, which changes the slice
+        ((12, 70, 1024), "A100", 30, 4),
+    ],
+)
+def test_linear_plans(lora_linear, shape, gpu: str, processors: int, slices: int):
+    """Ways to cut the work; the result of each does not depend on the order of threads."""
+    results = []
+    for seed in SEEDS:
+        options = {"rank": 4, "processors": processors, "gpu": gpu, "seed": seed}
+        y, plan = check_linear(lora_linear, shape, **options)
+        assert plan["slices"] == slices
+        results.append(y)
+    assert all(torch.equal(y, results[0]) for y in results)
+
+
+# The executor itself
+
+
+@pytest.fixture(scope="module")
+def mutants(compiled) -> Path:
+    return compiled("mutants")
+
+
+WRONG = "the result is wrong"
+OUTSIDE = "heap-buffer-overflow"
+BUGS = {
+    "missing __syncthreads": WRONG,
+    "missing __syncthreads before the next write": WRONG,
+    "missing __syncwarp": WRONG,
+    "missing cp.async wait": WRONG,
+    "cp.async waits for a group too few": WRONG,
+    "missing barrier after the cp.async wait": WRONG,
+    "step outside shared memory": OUTSIDE,
+    "step outside global memory": OUTSIDE,
+    "lanes in different shuffles": "threads of one group are in different operations",
+    "missing wait for the kernel before": WRONG,
+    "wrong map of A": WRONG,
+    "wrong map of B": WRONG,
+    "B not transposed": WRONG,
+}
+
+
+@pytest.mark.parametrize("bug", ["none", *BUGS])
+def test_the_executor_sees_a_bug_of_each_kind(mutants: Path, bug: str):
+    for seed in SEEDS:
+        ran = start(mutants, bug, seed=seed)
+        stderr = ran.stderr.decode()
+        assert (ran.returncode == 0) == (bug == "none"), f"seed {seed}: {stderr}"
+        assert BUGS.get(bug, "") in stderr

@@ -1,14 +1,15 @@
 // GPU side of the NF4 ops: tensor -> checks -> stream -> launcher.
-#include <torch/csrc/stable/accelerator.h>
+#include "cuda/bind.h"
+
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "common/check.h"
 #include "cuda/nf4_dequantize.cuh"
+#include "cuda/nf4_quantize.cuh"
 
 // Only a CUDA build of torch has it. Weak, so that one extension also loads beside a CPU-only
 // torch.
@@ -16,7 +17,6 @@ extern "C" __attribute__((weak)) AOTITorchError
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace pylora {
-namespace {
 
 cudaStream_t current_stream(int32_t device_index) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
@@ -26,9 +26,24 @@ cudaStream_t current_stream(int32_t device_index) {
   return static_cast<cudaStream_t>(stream);
 }
 
-void check_launch(const char* op, cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, op, " could not be launched: ", cudaGetErrorName(error),
-                  ", ", cudaGetErrorString(error));
+namespace {
+
+std::tuple<Tensor, Tensor> nf4_quantize(const Tensor& weight, int64_t blocksize) {
+  const DType dtype = to_dtype("weight", weight.scalar_type());
+  check_on_cuda("weight", weight);
+  check_contiguous("weight", weight);
+  check_blocksize(blocksize);
+  const int64_t numel = weight.numel();
+  const int32_t device_index = weight.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device_index);
+  Tensor qweight = torch::stable::new_empty(weight, {ceil_div(numel, 2)}, ScalarType::Byte);
+  Tensor absmax = torch::stable::new_empty(weight, {ceil_div(numel, blocksize)}, ScalarType::Float);
+  if (numel == 0) return {qweight, absmax};
+  check_cuda_call("nf4_quantize", nf4_quantize_cuda(weight.const_data_ptr(), dtype, numel,
+                                                    blocksize, qweight.mutable_data_ptr<uint8_t>(),
+                                                    absmax.mutable_data_ptr<float>(),
+                                                    current_stream(device_index)));
+  return {qweight, absmax};
 }
 
 Tensor nf4_dequantize(const Tensor& qweight, const Tensor& absmax,
@@ -38,18 +53,16 @@ Tensor nf4_dequantize(const Tensor& qweight, const Tensor& absmax,
                       const std::vector<int64_t>& shape, ScalarType dtype) {
   const DType out_dtype = to_dtype("dtype", dtype);
   const int64_t numel = checked_numel("shape", shape);
-  STD_TORCH_CHECK(qweight.device().type() == DeviceType::CUDA,
-                  "qweight must be on a CUDA device like the other arguments, got device type ",
-                  static_cast<int>(qweight.device().type()));
+  check_on_cuda("qweight", qweight);
   const NF4Arguments arguments = check_nf4(qweight, absmax, nested_absmax, nested_code, offset,
                                            blocksize, nested_blocksize, 1, numel);
   const int32_t device_index = qweight.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device_index);
   Tensor out = torch::stable::new_empty(qweight, shape, dtype);
   if (numel == 0) return out;
-  check_launch("nf4_dequantize",
-               nf4_dequantize_cuda(arguments.matrix, arguments.offset, out_dtype,
-                                   out.mutable_data_ptr(), current_stream(device_index)));
+  check_cuda_call("nf4_dequantize",
+                  nf4_dequantize_cuda(arguments.matrix, arguments.offset, out_dtype,
+                                      out.mutable_data_ptr(), current_stream(device_index)));
   return out;
 }
 
@@ -57,5 +70,6 @@ Tensor nf4_dequantize(const Tensor& qweight, const Tensor& absmax,
 }  // namespace pylora
 
 STABLE_TORCH_LIBRARY_IMPL(pylora_C, CUDA, m) {
+  m.impl("nf4_quantize", TORCH_BOX(&pylora::nf4_quantize));
   m.impl("nf4_dequantize", TORCH_BOX(&pylora::nf4_dequantize));
 }

@@ -1,53 +1,22 @@
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <algorithm>
 
+#include "cuda/element.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/nf4_code.cuh"
 #include "cuda/nf4_dequantize.cuh"
+#include "cuda/ptx.cuh"
 
 namespace pylora {
 namespace {
 
-constexpr int kLanes = 32;
-constexpr int kWarps = 8;                           // a CTA
-constexpr int kBytes = 16;                          // a lane's load, and its store
-constexpr int kTileElements = 2 * kBytes * kLanes;  // 1024
+constexpr int kWarps = 8;                                 // a CTA
+constexpr int kTileElements = 2 * kVectorBytes * kLanes;  // 1024
 constexpr int kScalarThreads = 256;
 constexpr int64_t kScalarBlocks = 1 << 20;  // beyond it the threads loop
 
-// Filled from the one table; an array of the host is out of a kernel's reach.
-__constant__ float nf4_code[kNF4Size] = {
-    kNF4Code[0],  kNF4Code[1],  kNF4Code[2],  kNF4Code[3],  kNF4Code[4],  kNF4Code[5],
-    kNF4Code[6],  kNF4Code[7],  kNF4Code[8],  kNF4Code[9],  kNF4Code[10], kNF4Code[11],
-    kNF4Code[12], kNF4Code[13], kNF4Code[14], kNF4Code[15],
-};
-
-template <class T>
-__device__ __forceinline__ T round_to(float x);
-template <>
-__device__ __forceinline__ float round_to<float>(float x) {
-  return x;
-}
-template <>
-__device__ __forceinline__ __half round_to<__half>(float x) {
-  return __float2half_rn(x);
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 round_to<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
-}
-
-// 16 bytes of output and the bytes of qweight that become them.
-template <class T>
-struct Chunk {
-  static constexpr int kElements = kBytes / sizeof(T);
-  static constexpr int kPacked = kElements / 2;
-  static constexpr int kPerTile = kTileElements / kElements / kLanes;  // a lane's share
-  union {
-    T values[kElements];
-    uint4 vector;
-  };
+struct TileMemory {
+  float code[kNF4Size];
+  uint4 staged[kWarps][kLanes];
 };
 
 template <class T>
@@ -57,9 +26,9 @@ __global__ void __launch_bounds__(kWarps* kLanes)
                          int64_t tiles,                     // whole tiles of the weight
                          T* __restrict__ out) {             // [tiles * kTileElements], at least
   using Out = Chunk<T>;
-  __shared__ float code[kNF4Size];
-  __shared__ uint4 staged[kWarps][kLanes];
-  if (threadIdx.x < kNF4Size) code[threadIdx.x] = nf4_code[threadIdx.x];
+  constexpr int kSteps = kTileElements / Out::kElements / kLanes;
+  TileMemory& shared = shared_memory<TileMemory>();
+  if (threadIdx.x < kNF4Size) shared.code[threadIdx.x] = nf4_code[threadIdx.x];
   __syncthreads();
 
   const int warp = threadIdx.x / kLanes;
@@ -78,13 +47,13 @@ __global__ void __launch_bounds__(kWarps* kLanes)
   const int blocks = max(1, kTileElements >> shift);
   const float own_absmax = lane < blocks ? weight.absmax_at(first_block + lane) : 0.0f;
 
-  staged[warp][lane] = packed;
+  shared.staged[warp][lane] = packed;
   __syncwarp();
-  const auto* bytes = reinterpret_cast<const uint8_t*>(staged[warp]);
+  const auto* bytes = reinterpret_cast<const uint8_t*>(shared.staged[warp]);
 
   // 4.
 #pragma unroll
-  for (int step = 0; step < Out::kPerTile; ++step) {
+  for (int step = 0; step < kSteps; ++step) {
     const int chunk = step * kLanes + lane;
     uint32_t word = 0;
     if constexpr (Out::kPacked == 4) {
@@ -93,12 +62,14 @@ __global__ void __launch_bounds__(kWarps* kLanes)
       word = *reinterpret_cast<const uint16_t*>(bytes + 2 * chunk);
     }
     const int block = chunk * Out::kElements >> shift;
-    const float absmax = __shfl_sync(0xFFFFFFFFu, own_absmax, block);
+    const float absmax = shuffle(own_absmax, block);
     Out result;
 #pragma unroll
     for (int j = 0; j < Out::kPacked; ++j) {
-      result.values[2 * j] = round_to<T>(__fmul_rn(code[word >> (8 * j + 4) & 0xFu], absmax));
-      result.values[2 * j + 1] = round_to<T>(__fmul_rn(code[word >> (8 * j) & 0xFu], absmax));
+      result.values[2 * j] =
+          round_to<T>(__fmul_rn(shared.code[word >> (8 * j + 4) & 0xFu], absmax));
+      result.values[2 * j + 1] =
+          round_to<T>(__fmul_rn(shared.code[word >> (8 * j) & 0xFu], absmax));
     }
     reinterpret_cast<uint4*>(out + first)[chunk] = result.vector;
   }
@@ -118,19 +89,6 @@ __global__ void __launch_bounds__(kScalarThreads)
     const float code = nf4_code[nf4_code_at(weight.qweight, i)];
     out[i] = round_to<T>(__fmul_rn(code, weight.absmax_at(i / weight.blocksize)));
   }
-}
-
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kBytes == 0; }
-
-// A plain function call where <<<>>> would do: tests/host_cuda compiles this file as C++.
-template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t grid, int block, cudaStream_t stream,
-                   Arguments... arguments) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(grid));
-  config.blockDim = dim3(static_cast<unsigned>(block));
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 template <class T>

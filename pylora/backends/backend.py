@@ -45,6 +45,16 @@ def nf4_dequantize_why_not(device_type: str, qweight: Tensor, *args: Any) -> Rea
     return None
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """x [..., features] as the compiled kernels take it: contiguous, 2-D."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def contiguous(args: tuple[Any, ...]) -> list[Any]:
+    """The arguments with every tensor among them contiguous."""
+    return [arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args]
+
+
 @dataclass(frozen=True)
 class Op:
     """One op of a backend.

@@ -15,6 +15,8 @@ from pylora.backends.backend import (
     Backend,
     Op,
     Reason,
+    as_rows,
+    contiguous,
     nf4_dequantize_why_not,
 )
 from pylora.backends.composition import composed
@@ -48,34 +50,26 @@ def _rank(lora_A: Tensor) -> Reason:
     return None
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).contiguous()
-
-
-def _contiguous(args: tuple[Any, ...]) -> list[Any]:
-    return [arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args]
-
-
 def _nf4_quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     return torch.ops.pylora_C.nf4_quantize(weight.contiguous(), blocksize)
 
 
 def _nf4_dequantize(*args: Any) -> Tensor:
-    return torch.ops.pylora_C.nf4_dequantize(*_contiguous(args))
+    return torch.ops.pylora_C.nf4_dequantize(*contiguous(args))
 
 
 def _nf4_linear(x: Tensor, *args: Any) -> Tensor:
-    y = torch.ops.pylora_C.nf4_linear(_rows(x), *_contiguous(args))
+    y = torch.ops.pylora_C.nf4_linear(as_rows(x), *contiguous(args))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _nf4_linear_backward(grad: Tensor, *args: Any) -> Tensor:
-    dx = torch.ops.pylora_C.nf4_linear_backward(_rows(grad), *_contiguous(args))
+    dx = torch.ops.pylora_C.nf4_linear_backward(as_rows(grad), *contiguous(args))
     return dx.view(*grad.shape[:-1], dx.shape[-1])
 
 
 def _lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    y, h = torch.ops.pylora_C.lora_linear(_rows(x), *_contiguous(args))
+    y, h = torch.ops.pylora_C.lora_linear(as_rows(x), *contiguous(args))
     return y.view(*x.shape[:-1], y.shape[-1]), h.view(*x.shape[:-1], h.shape[-1])
 
 
@@ -86,8 +80,8 @@ def _lora_linear_why_not(x: Tensor, weight: Tensor, absmax: Tensor | None, *args
 
 
 def _lora_linear_backward(grad: Tensor, x: Tensor, h: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    rows = (_rows(grad), _rows(x), _rows(h))
-    dx, *others = torch.ops.pylora_C.lora_linear_backward(*rows, *_contiguous(args))
+    rows = (as_rows(grad), as_rows(x), as_rows(h))
+    dx, *others = torch.ops.pylora_C.lora_linear_backward(*rows, *contiguous(args))
     return (dx.view(x.shape) if args[-1][0] else dx, *others)
 
 

@@ -9,7 +9,26 @@ import torch
 from torch import Tensor
 
 from pylora.backends import extension
-from pylora.backends.backend import Backend, Op, Reason, nf4_dequantize_why_not
+from pylora.backends.backend import (
+    KERNEL_DTYPES,
+    Backend,
+    Op,
+    Reason,
+    as_rows,
+    contiguous,
+    nf4_dequantize_why_not,
+)
+
+# The rows of x up to which reading the weight decides, and its kernel is the one to take. An
+# estimate: no GPU has run it. At most kMaxSmallTokens of csrc/cuda/lora_linear.cuh.
+MAX_SMALL_M = 16
+
+# Limits of csrc/cuda/lora_linear.cuh.
+_MAX_RANK = 1024
+_MAX_ELEMENTS = 2**35
+_ALIGNMENT = 16  # bytes
+
+_LORA_A = 8  # its place among the arguments of lora_linear behind x
 
 
 @lru_cache(maxsize=1)  # asked at every call of every op
@@ -30,13 +49,126 @@ def _path() -> str:
     return ", ".join(archs) or "absent"
 
 
+def _not_on_cuda(**tensors: Tensor | None) -> Reason:
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_cuda:
+            return f"{name} is on {tensor.device}, not on a cuda device"
+    return None
+
+
+def _nf4_quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    return torch.ops.pylora_C.nf4_quantize(weight.contiguous(), blocksize)
+
+
+def _nf4_quantize_why_not(weight: Tensor, _: int) -> Reason:
+    if weight.dtype not in KERNEL_DTYPES:
+        return f"weight is {weight.dtype}; the kernels take float32, float16 and bfloat16"
+    return _not_on_cuda(weight=weight)
+
+
 def _nf4_dequantize(*args: Any) -> Tensor:
-    return torch.ops.pylora_C.nf4_dequantize(*args)
+    return torch.ops.pylora_C.nf4_dequantize(*contiguous(args))
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    return tensor.data_ptr() % _ALIGNMENT == 0
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it where the kernels could not read it 16 bytes at a time."""
+    return tensor if _is_aligned(tensor) else tensor.clone()
+
+
+def _nf4_linear(x: Tensor, *args: Any) -> Tensor:
+    y = torch.ops.pylora_C.nf4_linear(_aligned(as_rows(x)), *contiguous(args))
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    others = contiguous(args)
+    others[_LORA_A] = _aligned(others[_LORA_A])
+    y, h = torch.ops.pylora_C.lora_linear(_aligned(as_rows(x)), *others)
+    return y.view(*x.shape[:-1], y.shape[-1]), h.view(*x.shape[:-1], h.shape[-1])
+
+
+@lru_cache
+def _has_matrix_instructions(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _nf4_linear_why_not(
+    x: Tensor,
+    qweight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    blocksize: int,
+    nested_blocksize: int,
+    out_features: int,
+    bias: Tensor | None,
+) -> Reason:
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"x is {x.dtype}; the kernel takes float16 and bfloat16"
+    in_features = x.shape[-1]
+    if in_features == 0 or out_features == 0:
+        return "the weight has no elements"
+    if in_features % blocksize:
+        return f"in_features is {in_features}, no multiple of the blocksize {blocksize}"
+    rows = x.numel() // in_features
+    if rows > MAX_SMALL_M:
+        return f"x has {rows} rows; the kernel for few rows takes up to {MAX_SMALL_M}"
+    if nested_absmax is not None and nested_blocksize & (nested_blocksize - 1):
+        return f"nested_blocksize is {nested_blocksize}, no power of two"
+    if in_features * out_features >= _MAX_ELEMENTS:
+        return f"the weight has 2^35 elements or more: {out_features} x {in_features}"
+    reason = _not_on_cuda(x=x, qweight=qweight, absmax=absmax, bias=bias)
+    if reason is not None:
+        return reason
+    if not _has_matrix_instructions(x.device):
+        return "the kernel needs a GPU of compute capability 8.0 or later"
+    if not _is_aligned(qweight):
+        return f"qweight is not aligned to {_ALIGNMENT} bytes"
+    return None
+
+
+def _lora_linear_why_not(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    blocksize: int,
+    nested_blocksize: int,
+    out_features: int,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    lora_A_bias: Tensor | None,
+    lora_B_bias: Tensor | None,
+    *_: Any,
+) -> Reason:
+    if absmax is None:
+        return "the base weight is dense: torch's own matmul takes it"
+    if lora_A.dtype not in (x.dtype, torch.float32):
+        return f"lora_A is {lora_A.dtype}; the kernel takes {x.dtype}, as x has, and float32"
+    if not 1 <= lora_A.shape[0] <= _MAX_RANK:
+        return f"the rank is {lora_A.shape[0]}; the kernel takes 1 to {_MAX_RANK}"
+    q = (weight, absmax, nested_absmax, nested_code, offset, blocksize, nested_blocksize)
+    return _nf4_linear_why_not(x, *q, out_features, bias) or _not_on_cuda(
+        lora_A=lora_A, lora_B=lora_B, lora_A_bias=lora_A_bias, lora_B_bias=lora_B_bias
+    )
 
 
 BACKEND = Backend(
     name="cuda",
-    ops={"nf4_dequantize": Op(_nf4_dequantize, partial(nf4_dequantize_why_not, "cuda"))},
+    ops={
+        "nf4_quantize": Op(_nf4_quantize, _nf4_quantize_why_not),
+        "nf4_dequantize": Op(_nf4_dequantize, partial(nf4_dequantize_why_not, "cuda")),
+        "nf4_linear": Op(_nf4_linear, _nf4_linear_why_not),
+        "lora_linear": Op(_lora_linear, _lora_linear_why_not),
+    },
     unavailable=_unavailable,
     path=_path,
     device=lambda: "cuda",

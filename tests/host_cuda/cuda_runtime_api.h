@@ -1,25 +1,21 @@
-// A small executor: CUDA kernels as C++ on the CPU, a thread a CUDA thread, one CTA after the
-// other. Its folder goes before the toolkit's on the include path. It has what the kernels use, no
-// more.
+// Stands in for the toolkit's header, whose place on the include path this folder takes: CUDA C++
+// as plain C++ on the executor. It has what the kernels use, no more.
 #pragma once
 
-#include <barrier>
+#include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstdint>
-#include <memory>
-#include <thread>
-#include <vector>
+#include <utility>
+
+#include "executor.h"
 
 #define __global__
+#define __host__
 #define __device__
 #define __constant__
-#define __shared__ static  // one CTA runs at a time
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
-
-struct dim3 {
-  unsigned x = 1, y = 1, z = 1;
-};
+#define __launch_bounds__(...)
 
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
@@ -28,87 +24,81 @@ struct alignas(16) uint4 {
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 
-namespace host_cuda {
-
-constexpr unsigned kWarp = 32;
-
-struct Warp {
-  explicit Warp(unsigned lanes) : barrier(lanes) {}
-  std::barrier<> barrier;
-  uint64_t shuffled[kWarp] = {};
-};
-
-struct Cta {
-  explicit Cta(unsigned threads) : barrier(threads) {
-    for (unsigned first = 0; first < threads; first += kWarp) {
-      warps.push_back(std::make_unique<Warp>(std::min(kWarp, threads - first)));
-    }
-  }
-  std::barrier<> barrier;
-  std::vector<std::unique_ptr<Warp>> warps;
-};
-
-inline thread_local Cta* cta = nullptr;
-
-}  // namespace host_cuda
-
-inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
-
-inline host_cuda::Warp& host_cuda_warp() {
-  return *host_cuda::cta->warps[threadIdx.x / host_cuda::kWarp];
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* /*kernel*/, cudaFuncAttribute /*attribute*/,
+                                 int /*value*/) {
+  return cudaSuccess;
 }
 
-inline void __syncthreads() { host_cuda::cta->barrier.arrive_and_wait(); }
-inline void __syncwarp() { host_cuda_warp().barrier.arrive_and_wait(); }
-
-template <class T>
-T __shfl_sync(unsigned /*mask*/, T value, int lane) {
-  host_cuda::Warp& warp = host_cuda_warp();
-  uint64_t bits = 0;
-  __builtin_memcpy(&bits, &value, sizeof(T));
-  warp.shuffled[threadIdx.x % host_cuda::kWarp] = bits;
-  __syncwarp();
-  bits = warp.shuffled[lane % host_cuda::kWarp];
-  __syncwarp();  // before anyone shuffles again
-  __builtin_memcpy(&value, &bits, sizeof(T));
-  return value;
+inline cudaError_t cudaDeviceSynchronize() {
+  host_cuda::synchronize();
+  return cudaSuccess;
 }
+
+inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t /*stream*/) {
+  host_cuda::synchronize();
+  std::memset(memory, value, bytes);
+  return cudaSuccess;
+}
+
+// There is no device to ask: the programs here bring their own limits.
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrComputeCapabilityMajor,
+};
+inline cudaError_t cudaGetDevice(int* /*device*/) { return cudaErrorInvalidValue; }
+inline cudaError_t cudaDeviceGetAttribute(int* /*value*/, cudaDeviceAttr /*attribute*/,
+                                          int /*device*/) {
+  return cudaErrorInvalidValue;
+}
+
+inline void __syncthreads() {
+  host_cuda::wait_at(host_cuda::executor.current().cta->barrier, "__syncthreads");
+}
+inline void __syncwarp() { host_cuda::wait_at(host_cuda::warp().barrier, "__syncwarp"); }
+inline void __threadfence() {}
 
 template <class T>
 T __ldg(const T* pointer) {
   return *pointer;
 }
+inline unsigned atomicAdd(unsigned* counter, unsigned value) {
+  return std::exchange(*counter, *counter + value);
+}
 
-inline int max(int a, int b) { return a > b ? a : b; }
+using std::max;
+using std::min;
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
+inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __frcp_rn(float x) { return 1.0f / x; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
-  const dim3 grid = config->gridDim;
-  const dim3 block = config->blockDim;
-  for (unsigned index = 0; index < grid.x; ++index) {
-    host_cuda::Cta cta(block.x);
-    std::vector<std::jthread> threads;
-    for (unsigned thread = 0; thread < block.x; ++thread) {
-      threads.emplace_back([&, thread] {
-        host_cuda::cta = &cta;
-        threadIdx = {thread, 0, 0};
-        blockIdx = {index, 0, 0};
-        blockDim = block;
-        gridDim = grid;
-        kernel(arguments...);
-        host_cuda_warp().barrier.arrive_and_drop();  // who has returned is waited for no more
-        cta.barrier.arrive_and_drop();
-      });
-    }
-  }
+  host_cuda::start(config->gridDim, config->blockDim.x, config->dynamicSmemBytes,
+                   config->numAttrs > 0, [=] { kernel(arguments...); });
   return cudaSuccess;
 }

@@ -1,24 +1,7 @@
 // Runs the CUDA kernel on the CPU: arguments from standard input, the weight to standard output.
-// Every array has a heap block of its own size, so that the address sanitizer sees each step
-// outside.
 #include "cuda/nf4_dequantize.cuh"
 
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-
-namespace {
-
-template <class T>
-T* read_array(int64_t count, int64_t misalign = 0) {
-  // Freed by the end of the program; `misalign` is in elements.
-  T* memory = static_cast<T*>(std::malloc(sizeof(T) * static_cast<size_t>(count + misalign)));
-  const size_t wanted = static_cast<size_t>(count);
-  if (std::fread(memory + misalign, sizeof(T), wanted, stdin) != wanted) std::abort();
-  return memory + misalign;
-}
-
-}  // namespace
+#include "stdin_arrays.h"
 
 int main() {
   const int64_t* header = read_array<int64_t>(6);
@@ -41,9 +24,9 @@ int main() {
   } else {
     weight.absmax = read_array<float>(blocks);
   }
-  const size_t bytes = static_cast<size_t>(numel * pylora::dtype_size(dtype));
-  void* out = std::malloc(bytes);
-  std::memset(out, 0xFF, bytes);  // NaN in every dtype
+  const int64_t bytes = numel * pylora::dtype_size(dtype);
+  void* out = make_output(bytes);
   if (pylora::nf4_dequantize_cuda(weight, offset, dtype, out, nullptr) != cudaSuccess) return 1;
-  std::fwrite(out, 1, bytes, stdout);
+  cudaDeviceSynchronize();
+  write_output(out, bytes);
 }

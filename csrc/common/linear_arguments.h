@@ -1,0 +1,46 @@
+// Checks of the arguments that the linear ops have beside the NF4 weight.
+#pragma once
+
+#include <string>
+
+#include "common/check.h"
+#include "cpu/activation.h"
+
+namespace pylora {
+
+inline void check_matrix(const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.dim() == 2, name, " must have 2 dimensions, got shape ",
+                  to_string(tensor.sizes()));
+  check_contiguous(name, tensor);
+}
+
+inline void check_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t cols) {
+  check_matrix(name, tensor);
+  STD_TORCH_CHECK(tensor.size(0) == rows && tensor.size(1) == cols, name, " must have shape [",
+                  rows, ", ", cols, "], got ", to_string(tensor.sizes()));
+}
+
+inline void check_vector(const char* name, const Tensor& tensor, int64_t size) {
+  check_contiguous(name, tensor);
+  check_numel(name, tensor, size, "one for every output");
+}
+
+inline Activation to_activation(const std::string& name) {
+  static constexpr const char* kNames[] = {"identity", "relu", "gelu",   "gelu_tanh",
+                                           "silu",     "tanh", "sigmoid"};
+  for (int i = 0; i < 7; ++i) {
+    if (name == kNames[i]) return static_cast<Activation>(i);
+  }
+  STD_TORCH_CHECK(false,
+                  "activation must be identity, relu, gelu, gelu_tanh, silu, tanh or sigmoid, got ",
+                  name);
+}
+
+// Elements whose 32-bit word is below this are dropped.
+inline uint32_t drop_threshold(double p) {
+  STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "dropout_p must be in [0, 1), got ", p);
+  const double threshold = p * 4294967296.0 + 0.5;
+  return threshold < 4294967295.0 ? static_cast<uint32_t>(threshold) : 4294967295u;
+}
+
+}  // namespace pylora

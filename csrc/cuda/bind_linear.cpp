@@ -1,0 +1,167 @@
+// GPU side of the linear ops: tensor -> checks -> stream -> launcher. Weights are NF4 here, and
+// there are few tokens; pylora/backends/cuda.py sends everything else elsewhere.
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "common/linear_arguments.h"
+#include "cuda/bind.h"
+#include "cuda/lora_linear.cuh"
+
+namespace pylora {
+namespace {
+
+constexpr int64_t kAlignment = 16;  // bytes, of what is read 16 at a time
+
+void check_aligned(const char* name, const Tensor& tensor) {
+  const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  STD_TORCH_CHECK(address % kAlignment == 0, name, " must be aligned to ", kAlignment,
+                  " bytes, got address ", address);
+}
+
+bool is_power_of_two(int64_t value) { return value > 0 && (value & (value - 1)) == 0; }
+
+Vector to_vector(const char* name, const std::optional<Tensor>& tensor, int64_t size,
+                 const Tensor& x) {
+  if (!tensor.has_value()) return {};
+  check_vector(name, *tensor, size);
+  check_device(name, *tensor, x, "x");
+  return {tensor->const_data_ptr(), to_dtype(name, tensor->scalar_type())};
+}
+
+// x, the base weight and its bias.
+LoraLinearSmall to_base(const Tensor& x, const Tensor& qweight, const Tensor& absmax,
+                        const std::optional<Tensor>& nested_absmax,
+                        const std::optional<Tensor>& nested_code,
+                        const std::optional<Tensor>& offset, int64_t blocksize,
+                        int64_t nested_blocksize, int64_t out_features,
+                        const std::optional<Tensor>& bias) {
+  check_on_cuda("x", x);
+  check_matrix("x", x);
+  LoraLinearSmall op;
+  op.dtype = to_dtype("x", x.scalar_type());
+  STD_TORCH_CHECK(op.dtype != DType::kFloat32, "x must be float16 or bfloat16, got Float");
+  STD_TORCH_CHECK(x.size(0) <= kMaxSmallTokens, "x must have at most ", kMaxSmallTokens,
+                  " rows, got ", x.size(0));
+  const int64_t cols = x.size(1);
+  const NF4Arguments weight = check_nf4(qweight, absmax, nested_absmax, nested_code, offset,
+                                        blocksize, nested_blocksize, out_features, cols);
+  check_device("qweight", qweight, x, "x");
+  STD_TORCH_CHECK(out_features > 0 && cols > 0, "qweight must hold elements, got shape [",
+                  out_features, ", ", cols, "]");
+  STD_TORCH_CHECK(cols % blocksize == 0, "x must have a multiple of blocksize (", blocksize,
+                  ") columns, got ", cols);
+  STD_TORCH_CHECK(weight.matrix.numel() < kMaxSmallElements, "qweight must hold fewer than ",
+                  kMaxSmallElements, " elements, got ", weight.matrix.numel());
+  STD_TORCH_CHECK(!weight.matrix.nested() || is_power_of_two(nested_blocksize),
+                  "nested_blocksize must be a power of two, got ", nested_blocksize);
+  check_aligned("x", x);
+  check_aligned("qweight", qweight);
+  op.weight = weight.matrix;
+  op.offset = weight.offset;
+  op.bias = to_vector("bias", bias, out_features, x);
+  op.x = x.const_data_ptr();
+  op.tokens = static_cast<int>(x.size(0));
+  return op;
+}
+
+void set_lora(LoraLinearSmall& op, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
+              const std::optional<Tensor>& lora_A_bias, const std::optional<Tensor>& lora_B_bias,
+              double scaling, double dropout_p, const std::optional<Tensor>& seed,
+              const std::string& activation) {
+  check_matrix("lora_A", lora_A);
+  const int64_t rank = lora_A.size(0);
+  STD_TORCH_CHECK(rank >= 1 && rank <= kMaxSmallRank, "lora_A must have 1 to ", kMaxSmallRank,
+                  " rows (the rank), got ", rank);
+  check_matrix("lora_A", lora_A, rank, op.weight.cols);
+  check_matrix("lora_B", lora_B, op.weight.rows, rank);
+  check_dtype("lora_B", lora_B, lora_A.scalar_type());
+  check_device("lora_A", lora_A, x, "x");
+  check_device("lora_B", lora_B, x, "x");
+  check_aligned("lora_A", lora_A);
+  LoraHidden& hidden = op.hidden;
+  hidden.dtype = to_dtype("lora_A", lora_A.scalar_type());
+  STD_TORCH_CHECK(hidden.dtype == DType::kFloat32 || hidden.dtype == op.dtype,
+                  "lora_A must have x's dtype or Float, got ",
+                  torch::headeronly::toString(lora_A.scalar_type()));
+  hidden.rank = static_cast<int>(rank);
+  hidden.lora_A = lora_A.const_data_ptr();
+  op.lora_B = lora_B.const_data_ptr();
+  if (lora_A_bias.has_value()) check_dtype("lora_A_bias", *lora_A_bias, lora_A.scalar_type());
+  hidden.lora_A_bias = to_vector("lora_A_bias", lora_A_bias, rank, x).data;
+  op.lora_B_bias = to_vector("lora_B_bias", lora_B_bias, op.weight.rows, x);
+  hidden.scaling = static_cast<float>(scaling);
+  hidden.activation = to_activation(activation);
+  hidden.threshold = drop_threshold(dropout_p);
+  hidden.keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p));
+  if (dropout_p == 0.0) return;
+  STD_TORCH_CHECK(seed.has_value(), "seed must be given where dropout_p is not 0, got none");
+  check_dtype("seed", *seed, ScalarType::Long);
+  check_numel("seed", *seed, 1, "a scalar");
+  check_device("seed", *seed, x, "x");
+  hidden.seed = seed->const_data_ptr<int64_t>();
+}
+
+// y; the launch takes what else it needs from the caching allocator, so that calls on different
+// streams and in CUDA graphs keep apart.
+Tensor run(const char* name, LoraLinearSmall& op, const Tensor& x) {
+  const int64_t rows = op.weight.rows;
+  Tensor y = torch::stable::new_empty(x, {op.tokens, rows});
+  if (op.tokens == 0) return y;
+  DeviceLimits limits;
+  check_cuda_call(name, device_limits(&limits));
+  const SmallPlan plan = plan_small(op.tokens, rows, op.weight.cols, limits);
+  STD_TORCH_CHECK(plan.shared_bytes <= limits.shared_per_cta, name, " needs ", plan.shared_bytes,
+                  " bytes of shared memory, this GPU gives ", limits.shared_per_cta);
+  const int64_t low = static_cast<int64_t>(op.tokens) * op.hidden.rank;
+  const int64_t partials = plan.partial_floats(op.tokens, rows);
+  Tensor workspace =
+      torch::stable::new_empty(x, {low + partials + plan.counters()}, ScalarType::Float);
+  op.hidden.low = workspace.mutable_data_ptr<float>();
+  op.partials = op.hidden.low + low;
+  op.counters = reinterpret_cast<unsigned*>(op.partials + partials);
+  op.y = y.mutable_data_ptr();
+  check_cuda_call(name, lora_linear_small_cuda(op, plan, limits.dependent_launch,
+                                               current_stream(x.get_device_index())));
+  return y;
+}
+
+Tensor nf4_linear_cuda(const Tensor& x, const Tensor& qweight, const Tensor& absmax,
+                       const std::optional<Tensor>& nested_absmax,
+                       const std::optional<Tensor>& nested_code,
+                       const std::optional<Tensor>& offset, int64_t blocksize,
+                       int64_t nested_blocksize, int64_t out_features,
+                       const std::optional<Tensor>& bias) {
+  LoraLinearSmall op = to_base(x, qweight, absmax, nested_absmax, nested_code, offset, blocksize,
+                               nested_blocksize, out_features, bias);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  return run("nf4_linear", op, x);
+}
+
+std::tuple<Tensor, Tensor> lora_linear_cuda(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& absmax,
+    const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
+    const std::optional<Tensor>& offset, int64_t blocksize, int64_t nested_blocksize,
+    int64_t out_features, const Tensor& lora_A, const Tensor& lora_B,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& lora_A_bias,
+    const std::optional<Tensor>& lora_B_bias, double scaling, double dropout_p,
+    const std::optional<Tensor>& seed, const std::string& activation) {
+  STD_TORCH_CHECK(absmax.has_value(), "absmax must be given: this op takes NF4 weights only");
+  LoraLinearSmall op = to_base(x, weight, *absmax, nested_absmax, nested_code, offset, blocksize,
+                               nested_blocksize, out_features, bias);
+  set_lora(op, x, lora_A, lora_B, lora_A_bias, lora_B_bias, scaling, dropout_p, seed, activation);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Tensor h = torch::stable::new_empty(x, {x.size(0), lora_A.size(0)}, ScalarType::Float);
+  op.hidden.h = h.mutable_data_ptr<float>();
+  return {run("lora_linear", op, x), h};
+}
+
+}  // namespace
+}  // namespace pylora
+
+STABLE_TORCH_LIBRARY_IMPL(pylora_C, CUDA, m) {
+  m.impl("nf4_linear", TORCH_BOX(&pylora::nf4_linear_cuda));
+  m.impl("lora_linear", TORCH_BOX(&pylora::lora_linear_cuda));
+}

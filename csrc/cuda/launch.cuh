@@ -1,0 +1,58 @@
+// What every kernel file of this folder shares: warp geometry, alignment, one way to launch.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace pylora {
+
+inline constexpr int kLanes = 32;
+inline constexpr int kVectorBytes = 16;  // the widest load or store of a lane
+
+inline bool aligned(const void* pointer, uintptr_t bytes = kVectorBytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
+struct LaunchShape {
+  dim3 grid;
+  int block = 0;
+  size_t shared_bytes = 0;  // dynamic
+  cudaStream_t stream = nullptr;
+  bool dependent = false;  // may start before the kernel before it has ended (sm_90 on)
+};
+
+// A plain function call where <<<>>> would do: tests/host_cuda compiles the kernels as C++.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape,
+                   Arguments... arguments) {
+  constexpr size_t kWithoutAsking = 48 << 10;
+  if (shape.shared_bytes > kWithoutAsking) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = shape.grid;
+  config.blockDim = dim3(static_cast<unsigned>(shape.block));
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = shape.stream;
+  config.attrs = &overlap;
+  config.numAttrs = shape.dependent ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), int64_t grid, int block, cudaStream_t stream,
+                   Arguments... arguments) {
+  LaunchShape shape;
+  shape.grid.x = static_cast<unsigned>(grid);
+  shape.block = block;
+  shape.stream = stream;
+  return launch(kernel, shape, arguments...);
+}
+
+}  // namespace pylora

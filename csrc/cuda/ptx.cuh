@@ -1,0 +1,156 @@
+// What kernels need below CUDA C++: the only file with inline PTX. tests/host_cuda/ptx_host.h has
+// the same functions for the CPU, written from the PTX ISA, so that the kernels run there as they
+// are.
+//
+// Every function that a whole warp must call together says so.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#if !defined(__CUDACC__)
+#include "ptx_host.h"
+#else
+
+namespace pylora {
+
+// The CTA's static shared memory: one T for each kernel, which asks for it once. T has no
+// constructors.
+template <class T>
+__device__ __forceinline__ T& shared_memory() {
+  __shared__ T memory;
+  return memory;
+}
+
+// The bytes that the launch asked for; aligned to 256 bytes of the address space.
+__device__ __forceinline__ uint8_t* dynamic_shared_memory() {
+  extern __shared__ __align__(256) uint8_t dynamic_memory[];
+  return dynamic_memory;
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// `base` is the same in every lane: it then sits in a uniform register, and `offset` is the
+// address.
+__device__ __forceinline__ uint32_t load_shared(const void* base, uint32_t offset) {
+  uint32_t value;
+  asm("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(shared_address(base) + offset));
+  return value;
+}
+
+// Read once: past L1, where it would push out what is read again.
+__device__ __forceinline__ uint4 load_streaming(const uint4* pointer) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(pointer));
+  return v;
+}
+
+// What another CTA of the same launch has written: from L2, since L1 may hold what was there
+// before.
+__device__ __forceinline__ float load_from_l2(const float* pointer) { return __ldcg(pointer); }
+
+// Whole warp. The value of lane `lane` % 32, and that of the lane whose number differs in `mask`.
+template <class T>
+__device__ __forceinline__ T shuffle(T value, int lane) {
+  return __shfl_sync(0xFFFFFFFFu, value, lane);
+}
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
+}
+
+// prmt: byte i of the result is byte (selector >> 4 * i) & 7 of the 8 bytes {high, low}.
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  return __byte_perm(low, high, selector);
+}
+
+// L2's policy for data that is read once.
+__device__ __forceinline__ uint64_t evict_first_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// 16 bytes from global to shared memory without a register between. They may be read after commit,
+// wait and a barrier.
+__device__ __forceinline__ void copy_async_16(void* shared, const void* global, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(
+                   shared_address(shared)),
+               "l"(global), "l"(policy)
+               : "memory");
+}
+// Closes a group of this thread's copies; and waits until at most `kPending` groups are under way.
+__device__ __forceinline__ void copy_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Whole warp. Lane l gives the address of row l % 8 (16 bytes) of matrix l / 8, and gets in
+// register i the 4 bytes l % 4 of row l / 4 of matrix i.
+__device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+// The same of the transposed matrices of 16-bit elements.
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// Whole warp. d += A B with A [16, 16], B [16, 8] of T and d [16, 8] in fp32. With g = lane / 4 and
+// t = lane % 4 a lane holds, each register the two elements of k = 2t, 2t + 1 (+ 8):
+//   a[0] row g, a[1] row g + 8, a[2] row g and k + 8, a[3] row g + 8 and k + 8
+//   b0 column g, b1 column g and k + 8
+//   d[0], d[1] row g, columns 2t and 2t + 1; d[2], d[3] the same of row g + 8
+template <class T>
+__device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                            uint32_t b1);
+template <>
+__device__ __forceinline__ void mma_16x8x16<__half>(float (&d)[4], const uint32_t (&a)[4],
+                                                    uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+__device__ __forceinline__ void mma_16x8x16<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4],
+                                                           uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Programmatic dependent launch (sm_90 on; elsewhere the launch waits for the kernel before it).
+// The first lets the next kernel of the stream start; the second waits until the one before has
+// ended and its results can be seen.
+__device__ __forceinline__ void start_dependent_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+}  // namespace pylora
+
+#endif

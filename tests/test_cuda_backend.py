@@ -1,0 +1,119 @@
+"""The cuda backend's limits in words, on fake tensors: no GPU is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pylora import dispatch, nf4
+from pylora.backends import cuda
+
+bf16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def ampere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fake tensors of a fake GPU, whose memory is aligned."""
+    monkeypatch.setattr(cuda, "_has_matrix_instructions", lambda device: True)
+    monkeypatch.setattr(cuda, "_is_aligned", lambda tensor: True)
+    with FakeTensorMode():
+        yield
+
+
+def weight(out_features: int, in_features: int, blocksize: int, device: str) -> tuple[Any, ...]:
+    shape = (out_features, in_features)
+    qweight = torch.empty(nf4.packed_shape(shape, blocksize), dtype=torch.uint8, device=device)
+    absmax = torch.empty(nf4.absmax_shape(shape, blocksize), device=device)
+    return (qweight, absmax, None, None, None, blocksize, 256)
+
+
+def linear(
+    rows: int = 4,
+    shape: tuple[int, int] = (96, 128),
+    dtype: torch.dtype = bf16,
+    blocksize: int = 64,
+    device: str = "cuda",
+    nested_blocksize: int | None = None,
+) -> tuple[Any, ...]:
+    x = torch.empty(2, rows // 2, shape[1], dtype=dtype, device="cuda")
+    *q, _ = weight(*shape, blocksize, device)
+    if nested_blocksize is not None:
+        q[2] = torch.empty(1, device="cuda")
+    return (x, *q, nested_blocksize or 256, shape[0], None)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"rows": 16, "dtype": torch.float16, "blocksize": 32}, None),
+        ({"rows": 0}, None),
+        ({"nested_blocksize": 128}, None),
+        ({"dtype": torch.float32}, "x is torch.float32; the kernel takes float16 and bfloat16"),
+        ({"rows": 18}, "x has 18 rows; the kernel for few rows takes up to 16"),
+        ({"shape": (96, 96)}, "in_features is 96, no multiple of the blocksize 64"),
+        ({"shape": (0, 64)}, "the weight has no elements"),
+        ({"nested_blocksize": 100}, "nested_blocksize is 100, no power of two"),
+        ({"device": "cpu"}, "qweight is on cpu, not on a cuda device"),
+    ],
+)
+def test_nf4_linear(change: dict[str, Any], reason: str | None):
+    assert cuda.BACKEND.ops["nf4_linear"].why_not(*linear(**change)) == reason
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"lora_dtype": torch.float32, "rank": 37}, None),
+        ({"lora_dtype": torch.float16}, "lora_A is torch.float16; the kernel takes torch.bfloat16"),
+        ({"rank": 0}, "the rank is 0; the kernel takes 1 to 1024"),
+        ({"dense": True}, "the base weight is dense"),
+        ({"rows": 32}, "x has 32 rows"),
+        ({"lora_device": "cpu"}, "lora_A is on cpu, not on a cuda device"),
+    ],
+)
+def test_lora_linear(change: dict[str, Any], reason: str | None):
+    change = dict(change)
+    rank, dense = change.pop("rank", 8), change.pop("dense", False)
+    options = {
+        "dtype": change.pop("lora_dtype", bf16),
+        "device": change.pop("lora_device", "cuda"),
+    }
+    x, qweight, absmax, *q, out_features, bias = linear(**change)
+    lora_A = torch.empty(rank, x.shape[-1], **options)
+    lora_B = torch.empty(out_features, rank, **options)
+    last = (bias, None, None, 1.0, 0.0, None, "identity")
+    absmax = None if dense else absmax
+    args = (x, qweight, absmax, *q, out_features, lora_A, lora_B, *last)
+    got = cuda.BACKEND.ops["lora_linear"].why_not(*args)
+    assert (got is None) == (reason is None) and (got or "").startswith(reason or "")
+
+
+def test_nf4_quantize():
+    why_not = cuda.BACKEND.ops["nf4_quantize"].why_not
+    assert why_not(torch.empty(64, device="cuda"), 64) is None
+    assert why_not(torch.empty(64), 64) == "weight is on cpu, not on a cuda device"
+    double = torch.empty(64, device="cuda", dtype=torch.float64)
+    assert (why_not(double, 64) or "").startswith("weight is torch.float64")
+
+
+def test_an_old_gpu_and_an_odd_address(monkeypatch: pytest.MonkeyPatch):
+    why_not = cuda.BACKEND.ops["nf4_linear"].why_not
+    monkeypatch.setattr(cuda, "_is_aligned", lambda tensor: False)
+    assert why_not(*linear()) == "qweight is not aligned to 16 bytes"
+    monkeypatch.setattr(cuda, "_has_matrix_instructions", lambda device: False)
+    assert why_not(*linear()) == "the kernel needs a GPU of compute capability 8.0 or later"
+
+
+def test_the_backend_lists_its_ops():
+    assert set(dispatch.BACKENDS["cuda"].ops) == {
+        "nf4_quantize",
+        "nf4_dequantize",
+        "nf4_linear",
+        "lora_linear",
+    }
