@@ -9,7 +9,7 @@ export PYTHONSAFEPATH := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test asan check bench kernels lint format clean
+.PHONY: help install demo test asan check bench gpu kernels lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -52,6 +52,10 @@ check: $(INSTALLED) ## every kernel that can run here against the reference
 bench: $(INSTALLED) ## the quick benchmark suite on this CPU and its report, in build/bench (OP=… for one op)
 	env -u PYTHONSAFEPATH $(PY) -m benchmarks run --suite quick --device cpu $(if $(OP),--op $(OP)) --out build/bench
 	env -u PYTHONSAFEPATH $(PY) -m benchmarks report build/bench
+
+# Made for a bare machine without a network: any Python that has torch will do.
+gpu: ## all that needs a GPU, in under ten minutes; results in build/gpu (OUT=…, WHEELS=…; DRY=1: without launches)
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) benchmarks/gpu.py $(if $(OUT),--out $(OUT)) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(DRY),--dry)
 
 kernels: $(INSTALLED) ## resources of the compiled CUDA and Triton kernels, compared with the committed tables
 	$(PY) benchmarks/kernel_resources.py

@@ -34,7 +34,7 @@ class Step:
     command: list[str]
     seconds: int
     dry: list[str] | None
-    path_of_root: bool = False  # Python finds the repository's own packages, such as benchmarks
+    path_of_root: bool = False  # Python finds the packages of the repository, such as benchmarks
 
 
 def architecture(python: str) -> str:
@@ -70,20 +70,19 @@ def plan(python: str, out: Path) -> list[Step]:
     bench = [python, "-m", "benchmarks"]
     results = out / "results"
     run = [*bench, "run", "--suite", "quick", "--device", "cuda", "--out", str(results)]
-    gpu_tests = [*safe, "pytest", "tests", "-m", "gpu", "-q"]
+    tests = [*safe, "pytest", "tests", "-q"]
     steps = [
         Step("facts", ["nvidia-smi"], 30, None),
         Step("info", [*safe, "pylora", "info"], 60, [*safe, "pylora", "info"]),
         Step("check", [*safe, "pylora", "check"], 120, [*safe, "pylora", "check"]),
-        Step("tests", gpu_tests, 180, [*gpu_tests, "--collect-only"]),
+        Step("tests", [*tests, "-m", "gpu"], 150, [*tests, "--collect-only"]),
         Step("benchmarks", run, 270, [*bench, "list"], path_of_root=True),
         Step("report", [*bench, "report", str(results)], 60, None, path_of_root=True),
     ]
     sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer is not None:
-        small = [*gpu_tests, "-k", "sanitized"]
-        memcheck = [sanitizer, "--tool", "memcheck", "--error-exitcode", "1", *small]
-        steps.insert(4, Step("memcheck", memcheck, 90, None))
+    if sanitizer is not None:  # on the small shapes of the check
+        memcheck = [sanitizer, "--tool", "memcheck", "--error-exitcode", "1"]
+        steps.insert(4, Step("memcheck", [*memcheck, *safe, "pylora", "check"], 120, None))
     return steps
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pylora.backends import extension
 from pylora.backends.backend import (
+    DENSE,
     KERNEL_DTYPES,
     Backend,
     Op,
@@ -150,7 +151,7 @@ def _lora_linear_why_not(
     *_: Any,
 ) -> Reason:
     if absmax is None:
-        return "the base weight is dense: torch's own matmul takes it"
+        return DENSE
     if lora_A.dtype not in (x.dtype, torch.float32):
         return f"lora_A is {lora_A.dtype}; the kernel takes {x.dtype}, as x has, and float32"
     if not 1 <= lora_A.shape[0] <= _MAX_RANK:
