@@ -133,20 +133,21 @@ def _count_instructions(
 
 
 def _per_32_weights(code: list[tuple[int, str, str]]) -> int:
-    """Instructions of the innermost loop over qweight, for each 32 weights that a lane decodes.
+    """Instructions of the loop over qweight, for each 32 weights that a lane decodes.
 
-    All that lie in the loop count, those that run once a tile as well. 0: there is no such loop.
+    All that lie in the loop count, those that run once a tile as well. Of several loops with matrix
+    instructions it is the densest: a jump back from cold code spans more than the loop. 0: none.
     """
-    best: list[str] = []
+    ratios = []
     for address, name, operands in code:
         target = re.search(r"0x([0-9a-f]+)", operands) if name.startswith("BRA") else None
         if target is None or int(target[1], 16) >= address:
             continue
         body = [name for at, name, _ in code if int(target[1], 16) <= at <= address]
-        if any(re.match(MATRIX, name) for name in body) and (not best or len(body) < len(best)):
-            best = body
-    decoded = WEIGHTS_OF_LDMATRIX * sum(bool(re.match(r"LDSM\S*\.4", name)) for name in best)
-    return round(32 * len(best) / decoded) if decoded else 0
+        decoded = WEIGHTS_OF_LDMATRIX * sum(bool(re.match(r"LDSM\S*\.4", name)) for name in body)
+        if decoded and any(re.match(MATRIX, name) for name in body):
+            ratios.append(32 * len(body) / decoded)
+    return round(min(ratios, default=0))
 
 
 def problems(measured: Resources, committed: Resources) -> list[str]:

@@ -9,6 +9,8 @@
 namespace pylora {
 namespace {
 
+constexpr int kLineBytes = 128;  // of L2
+
 __device__ __forceinline__ float load_any(const Vector& vector, int64_t index) {
   switch (vector.dtype) {
     case DType::kFloat32:
@@ -21,28 +23,76 @@ __device__ __forceinline__ float load_any(const Vector& vector, int64_t index) {
   return 0.0f;
 }
 
+__device__ __forceinline__ int64_t partial_index(const LoraLinearSmall& op, int slice, int token,
+                                                 int n) {
+  return (static_cast<int64_t>(slice) * op.tokens + token) * op.weight.rows + n;
+}
+
+// The rows of lora_B that the tile's outputs will want, towards L2: nobody else has read them.
+template <class T>
+__device__ __forceinline__ void prefetch_lora_B(const LoraLinearSmall& op, int tile, int rows) {
+  const int size = op.hidden.dtype == DType::kFloat32 ? sizeof(float) : sizeof(T);
+  const int64_t row_bytes = static_cast<int64_t>(op.hidden.rank) * size;
+  const int64_t first = tile * rows * row_bytes;
+  const int64_t last = min(first + rows * row_bytes, op.weight.rows * row_bytes);
+  for (int64_t i = first + threadIdx.x * kLineBytes; i < last; i += kThreads * kLineBytes) {
+    prefetch_to_l2(static_cast<const uint8_t*>(op.lora_B) + i);
+  }
+}
+
+// This lane's part of low . lora_B: every `lanes`-th of the rank, from `part` on.
 template <class L>
-__device__ __forceinline__ float dot_low(const float* low, const L* lora_B, int rank) {
+__device__ __forceinline__ float dot_low(const float* low, const L* lora_B, int rank, int part,
+                                         int lanes) {
   float sum = 0.0f;
 #pragma unroll 4
-  for (int j = 0; j < rank; ++j) sum += load_from_l2(low + j) * to_fp32(lora_B[j]);
+  for (int j = part; j < rank; j += lanes) sum += load_from_l2(low + j) * to_fp32(lora_B[j]);
   return sum;
 }
 
-// 7. What is added to the base of one output.
+// 7. What LoRA and the biases add to one output: lane `part` of `lanes` gives a part of it.
 template <class T>
-__device__ __forceinline__ float finish(const LoraLinearSmall& op, int token, int64_t n,
-                                        float base) {
-  if (op.bias.data != nullptr) base += load_any(op.bias, n);
+__device__ __forceinline__ float low_rank_part(const LoraLinearSmall& op, int token, int64_t n,
+                                               int part, int lanes) {
   const LoraHidden& hidden = op.hidden;
-  if (hidden.rank == 0) return base;
-  if (op.lora_B_bias.data != nullptr) base += hidden.scaling * load_any(op.lora_B_bias, n);
+  float sum = 0.0f;
+  if (part == 0 && op.bias.data != nullptr) sum = load_any(op.bias, n);
+  if (hidden.rank == 0) return sum;
+  if (part == 0 && op.lora_B_bias.data != nullptr) {
+    sum += hidden.scaling * load_any(op.lora_B_bias, n);
+  }
   const float* low = hidden.low + token * hidden.rank;
   const int64_t first = n * hidden.rank;
   if (hidden.dtype == DType::kFloat32) {
-    return base + dot_low(low, static_cast<const float*>(op.lora_B) + first, hidden.rank);
+    const auto* lora_B = static_cast<const float*>(op.lora_B) + first;
+    return sum + dot_low(low, lora_B, hidden.rank, part, lanes);
   }
-  return base + dot_low(low, static_cast<const T*>(op.lora_B) + first, hidden.rank);
+  const auto* lora_B = static_cast<const T*>(op.lora_B) + first;
+  return sum + dot_low(low, lora_B, hidden.rank, part, lanes);
+}
+
+// 7. The outputs of a tile: y = round(base(token, row) + bias + low . lora_B + ...). Where there
+// are fewer of them than threads, up to 16 lanes share one: they would wait for memory one by one.
+template <class T, class Base>
+__device__ __forceinline__ void store_tile(const LoraLinearSmall& op, int tile, int rows,
+                                           const Base& base) {
+  const int N = static_cast<int>(op.weight.rows);
+  const int outputs = rows * op.tokens;
+  int lanes = 1;
+  while (op.hidden.rank > 0 && lanes < 16 && 2 * lanes * outputs <= kThreads) lanes *= 2;
+  const int part = threadIdx.x % lanes;
+  // The same number of turns for all lanes of a warp: they meet in the shuffles.
+  for (int first = 0; first < outputs; first += kThreads / lanes) {
+    const int output = first + static_cast<int>(threadIdx.x) / lanes;
+    const int token = output / rows, row = output % rows;
+    const int n = tile * rows + row;
+    const bool valid = output < outputs && n < N;
+    float sum = valid ? low_rank_part<T>(op, token, n, part, lanes) : 0.0f;
+    for (int other = 1; other < lanes; other *= 2) sum += shuffle_xor(sum, other);
+    if (!valid || part != 0) continue;
+    T* y = static_cast<T*>(op.y) + static_cast<int64_t>(token) * N;
+    y[n] = round_to<T>(base(token, row) + sum);
+  }
 }
 
 // kTokenTiles: of 8 tokens. kBlock32: blocks of 32, where one word of qweight ends a block.
@@ -104,6 +154,8 @@ __global__ void __launch_bounds__(kThreads, 2) lora_linear_small(Problem problem
       staged_slice = slice;
       __syncthreads();
     }
+
+    if (op.hidden.rank > 0) prefetch_lora_B<T>(op, tile, plan.row_warps * kWarpRows);
 
     float total[kTokenTiles][4] = {};
     for (int step = 0; step < plan.steps; ++step) {
@@ -187,40 +239,37 @@ __global__ void __launch_bounds__(kThreads, 2) lora_linear_small(Problem problem
     __syncthreads();
     if (item == begin) wait_for_previous_kernel();
     const int rows = plan.row_warps * kWarpRows;
-    T* y = static_cast<T*>(op.y);
-    for (int i = thread; i < rows * M; i += kThreads) {
-      const int row = i % rows, token = i / rows;
-      const int64_t n = static_cast<int64_t>(tile) * rows + row;
-      if (n >= N) continue;
-      float base = 0.0f;
+    const auto sum_of_warps = [&](int token, int row) {
+      float sum = 0.0f;
       for (int w = row / kWarpRows; w < kWarps; w += plan.row_warps) {
-        base += sums[sum_index(kTokenTiles, w, token, row % kWarpRows)];
+        sum += sums[sum_index(kTokenTiles, w, token, row % kWarpRows)];
       }
-      if (plan.slices == 1) {
-        y[token * static_cast<int64_t>(N) + n] = round_to<T>(finish<T>(op, token, n, base));
-      } else {
-        op.partials[(static_cast<int64_t>(slice) * M + token) * N + n] = base;
+      return sum;
+    };
+    if (plan.slices == 1) {
+      store_tile<T>(op, tile, rows, sum_of_warps);
+    } else {
+      for (int i = thread; i < rows * M; i += kThreads) {
+        const int token = i / rows, row = i % rows, n = tile * rows + row;
+        if (n < N) op.partials[partial_index(op, slice, token, n)] = sum_of_warps(token, row);
       }
-    }
-    if (plan.slices > 1) {
       __threadfence();  // the slice is visible before it is counted
       __syncthreads();
       bool* last = reinterpret_cast<bool*>(sums);
-      if (thread == 0)
-        *last = atomicAdd(op.counters + tile, 1u) == static_cast<unsigned>(plan.slices - 1);
+      if (thread == 0) {
+        const unsigned before = atomicAdd(op.counters + tile, 1u);
+        *last = before == static_cast<unsigned>(plan.slices - 1);
+      }
       __syncthreads();
       if (*last) {
         __threadfence();
-        for (int i = thread; i < rows * M; i += kThreads) {
-          const int token = i / rows;
-          const int64_t n = static_cast<int64_t>(tile) * rows + i % rows;
-          if (n >= N) continue;
-          float base = 0.0f;
+        store_tile<T>(op, tile, rows, [&](int token, int row) {
+          float sum = 0.0f;
           for (int s = 0; s < plan.slices; ++s) {
-            base += load_from_l2(op.partials + (static_cast<int64_t>(s) * M + token) * N + n);
+            sum += load_from_l2(op.partials + partial_index(op, s, token, tile * rows + row));
           }
-          y[token * static_cast<int64_t>(N) + n] = round_to<T>(finish<T>(op, token, n, base));
-        }
+          return sum;
+        });
       }
     }
     __syncthreads();  // before the next tile's sums

@@ -25,7 +25,8 @@
 //           5. The block's sum times its absmax, fetched from the lane that holds it.
 //           6. The CTA adds its warps' sums. Where K is sliced they go to the workspace, and the
 //              CTA that comes last at a tile adds the slices.
-//           7. + bias + low . lora_B + scaling * lora_B_bias, rounded once, stored.
+//           7. + bias + low . lora_B + scaling * lora_B_bias, rounded once, stored. The tile's rows
+//              of lora_B were sent for when it began.
 // Limits    M <= 16; K % blocksize == 0; nested_blocksize a power of two; lora_A and lora_B of x's
 //           dtype or fp32; x, qweight and lora_A aligned to 16 bytes.
 // Source    QLoRA, arXiv:2305.14314; Marlin (arXiv:2408.11743) for the pipeline

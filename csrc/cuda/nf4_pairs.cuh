@@ -6,8 +6,8 @@
 // where rows of 128 bytes would take a shift and an AND. The upper half of each row is left over,
 // 256 times 128 bytes; the kernels keep other things in these holes.
 //
-// For 32 weights this is 16 PRMT + 16 LDS by the disassembly. Byte planes in registers take 56 PRMT
-// + 22 others; rows of 128 bytes 16 LDS + 30 others.
+// For 32 weights this is 16 PRMT + 16 LDS in the code for sm_90a. Rows of 128 bytes take 16 LDS +
+// 16 LOP3 + 16 shifts; byte planes in registers 56 PRMT and more, and as many others again.
 #pragma once
 
 #include "cuda/element.cuh"

@@ -51,6 +51,10 @@ __device__ __forceinline__ uint4 load_streaming(const uint4* pointer) {
   return v;
 }
 
+__device__ __forceinline__ void prefetch_to_l2(const void* pointer) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
+}
+
 // What another CTA of the same launch has written: from L2, since L1 may hold what was there
 // before.
 __device__ __forceinline__ float load_from_l2(const float* pointer) { return __ldcg(pointer); }

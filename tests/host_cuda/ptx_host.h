@@ -32,6 +32,9 @@ inline uint32_t load_shared(const void* base, uint32_t offset) {
 }
 
 inline uint4 load_streaming(const uint4* pointer) { return *pointer; }
+inline void prefetch_to_l2(const void* pointer) {
+  (void)*static_cast<const volatile uint8_t*>(pointer);  // it must at least be there
+}
 inline float load_from_l2(const float* pointer) { return *pointer; }
 
 // Shows `mine` to the warp and returns what lane `from` shows.
