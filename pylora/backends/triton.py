@@ -138,7 +138,6 @@ def _lora_linear_backward(grad: Tensor, x: Tensor, h: Tensor, *args: Any) -> tup
         grad_rows, x_rows, _rows(h), _base(args[:7]), lora, wanted
     )
     column_sums = grad_rows.sum(0, dtype=torch.float32) if want_bias or want_B_bias else None
-    nothing = x.new_empty(0)
     results = (
         None if dx is None else dx.view(x.shape),
         grad_rows.t() @ x_rows if want_weight else None,
@@ -148,7 +147,7 @@ def _lora_linear_backward(grad: Tensor, x: Tensor, h: Tensor, *args: Any) -> tup
         dlora_A_bias,
         (scaling * column_sums).to(A.dtype) if column_sums is not None and want_B_bias else None,
     )
-    return tuple(nothing if result is None else result for result in results)
+    return tuple(x.new_empty(0) if result is None else result for result in results)
 
 
 def _lora_linear_backward_why_not(grad: Tensor, x: Tensor, h: Tensor, *args: Any) -> Reason:
@@ -163,9 +162,14 @@ _OPS = {
     "lora_linear_backward": Op(_lora_linear_backward, _lora_linear_backward_why_not),
 }
 
+_COMPOSED = composed(_OPS, takes_dense=True)
+# Its low-rank products round fp32 LoRA weights to bf16: the rule allows that in one layer, but not
+# in three behind one another.
+del _COMPOSED["lora_mlp"], _COMPOSED["lora_mlp_backward"]
+
 BACKEND = Backend(
     name="triton",
-    ops={**_OPS, **composed(_OPS, takes_dense=True)},
+    ops={**_OPS, **_COMPOSED},
     unavailable=_unavailable,
     path=_path,
     device=_device,
