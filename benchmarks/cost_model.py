@@ -78,7 +78,7 @@ def forward(M: int, N: int, K: int, rank: int, machine: Machine) -> list[Launch]
         product = 2 * M * N * (K + width)
         launches.append(Launch("matmul", x + 2 * M * width + buffer + y, product))
         return launches
-    plan = configs.forward_plan(M, N, K, 2, BLOCKSIZE, facts)
+    plan = configs.forward_plan(M, [N], K, 2, BLOCKSIZE, facts)
     tile = plan.tile
     decoded = N * K * configs.cdiv(M, tile.block_m) * per_weight(tile)
     partial = 4 * plan.splits * M * N if plan.splits > 1 else 0

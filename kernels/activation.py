@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from pylora.kernels.precision import rounded
+
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _INVERSE_SQRT_2PI = tl.constexpr(0.3989422804014327)
 # gelu_tanh(h) = h / 2 (1 + tanh(_TANH_SCALE (h + _CUBIC h^3))), arXiv:1606.08415
@@ -87,3 +89,9 @@ def activate_backward(grad, h, ACTIVATION: tl.constexpr):
     else:
         tl.static_assert(ACTIVATION == "identity")
     return grad
+
+
+@triton.jit
+def gated(gate, up, ACTIVATION: tl.constexpr):
+    """act(gate) * up in fp32, rounded once to their dtype: the input of a gated MLP's down."""
+    return rounded(activate(gate.to(tl.float32), ACTIVATION) * up.to(tl.float32), gate.dtype)

@@ -11,6 +11,7 @@ measured on a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pylora.kernels.launch import Facts
@@ -98,13 +99,16 @@ def _programs(M: int) -> int:
     return 2 if M <= 64 else 1
 
 
-def forward_plan(M: int, N: int, K: int, itemsize: int, blocksize: int, facts: Facts) -> TilePlan:
-    """Tiles of y = x @ W^T; the weight is the operand held in registers. blocksize 0: dense."""
+def forward_plan(
+    M: int, Ns: Sequence[int], K: int, itemsize: int, blocksize: int, facts: Facts
+) -> TilePlan:
+    """Tiles of y = x @ W^T for weights of Ns rows; the weight is the operand held in registers.
+    blocksize 0: dense."""
     # A step of K never crosses a block, so that one absmax serves it.
     block_k = min(64 if itemsize == 2 else 32, blocksize or 64)
     # estimate: 128 rows of W a step need a sixth fewer instructions a weight than 64, but leave
     # half as many tiles, and narrow layers would be split further.
-    block_n = 128 if N >= 4096 else 64
+    block_n = 128 if sum(Ns) >= 4096 else 64
     if itemsize == 4:
         tile = TileConfig(16 if M <= 16 else 64, 64, block_k, 4, 3)
     elif M <= 16:
@@ -120,12 +124,15 @@ def forward_plan(M: int, N: int, K: int, itemsize: int, blocksize: int, facts: F
         tile = TileConfig(64, 128, block_k, 8, 3)
     else:
         tile = TileConfig(128, 128, block_k, 8, 3)
-    tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
+    tiles = cdiv(M, tile.block_m) * sum(cdiv(N, tile.block_n) for N in Ns)
     return TilePlan(tile, *_split(K, block_k, tiles, facts, _programs(M), 512))
 
 
-def backward_plan(M: int, N: int, K: int, itemsize: int, blocksize: int, facts: Facts) -> TilePlan:
-    """Tiles of dx = grad @ W: block_n is the width of dx's tile, block_k the step over N."""
+def backward_plan(
+    M: int, Ns: Sequence[int], K: int, itemsize: int, blocksize: int, facts: Facts
+) -> TilePlan:
+    """Tiles of dx = grad @ W, summed over weights of Ns rows: block_n is the width of dx's tile,
+    block_k the step over N."""
     if itemsize == 4:
         tile = TileConfig(32, 64, 32, 4, 2)
     elif M <= 16:
@@ -139,7 +146,10 @@ def backward_plan(M: int, N: int, K: int, itemsize: int, blocksize: int, facts: 
     else:
         tile = TileConfig(128, 128, 64, 8, 3)
     tiles = cdiv(M, tile.block_m) * cdiv(K, tile.block_n)
-    return TilePlan(tile, *_split(N, tile.block_k, tiles, facts, _programs(M), 512))
+    steps = sum(cdiv(N, tile.block_k) for N in Ns)
+    return TilePlan(
+        tile, *_split(steps * tile.block_k, tile.block_k, tiles, facts, _programs(M), 512)
+    )
 
 
 def expand_tile(facts: Facts) -> TileConfig:

@@ -1,12 +1,13 @@
-"""What a tile kernel adds to its sum before it stores: bias, the low-rank term, their biases.
+"""What a tile kernel adds to its sum before it stores: bias, low-rank terms, their biases.
 
 In the forward pass the low-rank term is scaling * act(h) @ lora_B^T, where h is still to be added
 up from the parts that `lora_shrink` left; in the backward pass it is dh @ lora_A under the dropout
-mask.
+mask, one for each projection whose input has the gradient.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import triton
@@ -46,30 +47,51 @@ def _hidden(
 
 
 @triton.jit
-def _add_low_rank(
-    acc,
-    m,
-    q,
-    parts_ptr,
+def factor_pointers(factor_ptr, wide, rank, WIDE, R, RANK_FIRST: tl.constexpr):
+    """Of the elements (rank, wide) of a contiguous low-rank factor: [R, WIDE] where RANK_FIRST,
+    else [WIDE, R]. wide [Q] and rank [P] give pointers [Q, P]."""
+    if RANK_FIRST:
+        return factor_ptr + rank.to(tl.int64)[None, :] * WIDE + wide[:, None]
+    else:
+        return factor_ptr + wide.to(tl.int64)[:, None] * R + rank[None, :]
+
+
+@triton.jit
+def add_low_rank(
+    acc,  # fp32 [BLOCK_Q, BLOCK_M] where COLUMNS_FIRST, else [BLOCK_M, BLOCK_Q]
+    m,  # int [BLOCK_M], rows of the output
+    first_q,  # its columns are [first_q, first_q + BLOCK_Q)
+    parts_ptr,  # fp32 [parts, M, R]
     parts,
     parts_scale,
-    hidden_bias_ptr,
-    h_ptr,
-    writes_h,
-    factor_ptr,
-    stride_q,
-    stride_r,
+    hidden_bias_ptr,  # [R] or None
+    h_ptr,  # fp32 [M, R] or None
+    writes_h,  # this program stores h
+    factor_ptr,  # [Q, R], or [R, Q] where RANK_FIRST
     scaling,
+    seed_ptr,  # int64 [] or None; a mask needs COLUMNS_FIRST = False
+    threshold,
+    keep_scale,
     M,
     Q,
     R,
     ACTIVATION: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    RANK_FIRST: tl.constexpr,
+    ALIGNED_MASK: tl.constexpr,
     COLUMNS_FIRST: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """acc + hidden [M, R] @ factor [Q, R]^T for any rank, BLOCK_R of it at a time."""
+    """acc + mask * (scaling * act(h) @ factor^T) for any rank, BLOCK_R of it at a time.
+
+    h = parts_scale * sum(parts) + hidden_bias; mask is keep_scale or 0, from the seed.
+    """
+    q = first_q + tl.arange(0, BLOCK_Q)
+    term = acc
+    if seed_ptr is not None:
+        term = tl.zeros(acc.shape, tl.float32)
     for first in range(0, R, BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
         hidden = _hidden(
@@ -87,98 +109,27 @@ def _add_low_rank(
             ACTIVATION,
         )
         factor = tl.load(
-            factor_ptr + q.to(tl.int64)[:, None] * stride_q + r.to(tl.int64)[None, :] * stride_r,
+            factor_pointers(factor_ptr, q, r, Q, R, RANK_FIRST),
             mask=(q < Q)[:, None] & (r < R)[None, :],
             other=0.0,
         )
         hidden = rounded(hidden, OPERAND)
         factor = as_operand(factor, OPERAND)
         if COLUMNS_FIRST:
-            acc = dot_add(acc, factor, hidden.T, PRECISION)
+            term = dot_add(term, factor, hidden.T, PRECISION)
         else:
-            acc = dot_add(acc, hidden, factor.T, PRECISION)
-    return acc
+            term = dot_add(term, hidden, factor.T, PRECISION)
+    if seed_ptr is not None:
+        tl.static_assert(not COLUMNS_FIRST)
+        rows = m.to(tl.int64)
+        keep = keep_mask(seed_ptr, threshold, rows, first_q, Q, BLOCK_Q, ALIGNED_MASK)
+        term = acc + tl.where(keep, keep_scale * term, 0.0)
+    return term
 
 
 @triton.jit
-def add_epilogue(
-    acc,  # fp32 [BLOCK_Q, BLOCK_M] where COLUMNS_FIRST, else [BLOCK_M, BLOCK_Q]
-    m,  # int [BLOCK_M], rows of the output
-    first_q,  # its columns are [first_q, first_q + BLOCK_Q)
-    bias_ptr,  # [Q] or None
-    parts_ptr,  # fp32 [parts, M, R] or None: no low-rank term
-    parts,
-    parts_scale,
-    hidden_bias_ptr,  # [R] or None
-    h_ptr,  # fp32 [M, R] or None
-    writes_h,  # this program stores h
-    factor_ptr,  # element (q, r) at q * stride_q + r * stride_r
-    stride_q,
-    stride_r,
-    factor_bias_ptr,  # [Q] or None
-    scaling,
-    seed_ptr,  # int64 [] or None; a mask needs COLUMNS_FIRST = False
-    threshold,
-    keep_scale,
-    M,
-    Q,
-    R,
-    ACTIVATION: tl.constexpr,
-    OPERAND: tl.constexpr,
-    LORA_PRECISION: tl.constexpr,
-    ALIGNED_MASK: tl.constexpr,
-    COLUMNS_FIRST: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """acc + bias + mask * (scaling * act(h) @ factor^T) + scaling * factor_bias
-
-    h = parts_scale * sum(parts) + hidden_bias; mask is keep_scale or 0, from the seed.
-    """
-    q = first_q + tl.arange(0, BLOCK_Q)
-    if bias_ptr is not None:
-        acc = _add_to_columns(acc, bias_ptr, 1.0, q, Q, COLUMNS_FIRST)
-    if parts_ptr is not None:
-        term = acc
-        if seed_ptr is not None:
-            term = tl.zeros(acc.shape, tl.float32)
-        term = _add_low_rank(
-            term,
-            m,
-            q,
-            parts_ptr,
-            parts,
-            parts_scale,
-            hidden_bias_ptr,
-            h_ptr,
-            writes_h,
-            factor_ptr,
-            stride_q,
-            stride_r,
-            scaling,
-            M,
-            Q,
-            R,
-            ACTIVATION,
-            OPERAND,
-            LORA_PRECISION,
-            COLUMNS_FIRST,
-            BLOCK_R,
-        )
-        if seed_ptr is not None:
-            tl.static_assert(not COLUMNS_FIRST)
-            rows = m.to(tl.int64)
-            keep = keep_mask(seed_ptr, threshold, rows, first_q, Q, BLOCK_Q, ALIGNED_MASK)
-            acc += tl.where(keep, keep_scale * term, 0.0)
-        else:
-            acc = term
-    if factor_bias_ptr is not None:
-        acc = _add_to_columns(acc, factor_bias_ptr, scaling, q, Q, COLUMNS_FIRST)
-    return acc
-
-
-@triton.jit
-def _add_to_columns(acc, vector_ptr, scale, q, Q, COLUMNS_FIRST: tl.constexpr):
+def add_to_columns(acc, vector_ptr, scale, q, Q, COLUMNS_FIRST: tl.constexpr):
+    """acc + scale * vector [Q], along the columns q of the output."""
     vector = scale * tl.load(vector_ptr + q, mask=q < Q, other=0.0).to(tl.float32)
     if COLUMNS_FIRST:
         acc += vector[:, None]
@@ -187,44 +138,63 @@ def _add_to_columns(acc, vector_ptr, scale, q, Q, COLUMNS_FIRST: tl.constexpr):
     return acc
 
 
-class Epilogue(NamedTuple):
-    """The arguments of `add_epilogue` that do not belong to one kernel."""
+class LowRank(NamedTuple):
+    """One low-rank term: what of `add_low_rank` differs from projection to projection."""
 
-    bias: Tensor | None = None
-    parts: Tensor | None = None
-    parts_scale: float = 1.0
+    parts: Tensor  # fp32 [parts, M, R]
+    factor: Tensor  # [Q, R], or [R, Q] where the epilogue is rank_first
     hidden_bias: Tensor | None = None
     h: Tensor | None = None
-    factor: Tensor | None = None  # [Q, R], any strides
     factor_bias: Tensor | None = None
     scaling: float = 1.0
-    activation: str = "identity"
-    operands: Operands = Operands(tl.float32, "ieee")
     dropout: Dropout = Dropout()
 
+
+class Epilogue(NamedTuple):
+    """What a kernel adds: to each of several outputs its bias and its term, in that order, or to
+    one output a bias and all the terms."""
+
+    biases: Sequence[Tensor | None] = (None,)
+    terms: Sequence[LowRank] = ()
+    parts_scale: float = 1.0
+    rank_first: bool = False
+    activation: str = "identity"
+    operands: Operands = Operands(tl.float32, "ieee")
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(term.factor.shape[0 if self.rank_first else 1] for term in self.terms)
+
     def arguments(self) -> dict[str, Any]:
-        """As keyword arguments of a kernel that ends with `add_epilogue`."""
-        factor = self.factor
-        rank = factor.shape[1] if factor is not None else 0
+        """Keyword arguments of every kernel that adds low-rank terms."""
         return {
-            "bias_ptr": self.bias,
-            "parts_ptr": self.parts,
-            "parts": self.parts.shape[0] if self.parts is not None else 0,
-            "parts_scale": self.parts_scale,
-            "hidden_bias_ptr": self.hidden_bias,
-            "h_ptr": self.h,
-            "factor_ptr": factor,
-            "stride_q": factor.stride(0) if factor is not None else 0,
-            "stride_r": factor.stride(1) if factor is not None else 0,
-            "factor_bias_ptr": self.factor_bias,
-            "scaling": self.scaling,
-            "seed_ptr": self.dropout.seed,
-            "threshold": self.dropout.threshold,
-            "keep_scale": self.dropout.scale,
-            "R": rank,
-            "ACTIVATION": self.activation,
+            "parts_ptrs": tuple(term.parts for term in self.terms),
+            "parts": self.terms[0].parts.shape[0] if self.terms else 0,
+            "factor_ptrs": tuple(term.factor.contiguous() for term in self.terms),
+            "Rs": self.ranks,
             "OPERAND": self.operands.dtype,
             "LORA_PRECISION": self.operands.precision,
             # Wider steps leave too few registers beside a tile of 128 x 128.
-            "BLOCK_R": 16 if rank <= 16 else 32,
+            "BLOCK_R": 16 if max(self.ranks, default=0) <= 16 else 32,
+        }
+
+    def forward_arguments(self) -> dict[str, Any]:
+        """Those of the kernels that may end a forward pass."""
+        return {
+            "bias_ptrs": tuple(self.biases),
+            "parts_scale": self.parts_scale,
+            "hidden_bias_ptrs": tuple(term.hidden_bias for term in self.terms),
+            "h_ptrs": tuple(term.h for term in self.terms),
+            "factor_bias_ptrs": tuple(term.factor_bias for term in self.terms),
+            "scalings": tuple(term.scaling for term in self.terms),
+            "ACTIVATION": self.activation,
+        }
+
+    def mask_arguments(self) -> dict[str, Any]:
+        """Those of the kernels that may end a backward pass; all masks have one probability."""
+        dropouts = [term.dropout for term in self.terms]
+        return {
+            "seed_ptrs": tuple(dropout.seed for dropout in dropouts),
+            "threshold": dropouts[0].threshold if dropouts else 0,
+            "keep_scale": dropouts[0].scale if dropouts else 1.0,
         }

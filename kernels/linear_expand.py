@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pylora.kernels.configs import expand_tile
-from pylora.kernels.epilogue import Epilogue, add_epilogue
+from pylora.kernels.epilogue import Epilogue, add_low_rank, add_to_columns
 from pylora.kernels.launch import facts, on_device_of
 from pylora.kernels.precision import rounded
 
@@ -17,38 +17,37 @@ def _linear_expand_kernel(
     base_ptr,  # [base_parts, M, Q], fp32 or of the output's dtype
     base_parts,
     out_ptr,  # [M, Q]; may be base itself
-    bias_ptr,  # this and the following: see `epilogue.add_epilogue`
-    parts_ptr,
+    bias_ptrs,  # of the only output: [Q] or None
+    parts_ptrs,  # of each term, here and below: see `epilogue.add_low_rank`
     parts,
     parts_scale,
-    hidden_bias_ptr,
-    h_ptr,
-    factor_ptr,
-    stride_q,
-    stride_r,
-    factor_bias_ptr,
-    scaling,
-    seed_ptr,
+    hidden_bias_ptrs,
+    h_ptrs,
+    factor_ptrs,
+    factor_bias_ptrs,
+    scalings,
+    seed_ptrs,
     threshold,
     keep_scale,
     M,
     Q,
-    R,
+    Rs,
     ACTIVATION: tl.constexpr,
     OPERAND: tl.constexpr,
     LORA_PRECISION: tl.constexpr,
+    RANK_FIRST: tl.constexpr,
     ALIGNED_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """out = sum(base) + bias + mask * (scaling * act(h) @ factor^T) + scaling * factor_bias
+    """out = sum(base) + bias + sum of mask * (scaling * act(h) @ factor^T) + scaling * factor_bias
 
-    Shapes    base [base_parts, M, Q]; out [M, Q]; the rest as in `epilogue.add_epilogue`
+    Shapes    base [base_parts, M, Q]; out [M, Q]; the rest as in `epilogue.add_low_rank`
               (M = rows, Q = features of the output, R = rank)
-    Numerics  fp32 sums in the order of the parts, rounded once.
+    Numerics  fp32 sums in the order of the parts and terms, rounded once.
     Grid      (tiles of M, fastest, times tiles of Q)
-    Algorithm 1. Add the parts up, in order. 2. Add the epilogue. 3. Store.
+    Algorithm 1. Add the parts up, in order. 2. Add bias and terms. 3. Store.
     Source    pylora/reference/lora_linear.py
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -63,36 +62,38 @@ def _linear_expand_kernel(
         values = tl.load(base_ptr + part * (M.to(tl.int64) * Q) + offset, mask=inside, other=0.0)
         acc += values.to(tl.float32)
     # 2.
-    acc = add_epilogue(
-        acc,
-        m,
-        pid_q * BLOCK_Q,
-        bias_ptr,
-        parts_ptr,
-        parts,
-        parts_scale,
-        hidden_bias_ptr,
-        h_ptr,
-        pid_q == 0,
-        factor_ptr,
-        stride_q,
-        stride_r,
-        factor_bias_ptr,
-        scaling,
-        seed_ptr,
-        threshold,
-        keep_scale,
-        M,
-        Q,
-        R,
-        ACTIVATION,
-        OPERAND,
-        LORA_PRECISION,
-        ALIGNED_MASK,
-        False,
-        BLOCK_Q,
-        BLOCK_R,
-    )
+    if bias_ptrs[0] is not None:
+        acc = add_to_columns(acc, bias_ptrs[0], 1.0, q, Q, False)
+    for i in tl.static_range(len(parts_ptrs)):
+        acc = add_low_rank(
+            acc,
+            m,
+            pid_q * BLOCK_Q,
+            parts_ptrs[i],
+            parts,
+            parts_scale,
+            hidden_bias_ptrs[i],
+            h_ptrs[i],
+            pid_q == 0,
+            factor_ptrs[i],
+            scalings[i],
+            seed_ptrs[i],
+            threshold,
+            keep_scale,
+            M,
+            Q,
+            Rs[i],
+            ACTIVATION,
+            OPERAND,
+            LORA_PRECISION,
+            RANK_FIRST,
+            ALIGNED_MASK,
+            False,
+            BLOCK_Q,
+            BLOCK_R,
+        )
+        if factor_bias_ptrs[i] is not None:
+            acc = add_to_columns(acc, factor_bias_ptrs[i], scalings[i], q, Q, False)
     # 3.
     tl.store(out_ptr + offset, rounded(acc, out_ptr.dtype.element_ty), mask=inside)
 
@@ -108,9 +109,12 @@ def linear_expand(base: Tensor, out: Tensor, epilogue: Epilogue) -> None:
             out_ptr=out,
             M=M,
             Q=Q,
+            RANK_FIRST=epilogue.rank_first,
             ALIGNED_MASK=Q % 4 == 0,
             BLOCK_M=tile.block_m,
             BLOCK_Q=tile.block_n,
             num_warps=tile.num_warps,
             **epilogue.arguments(),
+            **epilogue.forward_arguments(),
+            **epilogue.mask_arguments(),
         )

@@ -1,13 +1,18 @@
-"""The low-rank projection: dropout(x) @ lora_A^T, and grad @ lora_B in the backward pass."""
+"""The low-rank projections of one input: dropout(x) @ lora_A^T, and grad @ lora_B in the backward
+pass."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pylora.kernels.activation import gated
 from pylora.kernels.configs import shrink_config
+from pylora.kernels.epilogue import factor_pointers
 from pylora.kernels.launch import facts, on_device_of
 from pylora.kernels.philox import Dropout, keep_mask
 from pylora.kernels.precision import Operands, as_operand, dot
@@ -16,19 +21,20 @@ from pylora.kernels.precision import Operands, as_operand, dot
 @triton.jit(do_not_specialize=["threshold", "M"])
 def _lora_shrink_kernel(
     x_ptr,  # [M, K], rows stride_x apart
-    factor_ptr,  # element (r, k) at r * stride_r + k * stride_k
-    parts_ptr,  # fp32 [splits, M, R]
+    up_ptr,  # like x, or None: x is gate, and act(gate) * up takes its place
+    factor_ptrs,  # of each projection, here and below: [R, K] where RANK_FIRST, else [K, R]
+    parts_ptrs,  # fp32 [splits, M, R]
     copy_ptr,  # [M, >= K], rows stride_copy apart, or None
-    seed_ptr,  # int64 [] or None
+    seed_ptrs,  # int64 [] or None
     threshold,
     M,
     K,
-    R,
+    Rs,
     stride_x,
-    stride_r,
-    stride_k,
     stride_copy,
     k_per_split,
+    RANK_FIRST: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -37,16 +43,17 @@ def _lora_shrink_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """parts[s] = (mask * x)[:, split s] @ factor[:, split s]^T
+    """parts[s] = (mask * x)[:, split s] @ factor[split s], for each of the projections
 
-    Shapes    x [M, K] fp32|fp16|bf16; factor [R, K]; parts fp32 [splits, M, R]; copy like x
-              (M = rows of x, K = in_features, R = rank; in the backward pass x is grad and K is
+    Shapes    x [M, K] fp32|fp16|bf16; factor [R, K] or [K, R]; parts fp32 [splits, M, R]; copy like
+              x  (M = rows of x, K = in_features, R = rank; in the backward pass x is grad and K is
               out_features)
     Numerics  fp32 sums of BLOCK_K products each, added in fp32; 1 / (1 - p) is left to the reader
               of the parts, who also adds them up, in order.
-    Grid      (tiles of M, tiles of R, splits of K)
-    Algorithm 1. Load a tile of x once. 2. Copy it where a wider matrix is being put together.
-              3. Regenerate the mask. 4. Multiply with a tile of the factor.
+    Grid      (tiles of M, tiles of the largest R, splits of K)
+    Algorithm 1. Load a tile of x once for all projections. 2. Copy it where a wider matrix is being
+              put together. 3. Regenerate each projection's mask. 4. Multiply with a tile of its
+              factor.
     Source    one pass over x for dropout and projection: LoRAFusion, arXiv:2510.00206;
               pylora/reference/lora_linear.py
     """
@@ -55,70 +62,91 @@ def _lora_shrink_kernel(
     split = tl.program_id(2)
     k = tl.arange(0, BLOCK_K)
     row = tl.minimum(m, M - 1).to(tl.int64)
-    x_rows = x_ptr + row[:, None] * stride_x + k[None, :]
-    rank = tl.minimum(r, R - 1).to(tl.int64)
-    factor_rows = factor_ptr + rank[:, None] * stride_r
-    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    x_offsets = row[:, None] * stride_x + k[None, :]
+    sums = (tl.zeros((BLOCK_M, BLOCK_R), tl.float32),) * len(factor_ptrs)
     first = split * k_per_split
     for start in range(first, tl.minimum(first + k_per_split, K), BLOCK_K):
         # 1.
-        factor_tile = factor_rows + (start + k).to(tl.int64)[None, :] * stride_k
+        inside = start + k < K
         if EVEN_K:
-            x = tl.load(x_rows + start)
-            factor = tl.load(factor_tile)
+            x = tl.load(x_ptr + x_offsets + start)
         else:
-            inside = (start + k < K)[None, :]
-            x = tl.load(x_rows + start, mask=inside, other=0.0)
-            factor = tl.load(factor_tile, mask=inside, other=0.0)
+            x = tl.load(x_ptr + x_offsets + start, mask=inside[None, :], other=0.0)
+        if up_ptr is not None:
+            up = tl.load(up_ptr + x_offsets + start, mask=inside[None, :], other=0.0)
+            x = gated(x, up, ACTIVATION)
         # 2.
         if copy_ptr is not None:
             copy = copy_ptr + m.to(tl.int64)[:, None] * stride_copy + (start + k)[None, :]
-            here = (m < M)[:, None] & (start + k < K)[None, :] & (tl.program_id(1) == 0)
+            here = (m < M)[:, None] & inside[None, :] & (tl.program_id(1) == 0)
             tl.store(copy, x, mask=here)
-        # 3.
-        if seed_ptr is not None:
-            keep = keep_mask(seed_ptr, threshold, row, start, K, BLOCK_K, ALIGNED_MASK)
-            x = tl.where(keep, x, 0.0)
-        # 4.
-        acc += dot(as_operand(x, OPERAND), as_operand(factor, OPERAND).T, PRECISION)
-    out = parts_ptr + (split.to(tl.int64) * M + m.to(tl.int64)[:, None]) * R + r[None, :]
-    tl.store(out, acc, mask=(m < M)[:, None] & (r < R)[None, :])
+        added = ()
+        for i in tl.static_range(len(factor_ptrs)):
+            # 3.
+            kept = x
+            if seed_ptrs[i] is not None:
+                keep = keep_mask(seed_ptrs[i], threshold, row, start, K, BLOCK_K, ALIGNED_MASK)
+                kept = tl.where(keep, x, 0.0)
+            # 4. Ranks beyond the last repeat it; they are not stored.
+            rank = tl.minimum(r, Rs[i] - 1)
+            pointers = factor_pointers(factor_ptrs[i], start + k, rank, K, Rs[i], RANK_FIRST)
+            if EVEN_K:
+                factor = tl.load(pointers)
+            else:
+                factor = tl.load(pointers, mask=inside[:, None], other=0.0)
+            product = dot(as_operand(kept, OPERAND), as_operand(factor, OPERAND), PRECISION)
+            added = added + (sums[i] + product,)
+        sums = added
+    for i in tl.static_range(len(factor_ptrs)):
+        R = Rs[i]
+        out = parts_ptrs[i] + (split.to(tl.int64) * M + m.to(tl.int64)[:, None]) * R + r[None, :]
+        tl.store(out, sums[i], mask=(m < M)[:, None] & (r < R)[None, :])
 
 
 def lora_shrink(
     x: Tensor,
-    factor: Tensor,
+    factors: Sequence[Tensor],
     operands: Operands,
-    dropout: Dropout | None = None,
+    rank_first: bool = True,
+    dropouts: Sequence[Dropout] = (),
     copy: Tensor | None = None,
-) -> Tensor:
-    """fp32 [splits, M, R] whose sum over splits is (mask * x) @ factor^T, without 1 / (1 - p).
+    up: Tensor | None = None,
+    activation: str = "identity",
+) -> list[Tensor]:
+    """For each factor fp32 [splits, M, R] whose sum over splits is (mask * x) @ factor, without the
+    mask's 1 / (1 - p).
 
     x         [M, K], any row stride
-    factor    [R, K], any strides
+    factors   [R, K] each, or [K, R] where not rank_first, all of one dtype
+    dropouts  of each projection, all with one probability
     copy      [M, >= K] of x's dtype: x is written to its first K columns on the way
+    up        with the strides of x: act(x) * up, rounded to their dtype, takes the place of x
     """
-    (M, K), R = x.shape, factor.shape[0]
-    dropout = dropout or Dropout()
-    config, splits, k_per_split = shrink_config(M, K, R, operands.dtype == tl.float32, facts(x))
-    parts = x.new_empty(splits, M, R, dtype=torch.float32)
-    grid = (triton.cdiv(M, config.block_m), triton.cdiv(R, config.block_r), splits)
+    M, K = x.shape
+    dropouts = dropouts or [Dropout()] * len(factors)
+    ranks = tuple(factor.shape[0 if rank_first else 1] for factor in factors)
+    config, splits, k_per_split = shrink_config(
+        M, K, max(ranks), operands.dtype == tl.float32, facts(x)
+    )
+    parts = [x.new_empty(splits, M, rank, dtype=torch.float32) for rank in ranks]
+    grid = (triton.cdiv(M, config.block_m), triton.cdiv(max(ranks), config.block_r), splits)
     with on_device_of(x):
         _lora_shrink_kernel[grid](
             x,
-            factor,
-            parts,
+            up,
+            tuple(factor.contiguous() for factor in factors),
+            tuple(parts),
             copy,
-            dropout.seed,
-            dropout.threshold,
+            tuple(dropout.seed for dropout in dropouts),
+            dropouts[0].threshold,
             M,
             K,
-            R,
+            ranks,
             x.stride(0),
-            factor.stride(0),
-            factor.stride(1),
             copy.stride(0) if copy is not None else 0,
             k_per_split,
+            RANK_FIRST=rank_first,
+            ACTIVATION=activation,
             OPERAND=operands.dtype,
             PRECISION=operands.precision,
             EVEN_K=K % config.block_k == 0,

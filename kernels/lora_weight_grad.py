@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pylora.kernels.activation import gated
 from pylora.kernels.configs import weight_grad_config
 from pylora.kernels.launch import facts, on_device_of
 from pylora.kernels.philox import Dropout, keep_mask
@@ -16,15 +19,17 @@ from pylora.kernels.precision import Operands, as_operand, dot
 @triton.jit(do_not_specialize=["threshold", "M"])
 def _lora_weight_grad_kernel(
     wide_ptr,  # [M, P], rows stride_wide apart
-    narrow_ptr,  # fp32 [M, R]
-    parts_ptr,  # fp32 [splits, R, P]
-    seed_ptr,  # int64 [] or None
+    up_ptr,  # like wide, or None: wide is gate, and act(gate) * up takes its place
+    narrow_ptrs,  # of each projection, here and below: fp32 [M, R]
+    parts_ptrs,  # fp32 [splits, R, P]
+    seed_ptrs,  # int64 [] or None
     threshold,
     M,
     P,
-    R,
+    Rs,
     stride_wide,
     m_per_split,
+    ACTIVATION: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGNED_MASK: tl.constexpr,
@@ -32,15 +37,16 @@ def _lora_weight_grad_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """parts[s] = narrow[split s]^T @ (mask * wide)[split s]
+    """parts[s] = narrow[split s]^T @ (mask * wide)[split s], for each of the projections
 
     Shapes    wide [M, P] fp32|fp16|bf16; narrow fp32 [M, R]; parts fp32 [splits, R, P]
               (wide x and narrow dh give dlora_A [R, P = in_features]; wide grad and narrow
               scaling * act(h) give dlora_B^T [R, P = out_features]; M = rows)
     Numerics  fp32 sums of BLOCK_M products each, added in fp32; no atomics: the splits of M are
               added up afterwards, in order.
-    Grid      (tiles of P, tiles of R, splits of M)
-    Algorithm 1. Load a tile of each. 2. Regenerate the mask. 3. Multiply.
+    Grid      (tiles of P, tiles of the largest R, splits of M)
+    Algorithm 1. Load a tile of wide once for all projections. 2. Regenerate each one's mask.
+              3. Multiply.
     Source    pylora/reference/lora_linear.py
     """
     first_p = tl.program_id(0) * BLOCK_P
@@ -48,54 +54,75 @@ def _lora_weight_grad_kernel(
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(2)
     step = tl.arange(0, BLOCK_M)
-    acc = tl.zeros((BLOCK_P, BLOCK_R), tl.float32)
+    sums = (tl.zeros((BLOCK_P, BLOCK_R), tl.float32),) * len(narrow_ptrs)
     first = split * m_per_split
     for start in range(first, tl.minimum(first + m_per_split, M), BLOCK_M):
         # 1.
         m = (start + step).to(tl.int64)
-        wide = tl.load(
-            wide_ptr + m[:, None] * stride_wide + p[None, :],
-            mask=(m < M)[:, None] & (p < P)[None, :],
-            other=0.0,
-        )
-        narrow = tl.load(
-            narrow_ptr + m[:, None] * R + r[None, :],
-            mask=(m < M)[:, None] & (r < R)[None, :],
-            other=0.0,
-        )
-        # 2.
-        if seed_ptr is not None:
-            keep = keep_mask(seed_ptr, threshold, m, first_p, P, BLOCK_P, ALIGNED_MASK)
-            wide = tl.where(keep, wide, 0.0)
-        # 3.
-        acc += dot(as_operand(wide, OPERAND).T, as_operand(narrow, OPERAND), PRECISION)
-    out = parts_ptr + (split.to(tl.int64) * R + r.to(tl.int64)[None, :]) * P + p[:, None]
-    tl.store(out, acc, mask=(p < P)[:, None] & (r < R)[None, :])
+        offsets = m[:, None] * stride_wide + p[None, :]
+        here = (m < M)[:, None] & (p < P)[None, :]
+        wide = tl.load(wide_ptr + offsets, mask=here, other=0.0)
+        if up_ptr is not None:
+            wide = gated(wide, tl.load(up_ptr + offsets, mask=here, other=0.0), ACTIVATION)
+        added = ()
+        for i in tl.static_range(len(narrow_ptrs)):
+            narrow = tl.load(
+                narrow_ptrs[i] + m[:, None] * Rs[i] + r[None, :],
+                mask=(m < M)[:, None] & (r < Rs[i])[None, :],
+                other=0.0,
+            )
+            # 2.
+            kept = wide
+            if seed_ptrs[i] is not None:
+                keep = keep_mask(seed_ptrs[i], threshold, m, first_p, P, BLOCK_P, ALIGNED_MASK)
+                kept = tl.where(keep, wide, 0.0)
+            # 3.
+            product = dot(as_operand(kept, OPERAND).T, as_operand(narrow, OPERAND), PRECISION)
+            added = added + (sums[i] + product,)
+        sums = added
+    for i in tl.static_range(len(narrow_ptrs)):
+        R = Rs[i]
+        out = parts_ptrs[i] + (split.to(tl.int64) * R + r.to(tl.int64)[None, :]) * P + p[:, None]
+        tl.store(out, sums[i], mask=(p < P)[:, None] & (r < R)[None, :])
 
 
 def lora_weight_grad(
-    wide: Tensor, narrow: Tensor, operands: Operands, dropout: Dropout | None = None
-) -> Tensor:
-    """narrow^T @ dropout(wide) in fp32 [R, P]: wide [M, P], any row stride; narrow fp32 [M, R]."""
-    (M, P), R = wide.shape, narrow.shape[1]
-    dropout = dropout or Dropout()
+    wide: Tensor,
+    narrow: Sequence[Tensor],
+    operands: Operands,
+    dropouts: Sequence[Dropout] = (),
+    up: Tensor | None = None,
+    activation: str = "identity",
+) -> list[Tensor]:
+    """narrow^T @ dropout(wide) in fp32 [R, P] for each narrow.
+
+    wide      [M, P], any row stride
+    narrow    fp32 [M, R] each
+    dropouts  of each projection, all with one probability
+    up        with the strides of wide: act(wide) * up, rounded to their dtype, takes its place
+    """
+    M, P = wide.shape
+    ranks = tuple(one.shape[1] for one in narrow)
+    dropouts = dropouts or [Dropout()] * len(narrow)
     config, splits, m_per_split = weight_grad_config(
-        M, P, R, operands.dtype == tl.float32, facts(wide)
+        M, P, max(ranks), operands.dtype == tl.float32, facts(wide)
     )
-    parts = wide.new_empty(splits, R, P, dtype=torch.float32)
-    grid = (triton.cdiv(P, config.block_m), triton.cdiv(R, config.block_r), splits)
+    parts = [wide.new_empty(splits, rank, P, dtype=torch.float32) for rank in ranks]
+    grid = (triton.cdiv(P, config.block_m), triton.cdiv(max(ranks), config.block_r), splits)
     with on_device_of(wide):
         _lora_weight_grad_kernel[grid](
             wide,
-            narrow,
-            parts,
-            dropout.seed,
-            dropout.threshold,
+            up,
+            tuple(narrow),
+            tuple(parts),
+            tuple(dropout.seed for dropout in dropouts),
+            dropouts[0].threshold,
             M,
             P,
-            R,
+            ranks,
             wide.stride(0),
             m_per_split,
+            ACTIVATION=activation,
             OPERAND=operands.dtype,
             PRECISION=operands.precision,
             ALIGNED_MASK=P % 4 == 0,
@@ -105,5 +132,6 @@ def lora_weight_grad(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-    total = parts[0] if splits == 1 else parts.sum(0)
-    return total.mul_(dropout.scale) if dropout.seed is not None else total
+    totals = [each[0] if splits == 1 else each.sum(0) for each in parts]
+    scale = dropouts[0].scale
+    return totals if scale == 1.0 else [total.mul_(scale) for total in totals]

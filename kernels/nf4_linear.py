@@ -1,16 +1,19 @@
-"""The tile kernel of the forward pass: x @ W^T over an NF4 or a dense weight, with LoRA."""
+"""The tile kernel of the forward pass: x @ W^T over NF4 or dense weights, with LoRA."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pylora.kernels.configs import TilePlan
-from pylora.kernels.epilogue import Epilogue, add_epilogue
+from pylora.kernels.epilogue import Epilogue, add_low_rank, add_to_columns
 from pylora.kernels.launch import on_device_of
 from pylora.kernels.nf4_decode import BF16_FACTOR, decode_words, load_absmax
 from pylora.kernels.precision import dot, dot_add, fp32_precision, rounded
+from pylora.kernels.selection import pick, segment_of
 from pylora.kernels.weight import NF4Base, weight_arguments
 
 
@@ -86,33 +89,28 @@ def _weight_times_x(
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "parts", "threshold"])
+@triton.jit(do_not_specialize=["M", "parts"])
 def _nf4_linear_kernel(
     x_ptr,  # [M, K], rows stride_x apart
-    weight_ptr,  # int32 [N, K / 8] or dense [N, K]
-    absmax_ptr,
-    nested_absmax_ptr,
-    nested_code_ptr,
-    offset_ptr,
-    out_ptr,  # [M, N] of x's dtype, or fp32 [splits, M, N] where PARTIAL
-    bias_ptr,  # this and the following: see `epilogue.add_epilogue`
-    parts_ptr,
+    weight_ptrs,  # of each projection, here and below: int32 [N, K / 8] or dense [N, K]
+    absmax_ptrs,
+    nested_absmax_ptrs,
+    nested_code_ptrs,
+    offset_ptrs,
+    out_ptrs,  # [M, N] of x's dtype, or fp32 [splits, M, N] where PARTIAL
+    bias_ptrs,  # this and the following: see `epilogue.add_low_rank`
+    parts_ptrs,
     parts,
     parts_scale,
-    hidden_bias_ptr,
-    h_ptr,
-    factor_ptr,
-    stride_q,
-    stride_r,
-    factor_bias_ptr,
-    scaling,
-    seed_ptr,
-    threshold,
-    keep_scale,
+    hidden_bias_ptrs,
+    h_ptrs,
+    factor_ptrs,
+    factor_bias_ptrs,
+    scalings,
     M,
-    N,
+    Ns,
     K,
-    R,
+    Rs,
     stride_x,
     k_per_split,
     BLOCKSIZE: tl.constexpr,
@@ -128,7 +126,8 @@ def _nf4_linear_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """y = x @ dequantize(W)^T + bias + scaling * (act(h) @ lora_B^T + lora_B_bias)
+    """y = x @ dequantize(W)^T + bias + scaling * (act(h) @ lora_B^T + lora_B_bias), for each of
+    the projections
 
     Shapes    x [M, K] fp32|fp16|bf16; W int32 words [N, K / 8], eight codes each, the even one of a
               byte in its high nibble, with absmax [N, K / BLOCKSIZE]; or dense [N, K] of x's dtype;
@@ -136,27 +135,32 @@ def _nf4_linear_kernel(
               y [M, N]  (M = rows of x, N = out_features, K = in_features, R = rank)
     Numerics  fp32 accumulation; the codes are multiplied as they are (fp16: 11 bits, bf16: 8 bits
               under a factor that suits them), absmax is applied in fp32 to each block's product.
-    Grid      (tiles of M, fastest, times tiles of N; splits of K)
-    Algorithm 1. Sum over this split's K. 2. Where K is split, store the fp32 partial sum for
-              `linear_expand`. 3. Else add bias and the low-rank term; the programs of the first
-              tile of N store h. 4. Store y.
-    Limits    K % BLOCKSIZE == 0, BLOCKSIZE % BLOCK_K == 0.
+    Grid      (tiles of M, fastest, times tiles of N, projection after projection; splits of K)
+    Algorithm 1. Find the projection. 2. Sum over this split's K. 3. Where K is split, store the
+              fp32 partial sum for `linear_expand`. 4. Else add bias and the low-rank term; the
+              programs of a projection's first tile of N store h. 5. Store y.
+    Limits    K % BLOCKSIZE == 0, BLOCKSIZE % BLOCK_K == 0; the projections' tensors are alike in
+              dtype and in what is absent.
     Source    QLoRA, arXiv:2305.14314; weight in registers as in Machete and CUTLASS example 55;
               pylora/reference/lora_linear.py
     """
+    # 1.
     tiles_m = tl.cdiv(M, BLOCK_M)
     pid_m, pid_n = tl.program_id(0) % tiles_m, tl.program_id(0) // tiles_m
+    index, first_tile = segment_of(pid_n, Ns, BLOCK_N)
+    N = pick(Ns, index)
+    first_n = (pid_n - first_tile) * BLOCK_N
     m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = first_n + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
-    # 1. Rows beyond the end repeat the last one; they are not stored.
+    # 2. Rows beyond the end repeat the last one; they are not stored.
     acc = _weight_times_x(
         x_ptr,
-        weight_ptr,
-        absmax_ptr,
-        nested_absmax_ptr,
-        nested_code_ptr,
-        offset_ptr,
+        pick(weight_ptrs, index),
+        pick(absmax_ptrs, index) if BLOCKSIZE else None,
+        pick(nested_absmax_ptrs, index) if nested_absmax_ptrs[0] is not None else None,
+        pick(nested_code_ptrs, index) if nested_absmax_ptrs[0] is not None else None,
+        pick(offset_ptrs, index) if nested_absmax_ptrs[0] is not None else None,
         tl.minimum(m, M - 1),
         tl.minimum(n, N - 1),
         split * k_per_split,
@@ -169,67 +173,75 @@ def _nf4_linear_kernel(
         BLOCK_K,
         EVEN_K,
     )
-    out = out_ptr + m.to(tl.int64)[None, :] * N + n[:, None]
+    out = pick(out_ptrs, index) + m.to(tl.int64)[None, :] * N + n[:, None]
     inside = (n < N)[:, None] & (m < M)[None, :]
     if PARTIAL:
-        # 2.
+        # 3.
         tl.store(out + split.to(tl.int64) * M * N, acc, mask=inside)
     else:
-        # 3.
-        acc = add_epilogue(
-            acc,
-            m,
-            pid_n * BLOCK_N,
-            bias_ptr,
-            parts_ptr,
-            parts,
-            parts_scale,
-            hidden_bias_ptr,
-            h_ptr,
-            pid_n == 0,
-            factor_ptr,
-            stride_q,
-            stride_r,
-            factor_bias_ptr,
-            scaling,
-            seed_ptr,
-            threshold,
-            keep_scale,
-            M,
-            N,
-            R,
-            ACTIVATION,
-            OPERAND,
-            LORA_PRECISION,
-            False,
-            True,
-            BLOCK_N,
-            BLOCK_R,
-        )
         # 4.
-        tl.store(out, rounded(acc, out_ptr.dtype.element_ty), mask=inside)
+        if bias_ptrs[0] is not None:
+            acc = add_to_columns(acc, pick(bias_ptrs, index), 1.0, n, N, True)
+        if len(parts_ptrs) > 0:
+            scaling = pick(scalings, index)
+            acc = add_low_rank(
+                acc,
+                m,
+                first_n,
+                pick(parts_ptrs, index),
+                parts,
+                parts_scale,
+                pick(hidden_bias_ptrs, index) if hidden_bias_ptrs[0] is not None else None,
+                pick(h_ptrs, index),
+                first_n == 0,
+                pick(factor_ptrs, index),
+                scaling,
+                None,
+                0,
+                1.0,
+                M,
+                N,
+                pick(Rs, index),
+                ACTIVATION,
+                OPERAND,
+                LORA_PRECISION,
+                False,
+                False,
+                True,
+                BLOCK_N,
+                BLOCK_R,
+            )
+            if factor_bias_ptrs[0] is not None:
+                acc = add_to_columns(acc, pick(factor_bias_ptrs, index), scaling, n, N, True)
+        # 5.
+        tl.store(out, rounded(acc, out.dtype.element_ty), mask=inside)
 
 
 def launch_nf4_linear(
-    x: Tensor, weight: NF4Base | Tensor, out: Tensor, plan: TilePlan, epilogue: Epilogue
+    x: Tensor,
+    weights: Sequence[NF4Base | Tensor],
+    outs: Sequence[Tensor],
+    plan: TilePlan,
+    epilogue: Epilogue,
 ) -> None:
-    """x [M, K], any row stride; weight NF4 whose blocks lie in rows, or dense [N, K] contiguous.
+    """x [M, K], any row stride; weights NF4 whose blocks lie in rows, or dense [N, K] contiguous,
+    all of one kind.
 
-    out is [M, N] of x's dtype; with plan.splits > 1 it is fp32 [splits, M, N], and gets the partial
-    sums without the epilogue.
+    Each out is [M, N] of x's dtype, and the epilogue has a bias and a term for each or none; with
+    plan.splits > 1 it is fp32 [splits, M, N], and gets the partial sums without the epilogue.
     """
-    (M, K), N = x.shape, out.shape[-1]
+    M, K = x.shape
+    sizes = tuple(out.shape[-1] for out in outs)
     tile = plan.tile
     epilogue = Epilogue() if plan.splits > 1 else epilogue
+    tiles_n = sum(triton.cdiv(size, tile.block_n) for size in sizes)
     with on_device_of(x):
-        _nf4_linear_kernel[
-            (triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n), plan.splits)
-        ](
+        _nf4_linear_kernel[(triton.cdiv(M, tile.block_m) * tiles_n, plan.splits)](
             x_ptr=x,
-            **weight_arguments(weight),
-            out_ptr=out,
+            **weight_arguments(weights),
+            out_ptrs=tuple(outs),
             M=M,
-            N=N,
+            Ns=sizes,
             K=K,
             stride_x=x.stride(0),
             k_per_split=plan.per_split,
@@ -242,4 +254,5 @@ def launch_nf4_linear(
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             **epilogue.arguments(),
+            **epilogue.forward_arguments(),
         )

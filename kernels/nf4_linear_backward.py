@@ -1,16 +1,19 @@
-"""The tile kernel of the backward pass: grad @ W straight from the 4-bit weight, with LoRA."""
+"""The tile kernel of the backward pass: grad @ W straight from the 4-bit weights, with LoRA."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pylora.kernels.configs import TilePlan
-from pylora.kernels.epilogue import Epilogue, add_epilogue
+from pylora.kernels.epilogue import Epilogue, add_low_rank
 from pylora.kernels.launch import on_device_of
 from pylora.kernels.nf4_decode import BF16_FACTOR, decode_words, load_absmax
 from pylora.kernels.precision import dot_add, fp32_precision, rounded
+from pylora.kernels.selection import pick, segment_of
 from pylora.kernels.weight import NF4Base, weight_arguments
 
 
@@ -57,87 +60,89 @@ def _nf4_tile(
 
 @triton.jit(do_not_specialize=["M", "parts", "threshold"])
 def _nf4_linear_backward_kernel(
-    grad_ptr,  # [M, N], rows stride_grad apart
-    weight_ptr,  # int32 [N, K / 8] or dense [N, K]
-    absmax_ptr,
-    nested_absmax_ptr,
-    nested_code_ptr,
-    offset_ptr,
+    grad_ptrs,  # of each projection, here and below: [M, N], rows stride_grads apart
+    weight_ptrs,  # int32 [N, K / 8] or dense [N, K]
+    absmax_ptrs,
+    nested_absmax_ptrs,
+    nested_code_ptrs,
+    offset_ptrs,
     out_ptr,  # [M, K] of grad's dtype, or fp32 [splits, M, K] where PARTIAL
-    bias_ptr,  # this and the following: see `epilogue.add_epilogue`
-    parts_ptr,
+    parts_ptrs,  # this and the following: see `epilogue.add_low_rank`
     parts,
-    parts_scale,
-    hidden_bias_ptr,
-    h_ptr,
-    factor_ptr,
-    stride_q,
-    stride_r,
-    factor_bias_ptr,
-    scaling,
-    seed_ptr,
+    factor_ptrs,
+    seed_ptrs,
     threshold,
     keep_scale,
     M,
-    N,
+    Ns,
     K,
-    R,
-    stride_grad,
+    Rs,
+    stride_grads,
     n_per_split,
     BLOCKSIZE: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
     LORA_PRECISION: tl.constexpr,
     ALIGNED_MASK: tl.constexpr,
     PARTIAL: tl.constexpr,
-    EVEN_N: tl.constexpr,  # N % BLOCK_N == 0
+    EVEN_N: tl.constexpr,  # N % BLOCK_N == 0 of each
     EVEN_K: tl.constexpr,  # K % BLOCK_K == 0
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """dx = grad @ dequantize(W) + mask / (1 - p) * (dh @ lora_A)
+    """dx = sum over the projections of grad @ dequantize(W) + mask / (1 - p) * (dh @ lora_A)
 
     Shapes    grad [M, N] fp32|fp16|bf16; W int32 words [N, K / 8] with absmax [N, K / BLOCKSIZE],
               or dense [N, K] of grad's dtype; dh fp32 [1, M, R]; lora_A [R, K]; dx [M, K]
               (M = rows of grad, N = out_features, K = in_features, R = rank)
-    Numerics  fp32 accumulation; code * absmax in fp32, rounded once to grad's dtype.
-    Grid      (tiles of M, fastest, times tiles of K; splits of N)
-    Algorithm 1. Decode a tile of W, through shared memory as the right operand, and multiply.
-              2. Where N is split, store the fp32 partial sum for `linear_expand`. 3. Else add the
-              low-rank term under the mask, regenerated here. 4. Store dx.
-    Limits    K % BLOCKSIZE == 0; blocks and BLOCK_K are powers of two.
+    Numerics  fp32 accumulation over all projections; code * absmax in fp32, rounded once to grad's
+              dtype.
+    Grid      (tiles of M, fastest, times tiles of K; splits of the N's, one behind the other)
+    Algorithm 1. Find the projection that a step of N belongs to. 2. Decode a tile of its W, through
+              shared memory as the right operand, and multiply. 3. Where the sum is split, store the
+              fp32 partial sum for `linear_expand`. 4. Else add the low-rank terms under their
+              masks, regenerated here. 5. Store dx.
+    Limits    K % BLOCKSIZE == 0; blocks and BLOCK_K are powers of two; the projections' tensors are
+              alike in dtype and in what is absent.
     Source    QLoRA, arXiv:2305.14314; pylora/reference/lora_linear.py
     """
-    DTYPE: tl.constexpr = grad_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = grad_ptrs[0].dtype.element_ty
     tiles_m = tl.cdiv(M, BLOCK_M)
     pid_m, pid_k = tl.program_id(0) % tiles_m, tl.program_id(0) // tiles_m
     m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     first_k = pid_k * BLOCK_K
     k = first_k + tl.arange(0, BLOCK_K)
     split = tl.program_id(1)
-    step = tl.arange(0, BLOCK_N)
+    lane = tl.arange(0, BLOCK_N)
     row = tl.minimum(m, M - 1).to(tl.int64)
-    grad_rows = grad_ptr + row[:, None] * stride_grad + step[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    first = split * n_per_split
-    for start in range(first, tl.minimum(first + n_per_split, N), BLOCK_N):
-        # 1. Beyond N grad is zero and W repeats its last row.
-        n = tl.minimum(start + step, N - 1).to(tl.int64)
+    steps = 0
+    for i in tl.static_range(len(Ns)):
+        steps += tl.cdiv(Ns[i], BLOCK_N)
+    first_step = split * (n_per_split // BLOCK_N)
+    for step in range(first_step, tl.minimum(first_step + n_per_split // BLOCK_N, steps)):
+        # 1.
+        index, first = segment_of(step, Ns, BLOCK_N)
+        N = pick(Ns, index)
+        offset = (step - first) * BLOCK_N + lane
+        # 2. Beyond N grad is zero and W repeats its last row.
+        n = tl.minimum(offset, N - 1).to(tl.int64)
+        grad_rows = pick(grad_ptrs, index) + row[:, None] * pick(stride_grads, index)
         if EVEN_N:
-            grad = tl.load(grad_rows + start)
+            grad = tl.load(grad_rows + offset[None, :])
         else:
-            grad = tl.load(grad_rows + start, mask=(start + step < N)[None, :], other=0.0)
+            grad = tl.load(grad_rows + offset[None, :], mask=(offset < N)[None, :], other=0.0)
+        weight_ptr = pick(weight_ptrs, index)
         if BLOCKSIZE:
             w = _nf4_tile(
                 weight_ptr,
-                absmax_ptr,
-                nested_absmax_ptr,
-                nested_code_ptr,
-                offset_ptr,
+                pick(absmax_ptrs, index),
+                pick(nested_absmax_ptrs, index) if nested_absmax_ptrs[0] is not None else None,
+                pick(nested_code_ptrs, index) if nested_absmax_ptrs[0] is not None else None,
+                pick(offset_ptrs, index) if nested_absmax_ptrs[0] is not None else None,
                 n,
                 first_k,
                 K,
@@ -154,70 +159,74 @@ def _nf4_linear_backward_kernel(
     out = out_ptr + m.to(tl.int64)[:, None] * K + k[None, :]
     inside = (m < M)[:, None] & (k < K)[None, :]
     if PARTIAL:
-        # 2.
+        # 3.
         tl.store(out + split.to(tl.int64) * M * K, acc, mask=inside)
     else:
-        # 3.
-        acc = add_epilogue(
-            acc,
-            m,
-            first_k,
-            bias_ptr,
-            parts_ptr,
-            parts,
-            parts_scale,
-            hidden_bias_ptr,
-            h_ptr,
-            pid_k == 0,
-            factor_ptr,
-            stride_q,
-            stride_r,
-            factor_bias_ptr,
-            scaling,
-            seed_ptr,
-            threshold,
-            keep_scale,
-            M,
-            K,
-            R,
-            ACTIVATION,
-            OPERAND,
-            LORA_PRECISION,
-            ALIGNED_MASK,
-            False,
-            BLOCK_K,
-            BLOCK_R,
-        )
         # 4.
+        for i in tl.static_range(len(parts_ptrs)):
+            acc = add_low_rank(
+                acc,
+                m,
+                first_k,
+                parts_ptrs[i],
+                parts,
+                1.0,
+                None,
+                None,
+                False,
+                factor_ptrs[i],
+                1.0,
+                seed_ptrs[i],
+                threshold,
+                keep_scale,
+                M,
+                K,
+                Rs[i],
+                "identity",
+                OPERAND,
+                LORA_PRECISION,
+                True,
+                ALIGNED_MASK,
+                False,
+                BLOCK_K,
+                BLOCK_R,
+            )
+        # 5.
         tl.store(out, rounded(acc, out_ptr.dtype.element_ty), mask=inside)
 
 
 def launch_nf4_linear_backward(
-    grad: Tensor, weight: NF4Base | Tensor, out: Tensor, plan: TilePlan, epilogue: Epilogue
+    grads: Sequence[Tensor],
+    weights: Sequence[NF4Base | Tensor],
+    out: Tensor,
+    plan: TilePlan,
+    epilogue: Epilogue,
 ) -> None:
-    """grad [M, N], any row stride; weight NF4 whose blocks lie in rows, or dense [N, K] contiguous.
+    """Each grad [M, N], any row stride; weights NF4 whose blocks lie in rows, or dense [N, K]
+    contiguous, all of one kind.
 
-    out is [M, K] of grad's dtype; with plan.splits > 1 it is fp32 [splits, M, K], and gets the
-    partial sums without the epilogue.
+    out is [M, K] of grad's dtype, and gets the epilogue's terms, which are rank_first; with
+    plan.splits > 1 it is fp32 [splits, M, K], and gets the partial sums alone.
     """
-    (M, N), K = grad.shape, out.shape[-1]
+    M, K = grads[0].shape[0], out.shape[-1]
     tile = plan.tile
-    epilogue = Epilogue() if plan.splits > 1 else epilogue
+    epilogue = epilogue if plan.splits == 1 else Epilogue()
     tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(K, tile.block_n)
-    with on_device_of(grad):
+    sizes = tuple(grad.shape[1] for grad in grads)
+    with on_device_of(out):
         _nf4_linear_backward_kernel[(tiles, plan.splits)](
-            grad_ptr=grad,
-            **weight_arguments(weight),
+            grad_ptrs=tuple(grads),
+            **weight_arguments(weights),
             out_ptr=out,
             M=M,
-            N=N,
+            Ns=sizes,
             K=K,
-            stride_grad=grad.stride(0),
+            stride_grads=tuple(grad.stride(0) for grad in grads),
             n_per_split=plan.per_split,
             PRECISION=fp32_precision(),
             ALIGNED_MASK=K % 4 == 0,
             PARTIAL=plan.splits > 1,
-            EVEN_N=N % tile.block_k == 0,
+            EVEN_N=all(size % tile.block_k == 0 for size in sizes),
             EVEN_K=K % tile.block_n == 0,
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_k,
@@ -225,4 +234,5 @@ def launch_nf4_linear_backward(
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             **epilogue.arguments(),
+            **epilogue.mask_arguments(),
         )

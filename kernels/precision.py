@@ -89,11 +89,11 @@ def lora_operands(dtype: torch.dtype, lora_dtype: torch.dtype) -> Operands:
 def output_operands(dtype: torch.dtype, lora_dtype: torch.dtype) -> Operands:
     """For the low-rank product that is added to y or dx, and rounded to their dtype with them.
 
-    fp16 alone might not hold what fp32 or bf16 LoRA weights give: TF32 has its precision and the
-    range of fp32.
+    TF32 serves LoRA weights of another dtype than x: it has the range of fp32, which fp16 lacks,
+    and eight times the precision of bf16, whose errors would add up over the layers of an MLP.
     """
     if dtype == torch.float32:
         return lora_operands(dtype, lora_dtype)
-    if dtype == torch.bfloat16 or lora_dtype == torch.float16:
+    if dtype == lora_dtype:
         return Operands(_DTYPES[dtype], "tf32")
     return Operands(tl.float32, "tf32")

@@ -1,7 +1,8 @@
-"""The base weight as the kernels take it."""
+"""The base weights as the kernels take them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,16 +40,26 @@ class NF4Base(NamedTuple):
         return tuple(contiguous)  # type: ignore[return-value]
 
 
-def weight_arguments(weight: NF4Base | Tensor) -> dict[str, Any]:
-    """The weight's arguments of a tile kernel; BLOCKSIZE is 0 for a dense one."""
-    if isinstance(weight, NF4Base):
-        tensors = (weight.words(), *weight.scales)
-        sizes = (weight.blocksize, weight.nested_blocksize)
-    else:
-        tensors = (weight.contiguous(), None, None, None, None)
-        sizes = (0, 1)
+def weight_arguments(weights: Sequence[NF4Base | Tensor]) -> dict[str, Any]:
+    """The weights' arguments of a tile kernel, a tuple each; BLOCKSIZE is 0 for dense ones."""
+    sizes, rows = (0, 1), []
+    for weight in weights:
+        if isinstance(weight, NF4Base):
+            rows.append((weight.words(), *weight.scales))
+            sizes = (weight.blocksize, weight.nested_blocksize)
+        else:
+            rows.append((weight.contiguous(), None, None, None, None))
     names = ("weight", "absmax", "nested_absmax", "nested_code", "offset")
+    columns = zip(*rows, strict=True)
     arguments: dict[str, Any] = {
-        f"{name}_ptr": tensor for name, tensor in zip(names, tensors, strict=True)
+        f"{name}_ptrs": tensors for name, tensors in zip(names, columns, strict=True)
     }
     return arguments | dict(zip(("BLOCKSIZE", "NESTED_BLOCKSIZE"), sizes, strict=True))
+
+
+def weight_kind(weight: NF4Base | Tensor) -> tuple[Any, ...]:
+    """What weights must have in common to share a launch."""
+    if isinstance(weight, NF4Base):
+        nested = weight.nested_absmax is not None
+        return (weight.blocksize, nested, weight.nested_blocksize if nested else 0)
+    return (weight.dtype,)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import pylora
 import pylora.functional as F
-from pylora import dispatch
 from pylora.functional import Projection
 from pylora.reference.activation import GATED_ACTIVATIONS
 from pylora.reference.dropout import dropout_mask
+from pylora.testing import assert_as_accurate_as_torch
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -100,23 +100,26 @@ def test_activation_dropout_and_lora_dtypes(
 
 
 def test_equals_lora_linear_of_each(backend: str, small: Any, tensors_of: TensorsOf) -> None:
-    """Bit for bit, gradients too, with the documented seeds."""
+    """Bit for bit, gradients too, with the documented seeds; in Triton's kernels act(gate) * up has
+    one rounding instead of two, and no bit is promised."""
     x, mlp = small
     seed = torch.tensor(2**62 + 5, device=x.device)
     leaves = [x, *tensors_of(*mlp)]
 
-    def one(x: Tensor, index: int) -> Tensor:
-        p = mlp[index]
+    def one(x: Tensor, p: Projection, index: int) -> Tensor:
         return F.lora_linear(x, *p[:4], p.bias, dropout_p=0.5, seed=seed + index)
 
-    # On one backend: what has no lora_mlp leaves it to the reference.
-    having = backend if "lora_mlp" in dispatch.BACKENDS[backend].ops else "reference"
-    with pylora.use_backend(having):
-        y = F.lora_mlp(x, *mlp, dropout_p=0.5, seed=seed)
-        expected = one(nn.functional.silu(one(x, 0)) * one(x, 1), 2)
-        assert torch.equal(y, expected)
-        found = torch.autograd.grad(y.sum(), leaves)
-        assert all(map(torch.equal, found, torch.autograd.grad(expected.sum(), leaves)))
+    def each(x: Tensor, gate: Projection, up: Projection, down: Projection) -> Tensor:
+        return one(nn.functional.silu(one(x, gate, 0)) * one(x, up, 1), down, 2)
+
+    y = F.lora_mlp(x, *mlp, dropout_p=0.5, seed=seed)
+    if backend == "triton":
+        assert_as_accurate_as_torch(y, each, x, *mlp)
+        return
+    expected = each(x, *mlp)
+    assert torch.equal(y, expected)
+    found = torch.autograd.grad(y.sum(), leaves)
+    assert all(map(torch.equal, found, torch.autograd.grad(expected.sum(), leaves)))
 
 
 def test_against_peft(backend: str, device: str, check_against_peft: Check) -> None:

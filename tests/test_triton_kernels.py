@@ -25,13 +25,13 @@ if BACKEND.unavailable() is not None:
     pytest.skip(f"no Triton kernels here: {BACKEND.unavailable()}", allow_module_level=True)
 
 from pylora.kernels import configs, launch
-from pylora.kernels.epilogue import Epilogue
+from pylora.kernels.epilogue import Epilogue, LowRank
 from pylora.kernels.linear_expand import linear_expand
 from pylora.kernels.lora_hidden import lora_hidden, lora_hidden_backward
 from pylora.kernels.lora_shrink import lora_shrink
 from pylora.kernels.lora_weight_grad import lora_weight_grad
 from pylora.kernels.philox import seeded_dropout
-from pylora.kernels.precision import fp32_precision, lora_operands
+from pylora.kernels.precision import fp32_precision, lora_operands, output_operands
 
 DEVICE = BACKEND.device()
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -128,8 +128,8 @@ def test_split_sums(rows: int, nested: bool, dtype: torch.dtype) -> None:
     q = quantized(40, long, 64, nested)
     size = dtype.itemsize
     facts = launch.facts(normal(1))
-    assert configs.forward_plan(rows, 40, long, size, 64, facts).splits > 1
-    assert configs.backward_plan(rows, long, 64, size, 64, facts).splits > 1
+    assert configs.forward_plan(rows, [40], long, size, 64, facts).splits > 1
+    assert configs.backward_plan(rows, [long], 64, size, 64, facts).splits > 1
     check_lora(rows, 40, long, 17, dtype, q, p=0.2, activation="gelu")
     check_lora(rows, long, 64, 17, dtype, quantized(long, 64, 64, nested), p=0.2)
 
@@ -199,13 +199,14 @@ def test_mask_is_the_references_bit_for_bit(columns: int) -> None:
     dropout = seeded_dropout(p, seed)
     operands = lora_operands(FP32, FP32)
     ones = torch.ones(rows, columns, device=DEVICE)
-    shrunk = lora_shrink(ones, torch.eye(columns, device=DEVICE), operands, dropout).sum(0)
-    assert torch.equal(shrunk, keep.float())
-    gradient = lora_weight_grad(ones, torch.eye(rows, device=DEVICE), operands, dropout)
+    eye = torch.eye(columns, device=DEVICE)
+    (shrunk,) = lora_shrink(ones, [eye], operands, dropouts=[dropout])
+    assert torch.equal(shrunk.sum(0), keep.float())
+    eye = torch.eye(rows, device=DEVICE)
+    (gradient,) = lora_weight_grad(ones, [eye], operands, [dropout])
     assert torch.equal(gradient != 0, keep)
     out = torch.zeros_like(ones)
-    eye = torch.eye(rows, device=DEVICE)
-    epilogue = Epilogue(parts=eye[None], factor=ones.t(), operands=operands, dropout=dropout)
+    epilogue = Epilogue(terms=[LowRank(eye[None], ones.t(), dropout=dropout)], operands=operands)
     linear_expand(out[None], out, epilogue)
     assert torch.equal(out != 0, keep)
     assert torch.equal(out[keep], gradient[keep])
@@ -279,6 +280,7 @@ def test_precision_follows_torchs_switch() -> None:
     assert lora_operands(BF16, BF16).dtype.name == "bf16"
     assert lora_operands(BF16, FP32) == lora_operands(FP32, FP32)
     assert lora_operands(BF16, FP16).precision == "tf32"
+    assert output_operands(BF16, FP32).dtype.name == "fp32"
 
 
 @pytest.mark.gpu

@@ -7,15 +7,31 @@ tensors, slowly and exactly, where TRITON_INTERPRET=1 was set before Triton was 
 from __future__ import annotations
 
 import os
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import util
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pylora.backends.backend import KERNEL_DTYPES, Backend, Op, Reason, nf4_dequantize_why_not
+from pylora.backends.backend import (
+    KERNEL_DTYPES,
+    Backend,
+    Op,
+    Reason,
+    nf4_dequantize_why_not,
+    without_autocast,
+)
 from pylora.backends.composition import composed
+from pylora.backends.triton_projections import (
+    base,
+    lora_mlp,
+    lora_mlp_backward,
+    lora_qkv,
+    lora_qkv_backward,
+    projections_why_not,
+    rows,
+)
 
 
 @lru_cache(maxsize=1)
@@ -70,24 +86,11 @@ def _tensors_why_not(**tensors: Tensor | None) -> Reason:
     return None
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[..., features] as a matrix whose rows may be apart, but not their elements."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(-1) == 1 else flat.contiguous()
-
-
-def _base(args: tuple[Any, ...]) -> Any:
-    """The weight from its seven arguments: NF4, or the dense tensor where absmax is None."""
-    from pylora.kernels.weight import NF4Base
-
-    return args[0].contiguous() if args[1] is None else NF4Base(*args)
-
-
 def _nf4_dequantize(*args: Any) -> Tensor:
     from pylora.kernels.nf4_dequantize import nf4_dequantize
 
     *q, shape, dtype = args
-    return nf4_dequantize(_base(tuple(q)), tuple(shape), dtype)
+    return nf4_dequantize(base(tuple(q)), tuple(shape), dtype)
 
 
 def _nf4_dequantize_why_not(*args: Any) -> Reason:
@@ -98,7 +101,7 @@ def _nf4_linear(x: Tensor, *args: Any) -> Tensor:
     from pylora.kernels.lora_linear import nf4_linear
 
     *q, out_features, bias = args
-    y = nf4_linear(_rows(x), _base(tuple(q)), out_features, bias)
+    y = nf4_linear(rows(x), base(tuple(q)), out_features, bias)
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -106,17 +109,25 @@ def _nf4_linear_backward(grad: Tensor, *args: Any) -> Tensor:
     from pylora.kernels.lora_linear_backward import nf4_linear_backward
 
     *q, in_features = args
-    dx = nf4_linear_backward(_rows(grad), _base(tuple(q)), in_features)
+    dx = nf4_linear_backward(rows(grad), base(tuple(q)), in_features)
     return dx.view(*grad.shape[:-1], in_features)
 
 
-def _lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    from pylora.kernels.lora_linear import LoRA, lora_linear
+def _lora_layer(args: tuple[Any, ...], *low_rank: Any) -> Any:
+    from pylora.kernels.lora_linear import Layer, LoRA
     from pylora.kernels.philox import seeded_dropout
 
-    out_features, A, B, bias, A_bias, B_bias, scaling, p, seed, activation = args[7:]
+    out_features, bias, A, B, A_bias, B_bias, scaling, p, seed, activation = low_rank
     lora = LoRA(A, B, A_bias, B_bias, scaling, seeded_dropout(p, seed), activation)
-    y, h = lora_linear(_rows(x), _base(args[:7]), out_features, bias, lora)
+    return Layer(base(args), out_features, bias, lora)
+
+
+def _lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    from pylora.kernels.lora_linear import lora_linears
+
+    out_features, A, B, bias, *last = args[7:]
+    layer = _lora_layer(args[:7], out_features, bias, A, B, *last)
+    ((y, h),) = lora_linears(rows(x), [layer])
     return y.view(*x.shape[:-1], out_features), h.view(*x.shape[:-1], A.shape[0])
 
 
@@ -125,26 +136,24 @@ def _lora_linear_why_not(x: Tensor, *args: Any) -> Reason:
 
 
 def _lora_linear_backward(grad: Tensor, x: Tensor, h: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    from pylora.kernels.lora_linear import LoRA
-    from pylora.kernels.lora_linear_backward import lora_linear_backward
-    from pylora.kernels.philox import seeded_dropout
+    from pylora.kernels.lora_linear_backward import Wanted, incoming, lora_linears_backward
 
     A, B, scaling, p, seed, activation, output_mask = args[7:]
-    lora = LoRA(A, B, None, None, scaling, seeded_dropout(p, seed), activation)
-    grad_rows, x_rows = _rows(grad), _rows(x)
+    last = (scaling, p, seed, activation)
+    layer = _lora_layer(args[:7], B.shape[0], None, A, B, None, None, *last)
+    grad_rows, x_rows = rows(grad), rows(x)
     want_x, want_weight, want_A, want_B, want_bias, want_A_bias, want_B_bias = output_mask
-    wanted = (want_x, want_A, want_B, want_A_bias)
-    dx, dlora_A, dlora_B, dlora_A_bias = lora_linear_backward(
-        grad_rows, x_rows, _rows(h), _base(args[:7]), lora, wanted
-    )
+    arriving = incoming(layer, grad_rows, x.shape[-1], want_x)
+    wanted = Wanted(want_A, want_B, want_A_bias)
+    dx, (found,) = lora_linears_backward([arriving], x_rows, [rows(h)], want_x, [wanted])
     column_sums = grad_rows.sum(0, dtype=torch.float32) if want_bias or want_B_bias else None
     results = (
         None if dx is None else dx.view(x.shape),
         grad_rows.t() @ x_rows if want_weight else None,
-        dlora_A,
-        dlora_B,
+        found.lora_A,
+        found.lora_B,
         column_sums.to(grad.dtype) if column_sums is not None and want_bias else None,
-        dlora_A_bias,
+        found.lora_A_bias,
         (scaling * column_sums).to(A.dtype) if column_sums is not None and want_B_bias else None,
     )
     return tuple(x.new_empty(0) if result is None else result for result in results)
@@ -162,14 +171,25 @@ _OPS = {
     "lora_linear_backward": Op(_lora_linear_backward, _lora_linear_backward_why_not),
 }
 
+_why_not = partial(projections_why_not, _tensors_why_not)
+
+_OPS |= {
+    "lora_qkv": Op(without_autocast(lora_qkv), _why_not),
+    "lora_qkv_backward": Op(
+        without_autocast(lora_qkv_backward), lambda grad, x, h, *args: _why_not(x, *args)
+    ),
+    "lora_mlp": Op(without_autocast(lora_mlp), _why_not),
+    "lora_mlp_backward": Op(
+        without_autocast(lora_mlp_backward),
+        lambda grad, x, gate, up, h, *args: _why_not(x, *args),
+    ),
+}
+
 _COMPOSED = composed(_OPS, takes_dense=True)
-# Its low-rank products round fp32 LoRA weights to bf16: the rule allows that in one layer, but not
-# in three behind one another.
-del _COMPOSED["lora_mlp"], _COMPOSED["lora_mlp_backward"]
 
 BACKEND = Backend(
     name="triton",
-    ops={**_OPS, **_COMPOSED},
+    ops={**_COMPOSED, **_OPS},
     unavailable=_unavailable,
     path=_path,
     device=_device,

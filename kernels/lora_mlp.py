@@ -1,0 +1,191 @@
+"""down(act(gate(x)) * up(x)), each with its LoRA, forward and backward: which kernels run.
+
+gate and up    lora_linears of one x
+down           lora_linears of act(gate) * up, made where it is read: it is never a pass of its own
+backward       down's, with dlora_A from gate and up; gated_shrink -> those of gate and up
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pylora.kernels.activation import activate, activate_backward
+from pylora.kernels.configs import shrink_config
+from pylora.kernels.epilogue import factor_pointers
+from pylora.kernels.launch import facts, on_device_of
+from pylora.kernels.lora_linear import Gated, Layer, lora_linears
+from pylora.kernels.lora_linear_backward import (
+    Incoming,
+    LayerGradients,
+    Wanted,
+    empty_left,
+    incoming,
+    lora_linears_backward,
+)
+from pylora.kernels.precision import as_operand, dot, lora_operands, rounded
+
+
+@triton.jit(do_not_specialize=["M"])
+def _gated_shrink_kernel(
+    dhidden_ptr,  # [M, I]
+    gate_ptr,  # [M, I]
+    up_ptr,  # [M, I]
+    grad_ptrs,  # of gate and up, here and below: [M, >= I], rows stride_grads apart
+    factor_ptrs,  # lora_B [I, R] or None
+    parts_ptrs,  # fp32 [splits, M, R] or None
+    M,
+    I,  # noqa: E741
+    Rs,
+    stride_grads,
+    i_per_split,
+    ACTIVATION: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """dgate = dhidden * up * act'(gate);  dup = dhidden * act(gate);  parts = dgate @ lora_B of
+    gate, and dup @ lora_B of up
+
+    Shapes    dhidden, gate, up, dgate, dup [M, I] fp32|fp16|bf16; lora_B [I, R]; parts fp32
+              [splits, M, R]  (M = rows, I = intermediate size, R = rank)
+    Numerics  dgate and dup in fp32, rounded once; fp32 sums of BLOCK_K products each.
+    Grid      (tiles of M, tiles of the largest R, splits of I)
+    Algorithm 1. Load a tile of each. 2. The two gradients, stored by the programs of the first
+              tile of R. 3. Multiply with tiles of the factors.
+    Source    pylora/reference/lora_mlp.py
+    """
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    split = tl.program_id(2)
+    row = m.to(tl.int64)[:, None]
+    sums = (tl.zeros((BLOCK_M, BLOCK_R), tl.float32),) * len(factor_ptrs)
+    first = split * i_per_split
+    for start in range(first, tl.minimum(first + i_per_split, I), BLOCK_K):
+        # 1.
+        column = start + tl.arange(0, BLOCK_K)
+        here = (m < M)[:, None] & (column < I)[None, :]
+        offset = row * I + column[None, :]
+        dhidden = tl.load(dhidden_ptr + offset, mask=here, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + offset, mask=here, other=0.0).to(tl.float32)
+        up = tl.load(up_ptr + offset, mask=here, other=0.0).to(tl.float32)
+        # 2.
+        DTYPE: tl.constexpr = gate_ptr.dtype.element_ty
+        dgate = rounded(activate_backward(dhidden * up, gate, ACTIVATION), DTYPE)
+        dup = rounded(dhidden * activate(gate, ACTIVATION), DTYPE)
+        grads = (dgate, dup)
+        stores = here & (tl.program_id(1) == 0)
+        added = ()
+        for i in tl.static_range(2):
+            pointers = grad_ptrs[i] + row * stride_grads[i] + column[None, :]
+            tl.store(pointers, grads[i], mask=stores)
+            # 3.
+            if factor_ptrs[i] is not None:
+                rank = tl.minimum(r, Rs[i] - 1)
+                factor = tl.load(
+                    factor_pointers(factor_ptrs[i], column, rank, I, Rs[i], False),
+                    mask=(column < I)[:, None],
+                    other=0.0,
+                )
+                product = dot(as_operand(grads[i], OPERAND), as_operand(factor, OPERAND), PRECISION)
+                added = added + (sums[i] + product,)
+            else:
+                added = added + (sums[i],)
+        sums = added
+    for i in tl.static_range(2):
+        if factor_ptrs[i] is not None:
+            R = Rs[i]
+            out = parts_ptrs[i] + (split.to(tl.int64) * M + row) * R + r[None, :]
+            tl.store(out, sums[i], mask=(m < M)[:, None] & (r < R)[None, :])
+
+
+def gated_shrink(
+    dhidden: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    layers: Sequence[Layer],
+    K: int,
+    wants_x: bool,
+) -> list[Incoming]:
+    """The first step of the backward pass of gate and up, `layers`: all [M, I], contiguous."""
+    M, width = gate.shape
+    lefts = [empty_left(layer, gate, K) if wants_x else None for layer in layers]
+    grads = [torch.empty_like(gate) if left is None else left[:, :width] for left in lefts]
+    loras = [layer.lora for layer in layers]
+    dtypes = [lora.A.dtype for lora in loras if lora is not None] or [gate.dtype]
+    operands = lora_operands(gate.dtype, torch.promote_types(dtypes[0], dtypes[-1]))
+    ranks = tuple(0 if lora is None else lora.A.shape[0] for lora in loras)
+    config, splits, per_split = shrink_config(
+        M, width, max(*ranks, 1), operands.dtype == tl.float32, facts(gate)
+    )
+    parts = [
+        gate.new_empty(splits, M, rank, dtype=torch.float32) if rank else None for rank in ranks
+    ]
+    grid = (triton.cdiv(M, config.block_m), triton.cdiv(max(*ranks, 1), config.block_r), splits)
+    with on_device_of(gate):
+        _gated_shrink_kernel[grid](
+            dhidden,
+            gate,
+            up,
+            tuple(grads),
+            tuple(None if lora is None else lora.B.contiguous() for lora in loras),
+            tuple(parts),
+            M,
+            width,
+            ranks,
+            tuple(grad.stride(0) for grad in grads),
+            per_split,
+            ACTIVATION=activation,
+            OPERAND=operands.dtype,
+            PRECISION=operands.precision,
+            BLOCK_M=config.block_m,
+            BLOCK_K=config.block_k,
+            BLOCK_R=config.block_r,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return [Incoming(*each) for each in zip(layers, grads, parts, lefts, strict=True)]
+
+
+def lora_mlp(
+    x: Tensor, layers: Sequence[Layer], activation: str
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """x [M, K], any row stride; layers gate, up and down -> y, gate(x), up(x), their h's."""
+    (gate, gate_h), (up, up_h) = lora_linears(x, layers[:2])
+    ((y, down_h),) = lora_linears(gate, layers[2:], Gated(up, activation))
+    return y, gate, up, [gate_h, up_h, down_h]
+
+
+def lora_mlp_backward(
+    grad: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    h: Sequence[Tensor],
+    layers: Sequence[Layer],
+    activation: str,
+    wants_x: bool,
+    wants_inner: bool,
+    wanted: Sequence[Wanted],
+) -> tuple[Tensor | None, list[Tensor], list[LayerGradients]]:
+    """(dx, dgate and dup, the gradients of gate, up and down); at least one row.
+
+    grad [M, N] and x [M, K], any row stride; gate, up [M, I] and h fp32 [M, R], contiguous.
+    wants_inner    whether anything before down wants a gradient; without it dgate, dup are left out
+    """
+    down = incoming(layers[2], grad, gate.shape[1], wants_inner)
+    gated = Gated(up, activation)
+    dhidden, found = lora_linears_backward([down], gate, h[2:], wants_inner, wanted[2:], gated)
+    if dhidden is None:
+        return None, [], [LayerGradients(), LayerGradients(), *found]
+    inner = gated_shrink(dhidden, gate, up, activation, layers[:2], x.shape[1], wants_x)
+    del dhidden, down
+    dx, others = lora_linears_backward(inner, x, h[:2], wants_x, wanted[:2])
+    return dx, [one.grad for one in inner], [*others, *found]
