@@ -64,7 +64,7 @@ def forward(M: int, N: int, K: int, rank: int, machine: Machine) -> list[Launch]
     launches = []
     large = configs.is_large(M, 2)
     if rank:
-        _, splits, _ = configs.shrink_config(M, K, rank, False, facts)
+        _, splits, _ = configs.shrink_config(M, K, [rank], False, facts)
         copy = x if large else 0
         parts = 4 * splits * M * rank
         launches.append(Launch("shrink", x + copy + 2 * rank * K + parts, low_rank * K))

@@ -7,7 +7,7 @@ ahead of time is therefore what a GPU would be asked to run, with the configurat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,67 +38,88 @@ ROWS = {
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 
 
+# Of a parameter, or of an entry of a tuple: (position,) or (position, index).
+Path = tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Variant:
     """One compilation: a kernel, its signature, its constants and options."""
 
     kernel: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    divisible: tuple[str, ...]
+    signature: tuple[tuple[str, Any], ...]
+    constants: tuple[tuple[Path, Any], ...]
+    divisible: tuple[Path, ...]
     options: tuple[tuple[str, int], ...]
     function: Any = field(compare=False, repr=False)
 
     @property
     def blocks(self) -> dict[str, int]:
-        return {name: v for name, v in self.constants if name.startswith("BLOCK")}
+        names = [name for name, _ in self.signature if name.startswith("BLOCK")]
+        return {name: self.constant(name) for name in names}
 
     def constant(self, name: str) -> Any:
-        return dict(self.constants).get(name)
+        names = [name for name, _ in self.signature]
+        return dict(self.constants).get((names.index(name),)) if name in names else None
 
     def __str__(self) -> str:
         """Kernel, dtypes, tile and features; variants that differ otherwise may share it."""
         types = dict(self.signature)
-        floating = [t[1:] for t in types.values() if t in ("*fp32", "*fp16", "*bf16")]
+        flat = [t for kind in types.values() for t in (kind if type(kind) is tuple else (kind,))]
+        floating = [t[1:] for t in flat if t in ("*fp32", "*fp16", "*bf16")]
+        layers = max((len(t) for t in types.values() if type(t) is tuple), default=1)
         sizes = [f"{n.removeprefix('BLOCK_').lower()}{v}" for n, v in self.blocks.items()]
         sizes += [f"{name[4]}{value}" for name, value in self.options]
-        flags = [flag for name, flag in _FLAGS.items() if types.get(name) not in _ABSENT]
+        flags = [f"x{layers}"] if layers > 1 else []
+        flags += [flag for name, flag in _FLAGS.items() if _is_given(types.get(name))]
         flags += ["partial"] if self.constant("PARTIAL") else []
         flags += [self.constant("ACTIVATION")] if self.constant("ACTIVATION") else []
         return " ".join([self.kernel, floating[0], *sizes, *flags])
 
 
-_ABSENT = (None, "constexpr")
+def _is_given(kind: Any) -> bool:
+    """Whether a parameter of this type, or one in it, is there at run time."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return any(one not in (None, "constexpr") for one in kinds)
+
+
 _FLAGS = {
     "nested_absmax_ptr": "nested",
-    "factor_ptr": "lora",
-    "seed_ptr": "dropout",
+    "nested_absmax_ptrs": "nested",
+    "factor_ptrs": "lora",
+    "seed_ptrs": "dropout",
     "copy_ptr": "copy",
-    "hidden_bias_ptr": "biases",
+    "up_ptr": "gated",
+    "hidden_bias_ptrs": "biases",
 }
 
 
 def _variant(function: Any, arguments: dict[str, Any]) -> Variant:
     """What Triton's own binder makes of these arguments: types, constants, alignment."""
     signature, constants, divisible = [], [], []
-    for parameter in function.params:
-        name, value = parameter.name, arguments.pop(parameter.name)
-        kind = "constexpr"
+
+    def kind_of(value: Any, path: Path, specialized: bool, constant: bool) -> Any:
+        if isinstance(value, tuple) and not constant:
+            # Triton specializes the entries of a tuple in any case.
+            return tuple(kind_of(v, (*path, i), True, False) for i, v in enumerate(value))
         if isinstance(value, Tensor):
-            kind = _TYPES[value.dtype]
             if value.storage_offset() * value.element_size() % 16 == 0:
-                divisible.append(name)
-        elif isinstance(value, float) and not parameter.is_constexpr:
-            kind = "fp32"
-        elif isinstance(value, int) and not parameter.is_constexpr:
-            specialized = not parameter.do_not_specialize
-            if not (specialized and value == 1):
-                kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+                divisible.append(path)
+            return _TYPES[value.dtype]
+        if isinstance(value, float) and not constant:
+            return "fp32"
+        if isinstance(value, int) and not constant and not (specialized and value == 1):
             if specialized and value % 16 == 0:
-                divisible.append(name)
-        signature.append((name, kind))
-        if kind == "constexpr":
-            constants.append((name, value))
+                divisible.append(path)
+            return "i32" if -(2**31) <= value < 2**31 else "i64"
+        constants.append((path, value))
+        return "constexpr"
+
+    for position, parameter in enumerate(function.params):
+        value = arguments.pop(parameter.name)
+        specialized = not parameter.do_not_specialize
+        kind = kind_of(value, (position,), specialized, parameter.is_constexpr)
+        signature.append((parameter.name, kind))
     return Variant(
         function.fn.__name__.strip("_").removesuffix("_kernel"),
         tuple(signature),
@@ -128,7 +149,9 @@ def _weight(out_features: int, in_features: int, blocksize: int, nested: bool) -
 
 
 def _call(op: str, *args: Any) -> Any:
-    return BACKEND.ops[op].run(*args)
+    run = BACKEND.ops[op].run
+    # Past the decorator that asks for autocast's state, which meta tensors do not have.
+    return getattr(run, "__wrapped__", run)(*args)
 
 
 def _lora_step(
@@ -164,6 +187,42 @@ def _lora_step(
     _call("lora_linear_backward", grad, x, h, *q, A, B, *last, mask)
 
 
+def _layers(
+    sizes: Sequence[tuple[int, int]], nested: bool, rank: int, lora_dtype: torch.dtype
+) -> list[Any]:
+    """The arguments of several projections over NF4 in bf16, each [out_features, in_features]."""
+
+    def empty(*shape: int, dtype: torch.dtype = lora_dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    rows = [
+        (*_weight(N, K, 64, nested), N, empty(rank, K), empty(N, rank), empty(0), 0.5)
+        for N, K in sizes
+    ]
+    return [list(part) for part in zip(*rows, strict=True)]
+
+
+def _qkv_step(M: int, nested: bool, rank: int, lora_dtype: torch.dtype, p: float) -> None:
+    """Grouped-query attention of an 8B model, forward and backward."""
+    x = torch.empty(M, 4096, dtype=torch.bfloat16, device="meta")
+    seed = torch.empty((), dtype=torch.int64, device="meta") if p else None
+    layers = _layers([(4096, 4096), (1024, 4096), (1024, 4096)], nested, rank, lora_dtype)
+    y, h = _call("lora_qkv", x, *layers, p, seed)
+    mask = [True, *[False] * 3, *[True] * 6, *[False] * 3]
+    _call("lora_qkv_backward", y, x, h, *layers, p, seed, mask)
+
+
+def _mlp_step(M: int, nested: bool, rank: int, lora_dtype: torch.dtype, p: float) -> None:
+    """The gated MLP of an 8B model, forward and backward."""
+    x = torch.empty(M, 4096, dtype=torch.bfloat16, device="meta")
+    seed = torch.empty((), dtype=torch.int64, device="meta") if p else None
+    sizes = [(14336, 4096), (14336, 4096), (4096, 14336)]
+    layers = _layers(sizes, nested, rank, lora_dtype)
+    y, gate, up, h = _call("lora_mlp", x, *layers, p, seed, "silu")
+    mask = [True, *[False] * 3, *[True] * 6, *[False] * 3]
+    _call("lora_mlp_backward", y, x, gate, up, h, *layers, p, seed, "silu", mask)
+
+
 def launches(capability: int) -> list[Variant]:
     """The variants of one architecture: every rule of `configs`, every feature at least once."""
     N, K = 14336, 4096
@@ -193,4 +252,9 @@ def launches(capability: int) -> list[Variant]:
             _lora_step(M, N, K, short, 8, bf16, bf16, 0.0, "gelu", True)
             _lora_step(M, N, K, base, 16, bf16, bf16, 0.1, "identity", False)
         _lora_step(8192, N, K, base, 16, bf16, bf16, 0.0, "silu", True)
+        for step in (_qkv_step, _mlp_step):
+            for M in (16, 128, 512, 8192):
+                step(M, False, 16, bf16, 0.0)
+            for M, p in ((512, 0.1), (512, 0.0), (8192, 0.1)):
+                step(M, True, 64, fp32, p)
     return list(variants)

@@ -33,7 +33,8 @@ from benchmarks.triton_launches import Variant, launches
 TABLE = Path(__file__).parent / "results" / "triton_resources.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Shared memory of a program, and the matrix instructions of tiles of 64 rows and more.
-SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+# What runs on 8.0 runs on 8.6 and 8.9 as well, which have less of it.
+SHARED = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 # The column is checked in this direction: +1 where more is worse, -1 where less is.
 WORSE = {"registers": 1, "shared": 1, "matrix": -1, "per_32_weights": 1}
@@ -46,12 +47,11 @@ Table = dict[str, dict[str, Numbers]]
 
 def compile_variant(variant: Variant, capability: int) -> Any:
     """Triton's compiled kernel: its machine code under `asm["cubin"]`."""
-    names = [name for name, _ in variant.signature]
     source = ASTSource(
         fn=variant.function,
         signature=dict(variant.signature),
-        constexprs={(names.index(name),): value for name, value in variant.constants},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible},
+        constexprs=dict(variant.constants),
+        attrs={path: [["tt.divisibility", 16]] for path in variant.divisible},
     )
     return triton.compile(
         source, target=GPUTarget("cuda", capability, 32), options=dict(variant.options)

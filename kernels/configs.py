@@ -12,7 +12,7 @@ measured on a GPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pylora.kernels.launch import Facts
 
@@ -134,7 +134,7 @@ def backward_plan(
     """Tiles of dx = grad @ W, summed over weights of Ns rows: block_n is the width of dx's tile,
     block_k the step over N."""
     if itemsize == 4:
-        tile = TileConfig(32, 64, 32, 4, 2)
+        tile = TileConfig(32, 64, 32, 4, 3)
     elif M <= 16:
         tile = TileConfig(16, 64, 64, 4, 4)
     elif M <= 64 or blocksize == 32:
@@ -152,11 +152,13 @@ def backward_plan(
     )
 
 
-def expand_tile(facts: Facts) -> TileConfig:
+def expand_tile(terms: int, facts: Facts) -> TileConfig:
     """Tiles of what is added to an output that is there already; block_k is unused.
 
     Of the small tiles that any memory-bound kernel could take, those that spill nowhere.
     """
+    if terms > 1:
+        return TileConfig(32, 64, 0, 8, 2)
     return TileConfig(32, 64 if facts.capability < 90 else 32, 0, 4, 2)
 
 
@@ -165,24 +167,38 @@ def _block_r(rank: int, most: int) -> int:
 
 
 def shrink_config(
-    M: int, K: int, rank: int, fp32: bool, facts: Facts
+    M: int, K: int, ranks: Sequence[int], fp32: bool, facts: Facts
 ) -> tuple[ShrinkConfig, int, int]:
-    """(config, splits of K, length of each) of a projection of [M, K] to [M, rank]."""
-    block_m = 16 if M <= 16 else 64
+    """(config, splits of K, length of each) of projections of [M, K] to [M, rank] each."""
+    block_m, rank = 16 if M <= 16 else 64, max(ranks)
     config = ShrinkConfig(block_m, _block_r(rank, 64), 64, 4, 4)
     if fp32:
-        config = ShrinkConfig(block_m, _block_r(rank, 32), 32, 4, 2)
+        # Several sums, of three products a step each, would spill in four warps.
+        config = ShrinkConfig(block_m, _block_r(rank, 32), 32, 4 if len(ranks) == 1 else 8, 2)
     tiles = cdiv(M, block_m) * cdiv(rank, config.block_r)
     return config, *_split(K, config.block_k, tiles, facts, 2, 256)
 
 
-def weight_grad_config(
-    M: int, columns: int, rank: int, fp32: bool, facts: Facts
+def gated_shrink_config(
+    M: int, K: int, ranks: Sequence[int], fp32: bool, facts: Facts
 ) -> tuple[ShrinkConfig, int, int]:
-    """(config, splits of M, length of each) of a sum over M to [columns, rank].
+    """`shrink_config` of two gradients that are made on the way, which takes more registers."""
+    config, splits, per_split = shrink_config(M, K, ranks, fp32, facts)
+    return replace(config, num_warps=8), splits, per_split
+
+
+def weight_grad_config(
+    M: int, columns: int, ranks: Sequence[int], fp32: bool, masked: bool, facts: Facts
+) -> tuple[ShrinkConfig, int, int]:
+    """(config, splits of M, length of each) of sums over M to [columns, rank] each.
 
     block_m is the width of the tile of columns, block_k the step over M.
     """
-    config = ShrinkConfig(64, _block_r(rank, 32 if fp32 else 64), 32 if fp32 else 64, 4, 3)
+    rank = max(ranks)
+    config = ShrinkConfig(64, _block_r(rank, 64), 64, 4, 3)
+    if fp32:
+        # Of the two, what spills nowhere.
+        num_warps = 8 if masked and len(ranks) > 1 else 4
+        config = ShrinkConfig(64, _block_r(rank, 32), 32, num_warps, 3)
     tiles = cdiv(columns, config.block_m) * cdiv(rank, config.block_r)
     return config, *_split(M, config.block_k, tiles, facts, 2, 256)

@@ -101,7 +101,7 @@ def _linear_expand_kernel(
 def linear_expand(base: Tensor, out: Tensor, epilogue: Epilogue) -> None:
     """base [parts, M, Q] -> out [M, Q], both contiguous; out may share the memory of one part."""
     M, Q = out.shape
-    tile = expand_tile(facts(out))
+    tile = expand_tile(len(epilogue.terms), facts(out))
     with on_device_of(out):
         _linear_expand_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(Q, tile.block_n),)](
             base_ptr=base,

@@ -29,6 +29,7 @@ from pylora.kernels.nf4_dequantize import launch_nf4_dequantize, nf4_dequantize
 from pylora.kernels.nf4_linear import launch_nf4_linear
 from pylora.kernels.philox import Dropout
 from pylora.kernels.precision import lora_operands, output_operands
+from pylora.kernels.tuning import tuned
 from pylora.kernels.weight import NF4Base, weight_kind
 from pylora.reference.activation import GATED_ACTIVATIONS
 
@@ -221,16 +222,20 @@ def _by_tiles(x: Tensor, layers: Sequence[Layer], terms: Sequence[LowRank | None
     sizes = [layer.out_features for layer in layers]
     weights = [layer.weight for layer in layers]
     blocksize = weights[0].blocksize if isinstance(weights[0], NF4Base) else 0
-    plan = configs.forward_plan(M, sizes, K, x.element_size(), blocksize, facts(x))
-    outputs = [x.new_empty(M, size) for size in sizes]
-    if plan.splits == 1:
-        launch_nf4_linear(x, weights, outputs, plan, _epilogue(x, layers, terms))
+    rule = configs.forward_plan(M, sizes, K, x.element_size(), blocksize, facts(x))
+
+    def run(plan: configs.TilePlan) -> list[Tensor]:
+        outputs = [x.new_empty(M, size) for size in sizes]
+        if plan.splits == 1:
+            launch_nf4_linear(x, weights, outputs, plan, _epilogue(x, layers, terms))
+            return outputs
+        workspaces = [x.new_empty(plan.splits, M, size, dtype=torch.float32) for size in sizes]
+        launch_nf4_linear(x, weights, workspaces, plan, Epilogue())
+        for workspace, y, layer, term in zip(workspaces, outputs, layers, terms, strict=True):
+            linear_expand(workspace, y, _epilogue(x, [layer], [term]))
         return outputs
-    workspaces = [x.new_empty(plan.splits, M, size, dtype=torch.float32) for size in sizes]
-    launch_nf4_linear(x, weights, workspaces, plan, Epilogue())
-    for workspace, y, layer, term in zip(workspaces, outputs, layers, terms, strict=True):
-        linear_expand(workspace, y, _epilogue(x, [layer], [term]))
-    return outputs
+
+    return run(tuned("nf4_linear", x, (*sizes, K), str(layers[0].kind), rule, K, run))
 
 
 def _by_products(

@@ -28,6 +28,7 @@ from pylora.kernels.lora_weight_grad import lora_weight_grad
 from pylora.kernels.nf4_dequantize import launch_nf4_dequantize
 from pylora.kernels.nf4_linear_backward import launch_nf4_linear_backward
 from pylora.kernels.precision import lora_operands, output_operands
+from pylora.kernels.tuning import tuned
 from pylora.kernels.weight import NF4Base, weight_kind
 
 
@@ -196,15 +197,25 @@ def _by_tiles(pairs: Sequence[Pair], K: int) -> Tensor:
     sizes = [grad.shape[1] for grad in grads]
     M, dtype = grads[0].shape[0], grads[0].dtype
     blocksize = weights[0].blocksize if isinstance(weights[0], NF4Base) else 0
-    plan = configs.backward_plan(M, sizes, K, dtype.itemsize, blocksize, facts(grads[0]))
-    dx, epilogue = grads[0].new_empty(M, K), _terms(pairs, dtype)
-    if plan.splits == 1:
-        launch_nf4_linear_backward(grads, weights, dx, plan, epilogue)
+    rule = configs.backward_plan(M, sizes, K, dtype.itemsize, blocksize, facts(grads[0]))
+    epilogue = _terms(pairs, dtype)
+    # Several masks take more registers than a tile leaves.
+    crowded = len(epilogue.terms) > 1 and epilogue.terms[0].dropout.seed is not None
+
+    def run(plan: configs.TilePlan) -> Tensor:
+        dx = grads[0].new_empty(M, K)
+        if plan.splits == 1 and not crowded:
+            launch_nf4_linear_backward(grads, weights, dx, plan, epilogue)
+            return dx
+        parts = dx[None]
+        if plan.splits > 1:
+            parts = dx.new_empty(plan.splits, M, K, dtype=torch.float32)
+        launch_nf4_linear_backward(grads, weights, parts, plan, Epilogue())
+        linear_expand(parts, dx, epilogue)
         return dx
-    workspace = dx.new_empty(plan.splits, M, K, dtype=torch.float32)
-    launch_nf4_linear_backward(grads, weights, workspace, plan, Epilogue())
-    linear_expand(workspace, dx, epilogue)
-    return dx
+
+    kind, length = str(weight_kind(weights[0])), configs.length_of(sizes, rule.tile)
+    return run(tuned("nf4_linear_backward", grads[0], (*sizes, K), kind, rule, length, run))
 
 
 def _by_products(pairs: Sequence[Pair], K: int) -> Tensor:

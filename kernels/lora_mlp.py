@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pylora.kernels.activation import activate, activate_backward
-from pylora.kernels.configs import shrink_config
+from pylora.kernels.configs import gated_shrink_config
 from pylora.kernels.epilogue import factor_pointers
 from pylora.kernels.launch import facts, on_device_of
 from pylora.kernels.lora_linear import Gated, Layer, lora_linears
@@ -122,13 +122,13 @@ def gated_shrink(
     dtypes = [lora.A.dtype for lora in loras if lora is not None] or [gate.dtype]
     operands = lora_operands(gate.dtype, torch.promote_types(dtypes[0], dtypes[-1]))
     ranks = tuple(0 if lora is None else lora.A.shape[0] for lora in loras)
-    config, splits, per_split = shrink_config(
-        M, width, max(*ranks, 1), operands.dtype == tl.float32, facts(gate)
-    )
+    fp32 = operands.dtype == tl.float32
+    largest = max(*ranks, 1)
+    config, splits, per_split = gated_shrink_config(M, width, (largest,), fp32, facts(gate))
     parts = [
         gate.new_empty(splits, M, rank, dtype=torch.float32) if rank else None for rank in ranks
     ]
-    grid = (triton.cdiv(M, config.block_m), triton.cdiv(max(*ranks, 1), config.block_r), splits)
+    grid = (triton.cdiv(M, config.block_m), triton.cdiv(largest, config.block_r), splits)
     with on_device_of(gate):
         _gated_shrink_kernel[grid](
             dhidden,

@@ -125,9 +125,8 @@ def lora_shrink(
     M, K = x.shape
     dropouts = dropouts or [Dropout()] * len(factors)
     ranks = tuple(factor.shape[0 if rank_first else 1] for factor in factors)
-    config, splits, k_per_split = shrink_config(
-        M, K, max(ranks), operands.dtype == tl.float32, facts(x)
-    )
+    fp32 = operands.dtype == tl.float32
+    config, splits, k_per_split = shrink_config(M, K, ranks, fp32, facts(x))
     parts = [x.new_empty(splits, M, rank, dtype=torch.float32) for rank in ranks]
     grid = (triton.cdiv(M, config.block_m), triton.cdiv(max(ranks), config.block_r), splits)
     with on_device_of(x):

@@ -104,9 +104,8 @@ def lora_weight_grad(
     M, P = wide.shape
     ranks = tuple(one.shape[1] for one in narrow)
     dropouts = dropouts or [Dropout()] * len(narrow)
-    config, splits, m_per_split = weight_grad_config(
-        M, P, max(ranks), operands.dtype == tl.float32, facts(wide)
-    )
+    fp32, masked = operands.dtype == tl.float32, dropouts[0].seed is not None
+    config, splits, m_per_split = weight_grad_config(M, P, ranks, fp32, masked, facts(wide))
     parts = [wide.new_empty(splits, rank, P, dtype=torch.float32) for rank in ranks]
     grid = (triton.cdiv(P, config.block_m), triton.cdiv(max(ranks), config.block_r), splits)
     with on_device_of(wide):

@@ -1,0 +1,142 @@
+"""Autotuning of the Triton tiles with a clock of our own: what is measured, kept and read again."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pylora
+from pylora import reference
+from pylora.backends.triton import BACKEND
+from pylora.testing import assert_as_accurate_as_torch
+
+if BACKEND.unavailable() is not None:
+    pytest.skip(f"no Triton kernels here: {BACKEND.unavailable()}", allow_module_level=True)
+
+from pylora.kernels import configs, tuning
+from pylora.kernels.configs import TileConfig, TilePlan
+
+DEVICE = BACKEND.device()
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+RULE = TilePlan(TileConfig(32, 64, 64, 4, 3), splits=2, per_split=512)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("PYLORA_CACHE", str(tmp_path / "cache"))
+    tuning.forget()
+    with pylora.use_backend("triton"):
+        yield tmp_path / "cache"
+    tuning.forget()
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[TilePlan]:
+    """The plans that a clock is asked for; it takes the one with the most splits for the best."""
+    plans: list[TilePlan] = []
+
+    def milliseconds(run: Any, plan: TilePlan) -> float:
+        run(plan)
+        plans.append(plan)
+        return 1.0 / plan.splits
+
+    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
+    return plans
+
+
+def call() -> tuple[Any, ...]:
+    weight = torch.randn(40, 512) / 512**0.5
+    with pylora.use_backend("reference"):
+        q = pylora.quantize_nf4(weight).to(DEVICE).op_arguments()
+    return (torch.randn(20, 512, device=DEVICE), *q, 40, None)
+
+
+def test_fastest_goes_from_parameter_to_parameter() -> None:
+    """The times of two parameters add up: both optima are found, what cannot run is passed over."""
+
+    def milliseconds(plan: TilePlan) -> float:
+        if plan.tile.block_m == 64:
+            return math.inf
+        of_tile = abs(plan.tile.block_m - 32) - plan.tile.block_n / 64
+        return 10 + of_tile + abs(plan.splits - 4)
+
+    best = tuning.fastest(RULE, 1024, milliseconds)
+    assert best == TilePlan(TileConfig(32, 128, 64, 4, 3), splits=4, per_split=256)
+    assert tuning.fastest(RULE, 1024, lambda plan: 1.0) == RULE
+
+
+def test_every_plan_around_a_rule_covers_the_sum() -> None:
+    for length in (64, 1088, 4096):
+        rule = TilePlan(RULE.tile, *configs._split(length, 64, 4, configs.Facts(90, 132), 2, 512))
+        found: list[TilePlan] = []
+
+        def milliseconds(plan: TilePlan, found: list[TilePlan] = found) -> float:
+            found.append(plan)
+            return 1.0
+
+        tuning.fastest(rule, length, milliseconds)
+        assert len(found) == len(set(found)) > 5
+        for plan in found:
+            assert plan.per_split % plan.tile.block_k == 0
+            assert (plan.splits - 1) * plan.per_split < length <= plan.splits * plan.per_split
+
+
+def test_nothing_is_measured_unless_asked_for(measured: list[TilePlan], folder: Path) -> None:
+    args = call()
+    torch.ops.pylora.nf4_linear(*args)
+    assert not measured and not folder.exists()
+
+
+def test_a_plan_is_measured_once_and_read_by_later_processes(
+    measured: list[TilePlan], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = call()
+    plain = torch.ops.pylora.nf4_linear(*args)
+    monkeypatch.setenv("PYLORA_AUTOTUNE", "1")
+    y = torch.ops.pylora.nf4_linear(*args)
+    assert_as_accurate_as_torch(y, reference.nf4_linear, *args)
+    count = len(measured)
+    assert count > 5
+    torch.ops.pylora.nf4_linear(*args)
+    # Rows share a plan up to the next power of two.
+    torch.ops.pylora.nf4_linear(args[0][:17], *args[1:])
+    assert len(measured) == count
+    torch.ops.pylora.nf4_linear(args[0][:16], *args[1:])
+    assert len(measured) > count
+    monkeypatch.setenv("PYLORA_AUTOTUNE", "0")
+    tuning.forget()
+    del measured[:]
+    # The order of a sum tells the plan: neither measured again nor the rule's.
+    assert torch.equal(torch.ops.pylora.nf4_linear(*args), y)
+    assert not measured and not torch.equal(y, plain)
+    assert [path.name for path in folder.iterdir()] == ["tuning.json"]
+
+
+def test_plans_of_another_gpu_are_kept_and_not_used(
+    measured: list[TilePlan], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYLORA_AUTOTUNE", "1")
+    args = call()
+    torch.ops.pylora.nf4_linear(*args)
+    path = folder / "tuning.json"
+    ((_, plans),) = json.loads(path.read_text()).items()
+    path.write_text(json.dumps({"another GPU, triton 0": plans}))
+    tuning.forget()
+    del measured[:]
+    torch.ops.pylora.nf4_linear(*args)
+    assert measured
+    assert len(json.loads(path.read_text())) == 2
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a GPU": {"a key": {"tile": {}}}}'])
+def test_a_file_that_holds_something_else_is_named(folder: Path, text: str) -> None:
+    folder.mkdir()
+    (folder / "tuning.json").write_text(text)
+    with pytest.raises(ValueError, match=r"tuning\.json must hold tile plans"):
+        torch.ops.pylora.nf4_linear(*call())
