@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -33,8 +33,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("host_cuda")
 
-    def compiled(stem: str, *kernels: str) -> Path:
-        sources = " ".join(f"csrc/cuda/{kernel}.cu" for kernel in kernels)
+    def compiled(stem: str, *kernels: str, twins: Sequence[str] = ()) -> Path:
+        sources = " ".join([*(f"csrc/cuda/{kernel}.cu" for kernel in kernels), *twins])
         command = f"""{compiler} -std=c++20 -O1 -Wall -Wextra -Werror -ffp-contract=off
             -Wno-unknown-pragmas -Wno-maybe-uninitialized -fsanitize=address,undefined
             -fno-sanitize-recover=all -Itests/host_cuda -Icsrc
@@ -286,6 +286,63 @@ def test_linear_plans(lora_linear, shape, gpu: str, processors: int, slices: int
         assert plan["slices"] == slices
         results.append(y)
     assert all(torch.equal(y, results[0]) for y in results)
+
+
+# nf4_linear and lora_linear for many rows on Hopper
+
+
+@pytest.fixture(scope="module")
+def hopper(compiled) -> Path:
+    twins = ["tests/host_cuda/tensor_map.cpp"]
+    return compiled("nf4_linear_hopper", "nf4_linear_hopper", "lora_hidden_many", twins=twins)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "processors", "tile_tokens", "tiles"),
+    [
+        ((300, 120, 640), 1, 128, 3),  # all stages, several times round; ends within a tile
+        ((250, 200, 384), 1, 256, 2),
+        ((128, 128, 64), 132, 128, 1),  # one block
+    ],
+)
+def test_hopper(hopper, shape, processors: int, tile_tokens: int, tiles: int, dtype: torch.dtype):
+    """The result does not depend on the order of threads, nor on when copies land."""
+    results = []
+    for seed in SEEDS:
+        y, plan = check_linear(hopper, shape, dtype, processors=processors, seed=seed)
+        assert plan == {"tokens": tile_tokens, "tiles": tiles, "grid": min(tiles, processors)}
+        results.append(y)
+    assert torch.equal(results[0], results[1])
+
+
+@pytest.mark.parametrize(
+    ("blocksize", "nested", "K"), [(64, True, 576), (128, False, 320), (4096, True, 448)]
+)
+def test_hopper_block_sizes(hopper, blocksize: int, nested: bool, K: int):
+    """The last two straddle rows. 133 outputs cannot be stored 16 bytes at a time."""
+    shape = (131, 133, K)
+    check_linear(hopper, shape, blocksize=blocksize, nested=nested, biases=False)
+
+
+@pytest.mark.parametrize(
+    ("rank", "dtype", "lora_dtype"),
+    [
+        (16, torch.bfloat16, torch.bfloat16),
+        (1, torch.float16, torch.float16),
+        (37, torch.bfloat16, torch.float32),
+        (64, torch.float16, torch.float32),
+    ],
+)
+def test_hopper_lora(hopper, rank: int, dtype: torch.dtype, lora_dtype: torch.dtype):
+    """Two tiles a CTA: the second time low is there already."""
+    for seed in SEEDS:
+        options = {"rank": rank, "lora_dtype": lora_dtype, "processors": 1, "seed": seed}
+        check_linear(hopper, (129, 70, 192), dtype, **options)
+
+
+def test_hopper_dropout_and_activation(hopper):
+    check_linear(hopper, (128, 50, 192), rank=8, activation="gelu", dropout_p=0.3, nested=True)
 
 
 # The executor itself

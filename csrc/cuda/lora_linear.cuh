@@ -80,19 +80,22 @@ struct Vector {
   DType dtype = DType::kFloat32;
 };
 
-struct LoraLinearSmall {
+// One call; pointers are of the device.
+struct LoraLinear {
   DType dtype = DType::kBFloat16;
   const void* x = nullptr;
   void* y = nullptr;
   int tokens = 0;
-  NF4Matrix weight;               // device pointers
+  NF4Matrix weight;
   const float* offset = nullptr;  // [1], null where absmax is not nested
   Vector bias;
 
   LoraHidden hidden;  // rank 0: no LoRA
   const void* lora_B = nullptr;
   Vector lora_B_bias;
+};
 
+struct LoraLinearSmall : LoraLinear {
   float* partials = nullptr;     // SmallPlan::partial_floats
   unsigned* counters = nullptr;  // SmallPlan::counters, of any content
 };

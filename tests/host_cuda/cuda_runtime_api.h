@@ -16,6 +16,7 @@
 #define __constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;

@@ -1,0 +1,18 @@
+// Runs the kernels for many tokens on the CPU: arguments from standard input, y and h to standard
+// output.
+#include "cuda/nf4_linear_hopper.cuh"
+
+#include "linear_input.h"
+
+int main() {
+  pylora::LoraLinear op;
+  const LinearHeader in = read_linear(op);
+  const pylora::HopperPlan plan =
+      pylora::plan_hopper(in.tokens, in.rows, static_cast<int>(in.processors));
+  const LinearOutput out = make_outputs(op, pylora::low_pitch(in.rank));
+  if (pylora::nf4_linear_hopper_cuda(op, plan, nullptr) != cudaSuccess) return 1;
+  cudaDeviceSynchronize();
+  std::fprintf(stderr, "tokens %d, tiles %d, grid %d\n", plan.tile_tokens,
+               static_cast<int>(plan.tiles), plan.grid);
+  write_outputs(op, out);
+}
