@@ -15,10 +15,10 @@ inline constexpr int kHopperThreads = (1 + kConsumers) * kGroupThreads;
 
 inline constexpr int kGroupRows = 64;  // of W: the m64 of a product
 inline constexpr int kTileRows = kConsumers * kGroupRows;
-inline constexpr int kSteps = 4;             // products a block: 4 * 32 bytes along k
-inline constexpr int kStepBytes = 32;        // of x along k
-inline constexpr int kTokenBytes = 128;      // of x: 64 columns, or 32 of low
-inline constexpr int kPackedRowBytes = 32;   // of qweight: 64 columns
+inline constexpr int kSteps = 4;            // products a block: 4 * 32 bytes along k
+inline constexpr int kStepBytes = 32;       // of x along k
+inline constexpr int kTokenBytes = 128;     // of x: 64 columns, or 32 of low
+inline constexpr int kPackedRowBytes = 32;  // of qweight: 64 columns
 inline constexpr int kPackedBytes = kTileRows * kPackedRowBytes;
 inline constexpr int kLowColumns = kTokenBytes / 4;
 inline constexpr int kStagedTokens = kPairEntries / kConsumers;  // a warpgroup's turn in 6.
@@ -79,14 +79,13 @@ PYLORA_HOST_DEVICE constexpr int staging_hole(int consumer, int token) {
 }
 PYLORA_HOST_DEVICE constexpr int staging_unit(int token, int unit) { return unit ^ token % 8; }
 
-// stmatrix `pair` of a warp writes four matrices, 8 tokens by 8 rows: this lane gives the address of
-// this token and unit, and register i has the accumulators of octet `staged_octet`, row half i % 2.
+// stmatrix `pair` of a warp writes four matrices, 8 tokens by 8 rows: this lane gives the address
+// of this token and unit, and register i has the accumulators of octet `staged_octet`, row half i
+// % 2.
 PYLORA_HOST_DEVICE constexpr int staged_token(int pair, int lane) {
   return 16 * pair + lane / 16 * 8 + lane % 8;
 }
-PYLORA_HOST_DEVICE constexpr int staged_unit(int warp, int lane) {
-  return 2 * warp + lane / 8 % 2;
-}
+PYLORA_HOST_DEVICE constexpr int staged_unit(int warp, int lane) { return 2 * warp + lane / 8 % 2; }
 PYLORA_HOST_DEVICE constexpr int staged_octet(int pair, int i) { return 2 * pair + i / 2; }
 
 }  // namespace pylora

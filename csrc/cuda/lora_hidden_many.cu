@@ -1,9 +1,8 @@
-#include "cuda/lora_hidden_many.cuh"
-
 #include "common/philox.h"
 #include "cuda/activation.cuh"
 #include "cuda/element.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/lora_hidden_many.cuh"
 #include "cuda/ptx.cuh"
 #include "cuda/tf32.cuh"
 

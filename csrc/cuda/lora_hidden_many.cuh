@@ -19,6 +19,8 @@
 
 namespace pylora {
 
+inline constexpr int64_t kMaxManyTokens = 8 * 65535;  // of a grid
+
 // Returns the launch's error.
 cudaError_t lora_hidden_many_cuda(const LoraHidden& op, DType dtype, const void* x, int tokens,
                                   int64_t cols, int64_t low_pitch, cudaStream_t stream);

@@ -1,9 +1,9 @@
 #include "cuda/element.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/load_any.cuh"
 #include "cuda/lora_feed.cuh"
 #include "cuda/lora_linear.cuh"
 #include "cuda/lora_plan.cuh"
-#include "cuda/load_any.cuh"
 #include "cuda/nf4_pairs.cuh"
 #include "cuda/ptx.cuh"
 

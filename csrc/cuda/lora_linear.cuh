@@ -49,6 +49,7 @@ struct DeviceLimits {
   int processors = 0;             // SMs
   int64_t shared_per_sm = 0;      // bytes
   int64_t shared_per_cta = 0;     // bytes, the most a kernel may ask for
+  int major = 0, minor = 0;       // compute capability
   bool dependent_launch = false;  // sm_90 on
 };
 

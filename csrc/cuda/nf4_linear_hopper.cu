@@ -1,5 +1,3 @@
-#include "cuda/nf4_linear_hopper.cuh"
-
 #include <algorithm>
 
 #include "cuda/element.cuh"
@@ -7,6 +5,7 @@
 #include "cuda/load_any.cuh"
 #include "cuda/lora_hidden_many.cuh"
 #include "cuda/nf4_absmax.cuh"
+#include "cuda/nf4_linear_hopper.cuh"
 #include "cuda/nf4_pairs.cuh"
 #include "cuda/ptx_hopper.cuh"
 #include "cuda/tensor_map.cuh"
@@ -114,7 +113,8 @@ __device__ __forceinline__ void decode_block(uint32_t (&fragments)[kSteps][4], c
       const int word = fragment_word(step, i);
       const uint4& unit = units[i % 2][word / 4];
       const uint32_t words[4] = {unit.x, unit.y, unit.z, unit.w};
-      const uint32_t codes = decode_pair(pairs, lane_offset, words[word % 4], fragment_byte(thread));
+      const uint32_t codes =
+          decode_pair(pairs, lane_offset, words[word % 4], fragment_byte(thread));
       const Scale<T>& scale = scales[i % 2];
       fragments[step][i] = fma_pair<T>(codes, scale.high, multiply_pair<T>(codes, scale.low));
     }
@@ -227,7 +227,7 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const Ring
     float sums[kTokens / 2];
     uint32_t fragments[2][kSteps][4];
     int used = 0;  // the stage of the block before
-    const auto take_block = [&](int block, uint32_t(&mine)[kSteps][4]) {
+    const auto take_block = [&](int block, uint32_t (&mine)[kSteps][4]) {
       // 3.
       Scale<T> scales[2];
 #pragma unroll

@@ -1,12 +1,13 @@
-// y = x W^T + bias + scaling * (act(h) lora_B^T + lora_B_bias) for many tokens on Hopper (sm_90a), W
-// in NF4, decoded into the registers from which the tensor cores take it. With LoRA another kernel,
-// lora_hidden_many.cu, makes low = scaling * act(h) first; this one starts while that one runs
-// (programmatic dependent launch) and waits for it before it copies low.
+// y = x W^T + bias + scaling * (act(h) lora_B^T + lora_B_bias) for many tokens on Hopper (sm_90a),
+// W in NF4, decoded into the registers from which the tensor cores take it. With LoRA another
+// kernel, lora_hidden_many.cu, makes low = scaling * act(h) first; this one starts while that one
+// runs (programmatic dependent launch) and waits for it before it copies low.
 //
 // Shapes    x [M, K] fp16|bf16; W NF4 over [N, K]; bias [N]; low [M, R] fp32, rows a multiple of 4
 //           apart; lora_B [N, R] -> y [M, N] of x's dtype   (M = tokens, N = out_features,
 //           K = in_features, R = rank)
-// Numerics  A weight is code * absmax with the code rounded to x's dtype (16 values) and the product
+// Numerics  A weight is code * absmax with the code rounded to x's dtype (16 values) and the
+// product
 //           once more: absmax goes in as the sum of two numbers of that dtype, into a fused
 //           multiply-add. Torch's dequantize rounds the product alone, to the same half unit each:
 //           at most twice its error. An fp32 sum for each block, times its absmax, would be more
@@ -21,7 +22,8 @@
 //           2. The feeding thread copies, a block of 64 columns after the other, the tile of x
 //              (swizzled by 128 bytes, as the tensor cores read their operand B) and that of
 //              qweight (32 bytes a row) into a ring of stages, as soon as both warpgroups have left
-//              a stage. Behind the last block it copies low, 32 of the rank at a time, in its place.
+//              a stage. Behind the last block it copies low, 32 of the rank at a time, in its
+//              place.
 //           3. A thread decodes 32 weights of the block, rows g and g + 8 of its warp's 16
 //              (hopper_maps.cuh), into the fragments of four m64 k16 products, while those of the
 //              block before are under way.
@@ -35,14 +37,16 @@
 // Source    CUTLASS example 55 and Machete for swapped operands with a converted A in registers;
 //           QLoRA, arXiv:2305.14314
 //
-// The columns of a block keep their order, since x comes as it lies in memory: lane t of a quad then
-// wants byte t of every word of qweight. It loads whole rows, 4 LDS.128 of which the quad shares the
-// addresses, and its decoder picks the byte (a PRMT's selector) at no cost. The alternatives: x with
-// its columns exchanged costs a pass over x; qweight reshuffled offline would no longer be
-// bitsandbytes' bytes; ldmatrix hands out words and needs 8 SHFL and 16 PRMT to exchange them.
+// The columns of a block keep their order, since x comes as it lies in memory: lane t of a quad
+// then wants byte t of every word of qweight. It loads whole rows, 4 LDS.128 of which the quad
+// shares the addresses, and its decoder picks the byte (a PRMT's selector) at no cost. The
+// alternatives: x with its columns exchanged costs a pass over x; qweight reshuffled offline would
+// no longer be bitsandbytes' bytes; ldmatrix hands out words and needs 8 SHFL and 16 PRMT to
+// exchange them.
 //
-// Estimates, in issue slots of a scheduler and cycles of shared memory, for a block of a tile of 256
-// tokens (1024 cycles of the tensor cores; 512 with 128 tokens). Nothing of this has run on a GPU.
+// Estimates, in issue slots of a scheduler and cycles of shared memory, for a block of a tile of
+// 256 tokens (1024 cycles of the tensor cores; 512 with 128 tokens). Nothing of this has run on a
+// GPU.
 //   decode  a warp: 16 PRMT + 16 LDS + 16 HMUL2 + 16 HFMA2 + 4 LDS.128 for 32 weights a lane, some
 //           90 slots with absmax and barriers; two warps a scheduler: 180 slots. A decoder by byte
 //           permutes in registers takes 78 in place of 32, at half rate.

@@ -1,6 +1,6 @@
-// What kernels need below CUDA C++: the only file with inline PTX. tests/host_cuda/ptx_host.h has
-// the same functions for the CPU, written from the PTX ISA, so that the kernels run there as they
-// are.
+// What kernels need below CUDA C++: inline PTX is here and, for sm_90a, in ptx_hopper.cuh, nowhere
+// else. tests/host_cuda/ptx_host.h has the same functions for the CPU, written from the PTX ISA, so
+// that the kernels run there as they are.
 //
 // Every function that a whole warp must call together says so.
 #pragma once

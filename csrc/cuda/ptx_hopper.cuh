@@ -76,10 +76,10 @@ __device__ __forceinline__ void barrier_arrive(Barrier* barrier) {
 }
 // Arrives, and adds to the bytes that the phase waits for.
 __device__ __forceinline__ void barrier_arrive_expect(Barrier* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 // Until the phase of this parity is complete: phases are numbered from 0, and before the first one
 // the phase of parity 1 counts as complete.
@@ -90,8 +90,7 @@ __device__ __forceinline__ void barrier_wait(Barrier* barrier, int parity) {
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 complete, [%0], %1;\n"
       "@!complete bra again;\n"
-      "}"
-      ::"r"(shared_address(barrier)),
+      "}" ::"r"(shared_address(barrier)),
       "r"(parity)
       : "memory");
 }
@@ -181,8 +180,8 @@ __device__ __forceinline__ void multiply_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Keeps the compiler, to which a product is done when it has been started, from moving other uses of
-// its registers across this point.
+// Keeps the compiler, to which a product is done when it has been started, from moving other uses
+// of its registers across this point.
 template <int kCount>
 __device__ __forceinline__ void settle(float (&registers)[kCount]) {
 #pragma unroll
@@ -194,34 +193,36 @@ __device__ __forceinline__ void settle(uint32_t (&registers)[kCount][4]) {
   for (int i = 0; i < 4 * kCount; ++i) asm volatile("" : "+r"(registers[i / 4][i % 4])::"memory");
 }
 
-#define PYLORA_D_0_63                                                                         \
+#define PYLORA_D_0_63                                                                          \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
   "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, " \
   "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, " \
   "%56, %57, %58, %59, %60, %61, %62, %63"
-#define PYLORA_D_64_127                                                                       \
+#define PYLORA_D_64_127                                                                        \
   "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, " \
   "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, " \
   "%100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, " \
   "%115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define PYLORA_D_8(i)                                                                     \
+#define PYLORA_D_8(i)                                                                         \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
-#define PYLORA_D_64(i)                                                            \
-  PYLORA_D_8(i), PYLORA_D_8(i + 8), PYLORA_D_8(i + 16), PYLORA_D_8(i + 24),       \
-      PYLORA_D_8(i + 32), PYLORA_D_8(i + 40), PYLORA_D_8(i + 48), PYLORA_D_8(i + 56)
+#define PYLORA_D_64(i)                                                                          \
+  PYLORA_D_8(i), PYLORA_D_8(i + 8), PYLORA_D_8(i + 16), PYLORA_D_8(i + 24), PYLORA_D_8(i + 32), \
+      PYLORA_D_8(i + 40), PYLORA_D_8(i + 48), PYLORA_D_8(i + 56)
 #define PYLORA_A_B "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor), "r"(add)
-#define PYLORA_WGMMA_128(types, transposed)                                                   \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\nwgmma.mma_async.sync.aligned.m64n128" \
-               types " {" PYLORA_D_0_63 "}, {%64, %65, %66, %67}, %68, add, 1, 1" transposed ";\n}" \
-               : PYLORA_D_64(0)                                                               \
-               : PYLORA_A_B)
-#define PYLORA_WGMMA_256(types, transposed)                                                    \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %133, 0;\nwgmma.mma_async.sync.aligned.m64n256" \
-               types " {" PYLORA_D_0_63 ", " PYLORA_D_64_127                                   \
-               "}, {%128, %129, %130, %131}, %132, add, 1, 1" transposed ";\n}"                \
-               : PYLORA_D_64(0), PYLORA_D_64(64)                                               \
-               : PYLORA_A_B)
+#define PYLORA_WGMMA_128(types, transposed)                                                      \
+  asm volatile(                                                                                  \
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\nwgmma.mma_async.sync.aligned.m64n128" types \
+      " {" PYLORA_D_0_63 "}, {%64, %65, %66, %67}, %68, add, 1, 1" transposed ";\n}"             \
+      : PYLORA_D_64(0)                                                                           \
+      : PYLORA_A_B)
+#define PYLORA_WGMMA_256(types, transposed)                                                       \
+  asm volatile(                                                                                   \
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %133, 0;\nwgmma.mma_async.sync.aligned.m64n256" types \
+      " {" PYLORA_D_0_63 ", " PYLORA_D_64_127                                                     \
+      "}, {%128, %129, %130, %131}, %132, add, 1, 1" transposed ";\n}"                            \
+      : PYLORA_D_64(0), PYLORA_D_64(64)                                                           \
+      : PYLORA_A_B)
 
 // Whole warpgroup. Starts d = A B, or d += A B where `add`, with A [64, 32 bytes] in registers,
 // B [32 bytes, kTokens] of the same type and d in fp32; float stands for TF32, which leaves out the

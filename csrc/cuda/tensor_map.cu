@@ -1,8 +1,8 @@
-#include "cuda/tensor_map.cuh"
-
 #include <cuda.h>
 
 #include <cstring>
+
+#include "cuda/tensor_map.cuh"
 
 namespace pylora {
 namespace {
