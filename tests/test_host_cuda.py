@@ -326,23 +326,26 @@ def test_hopper_block_sizes(hopper, blocksize: int, nested: bool, K: int):
 
 
 @pytest.mark.parametrize(
-    ("rank", "dtype", "lora_dtype"),
+    ("shape", "rank", "dtype", "lora_dtype"),
     [
-        (16, torch.bfloat16, torch.bfloat16),
-        (1, torch.float16, torch.float16),
-        (37, torch.bfloat16, torch.float32),
-        (64, torch.float16, torch.float32),
+        ((250, 70, 128), 16, torch.bfloat16, torch.bfloat16),  # a tile of 256
+        ((20, 200, 576), 1, torch.float16, torch.float16),
+        ((20, 200, 192), 37, torch.bfloat16, torch.bfloat16),  # low takes two stages
+        ((20, 200, 192), 9, torch.bfloat16, torch.float32),
+        ((20, 200, 192), 33, torch.float16, torch.float32),
     ],
 )
-def test_hopper_lora(hopper, rank: int, dtype: torch.dtype, lora_dtype: torch.dtype):
-    """Two tiles a CTA: the second time low is there already."""
+def test_hopper_lora(hopper, shape, rank: int, dtype: torch.dtype, lora_dtype: torch.dtype):
+    """Of 200 outputs a CTA has two tiles: the second time low is there already."""
     for seed in SEEDS:
         options = {"rank": rank, "lora_dtype": lora_dtype, "processors": 1, "seed": seed}
-        check_linear(hopper, (129, 70, 192), dtype, **options)
+        check_linear(hopper, shape, dtype, **options)
 
 
-def test_hopper_dropout_and_activation(hopper):
-    check_linear(hopper, (128, 50, 192), rank=8, activation="gelu", dropout_p=0.3, nested=True)
+@pytest.mark.parametrize("lora_dtype", [torch.bfloat16, torch.float32])
+def test_hopper_dropout_and_activation(hopper, lora_dtype: torch.dtype):
+    options = {"rank": 8, "lora_dtype": lora_dtype, "nested": True}
+    check_linear(hopper, (35, 50, 192), activation="gelu", dropout_p=0.3, **options)
 
 
 # The executor itself
