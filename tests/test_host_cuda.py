@@ -348,6 +348,11 @@ def test_hopper_dropout_and_activation(hopper, lora_dtype: torch.dtype):
     check_linear(hopper, (35, 50, 192), activation="gelu", dropout_p=0.3, **options)
 
 
+def test_hopper_maps(compiled):
+    ran = start(compiled("hopper_maps"))
+    assert ran.returncode == 0, ran.stderr.decode()
+
+
 # The executor itself
 
 
@@ -382,3 +387,37 @@ def test_the_executor_sees_a_bug_of_each_kind(mutants: Path, bug: str):
         stderr = ran.stderr.decode()
         assert (ran.returncode == 0) == (bug == "none"), f"seed {seed}: {stderr}"
         assert BUGS.get(bug, "") in stderr
+
+
+@pytest.fixture(scope="module")
+def mutants_hopper(compiled) -> Path:
+    return compiled("mutants_hopper", twins=["tests/host_cuda/tensor_map.cpp"])
+
+
+DEADLOCK = "deadlock: threads wait for others that do not come"
+HOPPER_BUGS = {
+    "missing wait for a copy": "host_cuda: ",
+    "missing wait before a stage is filled again": DEADLOCK,
+    "stage left before its products are done": "",  # wrong, or a deadlock
+    "sums read before they are waited for": WRONG,
+    "fragments overwritten under way": WRONG,
+    "missing fence before a product": "wgmma without a fence",
+    "barrier expects too few bytes": DEADLOCK,
+    "barrier without init": "an mbarrier is used before its init",
+    "warps arrive that no barrier expects": "",
+    "wrong swizzle": WRONG,
+    "wrong columns of B": WRONG,
+    "wrong rows of A": WRONG,
+    "stored without transposing": WRONG,
+    "missing named barrier": WRONG,
+}
+
+
+@pytest.mark.parametrize("bug", ["none", *HOPPER_BUGS])
+def test_the_executor_sees_a_bug_of_each_kind_on_hopper(mutants_hopper: Path, bug: str):
+    for seed in SEEDS:
+        ran = start(mutants_hopper, bug, seed=seed)
+        stderr = ran.stderr.decode()
+        assert ran.returncode != 2
+        assert (ran.returncode == 0) == (bug == "none"), f"seed {seed}: {stderr}"
+        assert HOPPER_BUGS.get(bug, "") in stderr

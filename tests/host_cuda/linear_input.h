@@ -2,7 +2,6 @@
 #pragma once
 
 #include "cuda/lora_linear.cuh"
-
 #include "stdin_arrays.h"
 
 inline pylora::DType dtype_of(int64_t code) { return static_cast<pylora::DType>(code); }

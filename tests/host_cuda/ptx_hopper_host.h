@@ -72,15 +72,6 @@ inline void barrier_init(Barrier* barrier, int arrivals) {
 }
 inline void barrier_init_fence() {}
 
-inline void barrier_arrive_expect(Barrier* barrier, int bytes) {
-  HostBarrier& state = host_barrier(barrier);
-  if (state.pending == 0) host_cuda::fail("more threads arrive at an mbarrier than it expects");
-  state.bytes += bytes;
-  --state.pending;
-  complete_if_ready(barrier);
-}
-inline void barrier_arrive(Barrier* barrier) { barrier_arrive_expect(barrier, 0); }
-
 // Copies land now that are counted at this barrier.
 inline void land_copies(Barrier* barrier) {
   auto& copies = host_cuda::executor.current().cta->bulk_copies;
@@ -90,6 +81,17 @@ inline void land_copies(Barrier* barrier) {
   copies.erase(copies.begin(), others);
   for (const auto& copy : mine) copy.land();
 }
+
+inline void barrier_arrive_expect(Barrier* barrier, int bytes) {
+  // Where only copies are missing from the phase before, they have had their time.
+  if (host_barrier(barrier).pending == 0) land_copies(barrier);
+  HostBarrier& state = host_barrier(barrier);
+  if (state.pending == 0) host_cuda::fail("more threads arrive at an mbarrier than it expects");
+  state.bytes += bytes;
+  --state.pending;
+  complete_if_ready(barrier);
+}
+inline void barrier_arrive(Barrier* barrier) { barrier_arrive_expect(barrier, 0); }
 
 inline void barrier_wait(Barrier* barrier, int parity) {
   const auto open = [&] { return host_barrier(barrier).phase == static_cast<uint32_t>(parity); };
