@@ -294,26 +294,35 @@ def test_linear_plans(lora_linear, shape, gpu: str, processors: int, slices: int
 @pytest.fixture(scope="module")
 def hopper(compiled) -> Path:
     twins = ["tests/host_cuda/tensor_map.cpp"]
-    return compiled("nf4_linear_hopper", "nf4_linear_hopper", "lora_hidden_many", twins=twins)
+    kernels = ("nf4_linear_hopper", "hopper_plan", "lora_hidden_many")
+    return compiled("nf4_linear_hopper", *kernels, twins=twins)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("shape", "processors", "tile_tokens", "tiles"),
+    ("shape", "processors", "tile_tokens", "tiles", "slices"),
     [
-        ((300, 120, 640), 1, 128, 3),  # all stages, several times round; ends within a tile
-        ((250, 200, 384), 1, 256, 2),
-        ((128, 128, 64), 132, 128, 1),  # one block
+        ((300, 120, 640), 1, 128, 3, 1),  # all stages, several times round; ends within a tile
+        ((250, 200, 384), 1, 256, 2, 1),
+        ((128, 128, 64), 132, 128, 1, 1),  # one block
+        ((130, 70, 1088), 5, 128, 2, 2),  # the second slice of K has a block less
     ],
 )
-def test_hopper(hopper, shape, processors: int, tile_tokens: int, tiles: int, dtype: torch.dtype):
+def test_hopper(hopper, shape, processors, tile_tokens, tiles, slices, dtype: torch.dtype):
     """The result does not depend on the order of threads, nor on when copies land."""
     results = []
     for seed in SEEDS:
         y, plan = check_linear(hopper, shape, dtype, processors=processors, seed=seed)
-        assert plan == {"tokens": tile_tokens, "tiles": tiles, "grid": min(tiles, processors)}
+        grid = min(tiles * slices, processors)
+        expected = {"tokens": tile_tokens, "tiles": tiles, "slices": slices, "grid": grid}
+        assert plan == expected
         results.append(y)
     assert torch.equal(results[0], results[1])
+
+
+def test_hopper_slices_of_a_wide_tile(hopper):
+    _, plan = check_linear(hopper, (250, 70, 2816), rank=4, processors=3)
+    assert (plan["tokens"], plan["tiles"], plan["slices"]) == (256, 1, 3)
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,9 @@ Tensor run_small(const char* name, const LoraLinear& base, const Tensor& x) {
 }
 
 // The same for many tokens.
-Tensor run_hopper(const char* name, LoraLinear op, const Tensor& x) {
+Tensor run_hopper(const char* name, const LoraLinear& base, const Tensor& x) {
+  LoraLinearHopper op;
+  static_cast<LoraLinear&>(op) = base;
   const NF4Matrix& weight = op.weight;
   STD_TORCH_CHECK(weight.cols % kHopperColumns == 0, "x must have a multiple of ", kHopperColumns,
                   " columns, got ", weight.cols);
@@ -145,11 +147,15 @@ Tensor run_hopper(const char* name, LoraLinear op, const Tensor& x) {
   check_cuda_call(name, device_limits(&limits));
   STD_TORCH_CHECK(limits.major == 9 && limits.minor == 0, name,
                   " needs a GPU of compute capability 9.0, got ", limits.major, ".", limits.minor);
-  Tensor low =
-      torch::stable::new_empty(x, {op.tokens * low_pitch(op.hidden.rank)}, ScalarType::Float);
-  op.hidden.low = low.mutable_data_ptr<float>();
+  const HopperPlan plan = plan_hopper(op.tokens, weight.rows, weight.cols, limits.processors);
+  const int64_t low = op.tokens * low_pitch(op.hidden.rank);  // a multiple of 16 bytes
+  const int64_t partials = plan.partial_floats();
+  Tensor workspace =
+      torch::stable::new_empty(x, {low + partials + plan.counters()}, ScalarType::Float);
+  op.hidden.low = workspace.mutable_data_ptr<float>();
+  op.partials = op.hidden.low + low;
+  op.counters = reinterpret_cast<unsigned*>(op.partials + partials);
   op.y = y.mutable_data_ptr();
-  const HopperPlan plan = plan_hopper(op.tokens, weight.rows, limits.processors);
   check_cuda_call(name, nf4_linear_hopper_cuda(op, plan, current_stream(x.get_device_index())));
   return y;
 }

@@ -29,7 +29,8 @@ struct HopperStages {
   static constexpr int kBytes = kXBytes + kPackedBytes;
   static constexpr int kCount = kTokens == 256 ? 4 : 8;
   static constexpr int kBarrierBytes = 2 * kCount * 8;
-  static constexpr int kSharedBytes = kPairBytes + kCount * kBytes + kBarrierBytes;
+  static constexpr int kFlagBytes = kConsumers * 4;
+  static constexpr int kSharedBytes = kPairBytes + kCount * kBytes + kBarrierBytes + kFlagBytes;
   static_assert(kXBytes % 1024 == 0 && kBytes % 1024 == 0 && kPairBytes % 1024 == 0);
   static_assert(kSharedBytes <= 227 << 10);
 };
@@ -70,6 +71,14 @@ PYLORA_HOST_DEVICE constexpr int packed_offset(int row, int unit) {
 // Register `i` of the accumulators has this token of the tile, and the row of fragment_row(i / 2).
 PYLORA_HOST_DEVICE constexpr int accumulator_token(int thread, int i) {
   return i / 4 * 8 + 2 * (thread % 4) + i % 2;
+}
+
+// Where the workspace has accumulators 4 * i to 4 * i + 3 of a thread, in units of 4 floats.
+template <int kTokens>
+PYLORA_HOST_DEVICE constexpr int64_t partial_index(int64_t slice, int64_t tiles, int64_t tile,
+                                                   int consumer, int i, int thread) {
+  const int64_t group = (slice * tiles + tile) * kConsumers + consumer;
+  return (group * (kTokens / 8) + i) * kGroupThreads + thread;
 }
 
 // The outputs of a token, 64 rows of W in 8 units of 16 bytes, fill the hole of the decode table

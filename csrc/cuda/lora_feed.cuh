@@ -66,7 +66,7 @@ class Feed {
         const int column =
             min(chunk_ * kChunk + lane_ % 2 * 64 + i * kGranule, (row_granules_ - 1) * kGranule);
         const uint32_t block = first_block_ + (static_cast<uint32_t>(column) >> shift);
-        absmax[i] = load_absmax(weight, block, problem_.nested_block_shift);
+        load_absmax(absmax + i, weight, block, problem_.nested_block_shift);
       }
     }
     chunk_ += problem_.plan.k_warps;

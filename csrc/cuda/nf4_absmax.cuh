@@ -13,18 +13,24 @@ struct StoredAbsmax {
   uint32_t code = 0;   // nested
 };
 
-__device__ __forceinline__ StoredAbsmax load_absmax(const NF4Matrix& weight, uint32_t block,
-                                                    int nested_block_shift) {
-  if (weight.absmax_q == nullptr) return {__ldg(weight.absmax + block), 0};
-  return {__ldg(weight.nested_absmax + (block >> nested_block_shift)),
-          __ldg(weight.absmax_q + block)};
+__device__ __forceinline__ void load_absmax(StoredAbsmax* stored, const NF4Matrix& weight,
+                                            uint32_t block, int nested_block_shift) {
+  if (weight.absmax_q == nullptr) {
+    stored->value = __ldg(weight.absmax + block);
+  } else {
+    stored->code = __ldg(weight.absmax_q + block);
+    stored->value = __ldg(weight.nested_absmax + (block >> nested_block_shift));
+  }
 }
 
 // Two roundings where it is nested, as in NF4Matrix::absmax_at.
 __device__ __forceinline__ float absmax_of(const NF4Matrix& weight, const StoredAbsmax& stored,
                                            float offset) {
-  if (weight.absmax_q == nullptr) return stored.value;
-  return __fadd_rn(__fmul_rn(__ldg(weight.nested_code + stored.code), stored.value), offset);
+  float absmax = stored.value;
+  if (weight.absmax_q != nullptr) {
+    absmax = __fadd_rn(__fmul_rn(__ldg(weight.nested_code + stored.code), absmax), offset);
+  }
+  return absmax;
 }
 
 }  // namespace pylora

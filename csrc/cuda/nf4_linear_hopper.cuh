@@ -17,7 +17,8 @@
 //           sums is fixed: the result is the same from run to run.
 // Grid      persistent CTAs, one an SM, of three warpgroups: one thread of the first feeds the
 //           others, which own 64 rows of W each and share the tokens. Tiles are 128 rows by 128 or
-//           256 tokens, and a CTA takes every grid-th; the rows change fastest.
+//           256 tokens, and a CTA takes every grid-th; the rows change fastest. K is sliced where
+//           there are fewer tiles than SMs.
 // Algorithm 1. Fill the decode table (nf4_pairs.cuh), initialize the barriers.
 //           2. The feeding thread copies, a block of 64 columns after the other, the tile of x
 //              (swizzled by 128 bytes, as the tensor cores read their operand B) and that of
@@ -29,7 +30,10 @@
 //              block before are under way.
 //           4. It starts the four products, waits for those of the block before, and gives back the
 //              stage that they read.
-//           5. low lora_B^T is added as more products, of TF32, with lora_B as the fragments.
+//           5. low lora_B^T is added as more products, of TF32, with lora_B as the fragments; by
+//           the
+//              last slice of K where there are several. Then each writes its sums to the workspace,
+//              and the warpgroup that comes last at its rows of a tile adds them in their order.
 //           6. + bias + scaling * lora_B_bias, rounded once; turned round through the holes of the
 //              decode table, and stored 16 bytes at a time.
 // Limits    sm_90a; K % 64 == 0; blocksize % 64 == 0 (it may straddle rows); N K < 2^35; x, qweight
@@ -64,21 +68,31 @@ namespace pylora {
 
 inline constexpr int64_t kHopperColumns = 64;  // K and the blocksize are multiples of it
 
-// How the work is cut.
+// How the work is cut. The thresholds are estimates: nothing of this has run on a GPU.
 struct HopperPlan {
   int tile_tokens = 256;  // or 128
   int64_t row_tiles = 0;
   int64_t tiles = 0;
+  int slices = 1;        // of K
+  int slice_blocks = 0;  // blocks of 64 columns a slice; the last slice may have fewer
   int grid = 0;
+
+  int64_t partial_floats() const;
+  int64_t counters() const;
 };
 
-HopperPlan plan_hopper(int64_t tokens, int64_t rows, int processors);
+HopperPlan plan_hopper(int64_t tokens, int64_t rows, int64_t cols, int processors);
 
 // Floats from one row of low to the next: the copy engine wants a multiple of 16 bytes.
 constexpr int64_t low_pitch(int64_t rank) { return ceil_div(rank, 4) * 4; }
 
+struct LoraLinearHopper : LoraLinear {
+  float* partials = nullptr;     // HopperPlan::partial_floats, aligned to 16 bytes
+  unsigned* counters = nullptr;  // HopperPlan::counters, of any content
+};
+
 // Launches on `stream`; returns the first error. op.hidden.low has rows of low_pitch(rank).
-cudaError_t nf4_linear_hopper_cuda(const LoraLinear& op, const HopperPlan& plan,
+cudaError_t nf4_linear_hopper_cuda(const LoraLinearHopper& op, const HopperPlan& plan,
                                    cudaStream_t stream);
 
 }  // namespace pylora

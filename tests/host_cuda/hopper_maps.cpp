@@ -118,6 +118,20 @@ void check_staging() {
   expect(written.complete(), "stored matrices");
 }
 
+template <int kTokens>
+void check_partials() {
+  constexpr int kSlices = 2, kTiles = 3, kUnits = kTokens / 8;
+  Cover units(kSlices * kTiles * kConsumers * kUnits * kGroupThreads);
+  for (int group = 0; group < kSlices * kTiles * kConsumers; ++group) {
+    const int slice = group / kConsumers / kTiles, tile = group / kConsumers % kTiles;
+    for (int i = 0; i < kUnits * kGroupThreads; ++i) {
+      units.add(static_cast<int>(partial_index<kTokens>(slice, kTiles, tile, group % kConsumers,
+                                                        i / kGroupThreads, i % kGroupThreads)));
+    }
+  }
+  expect(units.complete(), "sums of slices");
+}
+
 void check_ring() {
   for (const int stages : {HopperStages<128>::kCount, HopperStages<256>::kCount}) {
     RingPlace place;
@@ -134,6 +148,8 @@ int main() {
   check_packed_tile();
   check_accumulators<128>();
   check_accumulators<256>();
+  check_partials<128>();
+  check_partials<256>();
   check_staging();
   check_ring();
   return all_right ? 0 : 1;
