@@ -22,6 +22,8 @@ inline constexpr int kPackedRowBytes = 32;  // of qweight: 64 columns
 inline constexpr int kPackedBytes = kTileRows * kPackedRowBytes;
 inline constexpr int kLowColumns = kTokenBytes / 4;
 inline constexpr int kStagedTokens = kPairEntries / kConsumers;  // a warpgroup's turn in 6.
+inline constexpr int kBatchPairs = 4;                            // stored at a time
+inline constexpr int kBatchSums = 8 * kBatchPairs;               // of a thread
 
 template <int kTokens>
 struct HopperStages {

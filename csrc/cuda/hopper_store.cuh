@@ -18,14 +18,14 @@ __device__ __forceinline__ bool leave_slice(const HopperProblem& problem, const 
                                             int* is_last, const float (&sums)[kTokens / 2],
                                             int consumer, int thread) {
   const HopperPlan& plan = problem.plan;
-  auto* partials = reinterpret_cast<uint4*>(problem.op.partials);
+  auto* partials = reinterpret_cast<uint4*>(problem.op.partials) +
+                   partial_index<kTokens>(item.slice, plan.tiles, item.tile, consumer, 0, thread);
 #pragma unroll
   for (int i = 0; i < kTokens / 8; ++i) {
     Chunk<float> chunk;
 #pragma unroll
     for (int j = 0; j < 4; ++j) chunk.values[j] = sums[4 * i + j];
-    partials[partial_index<kTokens>(item.slice, plan.tiles, item.tile, consumer, i, thread)] =
-        chunk.vector;
+    partials[i * kGroupThreads] = chunk.vector;
   }
   __threadfence();  // they are visible before they are counted
   named_barrier<kGroupThreads>(1 + consumer);
@@ -34,27 +34,34 @@ __device__ __forceinline__ bool leave_slice(const HopperProblem& problem, const 
     *is_last = before == static_cast<unsigned>(plan.slices - 1);
   }
   named_barrier<kGroupThreads>(1 + consumer);
-  if (*is_last == 0) return false;
-  __threadfence();
-  return true;
+  const bool last = any_lane(*is_last != 0);
+  if (last) __threadfence();
+  return last;
 }
 
-// Accumulators 4 * i to 4 * i + 3 of all slices. Not in the registers of the products themselves:
-// ptxas would no longer let these overlap.
+// The sums of all slices, of batch `batch` of the accumulators. Not in the registers of the
+// products themselves: ptxas would no longer let these overlap.
 template <int kTokens>
-__device__ __forceinline__ Chunk<float> add_slices(const HopperProblem& problem, const Item& item,
-                                                   int consumer, int i, int thread) {
+__device__ __forceinline__ void add_slices(const HopperProblem& problem, const Item& item,
+                                           float (&total)[kBatchSums], int batch, int consumer,
+                                           int thread) {
+  constexpr int kLoads = kBatchSums / 4;  // under way at a time
   const HopperPlan& plan = problem.plan;
   const auto* partials = reinterpret_cast<const uint4*>(problem.op.partials);
-  Chunk<float> total = {};
-  for (int slice = 0; slice < plan.slices; ++slice) {
-    Chunk<float> chunk;
-    chunk.vector = load_from_l2(
-        partials + partial_index<kTokens>(slice, plan.tiles, item.tile, consumer, i, thread));
 #pragma unroll
-    for (int j = 0; j < 4; ++j) total.values[j] += chunk.values[j];
+  for (int i = 0; i < kBatchSums; ++i) total[i] = 0.0f;
+#pragma unroll 1
+  for (int slice = 0; slice < plan.slices; ++slice) {
+    const int64_t index =
+        partial_index<kTokens>(slice, plan.tiles, item.tile, consumer, batch * kLoads, thread);
+    Chunk<float> chunks[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      chunks[i].vector = load_from_l2(partials + index + i * kGroupThreads);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatchSums; ++i) total[i] += chunks[i / 4].values[i % 4];
   }
-  return total;
 }
 
 // 6. What the biases add to the outputs of a row of W.
@@ -66,11 +73,12 @@ __device__ __forceinline__ float bias_of(const LoraLinear& op, int64_t n) {
   return sum;
 }
 
-// 6. octet(i): the accumulators 4 * i to 4 * i + 3.
-template <class T, int kTokens, class Octet>
-__device__ __forceinline__ void store_tile(const LoraLinear& op, uint8_t* pairs, int64_t first_row,
+// 6. A turn: y of as many tokens as the holes of the decode table take. sums_of(batch, sums) gives
+// the accumulators of a batch of the turn.
+template <class T, class SumsOf>
+__device__ __forceinline__ void store_turn(const LoraLinear& op, uint8_t* pairs, int64_t first_row,
                                            int64_t first_token, int consumer, int thread,
-                                           const Octet& octet) {
+                                           const SumsOf& sums_of) {
   constexpr int kUnits = kGroupRows * sizeof(T) / kVectorBytes;
   const int64_t N = op.weight.rows;
   const int warp = thread / kLanes, lane = thread % kLanes;
@@ -83,36 +91,38 @@ __device__ __forceinline__ void store_tile(const LoraLinear& op, uint8_t* pairs,
     added[half] = bias_of(op, first_row + fragment_row(thread, half));
   }
 #pragma unroll
-  for (int turn = 0; turn < kTokens / kStagedTokens; ++turn) {
+  for (int batch = 0; batch < kStagedTokens / (16 * kBatchPairs); ++batch) {
+    float sums[kBatchSums];
+    sums_of(batch, sums);
 #pragma unroll
-    for (int pair = 0; pair < kStagedTokens / 16; ++pair) {
+    for (int pair = 0; pair < kBatchPairs; ++pair) {
       uint32_t out[4];
 #pragma unroll
-      for (int i = 0; i < 4; i += 2) {
-        const Chunk<float> sums = octet(turn * kStagedTokens / 8 + staged_octet(pair, i));
-        out[i] = pack_pair<T>(sums.values[0] + added[0], sums.values[1] + added[0]);
-        out[i + 1] = pack_pair<T>(sums.values[2] + added[1], sums.values[3] + added[1]);
+      for (int i = 0; i < 4; ++i) {
+        const int sum = 4 * staged_octet(pair, i) + i % 2 * 2;
+        out[i] = pack_pair<T>(sums[sum] + added[i % 2], sums[sum + 1] + added[i % 2]);
       }
-      store_matrices_transposed(place(staged_token(pair, lane), staged_unit(warp, lane)), out);
+      const int token = staged_token(batch * kBatchPairs + pair, lane);
+      store_matrices_transposed(place(token, staged_unit(warp, lane)), out);
     }
-    named_barrier<kGroupThreads>(1 + consumer);
-    for (int i = thread; i < kStagedTokens * kUnits; i += kGroupThreads) {
-      const int token = i / kUnits, unit = i % kUnits;
-      const int64_t m = first_token + turn * kStagedTokens + token;
-      const int64_t n = first_row + unit * Chunk<T>::kElements;
-      if (m >= op.tokens || n >= N) continue;
-      T* y = static_cast<T*>(op.y) + m * N + n;
-      const uint8_t* staged = place(token, unit);
-      if (N % Chunk<T>::kElements == 0) {
-        *reinterpret_cast<uint4*>(y) = *reinterpret_cast<const uint4*>(staged);
-      } else {
-        for (int j = 0; j < Chunk<T>::kElements && n + j < N; ++j) {
-          y[j] = reinterpret_cast<const T*>(staged)[j];
-        }
-      }
-    }
-    named_barrier<kGroupThreads>(1 + consumer);  // before the next turn writes
   }
+  named_barrier<kGroupThreads>(1 + consumer);
+  for (int i = thread; i < kStagedTokens * kUnits; i += kGroupThreads) {
+    const int token = i / kUnits, unit = i % kUnits;
+    const int64_t m = first_token + token;
+    const int64_t n = first_row + unit * Chunk<T>::kElements;
+    if (m >= op.tokens || n >= N) continue;
+    T* y = static_cast<T*>(op.y) + m * N + n;
+    const uint8_t* staged = place(token, unit);
+    if (N % Chunk<T>::kElements == 0) {
+      *reinterpret_cast<uint4*>(y) = *reinterpret_cast<const uint4*>(staged);
+    } else {
+      for (int j = 0; j < Chunk<T>::kElements && n + j < N; ++j) {
+        y[j] = reinterpret_cast<const T*>(staged)[j];
+      }
+    }
+  }
+  named_barrier<kGroupThreads>(1 + consumer);  // before the next turn writes
 }
 
 }  // namespace pylora

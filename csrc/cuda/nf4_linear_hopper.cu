@@ -108,19 +108,30 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const Ring
       place.advance(Stages::kCount);
     }
     settle(sums);
-    const auto store = [&](const auto& octet) {
-      store_tile<T, kTokens>(op, pairs, first_row, item.first_token, consumer, thread, octet);
+    constexpr int kTurns = kTokens / kStagedTokens;
+    constexpr int kBatches = kTokens / 2 / kBatchSums / kTurns;  // of a turn
+    const auto store = [&](int turn, const auto& sums_of) {
+      const int64_t first_token = item.first_token + turn * kStagedTokens;
+      store_turn<T>(op, pairs, first_row, first_token, consumer, thread, sums_of);
     };
     if (problem.plan.slices == 1) {
-      store([&](int i) {
-        Chunk<float> octet;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) octet.values[j] = sums[4 * i + j];
-        return octet;
-      });
+      for (int turn = 0; turn < kTurns; ++turn) {
+        store(turn, [&](int batch, float (&of_batch)[kBatchSums]) {
+#pragma unroll
+          for (int i = 0; i < kBatchSums; ++i) {
+            of_batch[i] = sums[(turn * kBatches + batch) * kBatchSums + i];
+          }
+        });
+      }
     } else if (leave_slice<kTokens>(problem, item, ring.is_last + consumer, sums, consumer,
                                     thread)) {
-      store([&](int i) { return add_slices<kTokens>(problem, item, consumer, i, thread); });
+#pragma unroll 1
+      for (int turn = 0; turn < kTurns; ++turn) {
+        store(turn, [&](int batch, float (&of_batch)[kBatchSums]) {
+          add_slices<kTokens>(problem, item, of_batch, turn * kBatches + batch, consumer, thread);
+        });
+      }
     }
   }
 }

@@ -53,7 +53,11 @@ __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Barrier `kId` (1 to 15; 0 is __syncthreads) for as many threads of the CTA, whole warps.
+// Whole warp. Whether it is true in any lane; the compiler knows that all have the same answer, and
+// keeps what depends on it in uniform registers.
+__device__ __forceinline__ bool any_lane(bool value) { return __any_sync(0xFFFFFFFFu, value); }
+
+// Barrier `id` (1 to 15; 0 is __syncthreads) for as many threads of the CTA, whole warps.
 template <int kThreads>
 __device__ __forceinline__ void named_barrier(int id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");

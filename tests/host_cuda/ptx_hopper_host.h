@@ -33,6 +33,13 @@ void take_registers() {}
 template <int kRegisters>
 void give_registers() {}
 
+inline bool any_lane(bool value) {
+  for (int mask = 1; mask < static_cast<int>(host_cuda::kLanes); mask *= 2) {
+    value |= shuffle_xor(value, mask);
+  }
+  return value;
+}
+
 template <int kThreads>
 void named_barrier(int id) {
   host_cuda::Cta& cta = *host_cuda::executor.current().cta;
