@@ -16,11 +16,11 @@
 namespace pylora {
 namespace {
 
+#if PYLORA_SM90A
+
 // Registers of a thread: 128 * (24 + 2 * 240) are the SM's, less 1024.
 constexpr int kFeedRegisters = 24;
 constexpr int kConsumerRegisters = 240;
-
-#if PYLORA_SM90A
 
 template <class T, int kTokens>
 __device__ __forceinline__ void consume(const HopperProblem& problem, const Ring& ring,

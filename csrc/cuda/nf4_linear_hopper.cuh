@@ -51,9 +51,10 @@
 // Estimates, in issue slots of a scheduler and cycles of shared memory, for a block of a tile of
 // 256 tokens (1024 cycles of the tensor cores; 512 with 128 tokens). Nothing of this has run on a
 // GPU.
-//   decode  a warp: 16 PRMT + 16 LDS + 16 HMUL2 + 16 HFMA2 + 4 LDS.128 for 32 weights a lane, some
-//           90 slots with absmax and barriers; two warps a scheduler: 180 slots. A decoder by byte
-//           permutes in registers takes 78 in place of 32, at half rate.
+//   decode  a warp: 16 PRMT + 16 LDS + 16 HMUL2 + 16 HFMA2 + 4 LDS.128 for 32 weights a lane; with
+//           absmax, barriers and descriptors some 170 instructions a block in the compiled loop
+//           (benchmarks/results/kernel_resources.json), and two warps a scheduler: 340 slots. A
+//           decoder by byte permutes in registers takes 78 in place of 32, at half rate.
 //   memory  products read x twice: 512 cycles; copies write 288; the table 128, words 32 to 128:
 //           960 to 1056 cycles, beside 576 to 672 with 128 tokens, where it is the limit.
 #pragma once
