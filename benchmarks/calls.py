@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -36,6 +38,7 @@ def bind(
         with contextlib.ExitStack() as stack:
             if layer.backend is not None:
                 stack.enter_context(dispatch.use_backend(layer.backend))
+            stack.enter_context(mock.patch.dict(os.environ, layer.environment))
             stack.enter_context(torch.set_grad_enabled(cell.mode != FORWARD))
             yield
 

@@ -81,6 +81,7 @@ class Composition:
                 lambda x: f"{layers[0].path(x)}, layer by layer",
                 tuple(parameter for layer in layers for parameter in layer.parameters),
                 backend=layers[0].backend,
+                environment=layers[0].environment,
                 grads=self.grads(operands),
             )
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
@@ -26,6 +26,7 @@ class Layer:
     result       makes a raw result comparable, outside the timed region
     weight       the dense weight this layer stands for, where its format is not our NF4
     backend      the pylora backend to force
+    environment  variables that are set while it runs
     grads        the gradient as drawn -> what the results of forward are differentiated with
     """
 
@@ -35,6 +36,7 @@ class Layer:
     result: Callable[[Any], Any] = lambda raw: raw
     weight: Tensor | None = None
     backend: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
     grads: Callable[[Tensor], Any] = lambda grad: grad
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -11,7 +14,8 @@ import pylora
 import pylora.functional as F
 from benchmarks.contender import Contender, Layer, installed
 from benchmarks.operands import Operands
-from benchmarks.shapes import MODES
+from benchmarks.shapes import MODES, Cell
+from pylora.backends import cuda_hopper
 
 
 def explained(op: str, *args: Any) -> str:
@@ -38,6 +42,42 @@ def on_reference(layer: Layer) -> Layer:
     layer.backend = "reference"
     layer.path = lambda x: "pure PyTorch, a panel of the weight at a time"
     return layer
+
+
+def _with_hopper_kernel(build: Callable[[Operands], Layer]) -> Callable[[Operands], Layer]:
+    def switched(operands: Operands) -> Layer:
+        layer = build(operands)
+        layer.environment = {cuda_hopper.SWITCH: "1"}
+        explained_path = layer.path
+
+        def path(x: Tensor | None) -> str:
+            with mock.patch.dict(os.environ, layer.environment):
+                return explained_path(x)
+
+        layer.path = path
+        return layer
+
+    return switched
+
+
+def _hopper_why_not(cell: Cell, device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return "needs a GPU of compute capability 9.0"
+    if cell.rows < cuda_hopper.MIN_M:
+        return f"takes {cuda_hopper.MIN_M} rows or more"
+    return None
+
+
+def _hopper(build: Callable[[Operands], Layer], has_lora: bool) -> Contender:
+    """The kernel that is off by default, until it has been measured."""
+    return Contender(
+        "pylora, Hopper kernel",
+        _with_hopper_kernel(build),
+        ("pylora-kernels",),
+        has_lora=has_lora,
+        modes=MODES[:1],
+        unavailable=_hopper_why_not,
+    )
 
 
 def _dense(dtype: torch.dtype) -> Any:
@@ -125,6 +165,7 @@ LINEAR = (
         has_lora=False,
     ),
     *DENSE,
+    _hopper(_nf4_linear, has_lora=False),
     # Its backward keeps the dequantized weight alive, which nobody would do: forward alone.
     Contender("dequantize + linear", _decomposed_base, has_lora=False, modes=MODES[:1]),
 )
@@ -138,6 +179,7 @@ LORA = (
         ("pylora-kernels", "torch"),
     ),
     *DENSE,
+    _hopper(_lora_linear, has_lora=True),
     Contender("dequantize + linear + addmm_", _decomposed_lora),
     Contender(
         "pylora dequantize + linear + addmm_",

@@ -32,8 +32,9 @@ WORSE = {
     "matrix": -1,
     "per_32_weights": 1,
 }
-# Of NF4 that a lane gets by one ldmatrix.x4, with which the loops over qweight begin.
-WEIGHTS_OF_LDMATRIX = 32
+# Of NF4 that a lane gets by one load, with which the loops over qweight begin: ldmatrix.x4, or 16
+# bytes that a quad of lanes shares (nf4_linear_hopper.cu).
+WEIGHTS_OF_LOAD = ((r"LDSM\S*\.4", 32), (r"LDS\.128", 8))
 
 MATRIX = "HMMA|HGMMA|UTCHMMA"
 
@@ -144,7 +145,11 @@ def _per_32_weights(code: list[tuple[int, str, str]]) -> int:
         if target is None or int(target[1], 16) >= address:
             continue
         body = [name for at, name, _ in code if int(target[1], 16) <= at <= address]
-        decoded = WEIGHTS_OF_LDMATRIX * sum(bool(re.match(r"LDSM\S*\.4", name)) for name in body)
+        decoded = sum(
+            weights * bool(re.match(load, name))
+            for name in body
+            for load, weights in WEIGHTS_OF_LOAD
+        )
         if decoded and any(re.match(MATRIX, name) for name in body):
             ratios.append(32 * len(body) / decoded)
     return round(min(ratios, default=0))

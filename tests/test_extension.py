@@ -108,6 +108,21 @@ def test_gpu_code_moves_16_bytes_at_a_time_and_does_not_spill(arch: str):
         assert "STG.E" not in stores or "nf4_quantize" in kernel.split()[0]
 
 
+def test_hopper_code_overlaps_its_products():
+    """Four products a group, W from registers: ptxas had no reason to wait after each one."""
+    if "90a" not in _C.build_info()["cuda_archs"]:
+        pytest.skip("built without sm_90a")
+    kernels = cuobjdump("-sass", "-arch", "sm_90a").split("Function : ")[1:]
+    kernels = [kernel for kernel in kernels if "nf4_linear_hopper" in kernel.split()[0]]
+    assert len(kernels) == 4  # fp16 and bf16, tiles of 128 and 256 tokens
+    for kernel in kernels:
+        products = re.findall(r"HGMMA\.64x\d+x\d+\.F32\S* (.*?);", kernel)
+        assert all(re.match(r"R\d+, R\d+, gdesc\[UR\d+\], R\d+", product) for product in products)
+        assert len(products) == 4 * sum("gsb0" in product for product in products) == 16
+        assert "UTMALDG.2D" in kernel and "USETMAXREG" in kernel and "STG.E.128" in kernel
+        assert "STSM.16.MT88.4" in kernel and "LDS.128" in kernel
+
+
 def test_loads_without_a_gpu_or_a_cuda_library():
     if shutil.which("readelf") is None:
         pytest.skip("no readelf")

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -33,8 +33,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("host_cuda")
 
-    def compiled(stem: str, *kernels: str) -> Path:
-        sources = " ".join(f"csrc/cuda/{kernel}.cu" for kernel in kernels)
+    def compiled(stem: str, *kernels: str, twins: Sequence[str] = ()) -> Path:
+        sources = " ".join([*(f"csrc/cuda/{kernel}.cu" for kernel in kernels), *twins])
         command = f"""{compiler} -std=c++20 -O1 -Wall -Wextra -Werror -ffp-contract=off
             -Wno-unknown-pragmas -Wno-maybe-uninitialized -fsanitize=address,undefined
             -fno-sanitize-recover=all -Itests/host_cuda -Icsrc
@@ -288,6 +288,87 @@ def test_linear_plans(lora_linear, shape, gpu: str, processors: int, slices: int
     assert all(torch.equal(y, results[0]) for y in results)
 
 
+# nf4_linear and lora_linear for many rows on Hopper
+
+
+@pytest.fixture(scope="module")
+def hopper(compiled) -> Path:
+    twins = ["tests/host_cuda/tensor_map.cpp"]
+    kernels = ("nf4_linear_hopper", "hopper_plan", "lora_hidden_many")
+    return compiled("nf4_linear_hopper", *kernels, twins=twins)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "processors", "tile_tokens", "tiles", "slices"),
+    [
+        ((300, 120, 640), 1, 128, 3, 1),  # all stages, several times round; ends within a tile
+        ((250, 200, 384), 1, 256, 2, 1),
+        ((128, 128, 64), 132, 128, 1, 1),  # one block
+        ((130, 70, 1088), 5, 128, 2, 2),  # the second slice of K has a block less
+    ],
+)
+def test_hopper(hopper, shape, processors, tile_tokens, tiles, slices, dtype: torch.dtype):
+    """The result does not depend on the order of threads, nor on when copies land."""
+    results = []
+    for seed in SEEDS:
+        y, plan = check_linear(hopper, shape, dtype, processors=processors, seed=seed)
+        grid = min(tiles * slices, processors)
+        expected = {"tokens": tile_tokens, "tiles": tiles, "slices": slices, "grid": grid}
+        assert plan == expected
+        results.append(y)
+    assert torch.equal(results[0], results[1])
+
+
+def test_hopper_slices_in_any_order(hopper):
+    """A slice that is counted before it is written shows in one order of threads out of two."""
+    for seed in range(8):
+        _, plan = check_linear(hopper, (20, 128, 1536), biases=False, processors=3, seed=seed)
+        assert (plan["tiles"], plan["slices"]) == (1, 3)
+
+
+def test_hopper_slices_of_a_wide_tile(hopper):
+    _, plan = check_linear(hopper, (250, 70, 2816), rank=4, processors=3)
+    assert (plan["tokens"], plan["tiles"], plan["slices"]) == (256, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("blocksize", "nested", "K"), [(64, True, 576), (128, False, 320), (4096, True, 448)]
+)
+def test_hopper_block_sizes(hopper, blocksize: int, nested: bool, K: int):
+    """The last two straddle rows. 133 outputs cannot be stored 16 bytes at a time."""
+    shape = (131, 133, K)
+    check_linear(hopper, shape, blocksize=blocksize, nested=nested, biases=False)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank", "dtype", "lora_dtype"),
+    [
+        ((250, 70, 128), 16, torch.bfloat16, torch.bfloat16),  # a tile of 256
+        ((20, 200, 576), 1, torch.float16, torch.float16),
+        ((20, 200, 192), 37, torch.bfloat16, torch.bfloat16),  # low takes two stages
+        ((20, 200, 192), 9, torch.bfloat16, torch.float32),
+        ((20, 200, 192), 33, torch.float16, torch.float32),
+    ],
+)
+def test_hopper_lora(hopper, shape, rank: int, dtype: torch.dtype, lora_dtype: torch.dtype):
+    """Of 200 outputs a CTA has two tiles: the second time low is there already."""
+    for seed in SEEDS:
+        options = {"rank": rank, "lora_dtype": lora_dtype, "processors": 1, "seed": seed}
+        check_linear(hopper, shape, dtype, **options)
+
+
+@pytest.mark.parametrize("lora_dtype", [torch.bfloat16, torch.float32])
+def test_hopper_dropout_and_activation(hopper, lora_dtype: torch.dtype):
+    options = {"rank": 8, "lora_dtype": lora_dtype, "nested": True}
+    check_linear(hopper, (35, 50, 192), activation="gelu", dropout_p=0.3, **options)
+
+
+def test_hopper_maps(compiled):
+    ran = start(compiled("hopper_maps"))
+    assert ran.returncode == 0, ran.stderr.decode()
+
+
 # The executor itself
 
 
@@ -322,3 +403,37 @@ def test_the_executor_sees_a_bug_of_each_kind(mutants: Path, bug: str):
         stderr = ran.stderr.decode()
         assert (ran.returncode == 0) == (bug == "none"), f"seed {seed}: {stderr}"
         assert BUGS.get(bug, "") in stderr
+
+
+@pytest.fixture(scope="module")
+def mutants_hopper(compiled) -> Path:
+    return compiled("mutants_hopper", twins=["tests/host_cuda/tensor_map.cpp"])
+
+
+DEADLOCK = "deadlock: threads wait for others that do not come"
+HOPPER_BUGS = {
+    "missing wait for a copy": "host_cuda: ",
+    "missing wait before a stage is filled again": DEADLOCK,
+    "stage left before its products are done": "",  # wrong, or a deadlock
+    "sums read before they are waited for": WRONG,
+    "fragments overwritten under way": WRONG,
+    "missing fence before a product": "wgmma without a fence",
+    "barrier expects too few bytes": DEADLOCK,
+    "barrier without init": "an mbarrier is used before its init",
+    "warps arrive that no barrier expects": "",
+    "wrong swizzle": WRONG,
+    "wrong columns of B": WRONG,
+    "wrong rows of A": WRONG,
+    "stored without transposing": WRONG,
+    "missing named barrier": WRONG,
+}
+
+
+@pytest.mark.parametrize("bug", ["none", *HOPPER_BUGS])
+def test_the_executor_sees_a_bug_of_each_kind_on_hopper(mutants_hopper: Path, bug: str):
+    for seed in SEEDS:
+        ran = start(mutants_hopper, bug, seed=seed)
+        stderr = ran.stderr.decode()
+        assert ran.returncode != 2
+        assert (ran.returncode == 0) == (bug == "none"), f"seed {seed}: {stderr}"
+        assert HOPPER_BUGS.get(bug, "") in stderr

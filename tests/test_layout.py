@@ -102,6 +102,12 @@ def test_one_nf4_table_per_language() -> None:
     ]
 
 
+def test_inline_ptx_has_its_files() -> None:
+    files = (ROOT / "csrc/cuda").iterdir()
+    found = {f.name for f in files if re.search(r"\basm\b", f.read_text())}
+    assert found == {"ptx.cuh", "ptx_hopper.cuh"}
+
+
 def test_nf4_tables_agree() -> None:
     from pylora.nf4 import NF4_CODE
 

@@ -1,5 +1,6 @@
-// GPU side of the linear ops: tensor -> checks -> stream -> launcher. Weights are NF4 here, and
-// there are few tokens; pylora/backends/cuda.py sends everything else elsewhere.
+// GPU side of the linear ops: tensor -> checks -> stream -> launcher. Weights are NF4 here;
+// nf4_linear and lora_linear take few tokens, their _hopper twins many on sm_90a, and
+// pylora/backends/cuda.py sends everything else elsewhere.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -8,7 +9,9 @@
 
 #include "common/linear_arguments.h"
 #include "cuda/bind.h"
+#include "cuda/lora_hidden_many.cuh"
 #include "cuda/lora_linear.cuh"
+#include "cuda/nf4_linear_hopper.cuh"
 
 namespace pylora {
 namespace {
@@ -32,27 +35,24 @@ Vector to_vector(const char* name, const std::optional<Tensor>& tensor, int64_t 
 }
 
 // x, the base weight and its bias.
-LoraLinearSmall to_base(const Tensor& x, const Tensor& qweight, const Tensor& absmax,
-                        const std::optional<Tensor>& nested_absmax,
-                        const std::optional<Tensor>& nested_code,
-                        const std::optional<Tensor>& offset, int64_t blocksize,
-                        int64_t nested_blocksize, int64_t out_features,
-                        const std::optional<Tensor>& bias) {
+LoraLinear to_base(const Tensor& x, const Tensor& qweight, const Tensor& absmax,
+                   const std::optional<Tensor>& nested_absmax,
+                   const std::optional<Tensor>& nested_code, const std::optional<Tensor>& offset,
+                   int64_t blocksize, int64_t nested_blocksize, int64_t out_features,
+                   const std::optional<Tensor>& bias, int64_t max_tokens) {
   check_on_cuda("x", x);
   check_matrix("x", x);
-  LoraLinearSmall op;
+  LoraLinear op;
   op.dtype = to_dtype("x", x.scalar_type());
   STD_TORCH_CHECK(op.dtype != DType::kFloat32, "x must be float16 or bfloat16, got Float");
-  STD_TORCH_CHECK(x.size(0) <= kMaxSmallTokens, "x must have at most ", kMaxSmallTokens,
-                  " rows, got ", x.size(0));
+  STD_TORCH_CHECK(x.size(0) <= max_tokens, "x must have at most ", max_tokens, " rows, got ",
+                  x.size(0));
   const int64_t cols = x.size(1);
   const NF4Arguments weight = check_nf4(qweight, absmax, nested_absmax, nested_code, offset,
                                         blocksize, nested_blocksize, out_features, cols);
   check_device("qweight", qweight, x, "x");
   STD_TORCH_CHECK(out_features > 0 && cols > 0, "qweight must hold elements, got shape [",
                   out_features, ", ", cols, "]");
-  STD_TORCH_CHECK(cols % blocksize == 0, "x must have a multiple of blocksize (", blocksize,
-                  ") columns, got ", cols);
   STD_TORCH_CHECK(weight.matrix.numel() < kMaxSmallElements, "qweight must hold fewer than ",
                   kMaxSmallElements, " elements, got ", weight.matrix.numel());
   STD_TORCH_CHECK(!weight.matrix.nested() || is_power_of_two(nested_blocksize),
@@ -67,7 +67,7 @@ LoraLinearSmall to_base(const Tensor& x, const Tensor& qweight, const Tensor& ab
   return op;
 }
 
-void set_lora(LoraLinearSmall& op, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
+void set_lora(LoraLinear& op, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
               const std::optional<Tensor>& lora_A_bias, const std::optional<Tensor>& lora_B_bias,
               double scaling, double dropout_p, const std::optional<Tensor>& seed,
               const std::string& activation) {
@@ -106,8 +106,12 @@ void set_lora(LoraLinearSmall& op, const Tensor& x, const Tensor& lora_A, const 
 
 // y; the launch takes what else it needs from the caching allocator, so that calls on different
 // streams and in CUDA graphs keep apart.
-Tensor run(const char* name, LoraLinearSmall& op, const Tensor& x) {
-  const int64_t rows = op.weight.rows;
+Tensor run_small(const char* name, const LoraLinear& base, const Tensor& x) {
+  LoraLinearSmall op;
+  static_cast<LoraLinear&>(op) = base;
+  const int64_t rows = op.weight.rows, cols = op.weight.cols, blocksize = op.weight.blocksize;
+  STD_TORCH_CHECK(cols % blocksize == 0, "x must have a multiple of blocksize (", blocksize,
+                  ") columns, got ", cols);
   Tensor y = torch::stable::new_empty(x, {op.tokens, rows});
   if (op.tokens == 0) return y;
   DeviceLimits limits;
@@ -128,18 +132,62 @@ Tensor run(const char* name, LoraLinearSmall& op, const Tensor& x) {
   return y;
 }
 
+// The same for many tokens.
+Tensor run_hopper(const char* name, const LoraLinear& base, const Tensor& x) {
+  LoraLinearHopper op;
+  static_cast<LoraLinear&>(op) = base;
+  const NF4Matrix& weight = op.weight;
+  STD_TORCH_CHECK(weight.cols % kHopperColumns == 0, "x must have a multiple of ", kHopperColumns,
+                  " columns, got ", weight.cols);
+  STD_TORCH_CHECK(weight.blocksize % kHopperColumns == 0, "blocksize must be a multiple of ",
+                  kHopperColumns, ", got ", weight.blocksize);
+  Tensor y = torch::stable::new_empty(x, {op.tokens, weight.rows});
+  if (op.tokens == 0) return y;
+  DeviceLimits limits;
+  check_cuda_call(name, device_limits(&limits));
+  STD_TORCH_CHECK(limits.major == 9 && limits.minor == 0, name,
+                  " needs a GPU of compute capability 9.0, got ", limits.major, ".", limits.minor);
+  const HopperPlan plan = plan_hopper(op.tokens, weight.rows, weight.cols, limits.processors);
+  const int64_t low = op.tokens * low_pitch(op.hidden.rank);  // a multiple of 16 bytes
+  const int64_t partials = plan.partial_floats();
+  Tensor workspace =
+      torch::stable::new_empty(x, {low + partials + plan.counters()}, ScalarType::Float);
+  op.hidden.low = workspace.mutable_data_ptr<float>();
+  op.partials = op.hidden.low + low;
+  op.counters = reinterpret_cast<unsigned*>(op.partials + partials);
+  op.y = y.mutable_data_ptr();
+  check_cuda_call(name, nf4_linear_hopper_cuda(op, plan, current_stream(x.get_device_index())));
+  return y;
+}
+
+// How a call is run, and the most tokens it takes.
+struct FewTokens {
+  static constexpr int64_t kMaxTokens = kMaxSmallTokens;
+  static Tensor run(const char* name, const LoraLinear& op, const Tensor& x) {
+    return run_small(name, op, x);
+  }
+};
+struct ManyTokens {
+  static constexpr int64_t kMaxTokens = kMaxManyTokens;
+  static Tensor run(const char* name, const LoraLinear& op, const Tensor& x) {
+    return run_hopper(name, op, x);
+  }
+};
+
+template <class Tokens>
 Tensor nf4_linear_cuda(const Tensor& x, const Tensor& qweight, const Tensor& absmax,
                        const std::optional<Tensor>& nested_absmax,
                        const std::optional<Tensor>& nested_code,
                        const std::optional<Tensor>& offset, int64_t blocksize,
                        int64_t nested_blocksize, int64_t out_features,
                        const std::optional<Tensor>& bias) {
-  LoraLinearSmall op = to_base(x, qweight, absmax, nested_absmax, nested_code, offset, blocksize,
-                               nested_blocksize, out_features, bias);
+  LoraLinear op = to_base(x, qweight, absmax, nested_absmax, nested_code, offset, blocksize,
+                          nested_blocksize, out_features, bias, Tokens::kMaxTokens);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  return run("nf4_linear", op, x);
+  return Tokens::run("nf4_linear", op, x);
 }
 
+template <class Tokens>
 std::tuple<Tensor, Tensor> lora_linear_cuda(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& absmax,
     const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
@@ -149,19 +197,23 @@ std::tuple<Tensor, Tensor> lora_linear_cuda(
     const std::optional<Tensor>& lora_B_bias, double scaling, double dropout_p,
     const std::optional<Tensor>& seed, const std::string& activation) {
   STD_TORCH_CHECK(absmax.has_value(), "absmax must be given: this op takes NF4 weights only");
-  LoraLinearSmall op = to_base(x, weight, *absmax, nested_absmax, nested_code, offset, blocksize,
-                               nested_blocksize, out_features, bias);
+  LoraLinear op = to_base(x, weight, *absmax, nested_absmax, nested_code, offset, blocksize,
+                          nested_blocksize, out_features, bias, Tokens::kMaxTokens);
   set_lora(op, x, lora_A, lora_B, lora_A_bias, lora_B_bias, scaling, dropout_p, seed, activation);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor h = torch::stable::new_empty(x, {x.size(0), lora_A.size(0)}, ScalarType::Float);
   op.hidden.h = h.mutable_data_ptr<float>();
-  return {run("lora_linear", op, x), h};
+  return {Tokens::run("lora_linear", op, x), h};
 }
 
 }  // namespace
 }  // namespace pylora
 
 STABLE_TORCH_LIBRARY_IMPL(pylora_C, CUDA, m) {
-  m.impl("nf4_linear", TORCH_BOX(&pylora::nf4_linear_cuda));
-  m.impl("lora_linear", TORCH_BOX(&pylora::lora_linear_cuda));
+  using pylora::FewTokens;
+  using pylora::ManyTokens;
+  m.impl("nf4_linear", TORCH_BOX(&pylora::nf4_linear_cuda<FewTokens>));
+  m.impl("lora_linear", TORCH_BOX(&pylora::lora_linear_cuda<FewTokens>));
+  m.impl("nf4_linear_hopper", TORCH_BOX(&pylora::nf4_linear_cuda<ManyTokens>));
+  m.impl("lora_linear_hopper", TORCH_BOX(&pylora::lora_linear_cuda<ManyTokens>));
 }

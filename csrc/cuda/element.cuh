@@ -28,6 +28,17 @@ __device__ __forceinline__ __nv_bfloat16 round_to<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// Two elements in a register, the first in its low half.
+template <class T>
+__device__ __forceinline__ uint32_t pack_pair(float first, float second) {
+  union {
+    T values[2];
+    uint32_t word;
+  } pair;
+  pair.values[0] = round_to<T>(first);
+  pair.values[1] = round_to<T>(second);
+  return pair.word;
+}
 template <class T>
 struct Chunk {
   static constexpr int kElements = kVectorBytes / sizeof(T);

@@ -5,6 +5,7 @@
 
 #include "cuda/lora_linear.cuh"
 #include "cuda/lora_plan.cuh"
+#include "cuda/nf4_absmax.cuh"
 #include "cuda/nf4_pairs.cuh"
 #include "cuda/ptx.cuh"
 
@@ -26,12 +27,6 @@ struct Problem {
   SmallPlan plan;
   int block_shift;         // log2 of blocksize
   int nested_block_shift;  // and of nested_blocksize
-};
-
-// absmax as it lies in memory, on its way through registers.
-struct StoredAbsmax {
-  float value = 0.0f;  // plain: absmax; nested: nested_absmax
-  uint32_t code = 0;   // nested
 };
 
 // A warp's way through its items, and through the chunks of each. What lies beyond the last row or
@@ -71,12 +66,7 @@ class Feed {
         const int column =
             min(chunk_ * kChunk + lane_ % 2 * 64 + i * kGranule, (row_granules_ - 1) * kGranule);
         const uint32_t block = first_block_ + (static_cast<uint32_t>(column) >> shift);
-        if (weight.absmax_q == nullptr) {
-          absmax[i].value = __ldg(weight.absmax + block);
-        } else {
-          absmax[i].code = __ldg(weight.absmax_q + block);
-          absmax[i].value = __ldg(weight.nested_absmax + (block >> problem_.nested_block_shift));
-        }
+        load_absmax(absmax + i, weight, block, problem_.nested_block_shift);
       }
     }
     chunk_ += problem_.plan.k_warps;

@@ -1,5 +1,6 @@
 #include "cuda/element.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/load_any.cuh"
 #include "cuda/lora_feed.cuh"
 #include "cuda/lora_linear.cuh"
 #include "cuda/lora_plan.cuh"
@@ -10,18 +11,6 @@ namespace pylora {
 namespace {
 
 constexpr int kLineBytes = 128;  // of L2
-
-__device__ __forceinline__ float load_any(const Vector& vector, int64_t index) {
-  switch (vector.dtype) {
-    case DType::kFloat32:
-      return static_cast<const float*>(vector.data)[index];
-    case DType::kFloat16:
-      return to_fp32(static_cast<const __half*>(vector.data)[index]);
-    case DType::kBFloat16:
-      return to_fp32(static_cast<const __nv_bfloat16*>(vector.data)[index]);
-  }
-  return 0.0f;
-}
 
 __device__ __forceinline__ int64_t partial_index(const LoraLinearSmall& op, int slice, int token,
                                                  int n) {
@@ -168,11 +157,7 @@ __global__ void __launch_bounds__(kThreads, 2) lora_linear_small(Problem problem
         mine[i] = stored[0][i];
 #pragma unroll
         for (int later = 1; later < kAhead; ++later) stored[later - 1][i] = stored[later][i];
-        absmax[i] = mine[i].value;
-        if (weight.absmax_q != nullptr) {
-          const float code = __ldg(weight.nested_code + mine[i].code);
-          absmax[i] = __fadd_rn(__fmul_rn(code, mine[i].value), offset);
-        }
+        absmax[i] = absmax_of(weight, mine[i], offset);
       }
       const uint8_t* used = ring + stage * kStageBytes;
       feed.fetch(ring + (stage + kAhead) % kStages * kStageBytes, stored[kAhead - 1]);

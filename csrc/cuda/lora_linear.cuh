@@ -49,6 +49,7 @@ struct DeviceLimits {
   int processors = 0;             // SMs
   int64_t shared_per_sm = 0;      // bytes
   int64_t shared_per_cta = 0;     // bytes, the most a kernel may ask for
+  int major = 0, minor = 0;       // compute capability
   bool dependent_launch = false;  // sm_90 on
 };
 
@@ -80,19 +81,22 @@ struct Vector {
   DType dtype = DType::kFloat32;
 };
 
-struct LoraLinearSmall {
+// One call; pointers are of the device.
+struct LoraLinear {
   DType dtype = DType::kBFloat16;
   const void* x = nullptr;
   void* y = nullptr;
   int tokens = 0;
-  NF4Matrix weight;               // device pointers
+  NF4Matrix weight;
   const float* offset = nullptr;  // [1], null where absmax is not nested
   Vector bias;
 
   LoraHidden hidden;  // rank 0: no LoRA
   const void* lora_B = nullptr;
   Vector lora_B_bias;
+};
 
+struct LoraLinearSmall : LoraLinear {
   float* partials = nullptr;     // SmallPlan::partial_floats
   unsigned* counters = nullptr;  // SmallPlan::counters, of any content
 };

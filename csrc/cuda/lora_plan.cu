@@ -17,7 +17,7 @@ constexpr int64_t kWorthwhileSlices = 4;
 }  // namespace
 
 cudaError_t device_limits(DeviceLimits* limits) {
-  int device = 0, major = 0, per_sm = 0, per_cta = 0;
+  int device = 0, per_sm = 0, per_cta = 0;
   cudaError_t error = cudaGetDevice(&device);
   const auto read = [&](int* value, cudaDeviceAttr attribute) {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
@@ -25,10 +25,11 @@ cudaError_t device_limits(DeviceLimits* limits) {
   read(&limits->processors, cudaDevAttrMultiProcessorCount);
   read(&per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   read(&per_cta, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  read(&major, cudaDevAttrComputeCapabilityMajor);
+  read(&limits->major, cudaDevAttrComputeCapabilityMajor);
+  read(&limits->minor, cudaDevAttrComputeCapabilityMinor);
   limits->shared_per_sm = per_sm;
   limits->shared_per_cta = per_cta;
-  limits->dependent_launch = major >= 9;
+  limits->dependent_launch = limits->major >= 9;
   return error;
 }
 

@@ -1,6 +1,6 @@
-// What kernels need below CUDA C++: the only file with inline PTX. tests/host_cuda/ptx_host.h has
-// the same functions for the CPU, written from the PTX ISA, so that the kernels run there as they
-// are.
+// What kernels need below CUDA C++: inline PTX is here and, for sm_90a, in ptx_hopper.cuh, nowhere
+// else. tests/host_cuda/ptx_host.h has the same functions for the CPU, written from the PTX ISA, so
+// that the kernels run there as they are.
 //
 // Every function that a whole warp must call together says so.
 #pragma once
@@ -57,7 +57,10 @@ __device__ __forceinline__ void prefetch_to_l2(const void* pointer) {
 
 // What another CTA of the same launch has written: from L2, since L1 may hold what was there
 // before.
-__device__ __forceinline__ float load_from_l2(const float* pointer) { return __ldcg(pointer); }
+template <class T>
+__device__ __forceinline__ T load_from_l2(const T* pointer) {
+  return __ldcg(pointer);
+}
 
 // Whole warp. The value of lane `lane` % 32, and that of the lane whose number differs in `mask`.
 template <class T>

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pylora.backends import extension
+from pylora.backends import cuda_hopper, extension
 from pylora.backends.backend import (
     DENSE,
     KERNEL_DTYPES,
@@ -81,14 +81,18 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 
 def _nf4_linear(x: Tensor, *args: Any) -> Tensor:
-    y = torch.ops.pylora_C.nf4_linear(_aligned(as_rows(x)), *contiguous(args))
+    rows, ops = _aligned(as_rows(x)), torch.ops.pylora_C
+    linear = ops.nf4_linear if rows.shape[0] <= MAX_SMALL_M else ops.nf4_linear_hopper
+    y = linear(rows, *contiguous(args))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     others = contiguous(args)
     others[_LORA_A] = _aligned(others[_LORA_A])
-    y, h = torch.ops.pylora_C.lora_linear(_aligned(as_rows(x)), *others)
+    rows, ops = _aligned(as_rows(x)), torch.ops.pylora_C
+    linear = ops.lora_linear if rows.shape[0] <= MAX_SMALL_M else ops.lora_linear_hopper
+    y, h = linear(rows, *others)
     return y.view(*x.shape[:-1], y.shape[-1]), h.view(*x.shape[:-1], h.shape[-1])
 
 
@@ -114,11 +118,11 @@ def _nf4_linear_why_not(
     in_features = x.shape[-1]
     if in_features == 0 or out_features == 0:
         return "the weight has no elements"
-    if in_features % blocksize:
-        return f"in_features is {in_features}, no multiple of the blocksize {blocksize}"
     rows = x.numel() // in_features
-    if rows > MAX_SMALL_M:
+    if MAX_SMALL_M < rows < cuda_hopper.MIN_M:
         return f"x has {rows} rows; the kernel for few rows takes up to {MAX_SMALL_M}"
+    if rows <= MAX_SMALL_M and in_features % blocksize:
+        return f"in_features is {in_features}, no multiple of the blocksize {blocksize}"
     if nested_absmax is not None and nested_blocksize & (nested_blocksize - 1):
         return f"nested_blocksize is {nested_blocksize}, no power of two"
     if in_features * out_features >= _MAX_ELEMENTS:
@@ -130,6 +134,8 @@ def _nf4_linear_why_not(
         return "the kernel needs a GPU of compute capability 8.0 or later"
     if not _is_aligned(qweight):
         return f"qweight is not aligned to {_ALIGNMENT} bytes"
+    if rows > MAX_SMALL_M:
+        return cuda_hopper.why_not(x, rows, blocksize)
     return None
 
 

@@ -16,6 +16,7 @@
 #define __constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
@@ -64,6 +65,7 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
 };
 inline cudaError_t cudaGetDevice(int* /*device*/) { return cudaErrorInvalidValue; }
 inline cudaError_t cudaDeviceGetAttribute(int* /*value*/, cudaDeviceAttr /*attribute*/,

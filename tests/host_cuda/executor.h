@@ -17,6 +17,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <vector>
@@ -65,10 +66,19 @@ struct Warp {
 
 struct Grid;
 
+// A copy of sm_90's copy engine that has been issued and has not landed: `land` moves the bytes.
+struct BulkCopy {
+  void* barrier;  // that counts its bytes
+  std::function<void()> land;
+};
+
 struct Cta {
   Grid* grid = nullptr;
   dim3 index;
   Barrier barrier;
+  std::map<unsigned, Barrier> named_barriers;
+  std::map<const void*, std::vector<unsigned>> waiting_at;  // fibers, by mbarrier
+  std::vector<BulkCopy> bulk_copies;
   std::vector<Warp> warps;
   std::vector<unsigned> fibers;
   std::unique_ptr<uint8_t, void (*)(void*)> static_memory{nullptr, std::free};
@@ -102,6 +112,9 @@ struct Fiber {
   Cta* cta = nullptr;
   unsigned thread = 0;
   std::vector<std::vector<AsyncCopy>> groups;  // the last one is still open
+  // The same of wgmma: each entry multiplies when it is waited for, with its whole warp.
+  std::vector<std::vector<std::function<void()>>> multiplies;
+  bool multiply_fenced = false;
 };
 
 struct Executor {
@@ -215,6 +228,8 @@ inline void start_fiber(unsigned number, Cta* cta, unsigned thread) {
   fiber.cta = cta;
   fiber.thread = thread;
   fiber.groups.assign(1, {});
+  fiber.multiplies.assign(1, {});
+  fiber.multiply_fenced = false;
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.get();
   fiber.context.uc_stack.ss_size = kStackBytes;
@@ -248,6 +263,7 @@ inline std::unique_ptr<Cta> start_cta(Grid& grid) {
 inline void replace_ctas(Grid& grid) {
   for (auto& cta : grid.resident) {
     if (cta->barrier.live > 0) continue;
+    if (!cta->bulk_copies.empty()) fail("a bulk copy is under way while its CTA ends");
     executor.idle.insert(executor.idle.end(), cta->fibers.begin(), cta->fibers.end());
     cta = nullptr;
   }

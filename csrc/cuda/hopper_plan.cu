@@ -1,0 +1,44 @@
+#include <algorithm>
+
+#include "cuda/hopper_maps.cuh"
+#include "cuda/nf4_linear_hopper.cuh"
+
+namespace pylora {
+
+HopperPlan plan_hopper(int64_t tokens, int64_t rows, int64_t cols, int processors) {
+  // What a block costs in a tile of 128 and of 256 tokens, where shared memory and the tensor cores
+  // are the limit; and in blocks, what a tile costs beside them, and what slices of K add to that.
+  constexpr int64_t kBlockCosts[] = {6, 10}, kTileBlocks = 8, kSliceBlocks = 8;
+  constexpr int64_t kLeastBlocks = 8;  // of a slice
+  HopperPlan best;
+  int64_t least_cost = 0;
+  for (const int tile_tokens : {128, 256}) {
+    HopperPlan plan;
+    plan.tile_tokens = tile_tokens;
+    plan.row_tiles = ceil_div(rows, kTileRows);
+    plan.tiles = plan.row_tiles * ceil_div(tokens, tile_tokens);
+    const int64_t blocks = cols / kHopperColumns;
+    const int64_t finest = std::max<int64_t>(blocks / kLeastBlocks, 1);
+    const int64_t slices = std::clamp<int64_t>(processors / plan.tiles, 1, finest);
+    plan.slice_blocks = static_cast<int>(ceil_div(blocks, slices));
+    plan.slices = static_cast<int>(ceil_div(blocks, plan.slice_blocks));
+    const int64_t items = plan.tiles * plan.slices;
+    plan.grid = static_cast<int>(std::min<int64_t>(items, processors));
+    const int64_t beside = kTileBlocks + (plan.slices > 1 ? kSliceBlocks : 0);
+    const int64_t cost = ceil_div(items, processors) * (plan.slice_blocks + beside) *
+                         kBlockCosts[tile_tokens == 256];
+    if (least_cost == 0 || cost < least_cost) {
+      least_cost = cost;
+      best = plan;
+    }
+  }
+  return best;
+}
+
+int64_t HopperPlan::partial_floats() const {
+  return slices > 1 ? slices * tiles * kTileRows * tile_tokens : 0;
+}
+
+int64_t HopperPlan::counters() const { return slices > 1 ? tiles * kConsumers : 0; }
+
+}  // namespace pylora

@@ -1,0 +1,34 @@
+// h = dropout(x) lora_A^T + lora_A_bias and low = scaling * act(h), for many tokens: the kernel of
+// lora_hidden.cuh reads x once for each row of lora_A, these once for 32 or 8 of them.
+//
+// Shapes    x [M, K] fp16|bf16; lora_A [R, K] of x's dtype or fp32; lora_A_bias [R] of lora_A's
+//           -> h [M, R], low [M, pitch] fp32
+// Numerics  lora_A of x's dtype: exact products, summed in fp32 by the matrix units; fp32: all in
+//           fp32, as torch does it, since h is judged in lora_A's dtype. low is rounded to TF32, in
+//           which it is multiplied next. Dropout multiplies by 0 or 1 / (1 - p), by the mask of
+//           pylora/reference/dropout.py; the matrix units leave 1 / (1 - p) to the sum.
+// Grid      a CTA of 8 warps, which share K, for 16 tokens and 16 or 32 rows of lora_A; in fp32 for
+// 8
+//           and 8.
+// Algorithm 1. The next kernel may start: it reads nothing of this one before it has waited.
+//           2. A lane loads 16 bytes of its rows of x and lora_A, 8 columns, twice a step, and
+//           drops
+//              out: they are its fragments as they are, since any order of k serves.
+//              In fp32 it takes 4 columns a step of 8 tokens and 8 rows, and adds to 64 sums.
+//           3. In fp32 lanes halve their sums until each has the whole warp's of two of them.
+//           4. The sums of warps, in their order.
+// Limits    K % 64 == 0; x and lora_A aligned to 16 bytes; M <= 8 * 65535.
+// Source    LoRA, arXiv:2106.09685; pylora/reference/lora_linear.py
+#pragma once
+
+#include "cuda/lora_hidden.cuh"
+
+namespace pylora {
+
+inline constexpr int64_t kMaxManyTokens = 8 * 65535;  // of a grid
+
+// Returns the launch's error.
+cudaError_t lora_hidden_many_cuda(const LoraHidden& op, DType dtype, const void* x, int tokens,
+                                  int64_t cols, int64_t low_pitch, cudaStream_t stream);
+
+}  // namespace pylora

@@ -1,0 +1,84 @@
+// The call of a linear op from standard input, and the memory for its results.
+#pragma once
+
+#include "cuda/lora_linear.cuh"
+#include "stdin_arrays.h"
+
+inline pylora::DType dtype_of(int64_t code) { return static_cast<pylora::DType>(code); }
+
+// What follows in the input where `code` is not negative.
+inline pylora::Vector read_vector(int64_t code, int64_t count) {
+  if (code < 0) return {};
+  const int64_t bytes = count * pylora::dtype_size(dtype_of(code));
+  return {read_array<uint8_t>(bytes), dtype_of(code)};
+}
+
+struct LinearHeader {
+  int64_t tokens, rows, cols, dtype, blocksize, nested_blocksize, nested, bias_dtype, rank,
+      lora_dtype, biases, activation, dropout, processors, shared_per_sm;
+};
+
+// Reads all there is.
+inline LinearHeader read_linear(pylora::LoraLinear& op) {
+  const LinearHeader in = *read_array<LinearHeader>(1);
+  const double scaling = *read_array<double>(1);
+  const double dropout_p = *read_array<double>(1);
+
+  op.dtype = dtype_of(in.dtype);
+  op.tokens = static_cast<int>(in.tokens);
+  op.x = read_vector(in.dtype, in.tokens * in.cols).data;
+  op.weight.rows = in.rows;
+  op.weight.cols = in.cols;
+  op.weight.blocksize = in.blocksize;
+  op.weight.nested_blocksize = in.nested_blocksize;
+  op.weight.qweight = read_array<uint8_t>(in.rows * in.cols / 2);
+  const int64_t blocks = op.weight.num_blocks();
+  if (in.nested != 0) {
+    op.weight.absmax_q = read_array<uint8_t>(blocks);
+    op.weight.nested_absmax = read_array<float>(pylora::ceil_div(blocks, in.nested_blocksize));
+    op.weight.nested_code = read_array<float>(256);
+    op.offset = read_array<float>(1);
+  } else {
+    op.weight.absmax = read_array<float>(blocks);
+  }
+  op.bias = read_vector(in.bias_dtype, in.rows);
+
+  pylora::LoraHidden& hidden = op.hidden;
+  hidden.rank = static_cast<int>(in.rank);
+  if (in.rank > 0) {
+    hidden.dtype = dtype_of(in.lora_dtype);
+    hidden.lora_A = read_vector(in.lora_dtype, in.rank * in.cols).data;
+    op.lora_B = read_vector(in.lora_dtype, in.rows * in.rank).data;
+    if (in.biases != 0) {
+      hidden.lora_A_bias = read_vector(in.lora_dtype, in.rank).data;
+      op.lora_B_bias = read_vector(in.lora_dtype, in.rows);
+    }
+    hidden.scaling = static_cast<float>(scaling);
+    hidden.activation = static_cast<pylora::Activation>(in.activation);
+    if (in.dropout != 0) {
+      hidden.seed = read_array<int64_t>(1);
+      hidden.threshold = static_cast<uint32_t>(dropout_p * 4294967296.0 + 0.5);
+      hidden.keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p));
+    }
+  }
+  return in;
+}
+
+struct LinearOutput {
+  int64_t y_bytes, h_bytes;
+};
+
+// `low_pitch`: floats from one row of low to the next.
+inline LinearOutput make_outputs(pylora::LoraLinear& op, int64_t low_pitch) {
+  const LinearOutput out = {op.tokens * op.weight.rows * pylora::dtype_size(op.dtype),
+                            int64_t{4} * op.tokens * op.hidden.rank};
+  op.y = make_output(out.y_bytes);
+  op.hidden.h = static_cast<float*>(make_output(out.h_bytes));
+  op.hidden.low = static_cast<float*>(make_output(4 * op.tokens * low_pitch));
+  return out;
+}
+
+inline void write_outputs(const pylora::LoraLinear& op, const LinearOutput& out) {
+  write_output(op.y, out.y_bytes);
+  write_output(op.hidden.h, out.h_bytes);
+}

@@ -1,0 +1,20 @@
+// Runs the kernels for many tokens on the CPU: arguments from standard input, y and h to standard
+// output.
+#include "cuda/nf4_linear_hopper.cuh"
+
+#include "linear_input.h"
+
+int main() {
+  pylora::LoraLinearHopper op;
+  const LinearHeader in = read_linear(op);
+  const pylora::HopperPlan plan =
+      pylora::plan_hopper(in.tokens, in.rows, in.cols, static_cast<int>(in.processors));
+  op.partials = static_cast<float*>(make_output(4 * plan.partial_floats()));
+  op.counters = static_cast<unsigned*>(make_output(4 * plan.counters()));
+  const LinearOutput out = make_outputs(op, pylora::low_pitch(in.rank));
+  if (pylora::nf4_linear_hopper_cuda(op, plan, nullptr) != cudaSuccess) return 1;
+  cudaDeviceSynchronize();
+  std::fprintf(stderr, "tokens %d, tiles %d, slices %d, grid %d\n", plan.tile_tokens,
+               static_cast<int>(plan.tiles), plan.slices, plan.grid);
+  write_outputs(op, out);
+}
