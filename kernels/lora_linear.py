@@ -58,8 +58,15 @@ def wide_step(rank: int) -> int:
     return configs.cdiv(rank, _COLUMN_STEP) * _COLUMN_STEP
 
 
-def linear(x: Tensor, weight: NF4Base | Tensor, out_features: int, epilogue: Epilogue) -> Tensor:
-    """x [M, K] @ W^T with an epilogue, by tiles or by one dense product: [M, out_features]."""
+def base_product(
+    x: Tensor, weight: NF4Base | Tensor, out_features: int, epilogue: Epilogue
+) -> tuple[Tensor, bool]:
+    """x [M, K] @ W^T, by tiles or by one dense product.
+
+    Returns ([1, M, out_features] in x.dtype, True) with the epilogue; or without it
+    (base [parts, M, out_features], False), for `linear_expand`: one part in x.dtype where the
+    product was dense, else fp32 partial sums.
+    """
     M, K = x.shape
     weight = dense_if_straddling(weight, (out_features, K), x.dtype)
     if configs.is_large(M, x.element_size()):
@@ -68,20 +75,29 @@ def linear(x: Tensor, weight: NF4Base | Tensor, out_features: int, epilogue: Epi
             dense = nf4_dequantize(weight, (out_features, K), x.dtype)
         if epilogue.parts is None:
             bias = None if epilogue.bias is None else epilogue.bias.to(x.dtype)
-            return torch.nn.functional.linear(x, dense, bias)
-        y = torch.mm(x, dense.t())
-        linear_expand(y[None], y, epilogue)
-        return y
+            return torch.nn.functional.linear(x, dense, bias)[None], True
+        return torch.mm(x, dense.t())[None], False
     blocksize = weight.blocksize if isinstance(weight, NF4Base) else 0
     plan = configs.forward_plan(M, out_features, K, x.element_size(), blocksize, facts(x))
-    y = x.new_empty(M, out_features)
-    if plan.splits == 1:
-        launch_nf4_linear(x, weight, y, plan, epilogue)
-        return y
-    workspace = x.new_empty(plan.splits, M, out_features, dtype=torch.float32)
-    launch_nf4_linear(x, weight, workspace, plan, epilogue)
-    linear_expand(workspace, y, epilogue)
-    return y
+    is_finished = plan.splits == 1
+    dtype = x.dtype if is_finished else torch.float32
+    base = x.new_empty(plan.splits, M, out_features, dtype=dtype)
+    launch_nf4_linear(x, weight, base, plan, epilogue)
+    return base, is_finished
+
+
+def finished(base: Tensor, is_finished: bool, dtype: torch.dtype, epilogue: Epilogue) -> Tensor:
+    """[rows, features] in `dtype` of what `base_product` returned."""
+    if is_finished:
+        return base[0]
+    out = base[0] if base.shape[0] == 1 else torch.empty_like(base[0], dtype=dtype)
+    linear_expand(base, out, epilogue)
+    return out
+
+
+def linear(x: Tensor, weight: NF4Base | Tensor, out_features: int, epilogue: Epilogue) -> Tensor:
+    """x [M, K] @ W^T with an epilogue: [M, out_features]."""
+    return finished(*base_product(x, weight, out_features, epilogue), x.dtype, epilogue)
 
 
 def nf4_linear(x: Tensor, weight: NF4Base, out_features: int, bias: Tensor | None) -> Tensor:

@@ -15,9 +15,8 @@ from torch import Tensor
 from pylora.kernels import configs
 from pylora.kernels.epilogue import Epilogue
 from pylora.kernels.launch import facts
-from pylora.kernels.linear_expand import linear_expand
 from pylora.kernels.lora_hidden import lora_hidden_backward
-from pylora.kernels.lora_linear import LoRA, dense_if_straddling, wide_step
+from pylora.kernels.lora_linear import LoRA, dense_if_straddling, finished, wide_step
 from pylora.kernels.lora_shrink import lora_shrink
 from pylora.kernels.lora_weight_grad import lora_weight_grad
 from pylora.kernels.nf4_dequantize import launch_nf4_dequantize, nf4_dequantize
@@ -26,30 +25,32 @@ from pylora.kernels.precision import lora_operands, output_operands
 from pylora.kernels.weight import NF4Base
 
 
-def linear_backward(
+def base_product_backward(
     grad: Tensor, weight: NF4Base | Tensor, in_features: int, epilogue: Epilogue
-) -> Tensor:
-    """grad [M, N] @ W with an epilogue, by tiles or by one dense product: [M, in_features]."""
+) -> tuple[Tensor, bool]:
+    """grad [M, N] @ W, by tiles or by one dense product; returns what `base_product` does."""
     M, N = grad.shape
     weight = dense_if_straddling(weight, (N, in_features), grad.dtype)
     if configs.is_large(M, grad.element_size()):
         dense = weight
         if isinstance(weight, NF4Base):
             dense = nf4_dequantize(weight, (N, in_features), grad.dtype)
-        dx = torch.mm(grad, dense)
-        if epilogue.parts is not None:
-            linear_expand(dx[None], dx, epilogue)
-        return dx
+        return torch.mm(grad, dense)[None], epilogue.parts is None
     blocksize = weight.blocksize if isinstance(weight, NF4Base) else 0
     plan = configs.backward_plan(M, N, in_features, grad.element_size(), blocksize, facts(grad))
-    dx = grad.new_empty(M, in_features)
-    if plan.splits == 1:
-        launch_nf4_linear_backward(grad, weight, dx, plan, epilogue)
-        return dx
-    workspace = grad.new_empty(plan.splits, M, in_features, dtype=torch.float32)
-    launch_nf4_linear_backward(grad, weight, workspace, plan, epilogue)
-    linear_expand(workspace, dx, epilogue)
-    return dx
+    is_finished = plan.splits == 1
+    dtype = grad.dtype if is_finished else torch.float32
+    base = grad.new_empty(plan.splits, M, in_features, dtype=dtype)
+    launch_nf4_linear_backward(grad, weight, base, plan, epilogue)
+    return base, is_finished
+
+
+def linear_backward(
+    grad: Tensor, weight: NF4Base | Tensor, in_features: int, epilogue: Epilogue
+) -> Tensor:
+    """grad [M, N] @ W with an epilogue: [M, in_features]."""
+    base, is_finished = base_product_backward(grad, weight, in_features, epilogue)
+    return finished(base, is_finished, grad.dtype, epilogue)
 
 
 def nf4_linear_backward(grad: Tensor, weight: NF4Base, in_features: int) -> Tensor:
