@@ -65,7 +65,7 @@ class Variant:
         flags = [flag for name, flag in _FLAGS.items() if types.get(name) not in _ABSENT]
         flags += ["partial"] if self.constant("PARTIAL") else []
         flags += [self.constant("ACTIVATION")] if self.constant("ACTIVATION") else []
-        return " ".join([self.kernel, floating[0], *sizes, *flags])
+        return " ".join([self.kernel, *floating[:1], *sizes, *flags])
 
 
 _ABSENT = (None, "constexpr")
@@ -164,6 +164,29 @@ def _lora_step(
     _call("lora_linear_backward", grad, x, h, *q, A, B, *last, mask)
 
 
+def _multi_lora_step(
+    M: int,
+    N: int,
+    K: int,
+    base: tuple[Any, ...],
+    adapters: int,
+    rank: int,
+    dtype: torch.dtype,
+    lora_dtype: torch.dtype,
+) -> None:
+    """Forward and backward of one layer with an adapter for each row."""
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, grad, bias = (empty(*shape, dtype=dtype) for shape in ((M, K), (M, N), (N,)))
+    A, B = empty(adapters, rank, K, dtype=lora_dtype), empty(adapters, N, rank, dtype=lora_dtype)
+    low_rank = (A, B, empty(M, dtype=torch.int64), empty(adapters, dtype=torch.float32))
+    _, h = _call("multi_lora_linear", x, *base, N, *low_rank, bias)
+    mask = [True, False, True, True, True]
+    _call("multi_lora_linear_backward", grad, x, h, *base, *low_rank, mask)
+
+
 def launches(capability: int) -> list[Variant]:
     """The variants of one architecture: every rule of `configs`, every feature at least once."""
     N, K = 14336, 4096
@@ -193,4 +216,12 @@ def launches(capability: int) -> list[Variant]:
             _lora_step(M, N, K, short, 8, bf16, bf16, 0.0, "gelu", True)
             _lora_step(M, N, K, base, 16, bf16, bf16, 0.1, "identity", False)
         _lora_step(8192, N, K, base, 16, bf16, bf16, 0.0, "silu", True)
+        # Many adapters: few rows each and many, in place and over a split, whole and in pieces.
+        for M in (16, 512, 8192):
+            _multi_lora_step(M, N, K, nested, 8, 16, bf16, bf16)
+            _multi_lora_step(M, N, K, nested, 8, 64, bf16, fp32)
+        _multi_lora_step(16, 1024, K, _weight(1024, K, 64, False), 8, 16, bf16, bf16)
+        _multi_lora_step(512, N, K, plain, 8, 16, torch.float16, torch.float16)
+        for M in (64, 2048):
+            _multi_lora_step(M, N, K, plain, 8, 16, fp32, fp32)
     return list(variants)

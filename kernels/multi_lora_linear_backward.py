@@ -34,21 +34,23 @@ def multi_lora_linear_backward(
     """
     want_x, want_A, want_B = wanted
     (M, K), operands = x.shape, lora_operands(x.dtype, lora.A.dtype)
-    dx = x.new_empty(0, K) if want_x else None
+    dx = None
     dlora_A = lora.A.new_zeros(lora.A.shape) if want_A else None
     dlora_B = lora.B.new_zeros(lora.B.shape) if want_B else None
-    if M == 0 or not any(wanted):
-        return dx, dlora_A, dlora_B
+    if M == 0:
+        return (x.new_empty(0, K) if want_x else None), dlora_A, dlora_B
     rows = adapter_rows(lora.ids, lora.A.shape[0])
     if want_x or dlora_A is not None:
         parts = multi_lora_shrink(grad, lora.B.mT, rows, operands)
-    if want_x:
-        base, is_finished = base_product_backward(grad, weight, K, Epilogue())
-        dx = base[0] if is_finished else x.new_empty(M, K)
-        output = output_operands(x.dtype, lora.A.dtype)
-        multi_lora_expand(base, dx, parts, lora.A.mT, lora.scalings, rows, output)
-    if dlora_A is not None:
-        multi_lora_weight_grad(x, parts, lora.scalings, rows, operands, dlora_A)
+        if dlora_A is not None:
+            # A sum inside the loop over rows would keep it from being pipelined.
+            parts = parts if parts.shape[0] == 1 else parts.sum(0, keepdim=True)
+            multi_lora_weight_grad(x, parts[0], lora.scalings, rows, operands, dlora_A)
+        if want_x:
+            base, is_finished = base_product_backward(grad, weight, K, Epilogue())
+            dx = base[0] if is_finished else x.new_empty(M, K)
+            output = output_operands(x.dtype, lora.A.dtype)
+            multi_lora_expand(base, dx, parts, lora.A.mT, lora.scalings, rows, output)
     if dlora_B is not None:
-        multi_lora_weight_grad(grad, h[None], lora.scalings, rows, operands, dlora_B.mT)
+        multi_lora_weight_grad(grad, h, lora.scalings, rows, operands, dlora_B.mT)
     return dx, dlora_A, dlora_B

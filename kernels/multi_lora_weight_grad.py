@@ -10,7 +10,6 @@ from torch import Tensor
 from pylora.kernels.adapter_rows import AdapterRows, tile_of
 from pylora.kernels.configs import SUM_OF_PIECES, cdiv, weight_grad_config
 from pylora.kernels.launch import facts, on_device_of
-from pylora.kernels.lora_hidden import sum_of_parts
 from pylora.kernels.precision import Operands, as_operand, dot, rounded
 
 
@@ -23,11 +22,10 @@ def _first_slot(begin, piece_rows):
     return (2 * begin.to(tl.int64) // piece_rows).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["narrow_parts", "groups", "by_place", "M", "piece_rows"])
+@triton.jit(do_not_specialize=["groups", "by_place", "M", "piece_rows"])
 def _multi_lora_weight_grad_kernel(
     wide_ptr,  # [M, P], rows stride_wide apart
-    narrow_ptr,  # fp32 [narrow_parts, M, R]
-    narrow_parts,
+    narrow_ptr,  # fp32 [M, R]
     scalings_ptr,  # fp32 [adapters]
     out_ptr,  # element (i, r, p) at i * R * P + r * stride_r + p * stride_p
     parts_ptr,  # fp32 [slots, R, P] in out's layout, or None: no adapter needs several pieces
@@ -50,7 +48,7 @@ def _multi_lora_weight_grad_kernel(
 ):
     """out[i] = (scalings[i] * narrow)^T @ wide over the rows of adapter i, or of a piece of them
 
-    Shapes    wide [M, P] fp32|fp16|bf16; narrow = sum(narrow_parts) [M, R]; out [adapters, R, P]
+    Shapes    wide [M, P] fp32|fp16|bf16; narrow fp32 [M, R]; out [adapters, R, P]
               (wide x and narrow grad @ lora_B give dlora_A, P = in_features; wide grad and narrow h
               give dlora_B^T, P = out_features; M = rows)
     Numerics  fp32 sums of BLOCK_M products each, added in fp32, rounded once.
@@ -80,8 +78,11 @@ def _multi_lora_weight_grad_kernel(
             mask=(place < last)[:, None] & (p < P)[None, :],
             other=0.0,
         )
-        inside = (place < last)[:, None] & (r < R)[None, :]
-        narrow = sum_of_parts(narrow_ptr, narrow_parts, row[:, None] * R + r[None, :], inside, M, R)
+        narrow = tl.load(
+            narrow_ptr + row[:, None] * R + r[None, :],
+            mask=(place < last)[:, None] & (r < R)[None, :],
+            other=0.0,
+        )
         narrow = rounded(scaling * narrow, OPERAND)
         acc += dot(as_operand(wide, OPERAND).T, narrow, PRECISION)
     # 3.
@@ -138,12 +139,12 @@ def multi_lora_weight_grad(
     """Adds up (scalings[i] * narrow)^T @ wide over each adapter's rows, into `out`.
 
     wide      [M, P], any row stride
-    narrow    fp32 [narrow_parts, M, R]
+    narrow    fp32 [M, R], contiguous
     scalings  fp32 [adapters]
     out       [adapters, R, P], dense in memory with P or R innermost; zero, and stays it where an
               adapter has no rows
     """
-    (M, P), R = wide.shape, narrow.shape[2]
+    (M, P), R = wide.shape, narrow.shape[1]
     config, splits, piece_rows = weight_grad_config(
         M, P, R, operands.dtype == tl.float32, facts(wide)
     )
@@ -157,7 +158,6 @@ def multi_lora_weight_grad(
         ](
             wide_ptr=wide,
             narrow_ptr=narrow,
-            narrow_parts=narrow.shape[0],
             scalings_ptr=scalings,
             out_ptr=out,
             parts_ptr=parts,
