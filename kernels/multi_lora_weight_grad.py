@@ -119,11 +119,11 @@ def _sum_of_pieces_kernel(
     pieces = tl.cdiv(tl.load(begin_ptr + adapter + 1) - begin, piece_rows)
     if pieces <= 1:
         return
-    first = _first_slot(begin, piece_rows)
+    part = parts_ptr + _first_slot(begin, piece_rows).to(tl.int64) * size + element
     total = tl.zeros((BLOCK,), tl.float32)
-    for slot in range(first, first + pieces):
-        part = parts_ptr + slot.to(tl.int64) * size + element
+    for _ in range(pieces):
         total += tl.load(part, mask=element < size, other=0.0)
+        part += size
     out = out_ptr + adapter.to(tl.int64) * size + element
     tl.store(out, rounded(total, out_ptr.dtype.element_ty), mask=element < size)
 
