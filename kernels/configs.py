@@ -164,8 +164,7 @@ def expand_tile(facts: Facts) -> TileConfig:
 
 
 def _few_rows_each(M: int, adapters: int) -> bool:
-    """estimate: adapters of up to 16 rows on average fill tiles of 16 rows better than larger ones.
-    """
+    """estimate: adapters of up to 16 rows on average fill tiles of 16 rows better than others."""
     return M <= 16 * adapters
 
 

@@ -153,9 +153,7 @@ def multi_lora_weight_grad(
         parts = wide.new_empty(2 * M // piece_rows, R * P, dtype=torch.float32)
     pieces = rows.tiles(piece_rows)
     with on_device_of(wide):
-        _multi_lora_weight_grad_kernel[
-            (cdiv(P, config.block_m) * pieces, cdiv(R, config.block_r))
-        ](
+        _multi_lora_weight_grad_kernel[(cdiv(P, config.block_m) * pieces, cdiv(R, config.block_r))](
             wide_ptr=wide,
             narrow_ptr=narrow,
             scalings_ptr=scalings,

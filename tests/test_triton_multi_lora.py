@@ -64,9 +64,8 @@ def arguments(
     )
     x, bias = normal(len(ids), in_features, dtype=dtype), normal(out_features, dtype=dtype)
     scalings = (torch.rand(adapters) + 0.5).to(DEVICE)
-    return F.OP_ARGUMENTS["multi_lora_linear"](
-        x, weight, *stacks, ids.to(DEVICE), scalings, bias
-    )[1]
+    ours = (x, weight, *stacks, ids.to(DEVICE), scalings, bias)
+    return F.OP_ARGUMENTS["multi_lora_linear"](*ours)[1]
 
 
 def backward_arguments(forward: tuple[Any, ...], h: Tensor) -> tuple[Any, ...]:

@@ -210,9 +210,7 @@ def _multi_lora_linear_backward(
     return tuple(x.new_empty(0) if result is None else result for result in results)
 
 
-def _multi_lora_linear_backward_why_not(
-    grad: Tensor, x: Tensor, h: Tensor, *args: Any
-) -> Reason:
+def _multi_lora_linear_backward_why_not(grad: Tensor, x: Tensor, h: Tensor, *args: Any) -> Reason:
     tensors = _tensors_why_not(grad=grad, x=x, lora_A=args[7], lora_B=args[8])
     return tensors or _adapters_why_not(args[7])
 
