@@ -92,6 +92,23 @@ def forward(M: int, N: int, K: int, rank: int, machine: Machine) -> list[Launch]
     return launches
 
 
+def multi_forward(
+    M: int, N: int, K: int, rank: int, adapters: int, machine: Machine
+) -> list[Launch]:
+    """The launches of multi_lora_linear, the rows spread evenly over the adapters."""
+    facts = Facts(90, machine.multiprocessors)
+    base = forward(M, N, K, 0, machine)
+    used, y = min(adapters, M), 2 * M * N
+    _, splits, _ = configs.shrink_config(M, K, [rank], False, facts, adapters)
+    parts = 4 * splits * M * rank
+    shrink = Launch("shrink", 2 * M * K + 2 * used * rank * K + parts, 2 * M * rank * K)
+    # It finishes partial sums as for one adapter; a finished output is read and written again.
+    finished = base[-1].name != "expand"
+    moved = (2 * y if finished else base.pop().bytes) + 2 * used * rank * N + parts
+    expand = Launch("expand", moved, 2 * M * rank * N)
+    return [Launch("rows", 16 * M + 4 * adapters), shrink, *base, expand]
+
+
 def floor_seconds(M: int, N: int, K: int, rank: int, machine: Machine) -> float:
     """Everything read and written once, nothing decoded."""
     moved = N * K * BITS / 8 + 2 * M * (N + K) + 2 * rank * (N + K)
@@ -101,6 +118,7 @@ def floor_seconds(M: int, N: int, K: int, rank: int, machine: Machine) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cost_model")
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--adapters", type=int, help="as many adapters, one for each row")
     parser.add_argument("--bandwidth", type=float, default=4.8, help="TB/s")
     parser.add_argument("--matmul", type=float, default=989.0, help="dense bf16 TFLOP/s")
     parser.add_argument("--multiprocessors", type=int, default=132)
@@ -117,7 +135,10 @@ def main() -> None:
     print("us of each launch and what bounds it: m memory, x matrix units, i instruction issue")
     for N, K in MODELS["Llama-3 8B"]:
         for M in ROWS:
-            launches = forward(M, N, K, arguments.rank, machine)
+            if arguments.adapters:
+                launches = multi_forward(M, N, K, arguments.rank, arguments.adapters, machine)
+            else:
+                launches = forward(M, N, K, arguments.rank, machine)
             total = sum(launch.seconds(machine) for launch in launches)
             floor = floor_seconds(M, N, K, arguments.rank, machine)
             parts = [

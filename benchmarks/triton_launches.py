@@ -74,7 +74,7 @@ class Variant:
         flags += [flag for name, flag in _FLAGS.items() if _is_given(types.get(name))]
         flags += ["partial"] if self.constant("PARTIAL") else []
         flags += [self.constant("ACTIVATION")] if self.constant("ACTIVATION") else []
-        return " ".join([self.kernel, floating[0], *sizes, *flags])
+        return " ".join([self.kernel, *floating[:1], *sizes, *flags])
 
 
 def _is_given(kind: Any) -> bool:
@@ -149,9 +149,7 @@ def _weight(out_features: int, in_features: int, blocksize: int, nested: bool) -
 
 
 def _call(op: str, *args: Any) -> Any:
-    run = BACKEND.ops[op].run
-    # Past the decorator that asks for autocast's state, which meta tensors do not have.
-    return getattr(run, "__wrapped__", run)(*args)
+    return BACKEND.ops[op].run(*args)
 
 
 def _lora_step(
@@ -223,6 +221,29 @@ def _mlp_step(M: int, nested: bool, rank: int, lora_dtype: torch.dtype, p: float
     _call("lora_mlp_backward", y, x, gate, up, h, *layers, p, seed, "silu", mask)
 
 
+def _multi_lora_step(
+    M: int,
+    N: int,
+    K: int,
+    base: tuple[Any, ...],
+    adapters: int,
+    rank: int,
+    dtype: torch.dtype,
+    lora_dtype: torch.dtype,
+) -> None:
+    """Forward and backward of one layer with an adapter for each row."""
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, grad, bias = (empty(*shape, dtype=dtype) for shape in ((M, K), (M, N), (N,)))
+    A, B = empty(adapters, rank, K, dtype=lora_dtype), empty(adapters, N, rank, dtype=lora_dtype)
+    low_rank = (A, B, empty(M, dtype=torch.int64), empty(adapters, dtype=torch.float32))
+    _, h = _call("multi_lora_linear", x, *base, N, *low_rank, bias)
+    mask = [True, False, True, True, True]
+    _call("multi_lora_linear_backward", grad, x, h, *base, *low_rank, mask)
+
+
 def launches(capability: int) -> list[Variant]:
     """The variants of one architecture: every rule of `configs`, every feature at least once."""
     N, K = 14336, 4096
@@ -257,4 +278,12 @@ def launches(capability: int) -> list[Variant]:
                 step(M, False, 16, bf16, 0.0)
             for M, p in ((512, 0.1), (512, 0.0), (8192, 0.1)):
                 step(M, True, 64, fp32, p)
+        # Many adapters: few rows each and many, in place and over a split, whole and in pieces.
+        for M in (16, 512, 8192):
+            _multi_lora_step(M, N, K, nested, 8, 16, bf16, bf16)
+            _multi_lora_step(M, N, K, nested, 8, 64, bf16, fp32)
+        _multi_lora_step(16, 1024, K, _weight(1024, K, 64, False), 8, 16, bf16, bf16)
+        _multi_lora_step(512, N, K, plain, 8, 16, torch.float16, torch.float16)
+        for M in (64, 2048):
+            _multi_lora_step(M, N, K, plain, 8, 16, fp32, fp32)
     return list(variants)

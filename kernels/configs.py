@@ -62,8 +62,21 @@ class PointwiseConfig:
     block_r: int
 
 
+@dataclass(frozen=True)
+class AdapterRowsConfig:
+    """One program places block_m rows, comparing block_j others at a time."""
+
+    block_m: int
+    block_j: int
+    # Comparing each row with each costs less than a sort of several launches up to here.
+    most_counted: int
+
+
 DEQUANTIZE = DequantizeConfig(elements=4096, num_warps=4)
 HIDDEN = PointwiseConfig(block_m=32, block_r=16)
+# estimate: 8192^2 comparisons are some 10 us of a whole GPU's arithmetic.
+ADAPTER_ROWS = AdapterRowsConfig(block_m=32, block_j=128, most_counted=8192)
+SUM_OF_PIECES = DequantizeConfig(elements=1024, num_warps=4)
 
 # estimate: beyond it the second reading of a dequantized weight costs less than decoding it again
 # for each tile of M, and than what Triton's tiles lose against the vendor's matrix product.
@@ -162,15 +175,30 @@ def expand_tile(terms: int, facts: Facts) -> TileConfig:
     return TileConfig(32, 64 if facts.capability < 90 else 32, 0, 4, 2)
 
 
+def _few_rows_each(M: int, adapters: int) -> bool:
+    """estimate: adapters of up to 16 rows on average fill tiles of 16 rows better than others."""
+    return M <= 16 * adapters
+
+
+def multi_expand_tile(M: int, adapters: int, rank: int, facts: Facts) -> TileConfig:
+    """The same for rows of many adapters; block_k is the step over the rank."""
+    tile = expand_tile(1, facts)
+    block_m = 16 if _few_rows_each(M, adapters) else tile.block_m
+    return replace(tile, block_m=block_m, block_k=_block_r(rank, 32))
+
+
 def _block_r(rank: int, most: int) -> int:
     return min(most, max(16, 1 << (rank - 1).bit_length()))
 
 
 def shrink_config(
-    M: int, K: int, ranks: Sequence[int], fp32: bool, facts: Facts
+    M: int, K: int, ranks: Sequence[int], fp32: bool, facts: Facts, adapters: int = 1
 ) -> tuple[ShrinkConfig, int, int]:
-    """(config, splits of K, length of each) of projections of [M, K] to [M, rank] each."""
-    block_m, rank = 16 if M <= 16 else 64, max(ranks)
+    """(config, splits of K, length of each) of projections of [M, K] to [M, rank] each.
+
+    With several adapters the split is that of the worst case, one that owns all rows.
+    """
+    block_m, rank = 16 if _few_rows_each(M, adapters) else 64, max(ranks)
     config = ShrinkConfig(block_m, _block_r(rank, 64), 64, 4, 4)
     if fp32:
         # Several sums, of three products a step each, would spill in four warps.

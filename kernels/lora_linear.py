@@ -163,6 +163,26 @@ def lora_linears(
     return [results[i] for i in numbers]
 
 
+def base_product(
+    x: Tensor, weight: NF4Base | Tensor, out_features: int, bias: Tensor | None
+) -> tuple[Tensor, bool]:
+    """x [M, K] @ W^T for a kernel that finishes it.
+
+    Returns ([1, M, out_features] in x.dtype, True) with the bias, or fp32 partial sums [parts, M,
+    out_features] without it and False; at least one row.
+    """
+    M, K = x.shape
+    layer = Layer(weight, out_features, bias).without_straddling(K, x.dtype)
+    if configs.is_large(M, x.element_size()):
+        return _by_products(x, [layer], [None])[0][None], True
+    blocksize = layer.weight.blocksize if isinstance(layer.weight, NF4Base) else 0
+    plan = configs.forward_plan(M, [out_features], K, x.element_size(), blocksize, facts(x))
+    dtype = x.dtype if plan.splits == 1 else torch.float32
+    base = x.new_empty(plan.splits, M, out_features, dtype=dtype)
+    launch_nf4_linear(x, [layer.weight], [base], plan, Epilogue([bias]))
+    return base, plan.splits == 1
+
+
 def _lora(layer: Layer) -> LoRA:
     assert layer.lora is not None
     return layer.lora

@@ -90,6 +90,22 @@ def nf4_linear_backward(grad: Tensor, weight: NF4Base | Tensor, in_features: int
     return _input_gradient([Incoming(Layer(weight, grad.shape[1]), grad)], [None], in_features)
 
 
+def base_product_backward(
+    grad: Tensor, weight: NF4Base | Tensor, in_features: int
+) -> tuple[Tensor, bool]:
+    """grad [M, N] @ W for a kernel that finishes it; returns what `base_product` does."""
+    M, N = grad.shape
+    layer = Layer(weight, N).without_straddling(in_features, grad.dtype)
+    if configs.is_large(M, grad.element_size()):
+        return _by_products([(Incoming(layer, grad), None)], in_features)[None], True
+    blocksize = layer.weight.blocksize if isinstance(layer.weight, NF4Base) else 0
+    plan = configs.backward_plan(M, [N], in_features, grad.element_size(), blocksize, facts(grad))
+    dtype = grad.dtype if plan.splits == 1 else torch.float32
+    base = grad.new_empty(plan.splits, M, in_features, dtype=dtype)
+    launch_nf4_linear_backward([grad], [layer.weight], base, plan, Epilogue())
+    return base, plan.splits == 1
+
+
 def lora_linears_backward(
     incoming: Sequence[Incoming],
     x: Tensor,

@@ -72,3 +72,6 @@ def test_cost_model_charges_every_regime() -> None:
         assert [launch.name for launch in launches_] == names
         total = sum(launch.seconds(machine) for launch in launches_)
         assert cost_model.floor_seconds(M, 4096, 4096, 16, machine) < total
+        several = cost_model.multi_forward(M, 4096, 4096, 16, 8, machine)
+        middle = [name for name in names if name in ("tiles", "dequantize", "matmul")]
+        assert [launch.name for launch in several] == ["rows", "shrink", *middle, "expand"]

@@ -28,7 +28,9 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def run(first: Tensor | list[Tensor], *args: Any) -> Any:
         device = (first if isinstance(first, Tensor) else first[0]).device.type
-        if not torch.is_autocast_enabled(device):
+        # Asking whether it is enabled is an error on devices that know no autocast, such as meta.
+        available = torch.amp.autocast_mode.is_autocast_available(device)
+        if not (available and torch.is_autocast_enabled(device)):
             return function(first, *args)
         with torch.autocast(device, enabled=False):
             return function(first, *args)

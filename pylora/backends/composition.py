@@ -2,7 +2,7 @@
 
 A backend that has no kernel of its own for them still runs every NF4 weight on its kernels, and
 dense ones with LoRA where it takes those. The rest, and the adapters of multi_lora_linear, run in
-torch.
+torch. An op that the backend does have a kernel for goes before the composed one.
 """
 
 from __future__ import annotations

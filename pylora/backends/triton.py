@@ -22,7 +22,6 @@ from pylora.backends.backend import (
     nf4_dequantize_why_not,
     without_autocast,
 )
-from pylora.backends.composition import composed
 from pylora.backends.triton_projections import (
     base,
     lora_mlp,
@@ -32,6 +31,7 @@ from pylora.backends.triton_projections import (
     projections_why_not,
     rows,
 )
+from pylora.reference.multi_lora_linear import check_adapter_ids
 
 
 @lru_cache(maxsize=1)
@@ -163,12 +163,74 @@ def _lora_linear_backward_why_not(grad: Tensor, x: Tensor, h: Tensor, *args: Any
     return _tensors_why_not(grad=grad, x=x, lora_A=args[7], lora_B=args[8])
 
 
+def _multi_lora(args: tuple[Any, ...]) -> Any:
+    """The adapters from lora_A, lora_B, adapter_ids and scalings; the ids are checked where that
+    waits for no device."""
+    from pylora.kernels.multi_lora_linear import MultiLoRA
+
+    A, B, ids, scalings = args
+    check_adapter_ids(ids, A.shape[0])
+    scalings = scalings.to(torch.float32)
+    return MultiLoRA(*(t.contiguous() for t in (A, B, ids, scalings)))
+
+
+def _multi_lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    from pylora.kernels.multi_lora_linear import multi_lora_linear
+
+    out_features, *low_rank, bias = args[7:]
+    lora = _multi_lora(tuple(low_rank))
+    y, h = multi_lora_linear(rows(x), base(args[:7]), out_features, bias, lora)
+    return y.view(*x.shape[:-1], out_features), h.view(*x.shape[:-1], h.shape[1])
+
+
+def _multi_lora_linear_why_not(x: Tensor, *args: Any) -> Reason:
+    return _tensors_why_not(x=x, lora_A=args[8], lora_B=args[9]) or _adapters_why_not(args[8])
+
+
+def _multi_lora_linear_backward(
+    grad: Tensor, x: Tensor, h: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    from pylora.kernels.multi_lora_linear_backward import multi_lora_linear_backward
+
+    want_x, want_weight, want_A, want_B, want_bias = args[11]
+    grad_rows, x_rows = rows(grad), rows(x)
+    dx, dlora_A, dlora_B = multi_lora_linear_backward(
+        grad_rows,
+        x_rows,
+        rows(h).contiguous(),
+        base(args[:7]),
+        _multi_lora(args[7:11]),
+        (want_x, want_A, want_B),
+    )
+    results = (
+        None if dx is None else dx.view(x.shape),
+        grad_rows.t() @ x_rows if want_weight else None,
+        dlora_A,
+        dlora_B,
+        grad_rows.sum(0, dtype=torch.float32).to(grad.dtype) if want_bias else None,
+    )
+    return tuple(x.new_empty(0) if result is None else result for result in results)
+
+
+def _multi_lora_linear_backward_why_not(grad: Tensor, x: Tensor, h: Tensor, *args: Any) -> Reason:
+    tensors = _tensors_why_not(grad=grad, x=x, lora_A=args[7], lora_B=args[8])
+    return tensors or _adapters_why_not(args[7])
+
+
+def _adapters_why_not(lora_A: Tensor) -> Reason:
+    return "lora_A has no adapters" if lora_A.shape[0] == 0 else None
+
+
 _OPS = {
     "nf4_dequantize": Op(_nf4_dequantize, _nf4_dequantize_why_not),
     "nf4_linear": Op(_nf4_linear, lambda x, *_: _tensors_why_not(x=x)),
     "nf4_linear_backward": Op(_nf4_linear_backward, lambda grad, *_: _tensors_why_not(grad=grad)),
     "lora_linear": Op(_lora_linear, _lora_linear_why_not),
     "lora_linear_backward": Op(_lora_linear_backward, _lora_linear_backward_why_not),
+    "multi_lora_linear": Op(without_autocast(_multi_lora_linear), _multi_lora_linear_why_not),
+    "multi_lora_linear_backward": Op(
+        without_autocast(_multi_lora_linear_backward), _multi_lora_linear_backward_why_not
+    ),
 }
 
 _why_not = partial(projections_why_not, _tensors_why_not)
@@ -185,11 +247,9 @@ _OPS |= {
     ),
 }
 
-_COMPOSED = composed(_OPS, takes_dense=True)
-
 BACKEND = Backend(
     name="triton",
-    ops={**_COMPOSED, **_OPS},
+    ops=_OPS,
     unavailable=_unavailable,
     path=_path,
     device=_device,
