@@ -20,6 +20,7 @@ def ampere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fake tensors of a fake GPU, whose memory is aligned."""
     monkeypatch.setattr(cuda, "_has_matrix_instructions", lambda device: True)
     monkeypatch.setattr(cuda, "_is_aligned", lambda tensor: True)
+    monkeypatch.setattr(cuda, "_shared_memory", lambda device: 163 << 10)
     with FakeTensorMode():
         yield
 
@@ -51,10 +52,15 @@ def linear(
     [
         ({}, None),
         ({"rows": 16, "dtype": torch.float16, "blocksize": 32}, None),
+        ({"rows": 64}, None),
         ({"rows": 0}, None),
         ({"nested_blocksize": 128}, None),
         ({"dtype": torch.float32}, "x is torch.float32; the kernel takes float16 and bfloat16"),
-        ({"rows": 18}, "x has 18 rows; the kernel for few rows takes up to 16"),
+        ({"rows": 66}, "x has 66 rows; the kernel for few rows takes up to 64"),
+        (
+            {"rows": 18, "blocksize": 32},
+            "x has 18 rows; the kernel for few rows takes up to 16 where the blocksize is 32",
+        ),
         ({"shape": (96, 96)}, "in_features is 96, no multiple of the blocksize 64"),
         ({"shape": (0, 64)}, "the weight has no elements"),
         ({"nested_blocksize": 100}, "nested_blocksize is 100, no power of two"),
@@ -73,7 +79,7 @@ def test_nf4_linear(change: dict[str, Any], reason: str | None):
         ({"lora_dtype": torch.float16}, "lora_A is torch.float16; the kernel takes torch.bfloat16"),
         ({"rank": 0}, "the rank is 0; the kernel takes 1 to 1024"),
         ({"dense": True}, "the base weight is dense"),
-        ({"rows": 32}, "x has 32 rows"),
+        ({"rows": 80}, "x has 80 rows"),
         ({"lora_device": "cpu"}, "lora_A is on cpu, not on a cuda device"),
     ],
 )
@@ -100,6 +106,14 @@ def test_nf4_quantize():
     assert why_not(torch.empty(64), 64) == "weight is on cpu, not on a cuda device"
     double = torch.empty(64, device="cuda", dtype=torch.float64)
     assert (why_not(double, 64) or "").startswith("weight is torch.float64")
+
+
+def test_a_gpu_with_little_shared_memory(monkeypatch: pytest.MonkeyPatch):
+    why_not = cuda.BACKEND.ops["nf4_linear"].why_not
+    monkeypatch.setattr(cuda, "_shared_memory", lambda device: 99 << 10)
+    assert why_not(*linear(rows=32)) is None
+    reason = why_not(*linear(rows=34)) or ""
+    assert reason.startswith("x has 34 rows; the kernel for few rows takes up to 32 on this GPU")
 
 
 def test_an_old_gpu_and_an_odd_address(monkeypatch: pytest.MonkeyPatch):

@@ -238,6 +238,12 @@ def test_linear_without_lora(lora_linear, shape, dtype: torch.dtype):
     check_linear(lora_linear, shape, dtype)
 
 
+@pytest.mark.parametrize("M", [17, 24, 25, 33, 45, 56, 63, 64])  # each number of token tiles
+def test_linear_of_more_tokens(lora_linear, M: int):
+    dtype = (torch.float16, torch.bfloat16)[M % 2]
+    check_linear(lora_linear, (M, 70, 576), dtype, nested=M > 32, rank=12 if M < 50 else 8)
+
+
 @pytest.mark.parametrize(
     ("blocksize", "nested", "K"),
     [
@@ -272,9 +278,12 @@ def test_lora_dropout_and_activation(lora_linear, activation: str):
     [
         ((1, 16, 4096), "H200", 8, 4),  # fewer tiles than CTAs
         ((2, 144, 1152), "H200", 2, 1),  # several tiles a CTA
-        ((4, 32, 4096), "A100", 1, 3),  # x does not fit beside the table
-        ((16, 80, 2048), "L4", 1, 3),  # one CTA, which changes the slice
+        ((4, 32, 4096), "A100", 1, 4),  # x does not fit beside the table
+        ((16, 80, 2048), "L4", 1, 4),  # one CTA, which changes the slice
         ((12, 70, 1024), "A100", 30, 4),
+        ((33, 130, 512), "A100", 2, 1),  # several tiles a CTA, in passes of tokens
+        ((64, 70, 384), "L4", 1, 3),  # a chunk of x is all that fits
+        ((48, 16, 768), "L4", 4, 3),
     ],
 )
 def test_linear_plans(lora_linear, shape, gpu: str, processors: int, slices: int):

@@ -43,8 +43,9 @@ LoraLinearSmall to_base(const Tensor& x, const Tensor& qweight, const Tensor& ab
   LoraLinearSmall op;
   op.dtype = to_dtype("x", x.scalar_type());
   STD_TORCH_CHECK(op.dtype != DType::kFloat32, "x must be float16 or bfloat16, got Float");
-  STD_TORCH_CHECK(x.size(0) <= kMaxSmallTokens, "x must have at most ", kMaxSmallTokens,
-                  " rows, got ", x.size(0));
+  const int64_t most = blocksize == 32 ? kMaxSmallTokensOfBlock32 : kMaxSmallTokens;
+  STD_TORCH_CHECK(x.size(0) <= most, "x must have at most ", most, " rows where blocksize is ",
+                  blocksize, ", got ", x.size(0));
   const int64_t cols = x.size(1);
   const NF4Arguments weight = check_nf4(qweight, absmax, nested_absmax, nested_code, offset,
                                         blocksize, nested_blocksize, out_features, cols);

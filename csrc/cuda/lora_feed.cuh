@@ -26,6 +26,7 @@ struct Problem {
   SmallPlan plan;
   int block_shift;         // log2 of blocksize
   int nested_block_shift;  // and of nested_blocksize
+  bool rank_vectors;       // lora_B can be read 8 elements at a time
 };
 
 // absmax as it lies in memory, on its way through registers.

@@ -38,16 +38,19 @@ SmallPlan plan_small(int64_t tokens, int64_t rows, int64_t cols, const DeviceLim
   plan.k_warps = kWarps / plan.row_warps;
   plan.tiles = static_cast<int>(ceil_div(rows, kWarpRows * plan.row_warps));
   const int64_t chunks = ceil_div(cols, kChunk);
-  const int64_t chunk_bytes = 2 * kChunk * tokens;  // of x
-  const int64_t fixed = kPairBytes + 4 * sum_floats(tokens > 8 ? 2 : 1);
+  plan.pitch = x_pitch(tokens);
+  const int64_t chunk_bytes = 2 * kChunk * plan.pitch;  // of x
+  const int64_t fixed = kPairBytes + 4 * sum_floats(pass_tiles(token_tiles(tokens)));
 
   // Slices of K whose share of x fits beside the table.
   const auto slices_in = [&](int64_t bytes) {
-    const int64_t fitting = (bytes - fixed) / chunk_bytes;
+    int64_t fitting = (bytes - fixed) / chunk_bytes;
+    if (fitting > plan.k_warps) fitting -= fitting % plan.k_warps;  // a chunk for each, every step
     return fitting > 0 ? ceil_div(chunks, std::min(fitting, chunks)) : chunks + 1;
   };
   const int64_t two = std::min(limits.shared_per_sm / 2 - kReserved, limits.shared_per_cta);
-  const bool pair_up = slices_in(two) <= std::min(kWorthwhileSlices, chunks);
+  const bool pair_up = ctas_per_sm(token_tiles(tokens)) == 2 &&
+                       slices_in(two) <= std::min(kWorthwhileSlices, chunks);
   const int64_t needed = slices_in(pair_up ? two : limits.shared_per_cta);
 
   // More of them while CTAs would have no tile, down to a chunk for each warp.

@@ -57,7 +57,10 @@ __device__ __forceinline__ void prefetch_to_l2(const void* pointer) {
 
 // What another CTA of the same launch has written: from L2, since L1 may hold what was there
 // before.
-__device__ __forceinline__ float load_from_l2(const float* pointer) { return __ldcg(pointer); }
+template <class T>
+__device__ __forceinline__ T load_from_l2(const T* pointer) {
+  return __ldcg(pointer);
+}
 
 // Whole warp. The value of lane `lane` % 32, and that of the lane whose number differs in `mask`.
 template <class T>

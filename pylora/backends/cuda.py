@@ -20,11 +20,15 @@ from pylora.backends.backend import (
     nf4_dequantize_why_not,
 )
 
-# The rows of x up to which reading the weight decides, and its kernel is the one to take. An
-# estimate: no GPU has run it. At most kMaxSmallTokens of csrc/cuda/lora_linear.cuh.
-MAX_SMALL_M = 16
+# The rows of x up to which reading the weight decides, and its kernel is the one to take. Where
+# little of x fits shared memory, sums of many slices go through memory. Estimates: no GPU has run
+# it. At most kMaxSmallTokens of csrc/cuda/lora_linear.cuh.
+MAX_SMALL_M = 64
+_MAX_SMALL_M_OF_LITTLE_MEMORY = 32
+_LITTLE_MEMORY = 128 << 10  # bytes of shared memory; sm_86, sm_89 and sm_120 have less
 
 # Limits of csrc/cuda/lora_linear.cuh.
+_MAX_SMALL_M_OF_BLOCK_32 = 16
 _MAX_RANK = 1024
 _MAX_ELEMENTS = 2**35
 _ALIGNMENT = 16  # bytes
@@ -97,6 +101,26 @@ def _has_matrix_instructions(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+@lru_cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a kernel may ask for; 0 where torch does not say."""
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 0)
+
+
+def _few_rows_why_not(x: Tensor, blocksize: int) -> Reason:
+    rows = x.numel() // x.shape[-1]
+    if blocksize == 32 and rows > _MAX_SMALL_M_OF_BLOCK_32:
+        most = f"{_MAX_SMALL_M_OF_BLOCK_32} where the blocksize is 32"
+    elif rows > MAX_SMALL_M:
+        most = f"{MAX_SMALL_M}"
+    elif rows > _MAX_SMALL_M_OF_LITTLE_MEMORY and _shared_memory(x.device) < _LITTLE_MEMORY:
+        most = f"{_MAX_SMALL_M_OF_LITTLE_MEMORY} on this GPU, for its shared memory"
+    else:
+        return None
+    return f"x has {rows} rows; the kernel for few rows takes up to {most}"
+
+
 def _nf4_linear_why_not(
     x: Tensor,
     qweight: Tensor,
@@ -116,9 +140,6 @@ def _nf4_linear_why_not(
         return "the weight has no elements"
     if in_features % blocksize:
         return f"in_features is {in_features}, no multiple of the blocksize {blocksize}"
-    rows = x.numel() // in_features
-    if rows > MAX_SMALL_M:
-        return f"x has {rows} rows; the kernel for few rows takes up to {MAX_SMALL_M}"
     if nested_absmax is not None and nested_blocksize & (nested_blocksize - 1):
         return f"nested_blocksize is {nested_blocksize}, no power of two"
     if in_features * out_features >= _MAX_ELEMENTS:
@@ -128,6 +149,9 @@ def _nf4_linear_why_not(
         return reason
     if not _has_matrix_instructions(x.device):
         return "the kernel needs a GPU of compute capability 8.0 or later"
+    reason = _few_rows_why_not(x, blocksize)
+    if reason is not None:
+        return reason
     if not _is_aligned(qweight):
         return f"qweight is not aligned to {_ALIGNMENT} bytes"
     return None

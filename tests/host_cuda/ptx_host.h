@@ -35,7 +35,10 @@ inline uint4 load_streaming(const uint4* pointer) { return *pointer; }
 inline void prefetch_to_l2(const void* pointer) {
   (void)*static_cast<const volatile uint8_t*>(pointer);  // it must at least be there
 }
-inline float load_from_l2(const float* pointer) { return *pointer; }
+template <class T>
+T load_from_l2(const T* pointer) {
+  return *pointer;
+}
 
 // Shows `mine` to the warp and returns what lane `from` shows.
 template <class T>
