@@ -100,6 +100,33 @@ def test_lora_linear(change: dict[str, Any], reason: str | None):
     assert (got is None) == (reason is None) and (got or "").startswith(reason or "")
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"lora_dtype": torch.float32, "rank": 37}, None),
+        ({"lora_dtype": torch.float16}, "lora_A is torch.float16; the kernel takes torch.bfloat16"),
+        ({"rank": 1025}, "the rank is 1025; the kernel takes 1 to 1024"),
+        ({"dense": True}, "the base weight is dense"),
+        ({"rows": 80}, "x has 80 rows"),
+        ({"ids_device": "cpu"}, "adapter_ids is on cpu, not on a cuda device"),
+    ],
+)
+def test_multi_lora_linear(change: dict[str, Any], reason: str | None):
+    change = dict(change)
+    rank, dense = change.pop("rank", 8), change.pop("dense", False)
+    options = {"dtype": change.pop("lora_dtype", bf16), "device": "cuda"}
+    ids_device = change.pop("ids_device", "cuda")
+    x, qweight, absmax, *q, out_features, bias = linear(**change)
+    lora_A = torch.empty(3, rank, x.shape[-1], **options)
+    lora_B = torch.empty(3, out_features, rank, **options)
+    ids = torch.empty(x.shape[:-1].numel(), dtype=torch.int64, device=ids_device)
+    last = (ids, torch.empty(3, device="cuda"), bias)
+    args = (x, qweight, None if dense else absmax, *q, out_features, lora_A, lora_B, *last)
+    got = cuda.BACKEND.ops["multi_lora_linear"].why_not(*args)
+    assert (got is None) == (reason is None) and (got or "").startswith(reason or "")
+
+
 def test_nf4_quantize():
     why_not = cuda.BACKEND.ops["nf4_quantize"].why_not
     assert why_not(torch.empty(64, device="cuda"), 64) is None
@@ -130,4 +157,5 @@ def test_the_backend_lists_its_ops():
         "nf4_dequantize",
         "nf4_linear",
         "lora_linear",
+        "multi_lora_linear",
     }

@@ -166,6 +166,7 @@ def test_quantize_every_16_bit_value(nf4_quantize, dtype: torch.dtype):
 
 # nf4_linear and lora_linear
 
+ADAPTERS = 3  # of multi_lora_linear
 SHARED = {"H200": 228, "A100": 164, "L4": 100}  # KiB of shared memory of an SM
 
 
@@ -186,11 +187,14 @@ def check_linear(
     biases: bool = True,
     activation: str = "identity",
     dropout_p: float = 0.0,
+    adapter_ids: Tensor | None = None,
     processors: int = 2,
     gpu: str = "H200",
     seed: int = 0,
 ) -> tuple[Tensor, dict[str, int]]:
     """Runs x [M, K] on W [N, K] and judges y, and h where there is LoRA, by the numerics rule.
+
+    adapter_ids    of a stack of three adapters, the second of which is NaN: multi_lora_linear
 
     Returns y and the plan: slices of K, warps beside each other, CTAs.
     """
@@ -204,9 +208,15 @@ def check_linear(
     x, bias = normal(M, K, like=dtype), normal(N, like=dtype) if biases else None
     lora_dtype = lora_dtype or dtype
     lora: list[Tensor | None] = [None] * 4  # A, B and their biases
+    stack = () if adapter_ids is None else (ADAPTERS,)
+    adapters: list[Tensor] = []
     if rank:
-        lora[:2] = [normal(rank, K, like=lora_dtype) / K**0.5, normal(N, rank, like=lora_dtype)]
-    if rank and biases:
+        lora_A = normal(*stack, rank, K, like=lora_dtype) / K**0.5
+        lora[:2] = [lora_A, normal(*stack, N, rank, like=lora_dtype)]
+    if adapter_ids is not None:
+        lora[0][1] = lora[1][1] = torch.nan
+        adapters = [adapter_ids, torch.tensor([0.5, -2.0, 1.0])]
+    elif rank and biases:
         lora[2:] = [normal(rank, like=lora_dtype), normal(N, like=lora_dtype)]
     dropout_seed = torch.tensor(-1234567890123) if dropout_p else None
     scaling = 0.5
@@ -215,10 +225,11 @@ def check_linear(
         *(M, N, K, DTYPES.index(dtype), blocksize, w.nested_blocksize, nested),
         *(DTYPES.index(dtype) if biases else -1, rank, DTYPES.index(lora_dtype), biases),
         *(list(ACTIVATIONS).index(activation), dropout_p > 0, processors, SHARED[gpu] << 10),
+        len(adapters) and ADAPTERS,
     ]
     tensors = [torch.tensor(header), torch.tensor([scaling, dropout_p], dtype=torch.float64), x]
     tensors += [t.reshape(-1) for t in w.tensors().values()]
-    tensors += [t for t in (bias, *lora, dropout_seed) if t is not None]
+    tensors += [t for t in (bias, *lora[:2], *adapters, *lora[2:], dropout_seed) if t is not None]
     stdout, stderr = run(program, tensors, seed)
     y = torch.frombuffer(stdout[: 2 * M * N], dtype=dtype).view(M, N)
     if not rank:
@@ -226,9 +237,15 @@ def check_linear(
         assert_as_accurate_as_torch(y, reference.nf4_linear, *arguments)
     else:
         h = torch.frombuffer(stdout[2 * M * N :], dtype=torch.float32).view(M, rank)
-        last = (scaling, dropout_p, dropout_seed, activation)
-        arguments = (x, *w.op_arguments(), N, *lora[:2], bias, *lora[2:], *last)
-        assert_as_accurate_as_torch((y, h), reference.lora_linear, *arguments)
+        arguments = (x, *w.op_arguments(), N, *lora[:2])
+        if adapter_ids is not None:
+            inside = (adapter_ids >= 0) & (adapter_ids < ADAPTERS)
+            arguments += (torch.where(inside, adapter_ids, -1), adapters[1], bias)
+            assert_as_accurate_as_torch((y, h), reference.multi_lora_linear, *arguments)
+            assert not h[~inside].any()
+        else:
+            arguments += (bias, *lora[2:], scaling, dropout_p, dropout_seed, activation)
+            assert_as_accurate_as_torch((y, h), reference.lora_linear, *arguments)
     return y, {name: int(n) for name, n in re.findall(r"(\w+) (\d+)", stderr.splitlines()[-1])}
 
 
@@ -271,6 +288,15 @@ def test_lora_dropout_and_activation(lora_linear, activation: str):
     check_linear(
         lora_linear, (3, 50, 192), rank=8, activation=activation, dropout_p=0.3, nested=True
     )
+
+
+@pytest.mark.parametrize(("M", "rank"), [(1, 16), (3, 37), (7, 8), (21, 16), (33, 5)])
+@pytest.mark.parametrize("lora_dtype", [torch.float32, torch.bfloat16])
+def test_many_adapters(lora_linear, lora_dtype: torch.dtype, M: int, rank: int):
+    """Ids in any order, some of no adapter and some out of bounds."""
+    ids = torch.tensor([2, 0, 1, -1, 2, ADAPTERS, 0, -7, 1, 2**40]).repeat(4)[:M]
+    options = {"rank": rank, "lora_dtype": lora_dtype, "adapter_ids": ids}
+    check_linear(lora_linear, (M, 70, 576), **options)
 
 
 @pytest.mark.parametrize(

@@ -68,16 +68,11 @@ LoraLinearSmall to_base(const Tensor& x, const Tensor& qweight, const Tensor& ab
   return op;
 }
 
-void set_lora(LoraLinearSmall& op, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
-              const std::optional<Tensor>& lora_A_bias, const std::optional<Tensor>& lora_B_bias,
-              double scaling, double dropout_p, const std::optional<Tensor>& seed,
-              const std::string& activation) {
-  check_matrix("lora_A", lora_A);
-  const int64_t rank = lora_A.size(0);
+// lora_A and lora_B, of one adapter or stacks of them, whose checks have passed but for these.
+void set_low_rank(LoraLinearSmall& op, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
+                  int64_t rank) {
   STD_TORCH_CHECK(rank >= 1 && rank <= kMaxSmallRank, "lora_A must have 1 to ", kMaxSmallRank,
                   " rows (the rank), got ", rank);
-  check_matrix("lora_A", lora_A, rank, op.weight.cols);
-  check_matrix("lora_B", lora_B, op.weight.rows, rank);
   check_dtype("lora_B", lora_B, lora_A.scalar_type());
   check_device("lora_A", lora_A, x, "x");
   check_device("lora_B", lora_B, x, "x");
@@ -90,6 +85,18 @@ void set_lora(LoraLinearSmall& op, const Tensor& x, const Tensor& lora_A, const 
   hidden.rank = static_cast<int>(rank);
   hidden.lora_A = lora_A.const_data_ptr();
   op.lora_B = lora_B.const_data_ptr();
+}
+
+void set_lora(LoraLinearSmall& op, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
+              const std::optional<Tensor>& lora_A_bias, const std::optional<Tensor>& lora_B_bias,
+              double scaling, double dropout_p, const std::optional<Tensor>& seed,
+              const std::string& activation) {
+  check_matrix("lora_A", lora_A);
+  const int64_t rank = lora_A.size(0);
+  check_matrix("lora_A", lora_A, rank, op.weight.cols);
+  check_matrix("lora_B", lora_B, op.weight.rows, rank);
+  set_low_rank(op, x, lora_A, lora_B, rank);
+  LoraHidden& hidden = op.hidden;
   if (lora_A_bias.has_value()) check_dtype("lora_A_bias", *lora_A_bias, lora_A.scalar_type());
   hidden.lora_A_bias = to_vector("lora_A_bias", lora_A_bias, rank, x).data;
   op.lora_B_bias = to_vector("lora_B_bias", lora_B_bias, op.weight.rows, x);
@@ -103,6 +110,26 @@ void set_lora(LoraLinearSmall& op, const Tensor& x, const Tensor& lora_A, const 
   check_numel("seed", *seed, 1, "a scalar");
   check_device("seed", *seed, x, "x");
   hidden.seed = seed->const_data_ptr<int64_t>();
+}
+
+void set_adapters(LoraLinearSmall& op, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
+                  const Tensor& adapter_ids, const Tensor& scalings) {
+  check_stack("lora_A", lora_A);
+  const int64_t count = lora_A.size(0), rank = lora_A.size(1);
+  check_stack("lora_A", lora_A, count, rank, op.weight.cols);
+  check_stack("lora_B", lora_B, count, op.weight.rows, rank);
+  STD_TORCH_CHECK(count <= INT32_MAX, "lora_A must hold fewer than 2^31 adapters, got ", count);
+  set_low_rank(op, x, lora_A, lora_B, rank);
+  check_dtype("adapter_ids", adapter_ids, ScalarType::Long);
+  check_contiguous("adapter_ids", adapter_ids);
+  check_numel("adapter_ids", adapter_ids, op.tokens, "one for every row of x");
+  check_device("adapter_ids", adapter_ids, x, "x");
+  check_dtype("scalings", scalings, ScalarType::Float);
+  check_contiguous("scalings", scalings);
+  check_numel("scalings", scalings, count, "one for every adapter");
+  check_device("scalings", scalings, x, "x");
+  op.hidden.adapters = {adapter_ids.const_data_ptr<int64_t>(), scalings.const_data_ptr<float>(),
+                        static_cast<int>(count)};
 }
 
 // y; the launch takes what else it needs from the caching allocator, so that calls on different
@@ -129,6 +156,13 @@ Tensor run(const char* name, LoraLinearSmall& op, const Tensor& x) {
   return y;
 }
 
+std::tuple<Tensor, Tensor> run_lora(const char* name, LoraLinearSmall& op, const Tensor& x) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Tensor h = torch::stable::new_empty(x, {x.size(0), op.hidden.rank}, ScalarType::Float);
+  op.hidden.h = h.mutable_data_ptr<float>();
+  return {run(name, op, x), h};
+}
+
 Tensor nf4_linear_cuda(const Tensor& x, const Tensor& qweight, const Tensor& absmax,
                        const std::optional<Tensor>& nested_absmax,
                        const std::optional<Tensor>& nested_code,
@@ -153,10 +187,19 @@ std::tuple<Tensor, Tensor> lora_linear_cuda(
   LoraLinearSmall op = to_base(x, weight, *absmax, nested_absmax, nested_code, offset, blocksize,
                                nested_blocksize, out_features, bias);
   set_lora(op, x, lora_A, lora_B, lora_A_bias, lora_B_bias, scaling, dropout_p, seed, activation);
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  Tensor h = torch::stable::new_empty(x, {x.size(0), lora_A.size(0)}, ScalarType::Float);
-  op.hidden.h = h.mutable_data_ptr<float>();
-  return {run("lora_linear", op, x), h};
+  return run_lora("lora_linear", op, x);
+}
+
+std::tuple<Tensor, Tensor> multi_lora_linear_cuda(
+    const Tensor& x, const Tensor& qweight, const Tensor& absmax,
+    const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
+    const std::optional<Tensor>& offset, int64_t blocksize, int64_t nested_blocksize,
+    int64_t out_features, const Tensor& lora_A, const Tensor& lora_B, const Tensor& adapter_ids,
+    const Tensor& scalings, const std::optional<Tensor>& bias) {
+  LoraLinearSmall op = to_base(x, qweight, absmax, nested_absmax, nested_code, offset, blocksize,
+                               nested_blocksize, out_features, bias);
+  set_adapters(op, x, lora_A, lora_B, adapter_ids, scalings);
+  return run_lora("multi_lora_linear", op, x);
 }
 
 }  // namespace
@@ -165,4 +208,5 @@ std::tuple<Tensor, Tensor> lora_linear_cuda(
 STABLE_TORCH_LIBRARY_IMPL(pylora_C, CUDA, m) {
   m.impl("nf4_linear", TORCH_BOX(&pylora::nf4_linear_cuda));
   m.impl("lora_linear", TORCH_BOX(&pylora::lora_linear_cuda));
+  m.impl("multi_lora_linear", TORCH_BOX(&pylora::multi_lora_linear_cuda));
 }

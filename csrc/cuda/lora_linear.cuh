@@ -4,8 +4,8 @@
 // (programmatic dependent launch) and waits for it only before its first output.
 //
 // Shapes    x [M, K] fp16|bf16; W NF4 over [N, K]; bias [N]; low = scaling * act(h) [M, R] fp32;
-//           lora_B [N, R] -> y [M, N] of x's dtype   (M <= 64 tokens, N = out_features,
-//           K = in_features, R = rank)
+//           lora_B [N, R], or one for each adapter -> y [M, N] of x's dtype   (M <= 64 tokens, N =
+//           out_features, K = in_features, R = rank)
 // Numerics  codes rounded to x's dtype (once for all: 16 values), products exact, sums in fp32; the
 //           absmax of a block multiplies the fp32 sum over that block. Sums of warps and of slices
 //           are added in a fixed order: the result is the same from run to run.
@@ -91,8 +91,8 @@ struct LoraLinearSmall {
   const float* offset = nullptr;  // [1], null where absmax is not nested
   Vector bias;
 
-  LoraHidden hidden;  // rank 0: no LoRA
-  const void* lora_B = nullptr;
+  LoraHidden hidden;             // rank 0: no LoRA
+  const void* lora_B = nullptr;  // [N, R], or [adapters, N, R]
   Vector lora_B_bias;
 
   float* partials = nullptr;     // SmallPlan::partial_floats

@@ -11,7 +11,7 @@ namespace pylora {
 
 inline constexpr int kLineBytes = 128;  // of L2
 inline constexpr int kTurnTokens = 4;   // that a thread has of one row of W, at most, in a pass
-inline constexpr int kRankVector = 8;   // elements of lora_B that a thread takes at a time
+inline constexpr int kRankVector = 4;   // elements of lora_B that a thread takes at a time
 static_assert(kThreads / (kRowWarpsMax * kWarpRows) * kTurnTokens >= kPassTokens);
 
 __device__ __forceinline__ float load_any(const Vector& vector, int64_t index) {
@@ -26,33 +26,38 @@ __device__ __forceinline__ float load_any(const Vector& vector, int64_t index) {
   return 0.0f;
 }
 
-// The rows of lora_B that the tile's outputs will want, towards L2: nobody else has read them.
+// The rows of lora_B that the tile's outputs will want, of each token's adapter, towards L2: nobody
+// else has read them.
 template <class T>
 __device__ __forceinline__ void prefetch_lora_B(const LoraLinearSmall& op, int tile, int rows) {
-  const int size = op.hidden.dtype == DType::kFloat32 ? sizeof(float) : sizeof(T);
-  const int64_t row_bytes = static_cast<int64_t>(op.hidden.rank) * size;
+  const LoraHidden& hidden = op.hidden;
+  const int size = hidden.dtype == DType::kFloat32 ? sizeof(float) : sizeof(T);
+  const int64_t row_bytes = static_cast<int64_t>(hidden.rank) * size;
   const int64_t first = tile * rows * row_bytes;
-  const int64_t last = min(first + rows * row_bytes, op.weight.rows * row_bytes);
-  for (int64_t i = first + threadIdx.x * kLineBytes; i < last; i += kThreads * kLineBytes) {
-    prefetch_to_l2(static_cast<const uint8_t*>(op.lora_B) + i);
+  const int64_t end = min(first + rows * row_bytes, op.weight.rows * row_bytes);
+  const int lines = static_cast<int>((end - first + kLineBytes - 1) / kLineBytes);
+  const int count = hidden.adapters.many() ? op.tokens * lines : lines;
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    const int64_t adapter = hidden.adapters.of(i / lines);
+    if (adapter < 0) continue;
+    const int64_t byte = adapter * op.weight.rows * row_bytes + first + i % lines * kLineBytes;
+    prefetch_to_l2(static_cast<const uint8_t*>(op.lora_B) + byte);
   }
 }
 
 template <int kWidth, class L>
-struct alignas(kWidth == 1 ? sizeof(L) : kVectorBytes) RankVector {
+struct alignas(kWidth * sizeof(L)) RankVector {
   L values[kWidth];
 };
 
 template <int kWidth>
 __device__ __forceinline__ void load_low(float (&out)[kWidth], const float* low) {
+  static_assert(kWidth == 1 || kWidth == 4);
   if constexpr (kWidth == 1) {
     out[0] = load_from_l2(low);
   } else {
-#pragma unroll
-    for (int i = 0; i < kWidth; i += 4) {
-      const float4 four = load_from_l2(reinterpret_cast<const float4*>(low + i));
-      out[i] = four.x, out[i + 1] = four.y, out[i + 2] = four.z, out[i + 3] = four.w;
-    }
+    const float4 four = load_from_l2(reinterpret_cast<const float4*>(low));
+    out[0] = four.x, out[1] = four.y, out[2] = four.z, out[3] = four.w;
   }
 }
 
@@ -63,14 +68,25 @@ __device__ __forceinline__ void add_dots(const LoraLinearSmall& op, int64_t n, i
                                          int stride, int end, int part, int lanes,
                                          float (&sums)[kTurnTokens]) {
   const int rank = op.hidden.rank;
-  const auto* lora_B = static_cast<const L*>(op.lora_B) + n * rank;
-#pragma unroll 2
+  const Adapters& adapters = op.hidden.adapters;
+  const auto* lora_B = static_cast<const L*>(op.lora_B);
+  int adapter[kTurnTokens];  // -1: no token, or one without
+#pragma unroll
+  for (int i = 0; i < kTurnTokens; ++i) {
+    const int other = token + i * stride;
+    adapter[i] = other < end ? adapters.of(other) : -1;
+  }
+#pragma unroll 1  // its loads are enough to have under way, and more cost registers
   for (int j = kWidth * part; j < rank; j += kWidth * lanes) {
-    const auto b = *reinterpret_cast<const RankVector<kWidth, L>*>(lora_B + j);
+    RankVector<kWidth, L> b;
 #pragma unroll
     for (int i = 0; i < kTurnTokens; ++i) {
+      if (adapter[i] < 0) continue;
+      if (i == 0 || adapters.many()) {
+        const int64_t first = (adapter[i] * op.weight.rows + n) * rank + j;
+        b = *reinterpret_cast<const RankVector<kWidth, L>*>(lora_B + first);
+      }
       const int other = token + i * stride;
-      if (other >= end) break;
       float low[kWidth];
       load_low(low, op.hidden.low + static_cast<int64_t>(other) * rank + j);
 #pragma unroll

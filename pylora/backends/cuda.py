@@ -33,7 +33,9 @@ _MAX_RANK = 1024
 _MAX_ELEMENTS = 2**35
 _ALIGNMENT = 16  # bytes
 
-_LORA_A = 8  # its place among the arguments of lora_linear behind x
+# Places among the arguments of lora_linear and multi_lora_linear behind x.
+_LORA_A = 8
+_SCALINGS = 11
 
 
 @lru_cache(maxsize=1)  # asked at every call of every op
@@ -89,11 +91,21 @@ def _nf4_linear(x: Tensor, *args: Any) -> Tensor:
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _with_lora(op: Any, x: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     others = contiguous(args)
     others[_LORA_A] = _aligned(others[_LORA_A])
-    y, h = torch.ops.pylora_C.lora_linear(_aligned(as_rows(x)), *others)
+    y, h = op(_aligned(as_rows(x)), *others)
     return y.view(*x.shape[:-1], y.shape[-1]), h.view(*x.shape[:-1], h.shape[-1])
+
+
+def _lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _with_lora(torch.ops.pylora_C.lora_linear, x, args)
+
+
+def _multi_lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    scalings = args[_SCALINGS].float()
+    args = (*args[:_SCALINGS], scalings, *args[_SCALINGS + 1 :])
+    return _with_lora(torch.ops.pylora_C.multi_lora_linear, x, args)
 
 
 @lru_cache
@@ -157,6 +169,17 @@ def _nf4_linear_why_not(
     return None
 
 
+def _adapter_why_not(x: Tensor, rank: int, **tensors: Tensor | None) -> Reason:
+    """For lora_A, which comes first, and the other tensors of an adapter."""
+    lora_A = tensors["lora_A"]
+    assert lora_A is not None
+    if lora_A.dtype not in (x.dtype, torch.float32):
+        return f"lora_A is {lora_A.dtype}; the kernel takes {x.dtype}, as x has, and float32"
+    if not 1 <= rank <= _MAX_RANK:
+        return f"the rank is {rank}; the kernel takes 1 to {_MAX_RANK}"
+    return _not_on_cuda(**tensors)
+
+
 def _lora_linear_why_not(
     x: Tensor,
     weight: Tensor,
@@ -176,13 +199,36 @@ def _lora_linear_why_not(
 ) -> Reason:
     if absmax is None:
         return DENSE
-    if lora_A.dtype not in (x.dtype, torch.float32):
-        return f"lora_A is {lora_A.dtype}; the kernel takes {x.dtype}, as x has, and float32"
-    if not 1 <= lora_A.shape[0] <= _MAX_RANK:
-        return f"the rank is {lora_A.shape[0]}; the kernel takes 1 to {_MAX_RANK}"
     q = (weight, absmax, nested_absmax, nested_code, offset, blocksize, nested_blocksize)
-    return _nf4_linear_why_not(x, *q, out_features, bias) or _not_on_cuda(
-        lora_A=lora_A, lora_B=lora_B, lora_A_bias=lora_A_bias, lora_B_bias=lora_B_bias
+    adapter = {"lora_A": lora_A, "lora_B": lora_B}
+    biases = {"lora_A_bias": lora_A_bias, "lora_B_bias": lora_B_bias}
+    return _nf4_linear_why_not(x, *q, out_features, bias) or _adapter_why_not(
+        x, lora_A.shape[0], **adapter, **biases
+    )
+
+
+def _multi_lora_linear_why_not(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    blocksize: int,
+    nested_blocksize: int,
+    out_features: int,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    adapter_ids: Tensor,
+    scalings: Tensor,
+    bias: Tensor | None,
+) -> Reason:
+    if absmax is None:
+        return DENSE
+    q = (weight, absmax, nested_absmax, nested_code, offset, blocksize, nested_blocksize)
+    adapters = {"adapter_ids": adapter_ids, "scalings": scalings}
+    return _nf4_linear_why_not(x, *q, out_features, bias) or _adapter_why_not(
+        x, lora_A.shape[1], lora_A=lora_A, lora_B=lora_B, **adapters
     )
 
 
@@ -193,6 +239,7 @@ BACKEND = Backend(
         "nf4_dequantize": Op(_nf4_dequantize, partial(nf4_dequantize_why_not, "cuda")),
         "nf4_linear": Op(_nf4_linear, _nf4_linear_why_not),
         "lora_linear": Op(_lora_linear, _lora_linear_why_not),
+        "multi_lora_linear": Op(_multi_lora_linear, _multi_lora_linear_why_not),
     },
     unavailable=_unavailable,
     path=_path,

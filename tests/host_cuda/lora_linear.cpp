@@ -19,7 +19,7 @@ pylora::Vector read_vector(int64_t code, int64_t count) {
 int main() {
   struct Header {
     int64_t tokens, rows, cols, dtype, blocksize, nested_blocksize, nested, bias_dtype, rank,
-        lora_dtype, biases, activation, dropout, processors, shared_per_sm;
+        lora_dtype, biases, activation, dropout, processors, shared_per_sm, adapters;
   };
   const Header& in = *read_array<Header>(1);
   const double scaling = *read_array<double>(1);
@@ -49,9 +49,14 @@ int main() {
   hidden.rank = static_cast<int>(in.rank);
   if (in.rank > 0) {
     hidden.dtype = dtype_of(in.lora_dtype);
-    hidden.lora_A = read_vector(in.lora_dtype, in.rank * in.cols).data;
-    op.lora_B = read_vector(in.lora_dtype, in.rows * in.rank).data;
-    if (in.biases != 0) {
+    const int64_t stacked = in.adapters > 0 ? in.adapters : 1;
+    hidden.lora_A = read_vector(in.lora_dtype, stacked * in.rank * in.cols).data;
+    op.lora_B = read_vector(in.lora_dtype, stacked * in.rows * in.rank).data;
+    if (in.adapters > 0) {
+      hidden.adapters.count = static_cast<int>(in.adapters);
+      hidden.adapters.ids = read_array<int64_t>(in.tokens);
+      hidden.adapters.scalings = read_array<float>(in.adapters);
+    } else if (in.biases != 0) {
       hidden.lora_A_bias = read_vector(in.lora_dtype, in.rank).data;
       op.lora_B_bias = read_vector(in.lora_dtype, in.rows);
     }
