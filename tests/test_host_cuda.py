@@ -323,6 +323,96 @@ def test_linear_plans(lora_linear, shape, gpu: str, processors: int, slices: int
     assert all(torch.equal(y, results[0]) for y in results)
 
 
+# nf4_linear_backward
+
+
+@pytest.fixture(scope="module")
+def nf4_linear_backward(compiled) -> Path:
+    return compiled("nf4_linear_backward", "nf4_linear_backward", "lora_plan")
+
+
+def check_linear_backward(
+    program: Path,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    blocksize: int = 64,
+    nested: bool = False,
+    misalign: int = 0,
+    scale: float = 1.0,
+    processors: int = 2,
+    gpu: str = "H200",
+    seed: int = 0,
+) -> tuple[Tensor, int]:
+    """Runs grad [M, N] on W [N, K] and judges dx by the numerics rule.
+
+    Returns dx and the number of slices of N.
+    """
+    M, N, K = shape
+    generator = torch.Generator().manual_seed(M + N + K)
+    weight = torch.randn(N, K, generator=generator) / K**0.5
+    w = pylora.quantize_nf4(weight, blocksize, nested)
+    grad = (torch.randn(M, N, generator=generator) * scale).to(dtype)
+    header = [M, N, K, DTYPES.index(dtype), blocksize, w.nested_blocksize, nested]
+    header += [misalign, processors, SHARED[gpu] << 10]
+    weights = [t.reshape(-1) for t in w.tensors().values()]
+    stdout, stderr = run(program, [torch.tensor(header), grad, *weights], seed)
+    dx = torch.frombuffer(stdout, dtype=dtype).view(M, K)
+    arguments = (grad, *w.op_arguments(), K)
+    assert_as_accurate_as_torch(dx, reference.nf4_linear_backward, *arguments)
+    return dx, int(re.findall(r"slices (\d+)", stderr)[-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape", [(1, 70, 576), (3, 1, 64), (8, 96, 320), (16, 104, 192), (17, 33, 320)]
+)
+def test_linear_backward(nf4_linear_backward, shape, dtype: torch.dtype):
+    check_linear_backward(nf4_linear_backward, shape, dtype)
+
+
+@pytest.mark.parametrize("M", [25, 33, 45, 49, 56, 63, 64])
+def test_linear_backward_of_more_tokens(nf4_linear_backward, M: int):
+    dtype = (torch.float16, torch.bfloat16)[M % 2]
+    check_linear_backward(nf4_linear_backward, (M, 136, 320), dtype, nested=M > 50)
+
+
+@pytest.mark.parametrize(
+    ("blocksize", "nested", "K"),
+    [(64, True, 576), (128, False, 384), (256, True, 512), (4096, False, 4096)],
+)
+def test_linear_backward_block_sizes(nf4_linear_backward, blocksize: int, nested: bool, K: int):
+    options = {"blocksize": blocksize, "nested": nested, "misalign": 1}
+    check_linear_backward(nf4_linear_backward, (9, 40, K), **options)
+
+
+def test_linear_backward_of_small_gradients(nf4_linear_backward):
+    """Near the end of fp16's range: times absmax they would leave it."""
+    for M in (5, 24):
+        check_linear_backward(nf4_linear_backward, (M, 520, 512), torch.float16, scale=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "gpu", "processors", "slices"),
+    [
+        ((1, 2048, 192), "H200", 8, 16),  # fewer tiles than CTAs
+        ((2, 136, 1152), "H200", 1, 1),  # several tiles a CTA
+        ((20, 1024, 320), "L4", 1, 2),  # grad does not fit beside the table
+        ((64, 520, 256), "L4", 1, 3),
+        ((12, 1000, 576), "A100", 6, 4),
+    ],
+)
+def test_linear_backward_plans(nf4_linear_backward, shape, gpu: str, processors: int, slices: int):
+    """Ways to cut the work; the result of each does not depend on the order of threads."""
+    results = []
+    for seed in SEEDS:
+        options = {"processors": processors, "gpu": gpu, "seed": seed}
+        dx, got = check_linear_backward(nf4_linear_backward, shape, **options)
+        assert got == slices
+        results.append(dx)
+    assert all(torch.equal(dx, results[0]) for dx in results)
+
+
 # The executor itself
 
 

@@ -9,6 +9,7 @@
 #include "common/linear_arguments.h"
 #include "cuda/bind.h"
 #include "cuda/lora_linear.cuh"
+#include "cuda/nf4_linear_backward.cuh"
 
 namespace pylora {
 namespace {
@@ -31,6 +32,32 @@ Vector to_vector(const char* name, const std::optional<Tensor>& tensor, int64_t 
   return {tensor->const_data_ptr(), to_dtype(name, tensor->scalar_type())};
 }
 
+// x or grad, of few rows, on the weight.
+NF4Arguments check_few_rows(const char* name, const Tensor& x, const Tensor& qweight,
+                            const Tensor& absmax, const std::optional<Tensor>& nested_absmax,
+                            const std::optional<Tensor>& nested_code,
+                            const std::optional<Tensor>& offset, int64_t blocksize,
+                            int64_t nested_blocksize, int64_t out_features, int64_t in_features,
+                            int64_t most_rows) {
+  STD_TORCH_CHECK(to_dtype(name, x.scalar_type()) != DType::kFloat32, name,
+                  " must be float16 or bfloat16, got Float");
+  STD_TORCH_CHECK(x.size(0) <= most_rows, name, " must have at most ", most_rows,
+                  " rows where blocksize is ", blocksize, ", got ", x.size(0));
+  const NF4Arguments weight = check_nf4(qweight, absmax, nested_absmax, nested_code, offset,
+                                        blocksize, nested_blocksize, out_features, in_features);
+  check_device("qweight", qweight, x, name);
+  STD_TORCH_CHECK(out_features > 0 && in_features > 0, "qweight must hold elements, got shape [",
+                  out_features, ", ", in_features, "]");
+  STD_TORCH_CHECK(in_features % blocksize == 0, "the weight must have a multiple of blocksize (",
+                  blocksize, ") columns, got ", in_features);
+  STD_TORCH_CHECK(weight.matrix.numel() < kMaxSmallElements, "qweight must hold fewer than ",
+                  kMaxSmallElements, " elements, got ", weight.matrix.numel());
+  STD_TORCH_CHECK(!weight.matrix.nested() || is_power_of_two(nested_blocksize),
+                  "nested_blocksize must be a power of two, got ", nested_blocksize);
+  check_aligned("qweight", qweight);
+  return weight;
+}
+
 // x, the base weight and its bias.
 LoraLinearSmall to_base(const Tensor& x, const Tensor& qweight, const Tensor& absmax,
                         const std::optional<Tensor>& nested_absmax,
@@ -40,26 +67,13 @@ LoraLinearSmall to_base(const Tensor& x, const Tensor& qweight, const Tensor& ab
                         const std::optional<Tensor>& bias) {
   check_on_cuda("x", x);
   check_matrix("x", x);
+  const int64_t most = blocksize == 32 ? kMaxSmallTokensOfBlock32 : kMaxSmallTokens;
+  const NF4Arguments weight =
+      check_few_rows("x", x, qweight, absmax, nested_absmax, nested_code, offset, blocksize,
+                     nested_blocksize, out_features, x.size(1), most);
+  check_aligned("x", x);
   LoraLinearSmall op;
   op.dtype = to_dtype("x", x.scalar_type());
-  STD_TORCH_CHECK(op.dtype != DType::kFloat32, "x must be float16 or bfloat16, got Float");
-  const int64_t most = blocksize == 32 ? kMaxSmallTokensOfBlock32 : kMaxSmallTokens;
-  STD_TORCH_CHECK(x.size(0) <= most, "x must have at most ", most, " rows where blocksize is ",
-                  blocksize, ", got ", x.size(0));
-  const int64_t cols = x.size(1);
-  const NF4Arguments weight = check_nf4(qweight, absmax, nested_absmax, nested_code, offset,
-                                        blocksize, nested_blocksize, out_features, cols);
-  check_device("qweight", qweight, x, "x");
-  STD_TORCH_CHECK(out_features > 0 && cols > 0, "qweight must hold elements, got shape [",
-                  out_features, ", ", cols, "]");
-  STD_TORCH_CHECK(cols % blocksize == 0, "x must have a multiple of blocksize (", blocksize,
-                  ") columns, got ", cols);
-  STD_TORCH_CHECK(weight.matrix.numel() < kMaxSmallElements, "qweight must hold fewer than ",
-                  kMaxSmallElements, " elements, got ", weight.matrix.numel());
-  STD_TORCH_CHECK(!weight.matrix.nested() || is_power_of_two(nested_blocksize),
-                  "nested_blocksize must be a power of two, got ", nested_blocksize);
-  check_aligned("x", x);
-  check_aligned("qweight", qweight);
   op.weight = weight.matrix;
   op.offset = weight.offset;
   op.bias = to_vector("bias", bias, out_features, x);
@@ -132,17 +146,26 @@ void set_adapters(LoraLinearSmall& op, const Tensor& x, const Tensor& lora_A, co
                         static_cast<int>(count)};
 }
 
+DeviceLimits current_limits(const char* name) {
+  DeviceLimits limits;
+  check_cuda_call(name, device_limits(&limits));
+  return limits;
+}
+
+void check_shared_memory(const char* name, const SmallPlan& plan, const DeviceLimits& limits) {
+  STD_TORCH_CHECK(plan.shared_bytes <= limits.shared_per_cta, name, " needs ", plan.shared_bytes,
+                  " bytes of shared memory, this GPU gives ", limits.shared_per_cta);
+}
+
 // y; the launch takes what else it needs from the caching allocator, so that calls on different
 // streams and in CUDA graphs keep apart.
 Tensor run(const char* name, LoraLinearSmall& op, const Tensor& x) {
   const int64_t rows = op.weight.rows;
   Tensor y = torch::stable::new_empty(x, {op.tokens, rows});
   if (op.tokens == 0) return y;
-  DeviceLimits limits;
-  check_cuda_call(name, device_limits(&limits));
+  const DeviceLimits limits = current_limits(name);
   const SmallPlan plan = plan_small(op.tokens, rows, op.weight.cols, limits);
-  STD_TORCH_CHECK(plan.shared_bytes <= limits.shared_per_cta, name, " needs ", plan.shared_bytes,
-                  " bytes of shared memory, this GPU gives ", limits.shared_per_cta);
+  check_shared_memory(name, plan, limits);
   const int64_t low = static_cast<int64_t>(op.tokens) * op.hidden.rank;
   const int64_t partials = plan.partial_floats(op.tokens, rows);
   Tensor workspace =
@@ -173,6 +196,41 @@ Tensor nf4_linear_cuda(const Tensor& x, const Tensor& qweight, const Tensor& abs
                                nested_blocksize, out_features, bias);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   return run("nf4_linear", op, x);
+}
+
+Tensor nf4_linear_backward_cuda(const Tensor& grad, const Tensor& qweight, const Tensor& absmax,
+                                const std::optional<Tensor>& nested_absmax,
+                                const std::optional<Tensor>& nested_code,
+                                const std::optional<Tensor>& offset, int64_t blocksize,
+                                int64_t nested_blocksize, int64_t in_features) {
+  static constexpr const char* kName = "nf4_linear_backward";
+  check_on_cuda("grad", grad);
+  check_matrix("grad", grad);
+  STD_TORCH_CHECK(blocksize != 32, "blocksize must be 64 or more, got 32");
+  const NF4Arguments weight =
+      check_few_rows("grad", grad, qweight, absmax, nested_absmax, nested_code, offset, blocksize,
+                     nested_blocksize, grad.size(1), in_features, kMaxSmallTokens);
+  const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
+  LinearBackwardSmall op;
+  op.dtype = to_dtype("grad", grad.scalar_type());
+  op.grad = grad.const_data_ptr();
+  op.tokens = static_cast<int>(grad.size(0));
+  op.weight = weight.matrix;
+  op.offset = weight.offset;
+  Tensor dx = torch::stable::new_empty(grad, {op.tokens, in_features});
+  if (op.tokens == 0) return dx;
+  const DeviceLimits limits = current_limits(kName);
+  const SmallPlan plan = plan_small_backward(op.tokens, op.weight.rows, in_features, limits);
+  check_shared_memory(kName, plan, limits);
+  const int64_t partials = plan.partial_floats(op.tokens, in_features);
+  Tensor workspace =
+      torch::stable::new_empty(grad, {partials + plan.counters()}, ScalarType::Float);
+  op.partials = workspace.mutable_data_ptr<float>();
+  op.counters = reinterpret_cast<unsigned*>(op.partials + partials);
+  op.dx = dx.mutable_data_ptr();
+  check_cuda_call(
+      kName, nf4_linear_backward_small_cuda(op, plan, current_stream(grad.get_device_index())));
+  return dx;
 }
 
 std::tuple<Tensor, Tensor> lora_linear_cuda(
@@ -207,6 +265,7 @@ std::tuple<Tensor, Tensor> multi_lora_linear_cuda(
 
 STABLE_TORCH_LIBRARY_IMPL(pylora_C, CUDA, m) {
   m.impl("nf4_linear", TORCH_BOX(&pylora::nf4_linear_cuda));
+  m.impl("nf4_linear_backward", TORCH_BOX(&pylora::nf4_linear_backward_cuda));
   m.impl("lora_linear", TORCH_BOX(&pylora::lora_linear_cuda));
   m.impl("multi_lora_linear", TORCH_BOX(&pylora::multi_lora_linear_cuda));
 }

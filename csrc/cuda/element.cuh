@@ -28,6 +28,18 @@ __device__ __forceinline__ __nv_bfloat16 round_to<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// Two 16-bit elements as one register, `low` in its low half.
+template <class T>
+__device__ __forceinline__ uint32_t rounded_pair(float low, float high) {
+  union {
+    T values[2];
+    uint32_t word;
+  } pair;
+  pair.values[0] = round_to<T>(low);
+  pair.values[1] = round_to<T>(high);
+  return pair.word;
+}
+
 template <class T>
 struct Chunk {
   static constexpr int kElements = kVectorBytes / sizeof(T);

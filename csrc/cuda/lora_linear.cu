@@ -6,6 +6,7 @@
 #include "cuda/lora_store.cuh"
 #include "cuda/nf4_pairs.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/sliced_sum.cuh"
 
 namespace pylora {
 namespace {
@@ -38,8 +39,8 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
   const int lane = thread % kLanes;
   const int group = lane / 4;    // row of the fragment, or token
   const int quarter = lane % 4;  // place along k
-  const int row_warp = warp % plan.row_warps;
-  const int k_warp = warp / plan.row_warps;
+  const int row_warp = warp % plan.output_warps;
+  const int k_warp = warp / plan.output_warps;
   const int64_t items = static_cast<int64_t>(plan.tiles) * plan.slices;
   const int begin = static_cast<int>(items * blockIdx.x / gridDim.x);
   const int end = static_cast<int>(items * (blockIdx.x + 1) / gridDim.x);
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
       __syncthreads();
     }
 
-    if (op.hidden.rank > 0) prefetch_lora_B<T>(op, tile, plan.row_warps * kWarpRows);
+    if (op.hidden.rank > 0) prefetch_lora_B<T>(op, tile, plan.output_warps * kWarpRows);
 
     float total[kTokenTiles][4] = {};
     for (int step = 0; step < plan.steps; ++step) {
@@ -91,16 +92,12 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
         mine[i] = stored[0][i];
 #pragma unroll
         for (int later = 1; later < kAhead; ++later) stored[later - 1][i] = stored[later][i];
-        absmax[i] = mine[i].value;
-        if (weight.absmax_q != nullptr) {
-          const float code = __ldg(weight.nested_code + mine[i].code);
-          absmax[i] = __fadd_rn(__fmul_rn(code, mine[i].value), offset);
-        }
+        absmax[i] = mine[i].decode(weight, offset);
       }
       const uint8_t* used = ring + stage * kStageBytes;
       feed.fetch(ring + (stage + kAhead) % kStages * kStageBytes, stored[kAhead - 1]);
       stage = (stage + 1) % kStages;
-      const int chunk = step * plan.k_warps + k_warp;
+      const int chunk = step * plan.sum_warps + k_warp;
       if (chunk >= slice_chunks) continue;
 
 #pragma unroll
@@ -153,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
     }
 
     // 6. In passes of 16 tokens: the sums of more would take x's place in shared memory.
-    const int rows = plan.row_warps * kWarpRows;
+    const int rows = plan.output_warps * kWarpRows;
 #pragma unroll 1
     for (int pass = 0; pass < (kTokenTiles + kPassTiles - 1) / kPassTiles; ++pass) {
       const int first = pass * kPassTokens;
@@ -170,7 +167,7 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
       if (item == begin && pass == 0) wait_for_previous_kernel();
       const auto sum_of_warps = [&](int token, int row) {
         float sum = 0.0f;
-        for (int w = row / kWarpRows; w < kWarps; w += plan.row_warps) {
+        for (int w = row / kWarpRows; w < kWarps; w += plan.output_warps) {
           sum += sums[sum_index(kPassTiles, w, token - first, row % kWarpRows)];
         }
         return sum;
@@ -187,16 +184,7 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
       __syncthreads();  // before the next sums
     }
     if (plan.slices > 1) {
-      __threadfence();  // the slice is visible before it is counted
-      __syncthreads();
-      bool* last = reinterpret_cast<bool*>(sums);
-      if (thread == 0) {
-        const unsigned before = atomicAdd(op.counters + tile, 1u);
-        *last = before == static_cast<unsigned>(plan.slices - 1);
-      }
-      __syncthreads();
-      if (*last) {
-        __threadfence();
+      if (comes_last(op.counters + tile, plan.slices, reinterpret_cast<bool*>(sums))) {
 #pragma unroll 1
         for (int first = 0; first < M; first += kPassTokens) {
           store_outputs<T>(problem, tile, first, [&](int token, int row) {
@@ -215,12 +203,6 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
       ++slice;
     }
   }
-}
-
-int log2_of(int64_t power) {
-  int result = 0;
-  while (int64_t{1} << result < power) ++result;
-  return result;
 }
 
 template <class T, int kTokenTiles>

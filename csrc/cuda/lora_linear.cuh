@@ -56,20 +56,21 @@ struct DeviceLimits {
 // Of the current device.
 cudaError_t device_limits(DeviceLimits* limits);
 
-// How the work is cut. The thresholds are estimates: nothing of this has run on a GPU.
+// How the work is cut: outputs (N) into tiles, the sum (K) into slices; the backward sums over N.
+// The thresholds are estimates: nothing of this has run on a GPU.
 struct SmallPlan {
-  int row_warps = 1;     // warps beside each other along N
-  int k_warps = 1;       // and along K
-  int tiles = 0;         // of 16 * row_warps rows
-  int slices = 1;        // of K
-  int slice_chunks = 0;  // chunks of 128 columns a slice; the last slice may have fewer
-  int pitch = 0;         // of tokens in the staged x
-  int steps = 0;         // of a warp through a slice: slice_chunks / k_warps, rounded up
+  int output_warps = 1;  // warps of a CTA with outputs of their own
+  int sum_warps = 1;     // that share outputs, and take every n-th chunk of the sum
+  int tiles = 0;         // of the outputs of a CTA
+  int slices = 1;        // of the sum
+  int slice_chunks = 0;  // chunks a slice; the last slice may have fewer
+  int pitch = 0;         // of tokens in the staged x, or grad
+  int steps = 0;         // of a warp through a slice: slice_chunks / sum_warps, rounded up
   int grid = 0;
   int64_t shared_bytes = 0;
 
-  int64_t partial_floats(int64_t tokens, int64_t rows) const {
-    return slices > 1 ? slices * tokens * rows : 0;
+  int64_t partial_floats(int64_t tokens, int64_t outputs) const {
+    return slices > 1 ? slices * tokens * outputs : 0;
   }
   int64_t counters() const { return slices > 1 ? tiles : 0; }
 };

@@ -1,4 +1,4 @@
-// Sizes that the kernel of lora_linear.cu and its plan agree on.
+// Sizes that the kernels of lora_linear.cu and nf4_linear_backward.cu and their plans agree on.
 #pragma once
 
 #include "cuda/launch.cuh"
@@ -38,5 +38,11 @@ __host__ __device__ constexpr int sum_floats(int token_tiles) {
 __host__ __device__ constexpr int sum_index(int token_tiles, int warp, int token, int row) {
   return (warp * 8 * token_tiles + token) * kSumPitch + row;
 }
+
+// The backward's. Half of the warps hand 64 columns of 8 tokens to the other half.
+inline constexpr int kWarpColumns = 64;
+inline constexpr int kColumnWarps = 4;  // beside each other along K: a line of L2 in every row
+inline constexpr int kChunkRows = 32;   // a warp's step
+inline constexpr int kBackwardSumBytes = kColumnWarps * kWarpColumns * 8 * 4;
 
 }  // namespace pylora

@@ -115,7 +115,7 @@ __device__ __forceinline__ void store_outputs(const Problem& problem, int tile, 
                                               const Base& base) {
   const LoraLinearSmall& op = problem.op;
   const int N = static_cast<int>(op.weight.rows);
-  const int rows = problem.plan.row_warps * kWarpRows;
+  const int rows = problem.plan.output_warps * kWarpRows;
   const int end = min(first + kPassTokens, op.tokens);
   const int thread = threadIdx.x;
   const int per_row = kThreads / rows;

@@ -24,13 +24,8 @@ inline constexpr int kPairBytes = kPairEntries * kPairRow;
 // Written by kPairEntries threads, one entry each; they may be read after a barrier.
 template <class T>
 __device__ __forceinline__ void fill_pairs(uint8_t* pairs, int entry) {
-  union {
-    T values[2];
-    uint32_t word;
-  } pair;
-  pair.values[0] = round_to<T>(nf4_code[entry >> 4]);
-  pair.values[1] = round_to<T>(nf4_code[entry & 0xF]);
-  const uint4 copies = {pair.word, pair.word, pair.word, pair.word};
+  const uint32_t pair = rounded_pair<T>(nf4_code[entry >> 4], nf4_code[entry & 0xF]);
+  const uint4 copies = {pair, pair, pair, pair};
   constexpr int kStores = kPairHole / kVectorBytes;
 #pragma unroll
   for (int i = 0; i < kStores; ++i) {

@@ -1,7 +1,7 @@
 // Runs the CUDA kernels on the CPU: arguments from standard input, y and h to standard output.
 #include "cuda/lora_linear.cuh"
 
-#include "stdin_arrays.h"
+#include "stdin_weight.h"
 
 namespace {
 
@@ -29,20 +29,7 @@ int main() {
   op.dtype = dtype_of(in.dtype);
   op.tokens = static_cast<int>(in.tokens);
   op.x = read_vector(in.dtype, in.tokens * in.cols).data;
-  op.weight.rows = in.rows;
-  op.weight.cols = in.cols;
-  op.weight.blocksize = in.blocksize;
-  op.weight.nested_blocksize = in.nested_blocksize;
-  op.weight.qweight = read_array<uint8_t>(in.rows * in.cols / 2);
-  const int64_t blocks = op.weight.num_blocks();
-  if (in.nested != 0) {
-    op.weight.absmax_q = read_array<uint8_t>(blocks);
-    op.weight.nested_absmax = read_array<float>(pylora::ceil_div(blocks, in.nested_blocksize));
-    op.weight.nested_code = read_array<float>(256);
-    op.offset = read_array<float>(1);
-  } else {
-    op.weight.absmax = read_array<float>(blocks);
-  }
+  op.weight = read_weight(in, &op.offset);
   op.bias = read_vector(in.bias_dtype, in.rows);
 
   pylora::LoraHidden& hidden = op.hidden;
@@ -69,10 +56,7 @@ int main() {
     }
   }
 
-  pylora::DeviceLimits limits;
-  limits.processors = static_cast<int>(in.processors);
-  limits.shared_per_sm = in.shared_per_sm;
-  limits.shared_per_cta = in.shared_per_sm - 1024;
+  const pylora::DeviceLimits limits = limits_of(in);
   const pylora::SmallPlan plan = pylora::plan_small(in.tokens, in.rows, in.cols, limits);
   if (plan.shared_bytes > limits.shared_per_cta) return 2;
   op.partials = static_cast<float*>(make_output(4 * plan.partial_floats(in.tokens, in.rows)));
@@ -84,7 +68,7 @@ int main() {
   hidden.low = static_cast<float*>(make_output(h_bytes));
   if (pylora::lora_linear_small_cuda(op, plan, true, nullptr) != cudaSuccess) return 1;
   cudaDeviceSynchronize();
-  std::fprintf(stderr, "slices %d, row warps %d, grid %d\n", plan.slices, plan.row_warps,
+  std::fprintf(stderr, "slices %d, output warps %d, grid %d\n", plan.slices, plan.output_warps,
                plan.grid);
   write_output(op.y, y_bytes);
   write_output(hidden.h, h_bytes);
