@@ -19,6 +19,7 @@ from pylora.backends.backend import (
     contiguous,
     nf4_dequantize_why_not,
 )
+from pylora.backends.composition import composed
 
 # The rows of x up to which reading the weight decides, and its kernel is the one to take. Where
 # little of x fits shared memory, sums of many slices go through memory. Estimates: no GPU has run
@@ -91,6 +92,11 @@ def _nf4_linear(x: Tensor, *args: Any) -> Tensor:
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
+def _nf4_linear_backward(grad: Tensor, *args: Any) -> Tensor:
+    dx = torch.ops.pylora_C.nf4_linear_backward(as_rows(grad), *contiguous(args))
+    return dx.view(*grad.shape[:-1], dx.shape[-1])
+
+
 def _with_lora(op: Any, x: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     others = contiguous(args)
     others[_LORA_A] = _aligned(others[_LORA_A])
@@ -120,7 +126,7 @@ def _shared_memory(device: torch.device) -> int:
     return getattr(properties, "shared_memory_per_block_optin", 0)
 
 
-def _few_rows_why_not(x: Tensor, blocksize: int) -> Reason:
+def _few_rows_why_not(name: str, x: Tensor, blocksize: int) -> Reason:
     rows = x.numel() // x.shape[-1]
     if blocksize == 32 and rows > _MAX_SMALL_M_OF_BLOCK_32:
         most = f"{_MAX_SMALL_M_OF_BLOCK_32} where the blocksize is 32"
@@ -130,7 +136,43 @@ def _few_rows_why_not(x: Tensor, blocksize: int) -> Reason:
         most = f"{_MAX_SMALL_M_OF_LITTLE_MEMORY} on this GPU, for its shared memory"
     else:
         return None
-    return f"x has {rows} rows; the kernel for few rows takes up to {most}"
+    return f"{name} has {rows} rows; the kernel for few rows takes up to {most}"
+
+
+def _base_why_not(
+    name: str,
+    x: Tensor,
+    shape: tuple[int, int],
+    qweight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    blocksize: int,
+    nested_blocksize: int,
+    bias: Tensor | None = None,
+) -> Reason:
+    """For x, or grad, as `name` says, and an NF4 weight of `shape` [out_features, in_features]."""
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"{name} is {x.dtype}; the kernel takes float16 and bfloat16"
+    out_features, in_features = shape
+    if in_features == 0 or out_features == 0:
+        return "the weight has no elements"
+    if in_features % blocksize:
+        return f"in_features is {in_features}, no multiple of the blocksize {blocksize}"
+    if nested_absmax is not None and nested_blocksize & (nested_blocksize - 1):
+        return f"nested_blocksize is {nested_blocksize}, no power of two"
+    if in_features * out_features >= _MAX_ELEMENTS:
+        return f"the weight has 2^35 elements or more: {out_features} x {in_features}"
+    reason = _not_on_cuda(**{name: x}, qweight=qweight, absmax=absmax, bias=bias)
+    if reason is not None:
+        return reason
+    if not _has_matrix_instructions(x.device):
+        return "the kernel needs a GPU of compute capability 8.0 or later"
+    reason = _few_rows_why_not(name, x, blocksize)
+    if reason is not None:
+        return reason
+    if not _is_aligned(qweight):
+        return f"qweight is not aligned to {_ALIGNMENT} bytes"
+    return None
 
 
 def _nf4_linear_why_not(
@@ -145,28 +187,25 @@ def _nf4_linear_why_not(
     out_features: int,
     bias: Tensor | None,
 ) -> Reason:
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        return f"x is {x.dtype}; the kernel takes float16 and bfloat16"
-    in_features = x.shape[-1]
-    if in_features == 0 or out_features == 0:
-        return "the weight has no elements"
-    if in_features % blocksize:
-        return f"in_features is {in_features}, no multiple of the blocksize {blocksize}"
-    if nested_absmax is not None and nested_blocksize & (nested_blocksize - 1):
-        return f"nested_blocksize is {nested_blocksize}, no power of two"
-    if in_features * out_features >= _MAX_ELEMENTS:
-        return f"the weight has 2^35 elements or more: {out_features} x {in_features}"
-    reason = _not_on_cuda(x=x, qweight=qweight, absmax=absmax, bias=bias)
-    if reason is not None:
-        return reason
-    if not _has_matrix_instructions(x.device):
-        return "the kernel needs a GPU of compute capability 8.0 or later"
-    reason = _few_rows_why_not(x, blocksize)
-    if reason is not None:
-        return reason
-    if not _is_aligned(qweight):
-        return f"qweight is not aligned to {_ALIGNMENT} bytes"
-    return None
+    weight = (qweight, absmax, nested_absmax, blocksize, nested_blocksize, bias)
+    return _base_why_not("x", x, (out_features, x.shape[-1]), *weight)
+
+
+def _nf4_linear_backward_why_not(
+    grad: Tensor,
+    qweight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    blocksize: int,
+    nested_blocksize: int,
+    in_features: int,
+) -> Reason:
+    if blocksize == 32:
+        return "the blocksize is 32; the kernel takes 64 or more"
+    weight = (qweight, absmax, nested_absmax, blocksize, nested_blocksize)
+    return _base_why_not("grad", grad, (grad.shape[-1], in_features), *weight)
 
 
 def _adapter_why_not(x: Tensor, rank: int, **tensors: Tensor | None) -> Reason:
@@ -232,15 +271,27 @@ def _multi_lora_linear_why_not(
     )
 
 
+_OPS = {
+    "nf4_quantize": Op(_nf4_quantize, _nf4_quantize_why_not),
+    "nf4_dequantize": Op(_nf4_dequantize, partial(nf4_dequantize_why_not, "cuda")),
+    "nf4_linear": Op(_nf4_linear, _nf4_linear_why_not),
+    "nf4_linear_backward": Op(_nf4_linear_backward, _nf4_linear_backward_why_not),
+    "lora_linear": Op(_lora_linear, _lora_linear_why_not),
+    "multi_lora_linear": Op(_multi_lora_linear, _multi_lora_linear_why_not),
+}
+
+_COMPOSED_QKV = composed(_OPS)["lora_qkv"]
+
+
+def _lora_qkv_why_not(x: Tensor, weight: list[Tensor], absmax: list[Any], *args: Any) -> Reason:
+    if any(one is None for one in absmax):
+        return f"of one projection {DENSE}"
+    return _COMPOSED_QKV.why_not(x, weight, absmax, *args)
+
+
 BACKEND = Backend(
     name="cuda",
-    ops={
-        "nf4_quantize": Op(_nf4_quantize, _nf4_quantize_why_not),
-        "nf4_dequantize": Op(_nf4_dequantize, partial(nf4_dequantize_why_not, "cuda")),
-        "nf4_linear": Op(_nf4_linear, _nf4_linear_why_not),
-        "lora_linear": Op(_lora_linear, _lora_linear_why_not),
-        "multi_lora_linear": Op(_multi_lora_linear, _multi_lora_linear_why_not),
-    },
+    ops={**_OPS, "lora_qkv": Op(_COMPOSED_QKV.run, _lora_qkv_why_not)},
     unavailable=_unavailable,
     path=_path,
     device=lambda: "cuda",
