@@ -16,7 +16,8 @@ __device__ __forceinline__ int64_t partial_index(const LoraLinearSmall& op, int 
   return (static_cast<int64_t>(slice) * op.tokens + token) * op.weight.rows + n;
 }
 
-// kTokenTiles: of 8 tokens. kBlock32: blocks of 32, where one word of qweight ends a block.
+// kTokenTiles: of 8 tokens; the last may have none. kBlock32: blocks of 32, where one word of
+// qweight ends a block.
 template <class T, int kTokenTiles, bool kBlock32>
 __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
     lora_linear_small(Problem problem) {
@@ -32,6 +33,9 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
 
   uint8_t* pairs = dynamic_shared_memory();
   auto* sums = reinterpret_cast<float*>(pairs + kPairBytes);
+  // Between the sums of two tokens, where no sum is written: who did not come last goes on while
+  // others still read it.
+  bool* last_flag = reinterpret_cast<bool*>(sums + kWarpRows);
   auto* staged_x = reinterpret_cast<uint4*>(sums + sum_floats(kPassTiles));
 
   const int thread = threadIdx.x;
@@ -112,10 +116,10 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
           uint4 tokens[kTokenTiles];
 #pragma unroll
           for (int n8 = 0; n8 < kTokenTiles; ++n8) {
-            // Beyond the last token its columns of the result are not used.
+            // Beyond the last token, in one of the last two tiles, the results are not used.
             const int token = 8 * n8 + group;
             tokens[n8] =
-                staged_x[column * pitch + (n8 + 1 < kTokenTiles ? token : min(token, M - 1))];
+                staged_x[column * pitch + (n8 + 2 < kTokenTiles ? token : min(token, M - 1))];
           }
           // 4.
 #pragma unroll
@@ -149,22 +153,17 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
       }
     }
 
-    // 6. In passes of 16 tokens: the sums of more would take x's place in shared memory.
+    // 6. In passes of 16 tokens: the sums of more would take x's place in shared memory. Where K is
+    // sliced the CTA that comes last makes the passes once more, over the sums of the slices.
+    const int passes = (M + kPassTokens - 1) / kPassTokens;
     const int rows = plan.output_warps * kWarpRows;
+    const bool sliced = plan.slices > 1;
 #pragma unroll 1
-    for (int pass = 0; pass < (kTokenTiles + kPassTiles - 1) / kPassTiles; ++pass) {
+    for (int turn = 0; turn < (sliced ? 2 : 1) * passes; ++turn) {
+      const bool again = turn >= passes;
+      const int pass = again ? turn - passes : turn;
       const int first = pass * kPassTokens;
-#pragma unroll
-      for (int n8 = 0; n8 < kTokenTiles; ++n8) {
-        if (n8 / kPassTiles != pass) continue;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int token = 8 * (n8 % kPassTiles) + 2 * quarter + i % 2;
-          sums[sum_index(kPassTiles, warp, token, group + i / 2 * 8)] = total[n8][i];
-        }
-      }
-      __syncthreads();
-      if (item == begin && pass == 0) wait_for_previous_kernel();
+      if (turn == passes && !comes_last(op.counters + tile, plan.slices, last_flag)) break;
       const auto sum_of_warps = [&](int token, int row) {
         float sum = 0.0f;
         for (int w = row / kWarpRows; w < kWarps; w += plan.output_warps) {
@@ -172,29 +171,33 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
         }
         return sum;
       };
-      if (plan.slices == 1) {
-        store_outputs<T>(problem, tile, first, sum_of_warps);
-      } else {
-        const int outputs = rows * min(kPassTokens, M - first);
+      if (!again) {
+#pragma unroll
+        for (int n8 = 0; n8 < kTokenTiles; ++n8) {
+          if (n8 / kPassTiles != pass) continue;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int token = 8 * (n8 % kPassTiles) + 2 * quarter + i % 2;
+            sums[sum_index(kPassTiles, warp, token, group + i / 2 * 8)] = total[n8][i];
+          }
+        }
+        __syncthreads();
+        if (item == begin && pass == 0) wait_for_previous_kernel();
+        const int outputs = sliced ? rows * min(kPassTokens, M - first) : 0;
         for (int i = thread; i < outputs; i += kThreads) {
           const int token = first + i / rows, row = i % rows, n = tile * rows + row;
           if (n < N) op.partials[partial_index(op, slice, token, n)] = sum_of_warps(token, row);
         }
       }
-      __syncthreads();  // before the next sums
-    }
-    if (plan.slices > 1) {
-      if (comes_last(op.counters + tile, plan.slices, reinterpret_cast<bool*>(sums))) {
-#pragma unroll 1
-        for (int first = 0; first < M; first += kPassTokens) {
-          store_outputs<T>(problem, tile, first, [&](int token, int row) {
-            float sum = 0.0f;
-            for (int s = 0; s < plan.slices; ++s) {
-              sum += load_from_l2(op.partials + partial_index(op, s, token, tile * rows + row));
-            }
-            return sum;
-          });
-        }
+      if (again || !sliced) {
+        store_outputs<T>(problem, tile, first, [&](int token, int row) {
+          if (!sliced) return sum_of_warps(token, row);
+          float sum = 0.0f;
+          for (int s = 0; s < plan.slices; ++s) {
+            sum += load_from_l2(op.partials + partial_index(op, s, token, tile * rows + row));
+          }
+          return sum;
+        });
       }
       __syncthreads();  // before the next sums
     }
@@ -227,11 +230,9 @@ cudaError_t launch_small(const Problem& problem, const LaunchShape& shape) {
     case 4:
       return launch_small<T, 4>(problem, shape);
     case 5:
-      return launch_small<T, 5>(problem, shape);
     case 6:
       return launch_small<T, 6>(problem, shape);
     case 7:
-      return launch_small<T, 7>(problem, shape);
     case 8:
       return launch_small<T, 8>(problem, shape);
   }

@@ -1,7 +1,8 @@
 // y = x W^T + bias + scaling * (act(h) lora_B^T + lora_B_bias), h = dropout(x) lora_A^T +
 // lora_A_bias for few tokens, W in NF4. Two kernels: lora_hidden.cu makes h; this one the rest, and
 // it alone where there is no LoRA. On sm_90 and later the second starts while the first runs
-// (programmatic dependent launch) and waits for it only before its first output.
+// (programmatic dependent launch) and waits for it only before its first output. Tokens may have an
+// adapter each, or none (lora_hidden.cuh): the low-rank part is then that of multi_lora_linear.
 //
 // Shapes    x [M, K] fp16|bf16; W NF4 over [N, K]; bias [N]; low = scaling * act(h) [M, R] fp32;
 //           lora_B [N, R], or one for each adapter -> y [M, N] of x's dtype   (M <= 64 tokens, N =
@@ -29,7 +30,8 @@
 //              of lora_B were sent for when it began.
 // Limits    M <= 64, for blocks of 32 M <= 16; K % blocksize == 0; nested_blocksize a power of two;
 //           lora_A and lora_B of x's dtype or fp32; x, qweight and lora_A aligned to 16 bytes.
-// Source    QLoRA, arXiv:2305.14314; Marlin (arXiv:2408.11743) for the pipeline
+// Source    QLoRA, arXiv:2305.14314; Punica, arXiv:2310.18547; Marlin (arXiv:2408.11743) for the
+//           pipeline; pylora/reference/lora_linear.py, pylora/reference/multi_lora_linear.py
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -32,6 +32,7 @@ constexpr int x_pitch(int64_t tokens) {
 
 // Sums of warps in shared memory, [warp][token][row] with rows 20 apart: free of bank conflicts.
 inline constexpr int kSumPitch = 20;
+static_assert(kSumPitch > kWarpRows);
 __host__ __device__ constexpr int sum_floats(int token_tiles) {
   return kWarps * 8 * token_tiles * kSumPitch;
 }

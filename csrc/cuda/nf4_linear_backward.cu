@@ -172,7 +172,7 @@ __device__ __forceinline__ void add_slices(const BackwardProblem& problem, int t
   }
 }
 
-// kTokenTiles: of 8 tokens.
+// kTokenTiles: of 8 tokens; the last may have none.
 template <class T, int kTokenTiles>
 __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
     nf4_linear_backward_small(BackwardProblem problem) {

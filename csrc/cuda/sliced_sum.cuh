@@ -6,7 +6,7 @@
 namespace pylora {
 
 // Whole CTA. True in the last of `slices` CTAs that come here: what all of them wrote before can be
-// read, past L1. `flag` is shared memory that nobody uses.
+// read, past L1. `flag` is shared memory that nobody else uses until all threads have returned.
 __device__ __forceinline__ bool comes_last(unsigned* counter, int slices, bool* flag) {
   __threadfence();  // what was written is visible before it is counted
   __syncthreads();
