@@ -32,9 +32,12 @@ WORSE = {
     "matrix": -1,
     "per_32_weights": 1,
 }
-# Of NF4 that a lane gets by one load, with which the loops over qweight begin: ldmatrix.x4, or 16
-# bytes that a quad of lanes shares (nf4_linear_hopper.cu).
-WEIGHTS_OF_LOAD = ((r"LDSM\S*\.4", 32), (r"LDS\.128", 8))
+# Of NF4 that a lane gets by one ldmatrix.x4, with which the loops over qweight begin; in a kernel
+# without it, that a lane has in a mma.m16n8k16, which there is for each of its token tiles, or that
+# it gets of 16 bytes that a quad of lanes shares (nf4_linear_hopper.cu).
+WEIGHTS_OF_LDMATRIX = 32
+WEIGHTS_OF_MATRIX = 8
+WEIGHTS_OF_SHARED_LOAD = 8
 
 MATRIX = "HMMA|HGMMA|UTCHMMA"
 
@@ -124,16 +127,23 @@ def _count_instructions(
         def count(pattern: str, names: list[str] = names) -> int:
             return sum(bool(re.match(pattern, name)) for name in names)
 
-        kernels[short_name(function.split()[0])] |= {
+        kernel = short_name(function.split()[0])
+        kernels[kernel] |= {
             "instructions": len(names) - count("NOP"),
             "loads_16": count(r"LDG.*\.128"),
             "stores_16": count(r"STG.*\.128"),
             "matrix": count(MATRIX),
-            "per_32_weights": _per_32_weights(code),
+            "per_32_weights": _per_32_weights(code, _token_tiles(kernel)),
         }
 
 
-def _per_32_weights(code: list[tuple[int, str, str]]) -> int:
+def _token_tiles(kernel: str) -> int:
+    """The first number among the template arguments; 0: none."""
+    match = re.search(r"<\w+, (\d+)", kernel)
+    return int(match[1]) if match else 0
+
+
+def _per_32_weights(code: list[tuple[int, str, str]], token_tiles: int) -> int:
     """Instructions of the loop over qweight, for each 32 weights that a lane decodes.
 
     All that lie in the loop count, those that run once a tile as well. Of several loops with matrix
@@ -145,12 +155,14 @@ def _per_32_weights(code: list[tuple[int, str, str]]) -> int:
         if target is None or int(target[1], 16) >= address:
             continue
         body = [name for at, name, _ in code if int(target[1], 16) <= at <= address]
-        decoded = sum(
-            weights * bool(re.match(load, name))
-            for name in body
-            for load, weights in WEIGHTS_OF_LOAD
-        )
-        if decoded and any(re.match(MATRIX, name) for name in body):
+        decoded = WEIGHTS_OF_LDMATRIX * sum(bool(re.match(r"LDSM\S*\.4", name)) for name in body)
+        matrix = sum(bool(re.match(MATRIX, name)) for name in body)
+        if not decoded and any(name.startswith("HGMMA") for name in body):
+            loads = sum(bool(re.match(r"LDS\.128", name)) for name in body)
+            decoded = WEIGHTS_OF_SHARED_LOAD * loads
+        elif not decoded and token_tiles:
+            decoded = WEIGHTS_OF_MATRIX * matrix // token_tiles
+        if decoded and matrix:
             ratios.append(32 * len(body) / decoded)
     return round(min(ratios, default=0))
 

@@ -159,10 +159,13 @@ def backward_plan(
     else:
         tile = TileConfig(128, 128, 64, 8, 3)
     tiles = cdiv(M, tile.block_m) * cdiv(K, tile.block_n)
-    steps = sum(cdiv(N, tile.block_k) for N in Ns)
-    return TilePlan(
-        tile, *_split(steps * tile.block_k, tile.block_k, tiles, facts, _programs(M), 512)
-    )
+    length = length_of(Ns, tile)
+    return TilePlan(tile, *_split(length, tile.block_k, tiles, facts, _programs(M), 512))
+
+
+def length_of(Ns: Sequence[int], tile: TileConfig) -> int:
+    """Of a backward sum over several weights, one behind the other, each to the end of a step."""
+    return sum(cdiv(N, tile.block_k) for N in Ns) * tile.block_k
 
 
 def expand_tile(terms: int, facts: Facts) -> TileConfig:

@@ -17,8 +17,15 @@ from pylora.testing import Accuracy, assert_as_accurate_as_torch
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Every result has some thirty elements at least: of fewer, torch's largest error is a matter of
 # luck. rows of x, out_features, in_features, blocksize: aligned, odd, blocks that straddle rows,
-# one row, none.
-SHAPES = ((32, 96, 256, 64), (5, 40, 420, 64), (1, 128, 192, 32), (9, 37, 45, 32), (0, 64, 128, 64))
+# one row, the most for few (and odd), none.
+SHAPES = (
+    (32, 96, 256, 64),
+    (5, 40, 420, 64),
+    (1, 128, 192, 32),
+    (9, 37, 45, 32),
+    (63, 72, 128, 64),
+    (0, 64, 128, 64),
+)
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,7 @@ def _composed_cases(
     rank: int,
 ) -> Iterator[Case]:
     """lora_qkv and lora_mlp over an NF4 weight with LoRA, one without and a trained dense one,
-    multi_lora_linear over the NF4 weight; and their backwards."""
+    multi_lora_linear over the NF4 weight; and their backwards. lora_qkv over NF4 weights alone."""
     where += f" r{rank} p{dropout_p}"
     out_features, in_features = w.shape
     adapters = 3
@@ -141,6 +148,9 @@ def _composed_cases(
     hidden = reference.lora_qkv(*args)[1]
     grads = [grad, normal(*grad.shape, dtype=x.dtype), normal(*grad.shape, dtype=x.dtype)]
     yield Case("lora_qkv_backward", where, (grads, x, hidden, *args[1:], mask))
+
+    _, args = functional.OP_ARGUMENTS["lora_qkv"](x, nf4, plain, nf4, *dropout)
+    yield Case("lora_qkv", where + " NF4 alone", args)
 
     down = dense(in_features, out_features)
     _, args = functional.OP_ARGUMENTS["lora_mlp"](x, nf4, plain, down, "silu", *dropout)

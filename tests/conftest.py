@@ -22,19 +22,19 @@ from pylora.testing import assert_as_accurate_as_torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def _load_benchmarks() -> None:
-    """`benchmarks` without the repository root on sys.path, where kernels/ must not be found."""
-    folder = ROOT / "benchmarks"
+def _load(name: str, folder: Path) -> None:
+    """A package without its parent on sys.path: in the root kernels/ must not be found."""
     spec = importlib.util.spec_from_file_location(
-        "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmarks"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
 
 
-_load_benchmarks()
+_load("benchmarks", ROOT / "benchmarks")
+_load("host_cuda", ROOT / "tests" / "host_cuda")
 
 VARIANTS = [("reference", "pure PyTorch", None), *variants()]
 
@@ -61,6 +61,14 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     name, _, isa = request.param
     with dispatch.use_backend(name), cpu_isa(isa):
         yield name
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Builds a program of host_cuda/ with the kernels it runs."""
+    from host_cuda import compiler
+
+    return compiler(tmp_path_factory.mktemp("host_cuda"))
 
 
 @pytest.fixture

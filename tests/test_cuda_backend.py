@@ -20,6 +20,7 @@ def ampere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fake tensors of a fake GPU, whose memory is aligned."""
     monkeypatch.setattr(cuda, "_has_matrix_instructions", lambda device: True)
     monkeypatch.setattr(cuda, "_is_aligned", lambda tensor: True)
+    monkeypatch.setattr(cuda, "_shared_memory", lambda device: 163 << 10)
     with FakeTensorMode():
         yield
 
@@ -51,10 +52,15 @@ def linear(
     [
         ({}, None),
         ({"rows": 16, "dtype": torch.float16, "blocksize": 32}, None),
+        ({"rows": 64}, None),
         ({"rows": 0}, None),
         ({"nested_blocksize": 128}, None),
         ({"dtype": torch.float32}, "x is torch.float32; the kernel takes float16 and bfloat16"),
-        ({"rows": 18}, "x has 18 rows; the kernel for few rows takes up to 16"),
+        ({"rows": 66}, "x has 66 rows; the kernel for few rows takes up to 64"),
+        (
+            {"rows": 18, "blocksize": 32},
+            "x has 18 rows; the kernel for few rows takes up to 16 where the blocksize is 32",
+        ),
         ({"shape": (96, 96)}, "in_features is 96, no multiple of the blocksize 64"),
         ({"shape": (0, 64)}, "the weight has no elements"),
         ({"nested_blocksize": 100}, "nested_blocksize is 100, no power of two"),
@@ -69,11 +75,30 @@ def test_nf4_linear(change: dict[str, Any], reason: str | None):
     ("change", "reason"),
     [
         ({}, None),
+        ({"rows": 64, "dtype": torch.float16, "blocksize": 128}, None),
+        ({"dtype": torch.float32}, "grad is torch.float32; the kernel takes float16 and bfloat16"),
+        ({"rows": 66}, "grad has 66 rows; the kernel for few rows takes up to 64"),
+        ({"blocksize": 32}, "the blocksize is 32; the kernel takes 64 or more"),
+        ({"shape": (96, 96)}, "in_features is 96, no multiple of the blocksize 64"),
+        ({"device": "cpu"}, "qweight is on cpu, not on a cuda device"),
+    ],
+)
+def test_nf4_linear_backward(change: dict[str, Any], reason: str | None):
+    x, *q, out_features, _ = linear(**change)
+    grad = x.new_empty(*x.shape[:-1], out_features)
+    why_not = cuda.BACKEND.ops["nf4_linear_backward"].why_not
+    assert why_not(grad, *q, x.shape[-1]) == reason
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
         ({"lora_dtype": torch.float32, "rank": 37}, None),
         ({"lora_dtype": torch.float16}, "lora_A is torch.float16; the kernel takes torch.bfloat16"),
         ({"rank": 0}, "the rank is 0; the kernel takes 1 to 1024"),
         ({"dense": True}, "the base weight is dense"),
-        ({"rows": 32}, "x has 32 rows"),
+        ({"rows": 80}, "x has 80 rows"),
         ({"lora_device": "cpu"}, "lora_A is on cpu, not on a cuda device"),
     ],
 )
@@ -94,12 +119,100 @@ def test_lora_linear(change: dict[str, Any], reason: str | None):
     assert (got is None) == (reason is None) and (got or "").startswith(reason or "")
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"lora_dtype": torch.float32, "rank": 37}, None),
+        ({"lora_dtype": torch.float16}, "lora_A is torch.float16; the kernel takes torch.bfloat16"),
+        ({"rank": 1025}, "the rank is 1025; the kernel takes 1 to 1024"),
+        ({"dense": True}, "the base weight is dense"),
+        ({"rows": 80}, "x has 80 rows"),
+        ({"ids_device": "cpu"}, "adapter_ids is on cpu, not on a cuda device"),
+    ],
+)
+def test_multi_lora_linear(change: dict[str, Any], reason: str | None):
+    change = dict(change)
+    rank, dense = change.pop("rank", 8), change.pop("dense", False)
+    options = {"dtype": change.pop("lora_dtype", bf16), "device": "cuda"}
+    ids_device = change.pop("ids_device", "cuda")
+    x, qweight, absmax, *q, out_features, bias = linear(**change)
+    lora_A = torch.empty(3, rank, x.shape[-1], **options)
+    lora_B = torch.empty(3, out_features, rank, **options)
+    ids = torch.empty(x.shape[:-1].numel(), dtype=torch.int64, device=ids_device)
+    last = (ids, torch.empty(3, device="cuda"), bias)
+    args = (x, qweight, None if dense else absmax, *q, out_features, lora_A, lora_B, *last)
+    got = cuda.BACKEND.ops["multi_lora_linear"].why_not(*args)
+    assert (got is None) == (reason is None) and (got or "").startswith(reason or "")
+
+
+def projections(count: int = 3, **change: Any) -> tuple[Any, ...]:
+    """Arguments of lora_qkv: LoRA on all but the last projection."""
+    x, *q, out_features, _ = linear(**change)
+    lora_A = torch.empty(8, x.shape[-1], dtype=x.dtype, device="cuda")
+    lora_B = torch.empty(out_features, 8, dtype=x.dtype, device="cuda")
+    none = x.new_empty(0)
+    lists = [[part] * count for part in (*q, out_features)]
+    lora = [[lora] * (count - 1) + [none] for lora in (lora_A, lora_B)]
+    return (x, *lists, *lora, [none] * count, [0.5] * count, 0.0, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"rows": 66}, "x has 66 rows; the kernel for few rows takes up to 64"),
+        ({"device": "cpu"}, "qweight is on cpu, not on a cuda device"),
+        ({"dense": True}, "of one projection the base weight is dense"),
+    ],
+)
+def test_lora_qkv(change: dict[str, Any], reason: str | None):
+    change = dict(change)
+    dense = change.pop("dense", False)
+    args = projections(**change)
+    if dense:
+        args[2][1] = None
+    got = cuda.BACKEND.ops["lora_qkv"].why_not(*args)
+    assert (got is None) == (reason is None) and (got or "").startswith(reason or "")
+
+
+def test_lora_qkv_runs_on_the_kernels_of_one_layer():
+    called = []
+
+    def lora_linear(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        called.append("lora_linear")
+        out_features, lora_A = args[7:9]
+        return x.new_empty(x.shape[0], out_features), x.new_empty(x.shape[0], lora_A.shape[0])
+
+    def nf4_linear(x: torch.Tensor, *args: Any) -> torch.Tensor:
+        called.append("nf4_linear")
+        return x.new_empty(x.shape[0], args[7])
+
+    with torch.library._scoped_library("pylora_C", "IMPL") as library:
+        library.impl("lora_linear", lora_linear, "Meta")
+        library.impl("nf4_linear", nf4_linear, "Meta")
+        args = projections()
+        y, h = cuda.BACKEND.ops["lora_qkv"].run(*args)
+    assert called == ["lora_linear", "lora_linear", "nf4_linear"]
+    assert [t.shape for t in y] == [(2, 2, 96)] * 3
+    assert [t.shape for t in h] == [(2, 2, 8)] * 2 + [(0,)]
+    assert "lora_qkv_backward" not in cuda.BACKEND.ops
+
+
 def test_nf4_quantize():
     why_not = cuda.BACKEND.ops["nf4_quantize"].why_not
     assert why_not(torch.empty(64, device="cuda"), 64) is None
     assert why_not(torch.empty(64), 64) == "weight is on cpu, not on a cuda device"
     double = torch.empty(64, device="cuda", dtype=torch.float64)
     assert (why_not(double, 64) or "").startswith("weight is torch.float64")
+
+
+def test_a_gpu_with_little_shared_memory(monkeypatch: pytest.MonkeyPatch):
+    why_not = cuda.BACKEND.ops["nf4_linear"].why_not
+    monkeypatch.setattr(cuda, "_shared_memory", lambda device: 99 << 10)
+    assert why_not(*linear(rows=32)) is None
+    reason = why_not(*linear(rows=34)) or ""
+    assert reason.startswith("x has 34 rows; the kernel for few rows takes up to 32 on this GPU")
 
 
 def test_an_old_gpu_and_an_odd_address(monkeypatch: pytest.MonkeyPatch):
@@ -115,5 +228,8 @@ def test_the_backend_lists_its_ops():
         "nf4_quantize",
         "nf4_dequantize",
         "nf4_linear",
+        "nf4_linear_backward",
         "lora_linear",
+        "multi_lora_linear",
+        "lora_qkv",
     }

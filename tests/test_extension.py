@@ -92,12 +92,18 @@ def test_gpu_code_moves_16_bytes_at_a_time_and_does_not_spill(arch: str):
         pytest.skip(f"built without sm_{arch}")
     kernels = cuobjdump("-sass", "-arch", f"sm_{arch}").split("Function : ")[1:]
     assert not [kernel.split()[0] for kernel in kernels if "STL" in kernel or "LDL" in kernel]
-    few_rows = [kernel for kernel in kernels if "lora_linear_small" in kernel.split()[0]]
-    assert len(few_rows) == 8  # fp16 and bf16, one or two tiles of tokens, blocks of 32 or more
-    for kernel in few_rows:
+    forward = [kernel for kernel in kernels if "lora_linear_small" in kernel.split()[0]]
+    backward = [kernel for kernel in kernels if "nf4_linear_backward_small" in kernel.split()[0]]
+    # fp16 and bf16, six counts of token tiles; two of them for blocks of 32 as well.
+    assert len(forward) == 16 and len(backward) == 12
+    for kernel in forward + backward:
         copies = set(re.findall(r"LDGSTS\S*", kernel))
         assert copies and all(copy.endswith(".128") for copy in copies)
-        assert "HMMA.16816.F32" in kernel and "LDSM" in kernel
+        assert "HMMA.16816.F32" in kernel
+    assert all("LDSM" in kernel for kernel in forward)
+    for kernel in backward:
+        assert "HMUL2" in kernel or "HFMA2" in kernel
+        assert set(re.findall(r"STG\S*", kernel)) >= {"STG.E.128"}
     tiles = [k for k in kernels if re.search("nf4_(de)?quantize_tiles", k.split()[0])]
     assert len(tiles) == 2 * len(DTYPES)
     for kernel in tiles:

@@ -144,7 +144,7 @@ def why_not(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str | Non
 def test_limits_in_words(why_not: Callable[..., str | None], monkeypatch: pytest.MonkeyPatch):
     assert why_not() is None
     assert why_not(blocksize=128) is None  # a block straddles rows
-    assert why_not(rows=127) == "x has 127 rows; the kernel for few rows takes up to 16"
+    assert why_not(rows=127) == "x has 127 rows; the kernel for few rows takes up to 64"
     assert why_not(rows=8 * 65536) == ("x has 524288 rows; the Hopper kernel takes up to 524280")
     needs = "the Hopper kernel needs a multiple of 64"
     assert why_not(columns=224) == f"in_features is 224; {needs}"

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from host_cuda import DTYPES, SEEDS, run, start
 from torch import Tensor
 
 import pylora
@@ -18,46 +15,8 @@ from pylora import nf4, reference
 from pylora.reference.activation import ACTIVATIONS
 from pylora.testing import assert_as_accurate_as_torch
 
-ROOT = Path(__file__).resolve().parents[1]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # in the order of the C++ enum
-SEEDS = range(2)  # of the order in which threads run
 DEQUANTIZE_CTA = 8 * 1024  # elements
 QUANTIZE_TILE = 4096
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Builds a program of host_cuda/ with the kernels it runs."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("host_cuda")
-
-    def compiled(stem: str, *kernels: str, twins: Sequence[str] = ()) -> Path:
-        sources = " ".join([*(f"csrc/cuda/{kernel}.cu" for kernel in kernels), *twins])
-        command = f"""{compiler} -std=c++20 -O1 -Wall -Wextra -Werror -ffp-contract=off
-            -Wno-unknown-pragmas -Wno-maybe-uninitialized -fsanitize=address,undefined
-            -fno-sanitize-recover=all -Itests/host_cuda -Icsrc
-            -x c++ {sources} tests/host_cuda/{stem}.cpp -o {folder / stem}"""
-        subprocess.run(command.split(), cwd=ROOT, check=True)
-        return folder / stem
-
-    return compiled
-
-
-def start(
-    program: Path, *arguments: str, stdin: bytes = b"", seed: int = 0
-) -> subprocess.CompletedProcess[bytes]:
-    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0", "HOST_CUDA_SEED": str(seed)}
-    return subprocess.run([program, *arguments], input=stdin, capture_output=True, env=environment)
-
-
-def run(program: Path, arrays: list[Tensor], seed: int = 0) -> tuple[bytearray, str]:
-    """Standard output and error of `program`; `seed` decides the order of its threads."""
-    stdin = b"".join(bytes(x.contiguous().view(-1).view(torch.uint8).numpy()) for x in arrays)
-    ran = start(program, stdin=stdin, seed=seed)
-    assert ran.returncode == 0, ran.stderr.decode()
-    return bytearray(ran.stdout), ran.stderr.decode()
 
 
 # nf4_dequantize
@@ -166,6 +125,7 @@ def test_quantize_every_16_bit_value(nf4_quantize, dtype: torch.dtype):
 
 # nf4_linear and lora_linear
 
+ADAPTERS = 3  # of multi_lora_linear
 SHARED = {"H200": 228, "A100": 164, "L4": 100}  # KiB of shared memory of an SM
 
 
@@ -186,11 +146,14 @@ def check_linear(
     biases: bool = True,
     activation: str = "identity",
     dropout_p: float = 0.0,
+    adapter_ids: Tensor | None = None,
     processors: int = 2,
     gpu: str = "H200",
     seed: int = 0,
 ) -> tuple[Tensor, dict[str, int]]:
     """Runs x [M, K] on W [N, K] and judges y, and h where there is LoRA, by the numerics rule.
+
+    adapter_ids    of a stack of three adapters, the second of which is NaN: multi_lora_linear
 
     Returns y and the plan: slices of K, warps beside each other, CTAs.
     """
@@ -204,9 +167,15 @@ def check_linear(
     x, bias = normal(M, K, like=dtype), normal(N, like=dtype) if biases else None
     lora_dtype = lora_dtype or dtype
     lora: list[Tensor | None] = [None] * 4  # A, B and their biases
+    stack = () if adapter_ids is None else (ADAPTERS,)
+    adapters: list[Tensor] = []
     if rank:
-        lora[:2] = [normal(rank, K, like=lora_dtype) / K**0.5, normal(N, rank, like=lora_dtype)]
-    if rank and biases:
+        lora_A = normal(*stack, rank, K, like=lora_dtype) / K**0.5
+        lora[:2] = [lora_A, normal(*stack, N, rank, like=lora_dtype)]
+    if adapter_ids is not None:
+        lora[0][1] = lora[1][1] = torch.nan
+        adapters = [adapter_ids, torch.tensor([0.5, -2.0, 1.0])]
+    elif rank and biases:
         lora[2:] = [normal(rank, like=lora_dtype), normal(N, like=lora_dtype)]
     dropout_seed = torch.tensor(-1234567890123) if dropout_p else None
     scaling = 0.5
@@ -215,10 +184,11 @@ def check_linear(
         *(M, N, K, DTYPES.index(dtype), blocksize, w.nested_blocksize, nested),
         *(DTYPES.index(dtype) if biases else -1, rank, DTYPES.index(lora_dtype), biases),
         *(list(ACTIVATIONS).index(activation), dropout_p > 0, processors, SHARED[gpu] << 10),
+        len(adapters) and ADAPTERS,
     ]
     tensors = [torch.tensor(header), torch.tensor([scaling, dropout_p], dtype=torch.float64), x]
     tensors += [t.reshape(-1) for t in w.tensors().values()]
-    tensors += [t for t in (bias, *lora, dropout_seed) if t is not None]
+    tensors += [t for t in (bias, *lora[:2], *adapters, *lora[2:], dropout_seed) if t is not None]
     stdout, stderr = run(program, tensors, seed)
     y = torch.frombuffer(stdout[: 2 * M * N], dtype=dtype).view(M, N)
     if not rank:
@@ -226,9 +196,15 @@ def check_linear(
         assert_as_accurate_as_torch(y, reference.nf4_linear, *arguments)
     else:
         h = torch.frombuffer(stdout[2 * M * N :], dtype=torch.float32).view(M, rank)
-        last = (scaling, dropout_p, dropout_seed, activation)
-        arguments = (x, *w.op_arguments(), N, *lora[:2], bias, *lora[2:], *last)
-        assert_as_accurate_as_torch((y, h), reference.lora_linear, *arguments)
+        arguments = (x, *w.op_arguments(), N, *lora[:2])
+        if adapter_ids is not None:
+            inside = (adapter_ids >= 0) & (adapter_ids < ADAPTERS)
+            arguments += (torch.where(inside, adapter_ids, -1), adapters[1], bias)
+            assert_as_accurate_as_torch((y, h), reference.multi_lora_linear, *arguments)
+            assert not h[~inside].any()
+        else:
+            arguments += (bias, *lora[2:], scaling, dropout_p, dropout_seed, activation)
+            assert_as_accurate_as_torch((y, h), reference.lora_linear, *arguments)
     return y, {name: int(n) for name, n in re.findall(r"(\w+) (\d+)", stderr.splitlines()[-1])}
 
 
@@ -236,6 +212,12 @@ def check_linear(
 @pytest.mark.parametrize("shape", [(1, 70, 576), (3, 1, 64), (8, 70, 576), (16, 33, 320)])
 def test_linear_without_lora(lora_linear, shape, dtype: torch.dtype):
     check_linear(lora_linear, shape, dtype)
+
+
+@pytest.mark.parametrize("M", [17, 24, 25, 33, 45, 56, 63, 64])  # each number of token tiles
+def test_linear_of_more_tokens(lora_linear, M: int):
+    dtype = (torch.float16, torch.bfloat16)[M % 2]
+    check_linear(lora_linear, (M, 70, 576), dtype, nested=M > 32, rank=12 if M < 50 else 8)
 
 
 @pytest.mark.parametrize(
@@ -267,14 +249,26 @@ def test_lora_dropout_and_activation(lora_linear, activation: str):
     )
 
 
+@pytest.mark.parametrize(("M", "rank"), [(1, 16), (3, 37), (7, 8), (21, 16), (33, 5)])
+@pytest.mark.parametrize("lora_dtype", [torch.float32, torch.bfloat16])
+def test_many_adapters(lora_linear, lora_dtype: torch.dtype, M: int, rank: int):
+    """Ids in any order, some of no adapter and some out of bounds."""
+    ids = torch.tensor([2, 0, 1, -1, 2, ADAPTERS, 0, -(2**40), 1, 2**40]).repeat(4)[:M]
+    options = {"rank": rank, "lora_dtype": lora_dtype, "adapter_ids": ids}
+    check_linear(lora_linear, (M, 70, 576), **options)
+
+
 @pytest.mark.parametrize(
     ("shape", "gpu", "processors", "slices"),
     [
         ((1, 16, 4096), "H200", 8, 4),  # fewer tiles than CTAs
         ((2, 144, 1152), "H200", 2, 1),  # several tiles a CTA
-        ((4, 32, 4096), "A100", 1, 3),  # x does not fit beside the table
-        ((16, 80, 2048), "L4", 1, 3),  # one CTA, which changes the slice
+        ((4, 32, 4096), "A100", 1, 4),  # x does not fit beside the table
+        ((16, 80, 2048), "L4", 1, 4),  # one CTA, which changes the slice
         ((12, 70, 1024), "A100", 30, 4),
+        ((33, 130, 512), "A100", 2, 1),  # several tiles a CTA, in passes of tokens
+        ((64, 70, 384), "L4", 1, 3),  # a chunk of x is all that fits
+        ((48, 16, 768), "L4", 4, 3),
     ],
 )
 def test_linear_plans(lora_linear, shape, gpu: str, processors: int, slices: int):
@@ -369,71 +363,91 @@ def test_hopper_maps(compiled):
     assert ran.returncode == 0, ran.stderr.decode()
 
 
-# The executor itself
+# nf4_linear_backward
 
 
 @pytest.fixture(scope="module")
-def mutants(compiled) -> Path:
-    return compiled("mutants")
+def nf4_linear_backward(compiled) -> Path:
+    return compiled("nf4_linear_backward", "nf4_linear_backward", "lora_plan")
 
 
-WRONG = "the result is wrong"
-OUTSIDE = "heap-buffer-overflow"
-BUGS = {
-    "missing __syncthreads": WRONG,
-    "missing __syncthreads before the next write": WRONG,
-    "missing __syncwarp": WRONG,
-    "missing cp.async wait": WRONG,
-    "cp.async waits for a group too few": WRONG,
-    "missing barrier after the cp.async wait": WRONG,
-    "step outside shared memory": OUTSIDE,
-    "step outside global memory": OUTSIDE,
-    "lanes in different shuffles": "threads of one group are in different operations",
-    "missing wait for the kernel before": WRONG,
-    "wrong map of A": WRONG,
-    "wrong map of B": WRONG,
-    "B not transposed": WRONG,
-}
+def check_linear_backward(
+    program: Path,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    blocksize: int = 64,
+    nested: bool = False,
+    misalign: int = 0,
+    scale: float = 1.0,
+    processors: int = 2,
+    gpu: str = "H200",
+    seed: int = 0,
+) -> tuple[Tensor, int]:
+    """Runs grad [M, N] on W [N, K] and judges dx by the numerics rule.
+
+    Returns dx and the number of slices of N.
+    """
+    M, N, K = shape
+    generator = torch.Generator().manual_seed(M + N + K)
+    weight = torch.randn(N, K, generator=generator) / K**0.5
+    w = pylora.quantize_nf4(weight, blocksize, nested)
+    grad = (torch.randn(M, N, generator=generator) * scale).to(dtype)
+    header = [M, N, K, DTYPES.index(dtype), blocksize, w.nested_blocksize, nested]
+    header += [misalign, processors, SHARED[gpu] << 10]
+    weights = [t.reshape(-1) for t in w.tensors().values()]
+    stdout, stderr = run(program, [torch.tensor(header), grad, *weights], seed)
+    dx = torch.frombuffer(stdout, dtype=dtype).view(M, K)
+    arguments = (grad, *w.op_arguments(), K)
+    assert_as_accurate_as_torch(dx, reference.nf4_linear_backward, *arguments)
+    return dx, int(re.findall(r"slices (\d+)", stderr)[-1])
 
 
-@pytest.mark.parametrize("bug", ["none", *BUGS])
-def test_the_executor_sees_a_bug_of_each_kind(mutants: Path, bug: str):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape", [(1, 70, 576), (3, 1, 64), (8, 96, 320), (16, 104, 192), (17, 33, 320)]
+)
+def test_linear_backward(nf4_linear_backward, shape, dtype: torch.dtype):
+    check_linear_backward(nf4_linear_backward, shape, dtype)
+
+
+@pytest.mark.parametrize("M", [25, 33, 45, 49, 56, 63, 64])
+def test_linear_backward_of_more_tokens(nf4_linear_backward, M: int):
+    dtype = (torch.float16, torch.bfloat16)[M % 2]
+    check_linear_backward(nf4_linear_backward, (M, 136, 320), dtype, nested=M > 50)
+
+
+@pytest.mark.parametrize(
+    ("blocksize", "nested", "K"),
+    [(64, True, 576), (128, False, 384), (256, True, 512), (4096, False, 4096)],
+)
+def test_linear_backward_block_sizes(nf4_linear_backward, blocksize: int, nested: bool, K: int):
+    options = {"blocksize": blocksize, "nested": nested, "misalign": 1}
+    check_linear_backward(nf4_linear_backward, (9, 40, K), **options)
+
+
+def test_linear_backward_of_small_gradients(nf4_linear_backward):
+    """Near the end of fp16's range: times absmax they would leave it."""
+    for M in (5, 24):
+        check_linear_backward(nf4_linear_backward, (M, 520, 512), torch.float16, scale=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "gpu", "processors", "slices"),
+    [
+        ((1, 2048, 192), "H200", 8, 16),  # fewer tiles than CTAs
+        ((2, 136, 1152), "H200", 1, 1),  # several tiles a CTA
+        ((20, 1024, 320), "L4", 1, 2),  # grad does not fit beside the table
+        ((64, 520, 256), "L4", 1, 3),
+        ((12, 1000, 576), "A100", 6, 4),
+    ],
+)
+def test_linear_backward_plans(nf4_linear_backward, shape, gpu: str, processors: int, slices: int):
+    """Ways to cut the work; the result of each does not depend on the order of threads."""
+    results = []
     for seed in SEEDS:
-        ran = start(mutants, bug, seed=seed)
-        stderr = ran.stderr.decode()
-        assert (ran.returncode == 0) == (bug == "none"), f"seed {seed}: {stderr}"
-        assert BUGS.get(bug, "") in stderr
-
-
-@pytest.fixture(scope="module")
-def mutants_hopper(compiled) -> Path:
-    return compiled("mutants_hopper", twins=["tests/host_cuda/tensor_map.cpp"])
-
-
-DEADLOCK = "deadlock: threads wait for others that do not come"
-HOPPER_BUGS = {
-    "missing wait for a copy": "host_cuda: ",
-    "missing wait before a stage is filled again": DEADLOCK,
-    "stage left before its products are done": "",  # wrong, or a deadlock
-    "sums read before they are waited for": WRONG,
-    "fragments overwritten under way": WRONG,
-    "missing fence before a product": "wgmma without a fence",
-    "barrier expects too few bytes": DEADLOCK,
-    "barrier without init": "an mbarrier is used before its init",
-    "warps arrive that no barrier expects": "",
-    "wrong swizzle": WRONG,
-    "wrong columns of B": WRONG,
-    "wrong rows of A": WRONG,
-    "stored without transposing": WRONG,
-    "missing named barrier": WRONG,
-}
-
-
-@pytest.mark.parametrize("bug", ["none", *HOPPER_BUGS])
-def test_the_executor_sees_a_bug_of_each_kind_on_hopper(mutants_hopper: Path, bug: str):
-    for seed in SEEDS:
-        ran = start(mutants_hopper, bug, seed=seed)
-        stderr = ran.stderr.decode()
-        assert ran.returncode != 2
-        assert (ran.returncode == 0) == (bug == "none"), f"seed {seed}: {stderr}"
-        assert HOPPER_BUGS.get(bug, "") in stderr
+        options = {"processors": processors, "gpu": gpu, "seed": seed}
+        dx, got = check_linear_backward(nf4_linear_backward, shape, **options)
+        assert got == slices
+        results.append(dx)
+    assert all(torch.equal(dx, results[0]) for dx in results)

@@ -20,6 +20,21 @@ inline void check_matrix(const char* name, const Tensor& tensor, int64_t rows, i
                   rows, ", ", cols, "], got ", to_string(tensor.sizes()));
 }
 
+// A matrix for each adapter.
+inline void check_stack(const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.dim() == 3, name, " must have 3 dimensions, got shape ",
+                  to_string(tensor.sizes()));
+  check_contiguous(name, tensor);
+}
+
+inline void check_stack(const char* name, const Tensor& tensor, int64_t count, int64_t rows,
+                        int64_t cols) {
+  check_stack(name, tensor);
+  STD_TORCH_CHECK(tensor.size(0) == count && tensor.size(1) == rows && tensor.size(2) == cols, name,
+                  " must have shape [", count, ", ", rows, ", ", cols, "], got ",
+                  to_string(tensor.sizes()));
+}
+
 inline void check_vector(const char* name, const Tensor& tensor, int64_t size) {
   check_contiguous(name, tensor);
   check_numel(name, tensor, size, "one for every output");

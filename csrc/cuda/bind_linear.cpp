@@ -11,6 +11,7 @@
 #include "cuda/bind.h"
 #include "cuda/lora_hidden_many.cuh"
 #include "cuda/lora_linear.cuh"
+#include "cuda/nf4_linear_backward.cuh"
 #include "cuda/nf4_linear_hopper.cuh"
 
 namespace pylora {
@@ -34,31 +35,50 @@ Vector to_vector(const char* name, const std::optional<Tensor>& tensor, int64_t 
   return {tensor->const_data_ptr(), to_dtype(name, tensor->scalar_type())};
 }
 
+// x or grad on the weight.
+NF4Arguments check_rows(const char* name, const Tensor& x, const Tensor& qweight,
+                        const Tensor& absmax, const std::optional<Tensor>& nested_absmax,
+                        const std::optional<Tensor>& nested_code,
+                        const std::optional<Tensor>& offset, int64_t blocksize,
+                        int64_t nested_blocksize, int64_t out_features, int64_t in_features,
+                        int64_t most_rows) {
+  STD_TORCH_CHECK(to_dtype(name, x.scalar_type()) != DType::kFloat32, name,
+                  " must be float16 or bfloat16, got Float");
+  STD_TORCH_CHECK(x.size(0) <= most_rows, name, " must have at most ", most_rows,
+                  " rows where blocksize is ", blocksize, ", got ", x.size(0));
+  const NF4Arguments weight = check_nf4(qweight, absmax, nested_absmax, nested_code, offset,
+                                        blocksize, nested_blocksize, out_features, in_features);
+  check_device("qweight", qweight, x, name);
+  STD_TORCH_CHECK(out_features > 0 && in_features > 0, "qweight must hold elements, got shape [",
+                  out_features, ", ", in_features, "]");
+  STD_TORCH_CHECK(weight.matrix.numel() < kMaxSmallElements, "qweight must hold fewer than ",
+                  kMaxSmallElements, " elements, got ", weight.matrix.numel());
+  STD_TORCH_CHECK(!weight.matrix.nested() || is_power_of_two(nested_blocksize),
+                  "nested_blocksize must be a power of two, got ", nested_blocksize);
+  check_aligned("qweight", qweight);
+  return weight;
+}
+
+// No block of absmax may span two rows.
+void check_columns(int64_t in_features, int64_t blocksize) {
+  STD_TORCH_CHECK(in_features % blocksize == 0, "the weight must have a multiple of blocksize (",
+                  blocksize, ") columns, got ", in_features);
+}
+
 // x, the base weight and its bias.
 LoraLinear to_base(const Tensor& x, const Tensor& qweight, const Tensor& absmax,
                    const std::optional<Tensor>& nested_absmax,
                    const std::optional<Tensor>& nested_code, const std::optional<Tensor>& offset,
                    int64_t blocksize, int64_t nested_blocksize, int64_t out_features,
-                   const std::optional<Tensor>& bias, int64_t max_tokens) {
+                   const std::optional<Tensor>& bias, int64_t most_rows) {
   check_on_cuda("x", x);
   check_matrix("x", x);
+  const NF4Arguments weight =
+      check_rows("x", x, qweight, absmax, nested_absmax, nested_code, offset, blocksize,
+                 nested_blocksize, out_features, x.size(1), most_rows);
+  check_aligned("x", x);
   LoraLinear op;
   op.dtype = to_dtype("x", x.scalar_type());
-  STD_TORCH_CHECK(op.dtype != DType::kFloat32, "x must be float16 or bfloat16, got Float");
-  STD_TORCH_CHECK(x.size(0) <= max_tokens, "x must have at most ", max_tokens, " rows, got ",
-                  x.size(0));
-  const int64_t cols = x.size(1);
-  const NF4Arguments weight = check_nf4(qweight, absmax, nested_absmax, nested_code, offset,
-                                        blocksize, nested_blocksize, out_features, cols);
-  check_device("qweight", qweight, x, "x");
-  STD_TORCH_CHECK(out_features > 0 && cols > 0, "qweight must hold elements, got shape [",
-                  out_features, ", ", cols, "]");
-  STD_TORCH_CHECK(weight.matrix.numel() < kMaxSmallElements, "qweight must hold fewer than ",
-                  kMaxSmallElements, " elements, got ", weight.matrix.numel());
-  STD_TORCH_CHECK(!weight.matrix.nested() || is_power_of_two(nested_blocksize),
-                  "nested_blocksize must be a power of two, got ", nested_blocksize);
-  check_aligned("x", x);
-  check_aligned("qweight", qweight);
   op.weight = weight.matrix;
   op.offset = weight.offset;
   op.bias = to_vector("bias", bias, out_features, x);
@@ -67,16 +87,11 @@ LoraLinear to_base(const Tensor& x, const Tensor& qweight, const Tensor& absmax,
   return op;
 }
 
-void set_lora(LoraLinear& op, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
-              const std::optional<Tensor>& lora_A_bias, const std::optional<Tensor>& lora_B_bias,
-              double scaling, double dropout_p, const std::optional<Tensor>& seed,
-              const std::string& activation) {
-  check_matrix("lora_A", lora_A);
-  const int64_t rank = lora_A.size(0);
+// lora_A and lora_B, of one adapter or stacks of them, whose checks have passed but for these.
+void set_low_rank(LoraLinear& op, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
+                  int64_t rank) {
   STD_TORCH_CHECK(rank >= 1 && rank <= kMaxSmallRank, "lora_A must have 1 to ", kMaxSmallRank,
                   " rows (the rank), got ", rank);
-  check_matrix("lora_A", lora_A, rank, op.weight.cols);
-  check_matrix("lora_B", lora_B, op.weight.rows, rank);
   check_dtype("lora_B", lora_B, lora_A.scalar_type());
   check_device("lora_A", lora_A, x, "x");
   check_device("lora_B", lora_B, x, "x");
@@ -89,6 +104,18 @@ void set_lora(LoraLinear& op, const Tensor& x, const Tensor& lora_A, const Tenso
   hidden.rank = static_cast<int>(rank);
   hidden.lora_A = lora_A.const_data_ptr();
   op.lora_B = lora_B.const_data_ptr();
+}
+
+void set_lora(LoraLinear& op, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
+              const std::optional<Tensor>& lora_A_bias, const std::optional<Tensor>& lora_B_bias,
+              double scaling, double dropout_p, const std::optional<Tensor>& seed,
+              const std::string& activation) {
+  check_matrix("lora_A", lora_A);
+  const int64_t rank = lora_A.size(0);
+  check_matrix("lora_A", lora_A, rank, op.weight.cols);
+  check_matrix("lora_B", lora_B, op.weight.rows, rank);
+  set_low_rank(op, x, lora_A, lora_B, rank);
+  LoraHidden& hidden = op.hidden;
   if (lora_A_bias.has_value()) check_dtype("lora_A_bias", *lora_A_bias, lora_A.scalar_type());
   hidden.lora_A_bias = to_vector("lora_A_bias", lora_A_bias, rank, x).data;
   op.lora_B_bias = to_vector("lora_B_bias", lora_B_bias, op.weight.rows, x);
@@ -104,21 +131,49 @@ void set_lora(LoraLinear& op, const Tensor& x, const Tensor& lora_A, const Tenso
   hidden.seed = seed->const_data_ptr<int64_t>();
 }
 
+void set_adapters(LoraLinear& op, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
+                  const Tensor& adapter_ids, const Tensor& scalings) {
+  check_stack("lora_A", lora_A);
+  const int64_t count = lora_A.size(0), rank = lora_A.size(1);
+  check_stack("lora_A", lora_A, count, rank, op.weight.cols);
+  check_stack("lora_B", lora_B, count, op.weight.rows, rank);
+  STD_TORCH_CHECK(count <= INT32_MAX, "lora_A must hold fewer than 2^31 adapters, got ", count);
+  set_low_rank(op, x, lora_A, lora_B, rank);
+  check_dtype("adapter_ids", adapter_ids, ScalarType::Long);
+  check_contiguous("adapter_ids", adapter_ids);
+  check_numel("adapter_ids", adapter_ids, op.tokens, "one for every row of x");
+  check_device("adapter_ids", adapter_ids, x, "x");
+  check_dtype("scalings", scalings, ScalarType::Float);
+  check_contiguous("scalings", scalings);
+  check_numel("scalings", scalings, count, "one for every adapter");
+  check_device("scalings", scalings, x, "x");
+  op.hidden.adapters = {adapter_ids.const_data_ptr<int64_t>(), scalings.const_data_ptr<float>(),
+                        static_cast<int>(count)};
+}
+
+DeviceLimits current_limits(const char* name) {
+  DeviceLimits limits;
+  check_cuda_call(name, device_limits(&limits));
+  return limits;
+}
+
+void check_shared_memory(const char* name, const SmallPlan& plan, const DeviceLimits& limits) {
+  STD_TORCH_CHECK(plan.shared_bytes <= limits.shared_per_cta, name, " needs ", plan.shared_bytes,
+                  " bytes of shared memory, this GPU gives ", limits.shared_per_cta);
+}
+
 // y; the launch takes what else it needs from the caching allocator, so that calls on different
 // streams and in CUDA graphs keep apart.
 Tensor run_small(const char* name, const LoraLinear& base, const Tensor& x) {
   LoraLinearSmall op;
   static_cast<LoraLinear&>(op) = base;
-  const int64_t rows = op.weight.rows, cols = op.weight.cols, blocksize = op.weight.blocksize;
-  STD_TORCH_CHECK(cols % blocksize == 0, "x must have a multiple of blocksize (", blocksize,
-                  ") columns, got ", cols);
+  const int64_t rows = op.weight.rows;
+  check_columns(op.weight.cols, op.weight.blocksize);
   Tensor y = torch::stable::new_empty(x, {op.tokens, rows});
   if (op.tokens == 0) return y;
-  DeviceLimits limits;
-  check_cuda_call(name, device_limits(&limits));
+  const DeviceLimits limits = current_limits(name);
   const SmallPlan plan = plan_small(op.tokens, rows, op.weight.cols, limits);
-  STD_TORCH_CHECK(plan.shared_bytes <= limits.shared_per_cta, name, " needs ", plan.shared_bytes,
-                  " bytes of shared memory, this GPU gives ", limits.shared_per_cta);
+  check_shared_memory(name, plan, limits);
   const int64_t low = static_cast<int64_t>(op.tokens) * op.hidden.rank;
   const int64_t partials = plan.partial_floats(op.tokens, rows);
   Tensor workspace =
@@ -143,8 +198,7 @@ Tensor run_hopper(const char* name, const LoraLinear& base, const Tensor& x) {
                   kHopperColumns, ", got ", weight.blocksize);
   Tensor y = torch::stable::new_empty(x, {op.tokens, weight.rows});
   if (op.tokens == 0) return y;
-  DeviceLimits limits;
-  check_cuda_call(name, device_limits(&limits));
+  const DeviceLimits limits = current_limits(name);
   STD_TORCH_CHECK(limits.major == 9 && limits.minor == 0, name,
                   " needs a GPU of compute capability 9.0, got ", limits.major, ".", limits.minor);
   const HopperPlan plan = plan_hopper(op.tokens, weight.rows, weight.cols, limits.processors);
@@ -160,19 +214,29 @@ Tensor run_hopper(const char* name, const LoraLinear& base, const Tensor& x) {
   return y;
 }
 
-// How a call is run, and the most tokens it takes.
+// How a call is run, and the most tokens it takes at a blocksize.
 struct FewTokens {
-  static constexpr int64_t kMaxTokens = kMaxSmallTokens;
+  static int64_t most(int64_t blocksize) {
+    return blocksize == 32 ? kMaxSmallTokensOfBlock32 : kMaxSmallTokens;
+  }
   static Tensor run(const char* name, const LoraLinear& op, const Tensor& x) {
     return run_small(name, op, x);
   }
 };
 struct ManyTokens {
-  static constexpr int64_t kMaxTokens = kMaxManyTokens;
+  static int64_t most(int64_t) { return kMaxManyTokens; }
   static Tensor run(const char* name, const LoraLinear& op, const Tensor& x) {
     return run_hopper(name, op, x);
   }
 };
+
+template <class Tokens>
+std::tuple<Tensor, Tensor> run_lora(const char* name, LoraLinear& op, const Tensor& x) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Tensor h = torch::stable::new_empty(x, {x.size(0), op.hidden.rank}, ScalarType::Float);
+  op.hidden.h = h.mutable_data_ptr<float>();
+  return {Tokens::run(name, op, x), h};
+}
 
 template <class Tokens>
 Tensor nf4_linear_cuda(const Tensor& x, const Tensor& qweight, const Tensor& absmax,
@@ -182,9 +246,45 @@ Tensor nf4_linear_cuda(const Tensor& x, const Tensor& qweight, const Tensor& abs
                        int64_t nested_blocksize, int64_t out_features,
                        const std::optional<Tensor>& bias) {
   LoraLinear op = to_base(x, qweight, absmax, nested_absmax, nested_code, offset, blocksize,
-                          nested_blocksize, out_features, bias, Tokens::kMaxTokens);
+                          nested_blocksize, out_features, bias, Tokens::most(blocksize));
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   return Tokens::run("nf4_linear", op, x);
+}
+
+Tensor nf4_linear_backward_cuda(const Tensor& grad, const Tensor& qweight, const Tensor& absmax,
+                                const std::optional<Tensor>& nested_absmax,
+                                const std::optional<Tensor>& nested_code,
+                                const std::optional<Tensor>& offset, int64_t blocksize,
+                                int64_t nested_blocksize, int64_t in_features) {
+  static constexpr const char* kName = "nf4_linear_backward";
+  check_on_cuda("grad", grad);
+  check_matrix("grad", grad);
+  STD_TORCH_CHECK(blocksize != 32, "blocksize must be 64 or more, got 32");
+  const NF4Arguments weight =
+      check_rows("grad", grad, qweight, absmax, nested_absmax, nested_code, offset, blocksize,
+                 nested_blocksize, grad.size(1), in_features, kMaxSmallTokens);
+  check_columns(in_features, blocksize);
+  const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
+  LinearBackwardSmall op;
+  op.dtype = to_dtype("grad", grad.scalar_type());
+  op.grad = grad.const_data_ptr();
+  op.tokens = static_cast<int>(grad.size(0));
+  op.weight = weight.matrix;
+  op.offset = weight.offset;
+  Tensor dx = torch::stable::new_empty(grad, {op.tokens, in_features});
+  if (op.tokens == 0) return dx;
+  const DeviceLimits limits = current_limits(kName);
+  const SmallPlan plan = plan_small_backward(op.tokens, op.weight.rows, in_features, limits);
+  check_shared_memory(kName, plan, limits);
+  const int64_t partials = plan.partial_floats(op.tokens, in_features);
+  Tensor workspace =
+      torch::stable::new_empty(grad, {partials + plan.counters()}, ScalarType::Float);
+  op.partials = workspace.mutable_data_ptr<float>();
+  op.counters = reinterpret_cast<unsigned*>(op.partials + partials);
+  op.dx = dx.mutable_data_ptr();
+  check_cuda_call(
+      kName, nf4_linear_backward_small_cuda(op, plan, current_stream(grad.get_device_index())));
+  return dx;
 }
 
 template <class Tokens>
@@ -198,12 +298,21 @@ std::tuple<Tensor, Tensor> lora_linear_cuda(
     const std::optional<Tensor>& seed, const std::string& activation) {
   STD_TORCH_CHECK(absmax.has_value(), "absmax must be given: this op takes NF4 weights only");
   LoraLinear op = to_base(x, weight, *absmax, nested_absmax, nested_code, offset, blocksize,
-                          nested_blocksize, out_features, bias, Tokens::kMaxTokens);
+                          nested_blocksize, out_features, bias, Tokens::most(blocksize));
   set_lora(op, x, lora_A, lora_B, lora_A_bias, lora_B_bias, scaling, dropout_p, seed, activation);
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  Tensor h = torch::stable::new_empty(x, {x.size(0), lora_A.size(0)}, ScalarType::Float);
-  op.hidden.h = h.mutable_data_ptr<float>();
-  return {Tokens::run("lora_linear", op, x), h};
+  return run_lora<Tokens>("lora_linear", op, x);
+}
+
+std::tuple<Tensor, Tensor> multi_lora_linear_cuda(
+    const Tensor& x, const Tensor& qweight, const Tensor& absmax,
+    const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
+    const std::optional<Tensor>& offset, int64_t blocksize, int64_t nested_blocksize,
+    int64_t out_features, const Tensor& lora_A, const Tensor& lora_B, const Tensor& adapter_ids,
+    const Tensor& scalings, const std::optional<Tensor>& bias) {
+  LoraLinear op = to_base(x, qweight, absmax, nested_absmax, nested_code, offset, blocksize,
+                          nested_blocksize, out_features, bias, FewTokens::most(blocksize));
+  set_adapters(op, x, lora_A, lora_B, adapter_ids, scalings);
+  return run_lora<FewTokens>("multi_lora_linear", op, x);
 }
 
 }  // namespace
@@ -213,7 +322,9 @@ STABLE_TORCH_LIBRARY_IMPL(pylora_C, CUDA, m) {
   using pylora::FewTokens;
   using pylora::ManyTokens;
   m.impl("nf4_linear", TORCH_BOX(&pylora::nf4_linear_cuda<FewTokens>));
-  m.impl("lora_linear", TORCH_BOX(&pylora::lora_linear_cuda<FewTokens>));
   m.impl("nf4_linear_hopper", TORCH_BOX(&pylora::nf4_linear_cuda<ManyTokens>));
+  m.impl("nf4_linear_backward", TORCH_BOX(&pylora::nf4_linear_backward_cuda));
+  m.impl("lora_linear", TORCH_BOX(&pylora::lora_linear_cuda<FewTokens>));
   m.impl("lora_linear_hopper", TORCH_BOX(&pylora::lora_linear_cuda<ManyTokens>));
+  m.impl("multi_lora_linear", TORCH_BOX(&pylora::multi_lora_linear_cuda));
 }

@@ -39,6 +39,7 @@ __device__ __forceinline__ uint32_t pack_pair(float first, float second) {
   pair.values[1] = round_to<T>(second);
   return pair.word;
 }
+
 template <class T>
 struct Chunk {
   static constexpr int kElements = kVectorBytes / sizeof(T);

@@ -5,9 +5,9 @@
 
 #include "cuda/lora_linear.cuh"
 #include "cuda/lora_plan.cuh"
-#include "cuda/nf4_absmax.cuh"
 #include "cuda/nf4_pairs.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/stored_absmax.cuh"
 
 namespace pylora {
 
@@ -21,12 +21,19 @@ inline constexpr int kGranule = 32;                         // columns
 inline constexpr int kChunkGranules = kChunk / kGranule;
 static_assert(kWarps * kStages * kStageHoles == kPairEntries);
 
+inline int log2_of(int64_t power) {
+  int result = 0;
+  while (int64_t{1} << result < power) ++result;
+  return result;
+}
+
 // What the kernel needs beside the plan, which is the same for all its CTAs.
 struct Problem {
   LoraLinearSmall op;
   SmallPlan plan;
   int block_shift;         // log2 of blocksize
   int nested_block_shift;  // and of nested_blocksize
+  bool rank_vectors;       // lora_B can be read 8 elements at a time
 };
 
 // A warp's way through its items, and through the chunks of each. What lies beyond the last row or
@@ -66,10 +73,10 @@ class Feed {
         const int column =
             min(chunk_ * kChunk + lane_ % 2 * 64 + i * kGranule, (row_granules_ - 1) * kGranule);
         const uint32_t block = first_block_ + (static_cast<uint32_t>(column) >> shift);
-        load_absmax(absmax + i, weight, block, problem_.nested_block_shift);
+        absmax[i].load(weight, block, problem_.nested_block_shift);
       }
     }
-    chunk_ += problem_.plan.k_warps;
+    chunk_ += problem_.plan.sum_warps;
     if (chunk_ >= end_) next_item();
     copy_async_commit();
   }
@@ -84,9 +91,9 @@ class Feed {
     last_ = min(first + plan.slice_chunks, (row_granules_ + 3) / kChunkGranules);
     // Every warp makes the same number of steps, whether there is a chunk for it in the last or
     // not.
-    end_ = first + plan.steps * plan.k_warps;
+    end_ = first + plan.steps * plan.sum_warps;
 
-    const int row = (tile_ * plan.row_warps + row_warp_) * kWarpRows;
+    const int row = (tile_ * plan.output_warps + row_warp_) * kWarpRows;
     const int final_row = static_cast<int>(weight.rows) - 1;
     const auto granules = static_cast<uint32_t>(row_granules_);
     const uint32_t blocks = granules * kGranule >> problem_.block_shift;

@@ -45,14 +45,21 @@ __global__ void __launch_bounds__(kThreads) lora_hidden(LoraHidden op,          
 
   // 3.
   const uint64_t seed = op.seed != nullptr ? static_cast<uint64_t>(*op.seed) : 0;
-  const L* lora_A = static_cast<const L*>(op.lora_A) + row * cols;
+  const L* lora_A[kTokens];  // null: no token, or one without an adapter
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i) {
+    const int64_t adapter = first_token + i < tokens ? op.adapters.of(first_token + i) : -1;
+    const int64_t first = (adapter * op.rank + row) * cols;
+    lora_A[i] = adapter >= 0 ? static_cast<const L*>(op.lora_A) + first : nullptr;
+  }
   float sums[kTokens] = {};
   for (int64_t k = kColumns * thread; k < cols; k += kColumns * kThreads) {
-    const auto a = *reinterpret_cast<const Columns<L>*>(lora_A + k);
+    Columns<L> a;
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
+      if (lora_A[i] == nullptr) continue;
       const int64_t token = first_token + i;
-      if (token >= tokens) break;
+      if (i == 0 || op.adapters.many()) a = *reinterpret_cast<const Columns<L>*>(lora_A[i] + k);
       const auto columns = *reinterpret_cast<const Columns<T>*>(x + token * cols + k);
       uint32_t words[kColumns];
       if (op.seed != nullptr) {
@@ -75,12 +82,15 @@ __global__ void __launch_bounds__(kThreads) lora_hidden(LoraHidden op,          
   }
   __syncthreads();
   if (thread >= kTokens || first_token + thread >= tokens) return;
+  const int64_t adapter = op.adapters.of(first_token + thread);
   float h = 0.0f;
   for (int i = 0; i < kWarps; ++i) h += shared.sums[i][thread];
   if (op.lora_A_bias != nullptr) h += to_fp32(static_cast<const L*>(op.lora_A_bias)[row]);
   const int64_t index = static_cast<int64_t>(first_token + thread) * op.rank + row;
+  float scaling = op.scaling;
+  if (op.adapters.many()) scaling = adapter >= 0 ? op.adapters.scalings[adapter] : 0.0f;
   op.h[index] = h;
-  op.low[index] = op.scaling * activate_fp32(op.activation, h);
+  op.low[index] = scaling * activate_fp32(op.activation, h);
 }
 
 template <class T>

@@ -1,7 +1,8 @@
-// h = dropout(x) lora_A^T + lora_A_bias and low = scaling * act(h), for few tokens.
+// h = dropout(x) lora_A^T + lora_A_bias and low = scaling * act(h), for few tokens, which may each
+// have an adapter of its own.
 //
-// Shapes    x [M, K] fp16|bf16; lora_A [R, K] of x's dtype or fp32; lora_A_bias [R] of lora_A's
-//           -> h, low [M, R] fp32
+// Shapes    x [M, K] fp16|bf16; lora_A [R, K], or [adapters, R, K], of x's dtype or fp32;
+//           lora_A_bias [R] of lora_A's -> h, low [M, R] fp32, 0 where a token has no adapter
 // Numerics  everything in fp32. Dropout multiplies by 0 or 1 / (1 - p), by the mask of
 //           pylora/reference/dropout.py.
 // Grid      a CTA for every row of lora_A and every 4 tokens.
@@ -23,12 +24,28 @@
 
 namespace pylora {
 
+// Which of a stack of adapters a token has.
+struct Adapters {
+  const int64_t* ids = nullptr;     // [M] on the device; null: there is one, and all have it
+  const float* scalings = nullptr;  // [count], with ids
+  int count = 1;
+
+  PYLORA_INLINE bool many() const { return ids != nullptr; }
+  // -1: none.
+  PYLORA_INLINE int of(int64_t token) const {
+    if (!many()) return 0;
+    const int64_t id = ids[token];
+    return id >= 0 && id < count ? static_cast<int>(id) : -1;
+  }
+};
+
 struct LoraHidden {
   int rank = 0;
+  Adapters adapters;
   const void* lora_A = nullptr;
-  const void* lora_A_bias = nullptr;  // or null
+  const void* lora_A_bias = nullptr;  // or null, as with many adapters
   DType dtype = DType::kFloat32;      // of lora_A, lora_A_bias and lora_B
-  float scaling = 1.0f;
+  float scaling = 1.0f;               // with one adapter
   Activation activation = Activation::kIdentity;
 
   const int64_t* seed = nullptr;  // [1] on the device; null: no dropout

@@ -1,111 +1,50 @@
 #include "cuda/element.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/load_any.cuh"
 #include "cuda/lora_feed.cuh"
 #include "cuda/lora_linear.cuh"
 #include "cuda/lora_plan.cuh"
+#include "cuda/lora_store.cuh"
 #include "cuda/nf4_pairs.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/sliced_sum.cuh"
 
 namespace pylora {
 namespace {
-
-constexpr int kLineBytes = 128;  // of L2
 
 __device__ __forceinline__ int64_t partial_index(const LoraLinearSmall& op, int slice, int token,
                                                  int n) {
   return (static_cast<int64_t>(slice) * op.tokens + token) * op.weight.rows + n;
 }
 
-// The rows of lora_B that the tile's outputs will want, towards L2: nobody else has read them.
-template <class T>
-__device__ __forceinline__ void prefetch_lora_B(const LoraLinearSmall& op, int tile, int rows) {
-  const int size = op.hidden.dtype == DType::kFloat32 ? sizeof(float) : sizeof(T);
-  const int64_t row_bytes = static_cast<int64_t>(op.hidden.rank) * size;
-  const int64_t first = tile * rows * row_bytes;
-  const int64_t last = min(first + rows * row_bytes, op.weight.rows * row_bytes);
-  for (int64_t i = first + threadIdx.x * kLineBytes; i < last; i += kThreads * kLineBytes) {
-    prefetch_to_l2(static_cast<const uint8_t*>(op.lora_B) + i);
-  }
-}
-
-// This lane's part of low . lora_B: every `lanes`-th of the rank, from `part` on.
-template <class L>
-__device__ __forceinline__ float dot_low(const float* low, const L* lora_B, int rank, int part,
-                                         int lanes) {
-  float sum = 0.0f;
-#pragma unroll 4
-  for (int j = part; j < rank; j += lanes) sum += load_from_l2(low + j) * to_fp32(lora_B[j]);
-  return sum;
-}
-
-// 7. What LoRA and the biases add to one output: lane `part` of `lanes` gives a part of it.
-template <class T>
-__device__ __forceinline__ float low_rank_part(const LoraLinearSmall& op, int token, int64_t n,
-                                               int part, int lanes) {
-  const LoraHidden& hidden = op.hidden;
-  float sum = 0.0f;
-  if (part == 0 && op.bias.data != nullptr) sum = load_any(op.bias, n);
-  if (hidden.rank == 0) return sum;
-  if (part == 0 && op.lora_B_bias.data != nullptr) {
-    sum += hidden.scaling * load_any(op.lora_B_bias, n);
-  }
-  const float* low = hidden.low + token * hidden.rank;
-  const int64_t first = n * hidden.rank;
-  if (hidden.dtype == DType::kFloat32) {
-    const auto* lora_B = static_cast<const float*>(op.lora_B) + first;
-    return sum + dot_low(low, lora_B, hidden.rank, part, lanes);
-  }
-  const auto* lora_B = static_cast<const T*>(op.lora_B) + first;
-  return sum + dot_low(low, lora_B, hidden.rank, part, lanes);
-}
-
-// 7. The outputs of a tile: y = round(base(token, row) + bias + low . lora_B + ...). Where there
-// are fewer of them than threads, up to 16 lanes share one: they would wait for memory one by one.
-template <class T, class Base>
-__device__ __forceinline__ void store_tile(const LoraLinearSmall& op, int tile, int rows,
-                                           const Base& base) {
-  const int N = static_cast<int>(op.weight.rows);
-  const int outputs = rows * op.tokens;
-  int lanes = 1;
-  while (op.hidden.rank > 0 && lanes < 16 && 2 * lanes * outputs <= kThreads) lanes *= 2;
-  const int part = threadIdx.x % lanes;
-  // The same number of turns for all lanes of a warp: they meet in the shuffles.
-  for (int first = 0; first < outputs; first += kThreads / lanes) {
-    const int output = first + static_cast<int>(threadIdx.x) / lanes;
-    const int token = output / rows, row = output % rows;
-    const int n = tile * rows + row;
-    const bool valid = output < outputs && n < N;
-    float sum = valid ? low_rank_part<T>(op, token, n, part, lanes) : 0.0f;
-    for (int other = 1; other < lanes; other *= 2) sum += shuffle_xor(sum, other);
-    if (!valid || part != 0) continue;
-    T* y = static_cast<T*>(op.y) + static_cast<int64_t>(token) * N;
-    y[n] = round_to<T>(base(token, row) + sum);
-  }
-}
-
-// kTokenTiles: of 8 tokens. kBlock32: blocks of 32, where one word of qweight ends a block.
+// kTokenTiles: of 8 tokens; the last may have none. kBlock32: blocks of 32, where one word of
+// qweight ends a block.
 template <class T, int kTokenTiles, bool kBlock32>
-__global__ void __launch_bounds__(kThreads, 2) lora_linear_small(Problem problem) {
+__global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
+    lora_linear_small(Problem problem) {
+  constexpr int kPassTiles = pass_tiles(kTokenTiles);
   constexpr int kAbsmax = kBlock32 ? 2 : 1;  // a lane's share of the chunk's
   const LoraLinearSmall& op = problem.op;
   const SmallPlan& plan = problem.plan;
   const NF4Matrix& weight = op.weight;
   const int N = static_cast<int>(weight.rows), K = static_cast<int>(weight.cols);
   const int M = op.tokens;
+  const int pitch = plan.pitch;
   const int chunks = (K + kChunk - 1) / kChunk;
 
   uint8_t* pairs = dynamic_shared_memory();
   auto* sums = reinterpret_cast<float*>(pairs + kPairBytes);
-  auto* staged_x = reinterpret_cast<uint4*>(sums + sum_floats(kTokenTiles));
+  // Between the sums of two tokens, where no sum is written: who did not come last goes on while
+  // others still read it.
+  bool* last_flag = reinterpret_cast<bool*>(sums + kWarpRows);
+  auto* staged_x = reinterpret_cast<uint4*>(sums + sum_floats(kPassTiles));
 
   const int thread = threadIdx.x;
   const int warp = thread / kLanes;
   const int lane = thread % kLanes;
   const int group = lane / 4;    // row of the fragment, or token
   const int quarter = lane % 4;  // place along k
-  const int row_warp = warp % plan.row_warps;
-  const int k_warp = warp / plan.row_warps;
+  const int row_warp = warp % plan.output_warps;
+  const int k_warp = warp / plan.output_warps;
   const int64_t items = static_cast<int64_t>(plan.tiles) * plan.slices;
   const int begin = static_cast<int>(items * blockIdx.x / gridDim.x);
   const int end = static_cast<int>(items * (blockIdx.x + 1) / gridDim.x);
@@ -138,13 +77,13 @@ __global__ void __launch_bounds__(kThreads, 2) lora_linear_small(Problem problem
           const T* source = static_cast<const T*>(op.x) + static_cast<int64_t>(i % M) * K + column;
           value = __ldg(reinterpret_cast<const uint4*>(source));
         }
-        staged_x[i] = value;
+        staged_x[i / M * pitch + i % M] = value;
       }
       staged_slice = slice;
       __syncthreads();
     }
 
-    if (op.hidden.rank > 0) prefetch_lora_B<T>(op, tile, plan.row_warps * kWarpRows);
+    if (op.hidden.rank > 0) prefetch_lora_B<T>(op, tile, plan.output_warps * kWarpRows);
 
     float total[kTokenTiles][4] = {};
     for (int step = 0; step < plan.steps; ++step) {
@@ -157,12 +96,12 @@ __global__ void __launch_bounds__(kThreads, 2) lora_linear_small(Problem problem
         mine[i] = stored[0][i];
 #pragma unroll
         for (int later = 1; later < kAhead; ++later) stored[later - 1][i] = stored[later][i];
-        absmax[i] = absmax_of(weight, mine[i], offset);
+        absmax[i] = mine[i].decode(weight, offset);
       }
       const uint8_t* used = ring + stage * kStageBytes;
       feed.fetch(ring + (stage + kAhead) % kStages * kStageBytes, stored[kAhead - 1]);
       stage = (stage + 1) % kStages;
-      const int chunk = step * plan.k_warps + k_warp;
+      const int chunk = step * plan.sum_warps + k_warp;
       if (chunk >= slice_chunks) continue;
 
 #pragma unroll
@@ -177,8 +116,10 @@ __global__ void __launch_bounds__(kThreads, 2) lora_linear_small(Problem problem
           uint4 tokens[kTokenTiles];
 #pragma unroll
           for (int n8 = 0; n8 < kTokenTiles; ++n8) {
-            // Beyond the last token its columns of the result are not used.
-            tokens[n8] = staged_x[column * M + min(8 * n8 + group, M - 1)];
+            // Beyond the last token, in one of the last two tiles, the results are not used.
+            const int token = 8 * n8 + group;
+            tokens[n8] =
+                staged_x[column * pitch + (n8 + 2 < kTokenTiles ? token : min(token, M - 1))];
           }
           // 4.
 #pragma unroll
@@ -212,43 +153,45 @@ __global__ void __launch_bounds__(kThreads, 2) lora_linear_small(Problem problem
       }
     }
 
-    // 6.
+    // 6. In passes of 16 tokens: the sums of more would take x's place in shared memory. Where K is
+    // sliced the CTA that comes last makes the passes once more, over the sums of the slices.
+    const int passes = (M + kPassTokens - 1) / kPassTokens;
+    const int rows = plan.output_warps * kWarpRows;
+    const bool sliced = plan.slices > 1;
+#pragma unroll 1
+    for (int turn = 0; turn < (sliced ? 2 : 1) * passes; ++turn) {
+      const bool again = turn >= passes;
+      const int pass = again ? turn - passes : turn;
+      const int first = pass * kPassTokens;
+      if (turn == passes && !comes_last(op.counters + tile, plan.slices, last_flag)) break;
+      const auto sum_of_warps = [&](int token, int row) {
+        float sum = 0.0f;
+        for (int w = row / kWarpRows; w < kWarps; w += plan.output_warps) {
+          sum += sums[sum_index(kPassTiles, w, token - first, row % kWarpRows)];
+        }
+        return sum;
+      };
+      if (!again) {
 #pragma unroll
-    for (int n8 = 0; n8 < kTokenTiles; ++n8) {
+        for (int n8 = 0; n8 < kTokenTiles; ++n8) {
+          if (n8 / kPassTiles != pass) continue;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = 8 * n8 + 2 * quarter + i % 2;
-        sums[sum_index(kTokenTiles, warp, token, group + i / 2 * 8)] = total[n8][i];
+          for (int i = 0; i < 4; ++i) {
+            const int token = 8 * (n8 % kPassTiles) + 2 * quarter + i % 2;
+            sums[sum_index(kPassTiles, warp, token, group + i / 2 * 8)] = total[n8][i];
+          }
+        }
+        __syncthreads();
+        if (item == begin && pass == 0) wait_for_previous_kernel();
+        const int outputs = sliced ? rows * min(kPassTokens, M - first) : 0;
+        for (int i = thread; i < outputs; i += kThreads) {
+          const int token = first + i / rows, row = i % rows, n = tile * rows + row;
+          if (n < N) op.partials[partial_index(op, slice, token, n)] = sum_of_warps(token, row);
+        }
       }
-    }
-    __syncthreads();
-    if (item == begin) wait_for_previous_kernel();
-    const int rows = plan.row_warps * kWarpRows;
-    const auto sum_of_warps = [&](int token, int row) {
-      float sum = 0.0f;
-      for (int w = row / kWarpRows; w < kWarps; w += plan.row_warps) {
-        sum += sums[sum_index(kTokenTiles, w, token, row % kWarpRows)];
-      }
-      return sum;
-    };
-    if (plan.slices == 1) {
-      store_tile<T>(op, tile, rows, sum_of_warps);
-    } else {
-      for (int i = thread; i < rows * M; i += kThreads) {
-        const int token = i / rows, row = i % rows, n = tile * rows + row;
-        if (n < N) op.partials[partial_index(op, slice, token, n)] = sum_of_warps(token, row);
-      }
-      __threadfence();  // the slice is visible before it is counted
-      __syncthreads();
-      bool* last = reinterpret_cast<bool*>(sums);
-      if (thread == 0) {
-        const unsigned before = atomicAdd(op.counters + tile, 1u);
-        *last = before == static_cast<unsigned>(plan.slices - 1);
-      }
-      __syncthreads();
-      if (*last) {
-        __threadfence();
-        store_tile<T>(op, tile, rows, [&](int token, int row) {
+      if (again || !sliced) {
+        store_outputs<T>(problem, tile, first, [&](int token, int row) {
+          if (!sliced) return sum_of_warps(token, row);
           float sum = 0.0f;
           for (int s = 0; s < plan.slices; ++s) {
             sum += load_from_l2(op.partials + partial_index(op, s, token, tile * rows + row));
@@ -256,8 +199,8 @@ __global__ void __launch_bounds__(kThreads, 2) lora_linear_small(Problem problem
           return sum;
         });
       }
+      __syncthreads();  // before the next sums
     }
-    __syncthreads();  // before the next tile's sums
     if (++tile == plan.tiles) {
       tile = 0;
       ++slice;
@@ -265,27 +208,45 @@ __global__ void __launch_bounds__(kThreads, 2) lora_linear_small(Problem problem
   }
 }
 
-int log2_of(int64_t power) {
-  int result = 0;
-  while (int64_t{1} << result < power) ++result;
-  return result;
+template <class T, int kTokenTiles>
+cudaError_t launch_small(const Problem& problem, const LaunchShape& shape) {
+  if constexpr (kTokenTiles <= token_tiles(kMaxSmallTokensOfBlock32)) {
+    if (problem.op.weight.blocksize == 32) {
+      return launch(lora_linear_small<T, kTokenTiles, true>, shape, problem);
+    }
+  }
+  return launch(lora_linear_small<T, kTokenTiles, false>, shape, problem);
 }
 
 template <class T>
 cudaError_t launch_small(const Problem& problem, const LaunchShape& shape) {
-  const bool two_tiles = problem.op.tokens > 8;
-  if (problem.op.weight.blocksize == 32) {
-    return two_tiles ? launch(lora_linear_small<T, 2, true>, shape, problem)
-                     : launch(lora_linear_small<T, 1, true>, shape, problem);
+  switch (token_tiles(problem.op.tokens)) {
+    case 1:
+      return launch_small<T, 1>(problem, shape);
+    case 2:
+      return launch_small<T, 2>(problem, shape);
+    case 3:
+      return launch_small<T, 3>(problem, shape);
+    case 4:
+      return launch_small<T, 4>(problem, shape);
+    case 5:
+    case 6:
+      return launch_small<T, 6>(problem, shape);
+    case 7:
+    case 8:
+      return launch_small<T, 8>(problem, shape);
   }
-  return two_tiles ? launch(lora_linear_small<T, 2, false>, shape, problem)
-                   : launch(lora_linear_small<T, 1, false>, shape, problem);
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace
 
 cudaError_t lora_linear_small_cuda(const LoraLinearSmall& op, const SmallPlan& plan,
                                    bool dependent_launch, cudaStream_t stream) {
+  const bool block32 = op.weight.blocksize == 32;
+  if (op.tokens > (block32 ? kMaxSmallTokensOfBlock32 : kMaxSmallTokens)) {
+    return cudaErrorInvalidValue;
+  }
   cudaError_t error = cudaSuccess;
   LaunchShape shape;
   shape.block = kThreads;
@@ -301,7 +262,8 @@ cudaError_t lora_linear_small_cuda(const LoraLinearSmall& op, const SmallPlan& p
   }
   if (error != cudaSuccess) return error;
   const Problem problem = {op, plan, log2_of(op.weight.blocksize),
-                           log2_of(op.weight.nested_blocksize)};
+                           log2_of(op.weight.nested_blocksize),
+                           op.hidden.rank % kRankVector == 0 && aligned(op.lora_B)};
   if (op.dtype == DType::kFloat16) return launch_small<__half>(problem, shape);
   if (op.dtype == DType::kBFloat16) return launch_small<__nv_bfloat16>(problem, shape);
   return cudaErrorInvalidValue;

@@ -1,18 +1,19 @@
 // y = x W^T + bias + scaling * (act(h) lora_B^T + lora_B_bias), h = dropout(x) lora_A^T +
 // lora_A_bias for few tokens, W in NF4. Two kernels: lora_hidden.cu makes h; this one the rest, and
 // it alone where there is no LoRA. On sm_90 and later the second starts while the first runs
-// (programmatic dependent launch) and waits for it only before its first output.
+// (programmatic dependent launch) and waits for it only before its first output. Tokens may have an
+// adapter each, or none (lora_hidden.cuh): the low-rank part is then that of multi_lora_linear.
 //
 // Shapes    x [M, K] fp16|bf16; W NF4 over [N, K]; bias [N]; low = scaling * act(h) [M, R] fp32;
-//           lora_B [N, R] -> y [M, N] of x's dtype   (M <= 16 tokens, N = out_features,
-//           K = in_features, R = rank)
+//           lora_B [N, R], or one for each adapter -> y [M, N] of x's dtype   (M <= 64 tokens, N =
+//           out_features, K = in_features, R = rank)
 // Numerics  codes rounded to x's dtype (once for all: 16 values), products exact, sums in fp32; the
 //           absmax of a block multiplies the fp32 sum over that block. Sums of warps and of slices
 //           are added in a fixed order: the result is the same from run to run.
-// Grid      persistent CTAs of 8 warps, one or two an SM. The work is tiles of 16 or 64 rows of W
-//           times slices of K; a CTA takes a range of it, slice by slice, so that x stays. K is
-//           sliced where its share of x would not fit shared memory, and where there are fewer
-//           tiles than CTAs fit the GPU.
+// Grid      persistent CTAs of 8 warps, two an SM up to 16 tokens where they fit, else one. The
+//           work is tiles of 16 or 64 rows of W times slices of K; a CTA takes a range of it, slice
+//           by slice, so that x stays. K is sliced where its share of x would not fit shared
+//           memory, and where there are fewer tiles than CTAs fit the GPU.
 // Algorithm 1. A warp owns 16 rows and every n-th chunk of 128 columns of the slice. Its bytes of
 //              qweight are under way three chunks ahead, across tiles as well, by cp.async into the
 //              holes of the decode table (nf4_pairs.cuh); its absmax in registers likewise.
@@ -23,13 +24,14 @@
 //              order of k serves if x follows it. Tokens are the n8 operand.
 //           4. Two bytes a row decode into one fragment; 4 mma are a block of 64.
 //           5. The block's sum times its absmax, fetched from the lane that holds it.
-//           6. The CTA adds its warps' sums. Where K is sliced they go to the workspace, and the
-//              CTA that comes last at a tile adds the slices.
+//           6. The CTA adds its warps' sums, of 16 tokens at a time. Where K is sliced they go to
+//              the workspace, and the CTA that comes last at a tile adds the slices.
 //           7. + bias + low . lora_B + scaling * lora_B_bias, rounded once, stored. The tile's rows
 //              of lora_B were sent for when it began.
-// Limits    M <= 16; K % blocksize == 0; nested_blocksize a power of two; lora_A and lora_B of x's
-//           dtype or fp32; x, qweight and lora_A aligned to 16 bytes.
-// Source    QLoRA, arXiv:2305.14314; Marlin (arXiv:2408.11743) for the pipeline
+// Limits    M <= 64, for blocks of 32 M <= 16; K % blocksize == 0; nested_blocksize a power of two;
+//           lora_A and lora_B of x's dtype or fp32; x, qweight and lora_A aligned to 16 bytes.
+// Source    QLoRA, arXiv:2305.14314; Punica, arXiv:2310.18547; Marlin (arXiv:2408.11743) for the
+//           pipeline; pylora/reference/lora_linear.py, pylora/reference/multi_lora_linear.py
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -41,7 +43,8 @@
 
 namespace pylora {
 
-inline constexpr int64_t kMaxSmallTokens = 16;
+inline constexpr int64_t kMaxSmallTokens = 64;
+inline constexpr int64_t kMaxSmallTokensOfBlock32 = 16;
 inline constexpr int64_t kMaxSmallRank = 1024;
 inline constexpr int64_t kMaxSmallElements = int64_t{1} << 35;  // blocks are counted in 32 bits
 
@@ -56,19 +59,21 @@ struct DeviceLimits {
 // Of the current device.
 cudaError_t device_limits(DeviceLimits* limits);
 
-// How the work is cut. The thresholds are estimates: nothing of this has run on a GPU.
+// How the work is cut: outputs (N) into tiles, the sum (K) into slices; the backward sums over N.
+// The thresholds are estimates: nothing of this has run on a GPU.
 struct SmallPlan {
-  int row_warps = 1;     // warps beside each other along N
-  int k_warps = 1;       // and along K
-  int tiles = 0;         // of 16 * row_warps rows
-  int slices = 1;        // of K
-  int slice_chunks = 0;  // chunks of 128 columns a slice; the last slice may have fewer
-  int steps = 0;         // of a warp through a slice: slice_chunks / k_warps, rounded up
+  int output_warps = 1;  // warps of a CTA with outputs of their own
+  int sum_warps = 1;     // that share outputs, and take every n-th chunk of the sum
+  int tiles = 0;         // of the outputs of a CTA
+  int slices = 1;        // of the sum
+  int slice_chunks = 0;  // chunks a slice; the last slice may have fewer
+  int pitch = 0;         // of tokens in the staged x, or grad
+  int steps = 0;         // of a warp through a slice: slice_chunks / sum_warps, rounded up
   int grid = 0;
   int64_t shared_bytes = 0;
 
-  int64_t partial_floats(int64_t tokens, int64_t rows) const {
-    return slices > 1 ? slices * tokens * rows : 0;
+  int64_t partial_floats(int64_t tokens, int64_t outputs) const {
+    return slices > 1 ? slices * tokens * outputs : 0;
   }
   int64_t counters() const { return slices > 1 ? tiles : 0; }
 };
@@ -91,8 +96,8 @@ struct LoraLinear {
   const float* offset = nullptr;  // [1], null where absmax is not nested
   Vector bias;
 
-  LoraHidden hidden;  // rank 0: no LoRA
-  const void* lora_B = nullptr;
+  LoraHidden hidden;             // rank 0: no LoRA
+  const void* lora_B = nullptr;  // [N, R], or [adapters, N, R]
   Vector lora_B_bias;
 };
 

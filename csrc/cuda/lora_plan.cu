@@ -2,6 +2,7 @@
 
 #include "cuda/lora_linear.cuh"
 #include "cuda/lora_plan.cuh"
+#include "cuda/nf4_linear_backward.cuh"
 #include "cuda/nf4_pairs.cuh"
 
 namespace pylora {
@@ -11,8 +12,49 @@ constexpr int64_t kReserved = 1024;  // bytes of shared memory that a CTA costs 
 // Estimates. Up to 4 tokens a CTA reads less of x than of W with 16 rows a tile; beyond, taller
 // tiles read x less often.
 constexpr int64_t kTokensOfLowTiles = 4;
-// Slices of K that two CTAs an SM are worth: each slice is one more partial sum to write and read.
+// Slices that two CTAs an SM are worth: each slice is one more partial sum to write and read.
 constexpr int64_t kWorthwhileSlices = 4;
+
+struct Work {
+  int64_t tokens, outputs, summed;
+  int warp_outputs, chunk;  // of a warp
+  int output_warps;
+  int64_t fixed;  // bytes of shared memory beside the staged x
+};
+
+SmallPlan plan_work(const Work& work, const DeviceLimits& limits) {
+  SmallPlan plan;
+  plan.output_warps = work.output_warps;
+  plan.sum_warps = kWarps / plan.output_warps;
+  plan.tiles = static_cast<int>(ceil_div(work.outputs, work.warp_outputs * plan.output_warps));
+  plan.pitch = x_pitch(work.tokens);
+  const int64_t chunks = ceil_div(work.summed, work.chunk);
+  const int64_t chunk_bytes = 2 * work.chunk * plan.pitch;  // of x
+
+  // Slices whose share of x fits beside the table.
+  const auto slices_in = [&](int64_t bytes) {
+    int64_t fitting = (bytes - work.fixed) / chunk_bytes;
+    // A chunk for each warp in every step.
+    if (fitting > plan.sum_warps) fitting -= fitting % plan.sum_warps;
+    return fitting > 0 ? ceil_div(chunks, std::min(fitting, chunks)) : chunks + 1;
+  };
+  const int64_t two = std::min(limits.shared_per_sm / 2 - kReserved, limits.shared_per_cta);
+  const int64_t idle_slices = 2 * limits.processors / plan.tiles;  // that fill two CTAs an SM
+  const bool pair_up = ctas_per_sm(token_tiles(work.tokens)) == 2 &&
+                       slices_in(two) <= std::min(std::max(kWorthwhileSlices, idle_slices), chunks);
+  const int64_t needed = slices_in(pair_up ? two : limits.shared_per_cta);
+
+  // More of them while CTAs would have no tile, down to a chunk for each warp.
+  const int64_t ctas = static_cast<int64_t>(limits.processors) * (pair_up ? 2 : 1);
+  const int64_t finest = ceil_div(chunks, plan.sum_warps);
+  const int64_t slices = std::max(needed, std::min(ctas / plan.tiles, finest));
+  plan.slice_chunks = static_cast<int>(ceil_div(chunks, slices));
+  plan.slices = static_cast<int>(ceil_div(chunks, plan.slice_chunks));
+  plan.steps = static_cast<int>(ceil_div(plan.slice_chunks, plan.sum_warps));
+  plan.grid = static_cast<int>(std::min<int64_t>(ctas, int64_t{plan.tiles} * plan.slices));
+  plan.shared_bytes = work.fixed + plan.slice_chunks * chunk_bytes;
+  return plan;
+}
 
 }  // namespace
 
@@ -34,33 +76,15 @@ cudaError_t device_limits(DeviceLimits* limits) {
 }
 
 SmallPlan plan_small(int64_t tokens, int64_t rows, int64_t cols, const DeviceLimits& limits) {
-  SmallPlan plan;
-  plan.row_warps = tokens <= kTokensOfLowTiles ? 1 : kRowWarpsMax;
-  plan.k_warps = kWarps / plan.row_warps;
-  plan.tiles = static_cast<int>(ceil_div(rows, kWarpRows * plan.row_warps));
-  const int64_t chunks = ceil_div(cols, kChunk);
-  const int64_t chunk_bytes = 2 * kChunk * tokens;  // of x
-  const int64_t fixed = kPairBytes + 4 * sum_floats(tokens > 8 ? 2 : 1);
+  const int64_t sums = 4 * sum_floats(pass_tiles(token_tiles(tokens)));
+  const int row_warps = tokens <= kTokensOfLowTiles ? 1 : kRowWarpsMax;
+  return plan_work({tokens, rows, cols, kWarpRows, kChunk, row_warps, kPairBytes + sums}, limits);
+}
 
-  // Slices of K whose share of x fits beside the table.
-  const auto slices_in = [&](int64_t bytes) {
-    const int64_t fitting = (bytes - fixed) / chunk_bytes;
-    return fitting > 0 ? ceil_div(chunks, std::min(fitting, chunks)) : chunks + 1;
-  };
-  const int64_t two = std::min(limits.shared_per_sm / 2 - kReserved, limits.shared_per_cta);
-  const bool pair_up = slices_in(two) <= std::min(kWorthwhileSlices, chunks);
-  const int64_t needed = slices_in(pair_up ? two : limits.shared_per_cta);
-
-  // More of them while CTAs would have no tile, down to a chunk for each warp.
-  const int64_t ctas = static_cast<int64_t>(limits.processors) * (pair_up ? 2 : 1);
-  const int64_t finest = ceil_div(chunks, plan.k_warps);
-  const int64_t slices = std::max(needed, std::min(ctas / plan.tiles, finest));
-  plan.slice_chunks = static_cast<int>(ceil_div(chunks, slices));
-  plan.slices = static_cast<int>(ceil_div(chunks, plan.slice_chunks));
-  plan.steps = static_cast<int>(ceil_div(plan.slice_chunks, plan.k_warps));
-  plan.grid = static_cast<int>(std::min<int64_t>(ctas, int64_t{plan.tiles} * plan.slices));
-  plan.shared_bytes = fixed + plan.slice_chunks * chunk_bytes;
-  return plan;
+SmallPlan plan_small_backward(int64_t tokens, int64_t rows, int64_t cols,
+                              const DeviceLimits& limits) {
+  const int64_t fixed = kPairBytes + kBackwardSumBytes;
+  return plan_work({tokens, cols, rows, kWarpColumns, kChunkRows, kColumnWarps, fixed}, limits);
 }
 
 }  // namespace pylora

@@ -7,10 +7,10 @@
 #include "cuda/hopper_store.cuh"
 #include "cuda/load_any.cuh"
 #include "cuda/lora_hidden_many.cuh"
-#include "cuda/nf4_absmax.cuh"
 #include "cuda/nf4_linear_hopper.cuh"
 #include "cuda/nf4_pairs.cuh"
 #include "cuda/ptx_hopper.cuh"
+#include "cuda/stored_absmax.cuh"
 #include "cuda/tensor_map.cuh"
 
 namespace pylora {
@@ -43,7 +43,7 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const Ring
     StoredAbsmax stored[2];      // of the next block
     const auto fetch_absmax = [&](int half, int block) {
       const uint32_t of_absmax = (row_block[half] + block) >> problem.block_shift;
-      load_absmax(stored + half, weight, of_absmax, problem.nested_block_shift);
+      stored[half].load(weight, of_absmax, problem.nested_block_shift);
     };
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -60,7 +60,7 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const Ring
       Scale<T> scales[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        scales[half] = scale_of<T>(absmax_of(weight, stored[half], offset));
+        scales[half] = scale_of<T>(stored[half].decode(weight, offset));
         fetch_absmax(half, min(block + 1, item.end_block - 1));
       }
       const uint8_t* stage = ring.stages + place.stage * Stages::kBytes;

@@ -77,6 +77,22 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t low, uint32_t high, u
   return __byte_perm(low, high, selector);
 }
 
+// The products of two pairs of T, each rounded to T.
+template <class T>
+__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b);
+template <>
+__device__ __forceinline__ uint32_t multiply_pairs<__half>(uint32_t a, uint32_t b) {
+  uint32_t product;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+}
+template <>
+__device__ __forceinline__ uint32_t multiply_pairs<__nv_bfloat16>(uint32_t a, uint32_t b) {
+  uint32_t product;  // sm_80 has no mul of bf16: less zero it is the same
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
+  return product;
+}
+
 // L2's policy for data that is read once.
 __device__ __forceinline__ uint64_t evict_first_policy() {
   uint64_t policy;

@@ -15,15 +15,17 @@ from torch import Tensor
 
 from pylora import reference
 from pylora.backends.backend import DENSE, Op, Reason, without_autocast
-from pylora.reference.projections import LINEAR_OPS, LinearOps, Projections
+from pylora.reference.projections import LINEAR_OPS, REFERENCE_OPS, Projections
 
 
 def composed(ops: Mapping[str, Op], takes_dense: bool = False) -> dict[str, Op]:
-    """The composed ops over `ops`, which has those of `LinearOps`.
+    """The composed ops over `ops`, which has those of `LinearOps`; the forward ones alone where it
+    lacks a backward.
 
     takes_dense    its lora_linear takes dense weights too
     """
-    linear_ops = LinearOps(**{name: ops[name].run for name in LINEAR_OPS}, takes_dense=takes_dense)
+    own = {name: ops[name].run for name in LINEAR_OPS if name in ops}
+    linear_ops = REFERENCE_OPS._replace(**own, takes_dense=takes_dense)
 
     def op(name: str, why_not: Callable[..., Reason]) -> Op:
         run = partial(getattr(reference, name), ops=linear_ops)
@@ -36,7 +38,7 @@ def composed(ops: Mapping[str, Op], takes_dense: bool = False) -> dict[str, Op]:
     def base_why_not(x: Tensor, weight: Tensor, absmax: Tensor | None, *args: Any) -> Reason:
         return DENSE if absmax is None else ops["nf4_linear"].why_not(x, weight, absmax, *args)
 
-    return {
+    found = {
         "lora_qkv": op("lora_qkv", why_not),
         "lora_qkv_backward": op("lora_qkv_backward", lambda grad, x, h, *args: why_not(x, *args)),
         "lora_mlp": op("lora_mlp", why_not),
@@ -48,6 +50,8 @@ def composed(ops: Mapping[str, Op], takes_dense: bool = False) -> dict[str, Op]:
             "multi_lora_linear_backward", lambda grad, x, h, *args: base_why_not(x, *args)
         ),
     }
+    complete = len(own) == len(LINEAR_OPS)
+    return {name: op for name, op in found.items() if complete or not name.endswith("_backward")}
 
 
 def _projections_why_not(

@@ -19,17 +19,24 @@ from pylora.backends.backend import (
     contiguous,
     nf4_dequantize_why_not,
 )
+from pylora.backends.composition import composed
 
-# The rows of x up to which reading the weight decides, and its kernel is the one to take. An
-# estimate: no GPU has run it. At most kMaxSmallTokens of csrc/cuda/lora_linear.cuh.
-MAX_SMALL_M = 16
+# The rows of x up to which reading the weight decides, and its kernel is the one to take. Where
+# little of x fits shared memory, sums of many slices go through memory. Estimates: no GPU has run
+# it. At most kMaxSmallTokens of csrc/cuda/lora_linear.cuh.
+MAX_SMALL_M = 64
+_MAX_SMALL_M_OF_LITTLE_MEMORY = 32
+_LITTLE_MEMORY = 128 << 10  # bytes of shared memory; sm_86, sm_89 and sm_120 have less
 
 # Limits of csrc/cuda/lora_linear.cuh.
+_MAX_SMALL_M_OF_BLOCK_32 = 16
 _MAX_RANK = 1024
 _MAX_ELEMENTS = 2**35
 _ALIGNMENT = 16  # bytes
 
-_LORA_A = 8  # its place among the arguments of lora_linear behind x
+# Places among the arguments of lora_linear and multi_lora_linear behind x.
+_LORA_A = 8
+_SCALINGS = 11
 
 
 @lru_cache(maxsize=1)  # asked at every call of every op
@@ -80,25 +87,105 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if _is_aligned(tensor) else tensor.clone()
 
 
+def _rows(x: Tensor) -> int:
+    return x.numel() // x.shape[-1]
+
+
+def _has_many_rows(x: Tensor) -> bool:
+    """Whether they are the Hopper kernel's, if any kernel's."""
+    return _rows(x) >= cuda_hopper.MIN_M
+
+
 def _nf4_linear(x: Tensor, *args: Any) -> Tensor:
-    rows, ops = _aligned(as_rows(x)), torch.ops.pylora_C
-    linear = ops.nf4_linear if rows.shape[0] <= MAX_SMALL_M else ops.nf4_linear_hopper
-    y = linear(rows, *contiguous(args))
+    ops = torch.ops.pylora_C
+    linear = ops.nf4_linear_hopper if _has_many_rows(x) else ops.nf4_linear
+    y = linear(_aligned(as_rows(x)), *contiguous(args))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _nf4_linear_backward(grad: Tensor, *args: Any) -> Tensor:
+    dx = torch.ops.pylora_C.nf4_linear_backward(as_rows(grad), *contiguous(args))
+    return dx.view(*grad.shape[:-1], dx.shape[-1])
+
+
+def _with_lora(op: Any, x: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     others = contiguous(args)
     others[_LORA_A] = _aligned(others[_LORA_A])
-    rows, ops = _aligned(as_rows(x)), torch.ops.pylora_C
-    linear = ops.lora_linear if rows.shape[0] <= MAX_SMALL_M else ops.lora_linear_hopper
-    y, h = linear(rows, *others)
+    y, h = op(_aligned(as_rows(x)), *others)
     return y.view(*x.shape[:-1], y.shape[-1]), h.view(*x.shape[:-1], h.shape[-1])
+
+
+def _lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    ops = torch.ops.pylora_C
+    return _with_lora(ops.lora_linear_hopper if _has_many_rows(x) else ops.lora_linear, x, args)
+
+
+def _multi_lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    scalings = args[_SCALINGS].float()
+    args = (*args[:_SCALINGS], scalings, *args[_SCALINGS + 1 :])
+    return _with_lora(torch.ops.pylora_C.multi_lora_linear, x, args)
 
 
 @lru_cache
 def _has_matrix_instructions(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@lru_cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a kernel may ask for; 0 where torch does not say."""
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 0)
+
+
+def _few_rows_why_not(name: str, x: Tensor, blocksize: int) -> Reason:
+    rows = _rows(x)
+    if blocksize == 32 and rows > _MAX_SMALL_M_OF_BLOCK_32:
+        most = f"{_MAX_SMALL_M_OF_BLOCK_32} where the blocksize is 32"
+    elif rows > MAX_SMALL_M:
+        most = f"{MAX_SMALL_M}"
+    elif rows > _MAX_SMALL_M_OF_LITTLE_MEMORY and _shared_memory(x.device) < _LITTLE_MEMORY:
+        most = f"{_MAX_SMALL_M_OF_LITTLE_MEMORY} on this GPU, for its shared memory"
+    else:
+        return None
+    return f"{name} has {rows} rows; the kernel for few rows takes up to {most}"
+
+
+def _base_why_not(
+    name: str,
+    x: Tensor,
+    shape: tuple[int, int],
+    qweight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    blocksize: int,
+    nested_blocksize: int,
+    bias: Tensor | None = None,
+    takes_many_rows: bool = False,
+) -> Reason:
+    """For x, or grad, as `name` says, and an NF4 weight of `shape` [out_features, in_features]."""
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"{name} is {x.dtype}; the kernel takes float16 and bfloat16"
+    out_features, in_features = shape
+    if in_features == 0 or out_features == 0:
+        return "the weight has no elements"
+    many = takes_many_rows and _has_many_rows(x)
+    if in_features % blocksize and not many:
+        return f"in_features is {in_features}, no multiple of the blocksize {blocksize}"
+    if nested_absmax is not None and nested_blocksize & (nested_blocksize - 1):
+        return f"nested_blocksize is {nested_blocksize}, no power of two"
+    if in_features * out_features >= _MAX_ELEMENTS:
+        return f"the weight has 2^35 elements or more: {out_features} x {in_features}"
+    reason = _not_on_cuda(**{name: x}, qweight=qweight, absmax=absmax, bias=bias)
+    if reason is not None:
+        return reason
+    if not _has_matrix_instructions(x.device):
+        return "the kernel needs a GPU of compute capability 8.0 or later"
+    if not _is_aligned(qweight):
+        return f"qweight is not aligned to {_ALIGNMENT} bytes"
+    if many:
+        return cuda_hopper.why_not(x, _rows(x), blocksize)
+    return _few_rows_why_not(name, x, blocksize)
 
 
 def _nf4_linear_why_not(
@@ -113,30 +200,37 @@ def _nf4_linear_why_not(
     out_features: int,
     bias: Tensor | None,
 ) -> Reason:
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        return f"x is {x.dtype}; the kernel takes float16 and bfloat16"
-    in_features = x.shape[-1]
-    if in_features == 0 or out_features == 0:
-        return "the weight has no elements"
-    rows = x.numel() // in_features
-    if MAX_SMALL_M < rows < cuda_hopper.MIN_M:
-        return f"x has {rows} rows; the kernel for few rows takes up to {MAX_SMALL_M}"
-    if rows <= MAX_SMALL_M and in_features % blocksize:
-        return f"in_features is {in_features}, no multiple of the blocksize {blocksize}"
-    if nested_absmax is not None and nested_blocksize & (nested_blocksize - 1):
-        return f"nested_blocksize is {nested_blocksize}, no power of two"
-    if in_features * out_features >= _MAX_ELEMENTS:
-        return f"the weight has 2^35 elements or more: {out_features} x {in_features}"
-    reason = _not_on_cuda(x=x, qweight=qweight, absmax=absmax, bias=bias)
-    if reason is not None:
-        return reason
-    if not _has_matrix_instructions(x.device):
-        return "the kernel needs a GPU of compute capability 8.0 or later"
-    if not _is_aligned(qweight):
-        return f"qweight is not aligned to {_ALIGNMENT} bytes"
-    if rows > MAX_SMALL_M:
-        return cuda_hopper.why_not(x, rows, blocksize)
-    return None
+    shape = (out_features, x.shape[-1])
+    weight = (qweight, absmax, nested_absmax, blocksize, nested_blocksize, bias)
+    return _base_why_not("x", x, shape, *weight, takes_many_rows=True)
+
+
+def _nf4_linear_backward_why_not(
+    grad: Tensor,
+    qweight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    blocksize: int,
+    nested_blocksize: int,
+    in_features: int,
+) -> Reason:
+    if blocksize == 32:
+        return "the blocksize is 32; the kernel takes 64 or more"
+    weight = (qweight, absmax, nested_absmax, blocksize, nested_blocksize)
+    return _base_why_not("grad", grad, (grad.shape[-1], in_features), *weight)
+
+
+def _adapter_why_not(x: Tensor, rank: int, **tensors: Tensor | None) -> Reason:
+    """For lora_A, which comes first, and the other tensors of an adapter."""
+    lora_A = tensors["lora_A"]
+    assert lora_A is not None
+    if lora_A.dtype not in (x.dtype, torch.float32):
+        return f"lora_A is {lora_A.dtype}; the kernel takes {x.dtype}, as x has, and float32"
+    if not 1 <= rank <= _MAX_RANK:
+        return f"the rank is {rank}; the kernel takes 1 to {_MAX_RANK}"
+    return _not_on_cuda(**tensors)
 
 
 def _lora_linear_why_not(
@@ -158,24 +252,60 @@ def _lora_linear_why_not(
 ) -> Reason:
     if absmax is None:
         return DENSE
-    if lora_A.dtype not in (x.dtype, torch.float32):
-        return f"lora_A is {lora_A.dtype}; the kernel takes {x.dtype}, as x has, and float32"
-    if not 1 <= lora_A.shape[0] <= _MAX_RANK:
-        return f"the rank is {lora_A.shape[0]}; the kernel takes 1 to {_MAX_RANK}"
     q = (weight, absmax, nested_absmax, nested_code, offset, blocksize, nested_blocksize)
-    return _nf4_linear_why_not(x, *q, out_features, bias) or _not_on_cuda(
-        lora_A=lora_A, lora_B=lora_B, lora_A_bias=lora_A_bias, lora_B_bias=lora_B_bias
+    adapter = {"lora_A": lora_A, "lora_B": lora_B}
+    biases = {"lora_A_bias": lora_A_bias, "lora_B_bias": lora_B_bias}
+    return _nf4_linear_why_not(x, *q, out_features, bias) or _adapter_why_not(
+        x, lora_A.shape[0], **adapter, **biases
     )
+
+
+def _multi_lora_linear_why_not(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    blocksize: int,
+    nested_blocksize: int,
+    out_features: int,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    adapter_ids: Tensor,
+    scalings: Tensor,
+    bias: Tensor | None,
+) -> Reason:
+    if absmax is None:
+        return DENSE
+    q = (weight, absmax, nested_absmax, blocksize, nested_blocksize, bias)
+    adapters = {"adapter_ids": adapter_ids, "scalings": scalings}
+    return _base_why_not("x", x, (out_features, x.shape[-1]), *q) or _adapter_why_not(
+        x, lora_A.shape[1], lora_A=lora_A, lora_B=lora_B, **adapters
+    )
+
+
+_OPS = {
+    "nf4_quantize": Op(_nf4_quantize, _nf4_quantize_why_not),
+    "nf4_dequantize": Op(_nf4_dequantize, partial(nf4_dequantize_why_not, "cuda")),
+    "nf4_linear": Op(_nf4_linear, _nf4_linear_why_not),
+    "nf4_linear_backward": Op(_nf4_linear_backward, _nf4_linear_backward_why_not),
+    "lora_linear": Op(_lora_linear, _lora_linear_why_not),
+    "multi_lora_linear": Op(_multi_lora_linear, _multi_lora_linear_why_not),
+}
+
+_COMPOSED_QKV = composed(_OPS)["lora_qkv"]
+
+
+def _lora_qkv_why_not(x: Tensor, weight: list[Tensor], absmax: list[Any], *args: Any) -> Reason:
+    if any(one is None for one in absmax):
+        return f"of one projection {DENSE}"
+    return _COMPOSED_QKV.why_not(x, weight, absmax, *args)
 
 
 BACKEND = Backend(
     name="cuda",
-    ops={
-        "nf4_quantize": Op(_nf4_quantize, _nf4_quantize_why_not),
-        "nf4_dequantize": Op(_nf4_dequantize, partial(nf4_dequantize_why_not, "cuda")),
-        "nf4_linear": Op(_nf4_linear, _nf4_linear_why_not),
-        "lora_linear": Op(_lora_linear, _lora_linear_why_not),
-    },
+    ops={**_OPS, "lora_qkv": Op(_COMPOSED_QKV.run, _lora_qkv_why_not)},
     unavailable=_unavailable,
     path=_path,
     device=lambda: "cuda",

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/lora_linear.cuh"
-#include "stdin_arrays.h"
+#include "stdin_weight.h"
 
 inline pylora::DType dtype_of(int64_t code) { return static_cast<pylora::DType>(code); }
 
@@ -15,7 +15,7 @@ inline pylora::Vector read_vector(int64_t code, int64_t count) {
 
 struct LinearHeader {
   int64_t tokens, rows, cols, dtype, blocksize, nested_blocksize, nested, bias_dtype, rank,
-      lora_dtype, biases, activation, dropout, processors, shared_per_sm;
+      lora_dtype, biases, activation, dropout, processors, shared_per_sm, adapters;
 };
 
 // Reads all there is.
@@ -27,29 +27,21 @@ inline LinearHeader read_linear(pylora::LoraLinear& op) {
   op.dtype = dtype_of(in.dtype);
   op.tokens = static_cast<int>(in.tokens);
   op.x = read_vector(in.dtype, in.tokens * in.cols).data;
-  op.weight.rows = in.rows;
-  op.weight.cols = in.cols;
-  op.weight.blocksize = in.blocksize;
-  op.weight.nested_blocksize = in.nested_blocksize;
-  op.weight.qweight = read_array<uint8_t>(in.rows * in.cols / 2);
-  const int64_t blocks = op.weight.num_blocks();
-  if (in.nested != 0) {
-    op.weight.absmax_q = read_array<uint8_t>(blocks);
-    op.weight.nested_absmax = read_array<float>(pylora::ceil_div(blocks, in.nested_blocksize));
-    op.weight.nested_code = read_array<float>(256);
-    op.offset = read_array<float>(1);
-  } else {
-    op.weight.absmax = read_array<float>(blocks);
-  }
+  op.weight = read_weight(in, &op.offset);
   op.bias = read_vector(in.bias_dtype, in.rows);
 
   pylora::LoraHidden& hidden = op.hidden;
   hidden.rank = static_cast<int>(in.rank);
   if (in.rank > 0) {
     hidden.dtype = dtype_of(in.lora_dtype);
-    hidden.lora_A = read_vector(in.lora_dtype, in.rank * in.cols).data;
-    op.lora_B = read_vector(in.lora_dtype, in.rows * in.rank).data;
-    if (in.biases != 0) {
+    const int64_t stacked = in.adapters > 0 ? in.adapters : 1;
+    hidden.lora_A = read_vector(in.lora_dtype, stacked * in.rank * in.cols).data;
+    op.lora_B = read_vector(in.lora_dtype, stacked * in.rows * in.rank).data;
+    if (in.adapters > 0) {
+      hidden.adapters.count = static_cast<int>(in.adapters);
+      hidden.adapters.ids = read_array<int64_t>(in.tokens);
+      hidden.adapters.scalings = read_array<float>(in.adapters);
+    } else if (in.biases != 0) {
       hidden.lora_A_bias = read_vector(in.lora_dtype, in.rank).data;
       op.lora_B_bias = read_vector(in.lora_dtype, in.rows);
     }

@@ -4,10 +4,7 @@
 int main() {
   pylora::LoraLinearSmall op;
   const LinearHeader in = read_linear(op);
-  pylora::DeviceLimits limits;
-  limits.processors = static_cast<int>(in.processors);
-  limits.shared_per_sm = in.shared_per_sm;
-  limits.shared_per_cta = in.shared_per_sm - 1024;
+  const pylora::DeviceLimits limits = limits_of(in);
   const pylora::SmallPlan plan = pylora::plan_small(in.tokens, in.rows, in.cols, limits);
   if (plan.shared_bytes > limits.shared_per_cta) return 2;
   op.partials = static_cast<float*>(make_output(4 * plan.partial_floats(in.tokens, in.rows)));
@@ -15,7 +12,7 @@ int main() {
   const LinearOutput out = make_outputs(op, op.hidden.rank);
   if (pylora::lora_linear_small_cuda(op, plan, true, nullptr) != cudaSuccess) return 1;
   cudaDeviceSynchronize();
-  std::fprintf(stderr, "slices %d, row warps %d, grid %d\n", plan.slices, plan.row_warps,
+  std::fprintf(stderr, "slices %d, output warps %d, grid %d\n", plan.slices, plan.output_warps,
                plan.grid);
   write_outputs(op, out);
 }

@@ -71,6 +71,17 @@ inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   return result;
 }
 
+template <class T>
+uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+  uint32_t product = 0;
+  for (int i = 0; i < 32; i += 16) {
+    const T left{static_cast<uint16_t>(a >> i)}, right{static_cast<uint16_t>(b >> i)};
+    const T rounded = from_float<T>(to_float(left) * to_float(right));
+    product |= static_cast<uint32_t>(rounded.bits) << i;
+  }
+  return product;
+}
+
 inline uint64_t evict_first_policy() { return 0; }
 
 // A copy lands as late as it may: when its thread waits for it.

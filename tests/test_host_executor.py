@@ -1,0 +1,75 @@
+"""The executor of host_cuda/ sees a bug of each kind: it can fail."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from host_cuda import SEEDS, start
+
+
+@pytest.fixture(scope="module")
+def mutants(compiled) -> Path:
+    return compiled("mutants")
+
+
+WRONG = "the result is wrong"
+OUTSIDE = "heap-buffer-overflow"
+BUGS = {
+    "missing __syncthreads": WRONG,
+    "missing __syncthreads before the next write": WRONG,
+    "missing __syncwarp": WRONG,
+    "missing cp.async wait": WRONG,
+    "cp.async waits for a group too few": WRONG,
+    "missing barrier after the cp.async wait": WRONG,
+    "step outside shared memory": OUTSIDE,
+    "step outside global memory": OUTSIDE,
+    "lanes in different shuffles": "threads of one group are in different operations",
+    "missing wait for the kernel before": WRONG,
+    "wrong map of A": WRONG,
+    "wrong map of B": WRONG,
+    "B not transposed": WRONG,
+}
+
+
+@pytest.mark.parametrize("bug", ["none", *BUGS])
+def test_the_executor_sees_a_bug_of_each_kind(mutants: Path, bug: str):
+    for seed in SEEDS:
+        ran = start(mutants, bug, seed=seed)
+        stderr = ran.stderr.decode()
+        assert (ran.returncode == 0) == (bug == "none"), f"seed {seed}: {stderr}"
+        assert BUGS.get(bug, "") in stderr
+
+
+@pytest.fixture(scope="module")
+def mutants_hopper(compiled) -> Path:
+    return compiled("mutants_hopper", twins=["tests/host_cuda/tensor_map.cpp"])
+
+
+DEADLOCK = "deadlock: threads wait for others that do not come"
+HOPPER_BUGS = {
+    "missing wait for a copy": "host_cuda: ",
+    "missing wait before a stage is filled again": DEADLOCK,
+    "stage left before its products are done": "",  # wrong, or a deadlock
+    "sums read before they are waited for": WRONG,
+    "fragments overwritten under way": WRONG,
+    "missing fence before a product": "wgmma without a fence",
+    "barrier expects too few bytes": DEADLOCK,
+    "barrier without init": "an mbarrier is used before its init",
+    "warps arrive that no barrier expects": "",
+    "wrong swizzle": WRONG,
+    "wrong columns of B": WRONG,
+    "wrong rows of A": WRONG,
+    "stored without transposing": WRONG,
+    "missing named barrier": WRONG,
+}
+
+
+@pytest.mark.parametrize("bug", ["none", *HOPPER_BUGS])
+def test_the_executor_sees_a_bug_of_each_kind_on_hopper(mutants_hopper: Path, bug: str):
+    for seed in SEEDS:
+        ran = start(mutants_hopper, bug, seed=seed)
+        stderr = ran.stderr.decode()
+        assert ran.returncode != 2
+        assert (ran.returncode == 0) == (bug == "none"), f"seed {seed}: {stderr}"
+        assert HOPPER_BUGS.get(bug, "") in stderr
