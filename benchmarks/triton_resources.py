@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -124,6 +124,24 @@ def measure(variant: Variant, capability: int) -> Numbers:
     return numbers
 
 
+_inherited: list[Variant] = []
+
+
+def measure_all(variants: list[Variant], capability: int) -> list[Numbers]:
+    """`measure` of each, on all cores.
+
+    In processes, since Triton compiles under Python's lock; they are forked, since its functions
+    cannot be sent to another one.
+    """
+    _inherited[:] = variants
+    with multiprocessing.get_context("fork").Pool() as pool:
+        return pool.map(partial(_measure_inherited, capability), range(len(variants)), chunksize=1)
+
+
+def _measure_inherited(capability: int, index: int) -> Numbers:
+    return measure(_inherited[index], capability)
+
+
 def decodes(variant: Variant) -> bool:
     return bool(variant.constant("BLOCKSIZE"))
 
@@ -182,9 +200,8 @@ def main() -> int:
         arch = f"sm_{capability}"
         print(f"{arch:78}   regs shared  instr matrix  ld 16   ld 8  per 32 weights, decode")
         variants = named(launches(capability))
-        with ThreadPoolExecutor(max_workers=2) as pool:
-            measured = pool.map(partial(measure, capability=capability), variants.values())
-            table[arch] = dict(zip(variants, measured, strict=True))
+        measured = measure_all(list(variants.values()), capability)
+        table[arch] = dict(zip(variants, measured, strict=True))
         for name, numbers in table[arch].items():
             show(name, numbers)
             variant = variants[name]

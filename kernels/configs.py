@@ -183,11 +183,10 @@ def _few_rows_each(M: int, adapters: int) -> bool:
     return M <= 16 * adapters
 
 
-def multi_expand_tile(M: int, adapters: int, rank: int, facts: Facts) -> TileConfig:
-    """The same for rows of many adapters; block_k is the step over the rank."""
-    tile = expand_tile(1, facts)
-    block_m = 16 if _few_rows_each(M, adapters) else tile.block_m
-    return replace(tile, block_m=block_m, block_k=_block_r(rank, 32))
+def multi_expand_tile(M: int, adapters: int, rank: int) -> TileConfig:
+    """`expand_tile` for rows of many adapters; block_k is the step over the rank."""
+    block_m, num_warps = (16, 4) if _few_rows_each(M, adapters) else (32, 8)
+    return TileConfig(block_m, 64, _block_r(rank, 32), num_warps, 2)
 
 
 def _block_r(rank: int, most: int) -> int:

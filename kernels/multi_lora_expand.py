@@ -9,7 +9,7 @@ from torch import Tensor
 from pylora.kernels.adapter_rows import AdapterRows, tile_of
 from pylora.kernels.configs import cdiv, multi_expand_tile
 from pylora.kernels.epilogue import add_low_rank, add_to_columns
-from pylora.kernels.launch import facts, on_device_of
+from pylora.kernels.launch import on_device_of
 from pylora.kernels.precision import Operands, rounded
 
 
@@ -135,7 +135,7 @@ def multi_lora_expand(
     h         fp32 [M, R], zero where a row has no adapter
     """
     (M, Q), adapters, R = out.shape, factor.shape[0], parts.shape[2]
-    tile = multi_expand_tile(M, adapters, R, facts(out))
+    tile = multi_expand_tile(M, adapters, R)
     tiles = rows.tiles(tile.block_m)
     with on_device_of(out):
         _multi_lora_expand_kernel[(tiles * cdiv(Q, tile.block_n),)](
