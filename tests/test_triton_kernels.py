@@ -269,6 +269,18 @@ def test_fp16_keeps_the_range_of_fp32_lora_weights() -> None:
         assert_as_accurate_as_torch((y, h), reference.lora_linear, *args)
 
 
+def test_autocast_changes_nothing_inside_an_op() -> None:
+    """The dense product of large M is torch's, which autocast would cast."""
+    q, x = quantized(48, 128, 64, False), normal(70, 128)
+    assert configs.is_large(70, 4)
+    A, B = normal(4, 128), normal(48, 4)
+    args = (x, *q, 48, A, B, None, None, None, 0.5, 0.0, None, "identity")
+    expected = ops.lora_linear(*args)
+    with torch.autocast(DEVICE, BF16):
+        assert all(map(torch.equal, ops.lora_linear(*args), expected))
+        assert ops.nf4_linear(x, *q, 48, None).dtype == FP32
+
+
 def test_precision_follows_torchs_switch() -> None:
     before = torch.backends.cuda.matmul.allow_tf32
     try:

@@ -1,8 +1,7 @@
 """Ops of several layers out of a backend's ops of one: lora_qkv, lora_mlp, multi_lora_linear.
 
-A backend that has no kernel of its own for them still runs every NF4 weight on its kernels, and
-dense ones with LoRA where it takes those. The rest, and the adapters of multi_lora_linear, run in
-torch. An op that the backend does have a kernel for goes before the composed one.
+A backend that has no kernel of its own for them still runs every NF4 weight on its kernels. Dense
+ones, and the adapters of multi_lora_linear, run in torch.
 """
 
 from __future__ import annotations
@@ -18,14 +17,11 @@ from pylora.backends.backend import DENSE, Op, Reason, without_autocast
 from pylora.reference.projections import LINEAR_OPS, REFERENCE_OPS, Projections
 
 
-def composed(ops: Mapping[str, Op], takes_dense: bool = False) -> dict[str, Op]:
+def composed(ops: Mapping[str, Op]) -> dict[str, Op]:
     """The composed ops over `ops`, which has those of `LinearOps`; the forward ones alone where it
-    lacks a backward.
-
-    takes_dense    its lora_linear takes dense weights too
-    """
+    lacks a backward."""
     own = {name: ops[name].run for name in LINEAR_OPS if name in ops}
-    linear_ops = REFERENCE_OPS._replace(**own, takes_dense=takes_dense)
+    linear_ops = REFERENCE_OPS._replace(**own)
 
     def op(name: str, why_not: Callable[..., Reason]) -> Op:
         run = partial(getattr(reference, name), ops=linear_ops)
@@ -33,7 +29,7 @@ def composed(ops: Mapping[str, Op], takes_dense: bool = False) -> dict[str, Op]:
 
     def why_not(x: Tensor, *args: Any) -> Reason:
         projections = Projections(*args[: len(Projections._fields)])
-        return _projections_why_not(ops, takes_dense, x, projections)
+        return _projections_why_not(ops, x, projections)
 
     def base_why_not(x: Tensor, weight: Tensor, absmax: Tensor | None, *args: Any) -> Reason:
         return DENSE if absmax is None else ops["nf4_linear"].why_not(x, weight, absmax, *args)
@@ -54,12 +50,10 @@ def composed(ops: Mapping[str, Op], takes_dense: bool = False) -> dict[str, Op]:
     return {name: op for name, op in found.items() if complete or not name.endswith("_backward")}
 
 
-def _projections_why_not(
-    ops: Mapping[str, Op], takes_dense: bool, x: Tensor, projections: Projections
-) -> Reason:
-    """None where there is a weight for the backend and it takes every such one."""
+def _projections_why_not(ops: Mapping[str, Op], x: Tensor, projections: Projections) -> Reason:
+    """None where there is an NF4 weight and the backend takes every one."""
     ones = [projections.one(index) for index in range(len(projections.weight))]
-    own = [one for one in ones if one.base[1] is not None or (takes_dense and one.has_lora)]
+    own = [one for one in ones if one.base[1] is not None]
     if not own:
         return DENSE
     for one in own:

@@ -221,29 +221,31 @@ def _adapters_why_not(lora_A: Tensor) -> Reason:
     return "lora_A has no adapters" if lora_A.shape[0] == 0 else None
 
 
+_several_why_not = partial(projections_why_not, _tensors_why_not)
+
 _OPS = {
     "nf4_dequantize": Op(_nf4_dequantize, _nf4_dequantize_why_not),
-    "nf4_linear": Op(_nf4_linear, lambda x, *_: _tensors_why_not(x=x)),
-    "nf4_linear_backward": Op(_nf4_linear_backward, lambda grad, *_: _tensors_why_not(grad=grad)),
-    "lora_linear": Op(_lora_linear, _lora_linear_why_not),
-    "lora_linear_backward": Op(_lora_linear_backward, _lora_linear_backward_why_not),
+    "nf4_linear": Op(without_autocast(_nf4_linear), lambda x, *_: _tensors_why_not(x=x)),
+    "nf4_linear_backward": Op(
+        without_autocast(_nf4_linear_backward), lambda grad, *_: _tensors_why_not(grad=grad)
+    ),
+    "lora_linear": Op(without_autocast(_lora_linear), _lora_linear_why_not),
+    "lora_linear_backward": Op(
+        without_autocast(_lora_linear_backward), _lora_linear_backward_why_not
+    ),
     "multi_lora_linear": Op(without_autocast(_multi_lora_linear), _multi_lora_linear_why_not),
     "multi_lora_linear_backward": Op(
         without_autocast(_multi_lora_linear_backward), _multi_lora_linear_backward_why_not
     ),
-}
-
-_why_not = partial(projections_why_not, _tensors_why_not)
-
-_OPS |= {
-    "lora_qkv": Op(without_autocast(lora_qkv), _why_not),
+    "lora_qkv": Op(without_autocast(lora_qkv), _several_why_not),
     "lora_qkv_backward": Op(
-        without_autocast(lora_qkv_backward), lambda grad, x, h, *args: _why_not(x, *args)
+        without_autocast(lora_qkv_backward),
+        lambda grad, x, h, *args: _several_why_not(x, *args),
     ),
-    "lora_mlp": Op(without_autocast(lora_mlp), _why_not),
+    "lora_mlp": Op(without_autocast(lora_mlp), _several_why_not),
     "lora_mlp_backward": Op(
         without_autocast(lora_mlp_backward),
-        lambda grad, x, gate, up, h, *args: _why_not(x, *args),
+        lambda grad, x, gate, up, h, *args: _several_why_not(x, *args),
     ),
 }
 

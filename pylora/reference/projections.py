@@ -64,20 +64,19 @@ class Projections(NamedTuple):
 
 class LinearOps(NamedTuple):
     """The single-layer ops over NF4 weights that the others are composed of; a backend may put in
-    its own. Dense weights are torch's own business, or where `takes_dense` lora_linear's."""
+    its own. Dense weights are torch's own business."""
 
     nf4_linear: Callable[..., Tensor]
     nf4_linear_backward: Callable[..., Tensor]
     lora_linear: Callable[..., tuple[Tensor, Tensor]]
     lora_linear_backward: Callable[..., tuple[Tensor, ...]]
-    takes_dense: bool = False
 
     def of_lora(self, base: Base) -> LinearOps:
         """The ops for a base weight with LoRA."""
-        return self if self.takes_dense or base[1] is not None else REFERENCE_OPS
+        return self if base[1] is not None else REFERENCE_OPS
 
 
-LINEAR_OPS = LinearOps._fields[:4]
+LINEAR_OPS = LinearOps._fields
 
 REFERENCE_OPS = LinearOps(nf4_linear, nf4_linear_backward, lora_linear, lora_linear_backward)
 
