@@ -36,7 +36,7 @@ demo: $(INSTALLED) ## fine-tune a real language model with QLoRA on this machine
 
 test: $(INSTALLED) ## all tests, then those of the Triton kernels once more in Triton's interpreter
 	$(VENV)/bin/pytest tests
-	TRITON_INTERPRET=1 $(VENV)/bin/pytest tests -k 'triton and not nf4_quantize and not dispatch'
+	TRITON_INTERPRET=1 $(VENV)/bin/pytest tests -n auto -k 'triton and not nf4_quantize and not dispatch'
 
 # The build of its own, in build/asan, comes before the installed one. Leaks are Python's to report,
 # and libstdc++ must be in the process before the sanitizer looks for the exceptions it throws.

@@ -145,8 +145,10 @@ def test_split_sums_of_several_weights(make_projection: Make, check_qkv: Any, p:
     check_qkv(x, [make_projection(size, 128, 33, "nf4", FP32, None, DEVICE) for size in long], p)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize(("dtype", "lora_dtype"), [(BF16, FP32), (FP16, FP16), (FP16, FP32)])
+@pytest.mark.parametrize(
+    ("dtype", "lora_dtype", "p"),
+    [(BF16, FP32, 0.0), (BF16, FP32, 0.3), (FP16, FP16, 0.0), (FP16, FP32, 0.3)],
+)
 def test_large_m(
     make_projection: Make,
     check_qkv: Any,
