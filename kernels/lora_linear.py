@@ -255,7 +255,7 @@ def _by_tiles(x: Tensor, layers: Sequence[Layer], terms: Sequence[LowRank | None
             linear_expand(workspace, y, _epilogue(x, [layer], [term]))
         return outputs
 
-    return run(tuned("nf4_linear", x, (*sizes, K), str(layers[0].kind), rule, K, run))
+    return run(tuned("nf4_linear", x, (*sizes, K), layers[0].kind, rule, K, run))
 
 
 def _by_products(

@@ -230,7 +230,7 @@ def _by_tiles(pairs: Sequence[Pair], K: int) -> Tensor:
         linear_expand(parts, dx, epilogue)
         return dx
 
-    kind, length = str(weight_kind(weights[0])), configs.length_of(sizes, rule.tile)
+    kind, length = weight_kind(weights[0]), configs.length_of(sizes, rule.tile)
     return run(tuned("nf4_linear_backward", grads[0], (*sizes, K), kind, rule, length, run))
 
 

@@ -84,7 +84,7 @@ def tuned(
     kernel: str,
     x: Tensor,
     sizes: tuple[int, ...],
-    kind: str,
+    kind: object,
     rule: TilePlan,
     length: int,
     run: Callable[[TilePlan], Any],
@@ -92,7 +92,7 @@ def tuned(
     """The plan measured for this call on x's device, or the rule's.
 
     sizes     what the plan depends on beside the rows of x, which are rounded up to a power of two
-    kind      of the weight
+    kind      of the layers, in the words of its repr
     length    of the sum that the plan may split
     run       runs the call with a plan
     """
