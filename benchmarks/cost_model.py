@@ -64,7 +64,7 @@ def forward(M: int, N: int, K: int, rank: int, machine: Machine) -> list[Launch]
     launches = []
     large = configs.is_large(M, 2)
     if rank:
-        _, splits, _ = configs.shrink_config(M, K, [rank], False, facts)
+        _, splits, _ = configs.shrink_config(M, K, rank, False, facts)
         copy = x if large else 0
         parts = 4 * splits * M * rank
         launches.append(Launch("shrink", x + copy + 2 * rank * K + parts, low_rank * K))
@@ -99,7 +99,7 @@ def multi_forward(
     facts = Facts(90, machine.multiprocessors)
     base = forward(M, N, K, 0, machine)
     used, y = min(adapters, M), 2 * M * N
-    _, splits, _ = configs.shrink_config(M, K, [rank], False, facts, adapters)
+    _, splits, _ = configs.shrink_config(M, K, rank, False, facts, adapters)
     parts = 4 * splits * M * rank
     shrink = Launch("shrink", 2 * M * K + 2 * used * rank * K + parts, 2 * M * rank * K)
     # It finishes partial sums as for one adapter; a finished output is read and written again.

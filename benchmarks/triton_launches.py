@@ -69,7 +69,7 @@ class Variant:
         floating = [t[1:] for t in flat if t in ("*fp32", "*fp16", "*bf16")]
         layers = max((len(t) for t in types.values() if type(t) is tuple), default=1)
         sizes = [f"{n.removeprefix('BLOCK_').lower()}{v}" for n, v in self.blocks.items()]
-        sizes += [f"{name[4]}{value}" for name, value in self.options]
+        sizes += [f"{name[4]}{value}" for name, value in self.options if name != "maxnreg"]
         flags = [f"x{layers}"] if layers > 1 else []
         flags += [flag for name, flag in _FLAGS.items() if _is_given(types.get(name))]
         flags += ["partial"] if self.constant("PARTIAL") else []

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pylora.kernels.configs import ADAPTER_ROWS, cdiv
-from pylora.kernels.launch import on_device_of
+from pylora.kernels.launch import MAX_REGISTERS, on_device_of
 
 
 @triton.jit
@@ -127,6 +127,13 @@ def adapter_rows(ids: Tensor, adapters: int) -> AdapterRows:
     config = ADAPTER_ROWS
     with on_device_of(ids):
         _adapter_rows_kernel[(cdiv(rows + adapters + 2, config.block_m),)](
-            ids, order, begin, rows, adapters, BLOCK_M=config.block_m, BLOCK_J=config.block_j
+            ids,
+            order,
+            begin,
+            rows,
+            adapters,
+            BLOCK_M=config.block_m,
+            BLOCK_J=config.block_j,
+            maxnreg=MAX_REGISTERS,
         )
     return AdapterRows(order, begin)

@@ -73,6 +73,8 @@ class AdapterRowsConfig:
 
 
 DEQUANTIZE = DequantizeConfig(elements=4096, num_warps=4)
+# Of what is added to an output that is there already, which is memory-bound; block_k is unused.
+EXPAND = TileConfig(block_m=32, block_n=64, block_k=0, num_warps=4, num_stages=2)
 HIDDEN = PointwiseConfig(block_m=32, block_r=16)
 # estimate: 8192^2 comparisons are some 10 us of a whole GPU's arithmetic.
 ADAPTER_ROWS = AdapterRowsConfig(block_m=32, block_j=128, most_counted=8192)
@@ -168,23 +170,13 @@ def length_of(Ns: Sequence[int], tile: TileConfig) -> int:
     return sum(cdiv(N, tile.block_k) for N in Ns) * tile.block_k
 
 
-def expand_tile(terms: int, facts: Facts) -> TileConfig:
-    """Tiles of what is added to an output that is there already; block_k is unused.
-
-    Of the small tiles that any memory-bound kernel could take, those that spill nowhere.
-    """
-    if terms > 1:
-        return TileConfig(32, 64, 0, 8, 2)
-    return TileConfig(32, 64 if facts.capability < 90 else 32, 0, 4, 2)
-
-
 def _few_rows_each(M: int, adapters: int) -> bool:
     """estimate: adapters of up to 16 rows on average fill tiles of 16 rows better than others."""
     return M <= 16 * adapters
 
 
 def multi_expand_tile(M: int, adapters: int, rank: int) -> TileConfig:
-    """`expand_tile` for rows of many adapters; block_k is the step over the rank."""
+    """`EXPAND` for rows of many adapters; block_k is the step over the rank."""
     block_m, num_warps = (16, 4) if _few_rows_each(M, adapters) else (32, 8)
     return TileConfig(block_m, 64, _block_r(rank, 32), num_warps, 2)
 
@@ -194,41 +186,37 @@ def _block_r(rank: int, most: int) -> int:
 
 
 def shrink_config(
-    M: int, K: int, ranks: Sequence[int], fp32: bool, facts: Facts, adapters: int = 1
+    M: int, K: int, rank: int, fp32: bool, facts: Facts, adapters: int = 1
 ) -> tuple[ShrinkConfig, int, int]:
-    """(config, splits of K, length of each) of projections of [M, K] to [M, rank] each.
+    """(config, splits of K, length of each) of projections of [M, K] to [M, at most rank].
 
     With several adapters the split is that of the worst case, one that owns all rows.
     """
-    block_m, rank = 16 if _few_rows_each(M, adapters) else 64, max(ranks)
+    block_m = 16 if _few_rows_each(M, adapters) else 64
     config = ShrinkConfig(block_m, _block_r(rank, 64), 64, 4, 4)
     if fp32:
-        # Several sums, of three products a step each, would spill in four warps.
-        config = ShrinkConfig(block_m, _block_r(rank, 32), 32, 4 if len(ranks) == 1 else 8, 2)
+        config = ShrinkConfig(block_m, _block_r(rank, 32), 32, 4, 2)
     tiles = cdiv(M, block_m) * cdiv(rank, config.block_r)
     return config, *_split(K, config.block_k, tiles, facts, 2, 256)
 
 
 def gated_shrink_config(
-    M: int, K: int, ranks: Sequence[int], fp32: bool, facts: Facts
+    M: int, K: int, rank: int, fp32: bool, facts: Facts
 ) -> tuple[ShrinkConfig, int, int]:
     """`shrink_config` of two gradients that are made on the way, which takes more registers."""
-    config, splits, per_split = shrink_config(M, K, ranks, fp32, facts)
+    config, splits, per_split = shrink_config(M, K, rank, fp32, facts)
     return replace(config, num_warps=8), splits, per_split
 
 
 def weight_grad_config(
-    M: int, columns: int, ranks: Sequence[int], fp32: bool, masked: bool, facts: Facts
+    M: int, columns: int, rank: int, fp32: bool, facts: Facts
 ) -> tuple[ShrinkConfig, int, int]:
-    """(config, splits of M, length of each) of sums over M to [columns, rank] each.
+    """(config, splits of M, length of each) of sums over M to [columns, at most rank].
 
     block_m is the width of the tile of columns, block_k the step over M.
     """
-    rank = max(ranks)
     config = ShrinkConfig(64, _block_r(rank, 64), 64, 4, 3)
     if fp32:
-        # Of the two, what spills nowhere.
-        num_warps = 8 if masked and len(ranks) > 1 else 4
-        config = ShrinkConfig(64, _block_r(rank, 32), 32, num_warps, 3)
+        config = ShrinkConfig(64, _block_r(rank, 32), 32, 4, 3)
     tiles = cdiv(columns, config.block_m) * cdiv(rank, config.block_r)
     return config, *_split(M, config.block_k, tiles, facts, 2, 256)

@@ -22,6 +22,11 @@ class Facts(NamedTuple):
 ELSEWHERE = Facts(capability=90, multiprocessors=4)
 
 
+# A thread may have at most. To be given to every launch: without a limit ptxas spills a few where
+# that raises the occupancy.
+MAX_REGISTERS = 255
+
+
 @lru_cache(maxsize=64)
 def _device_facts(index: int) -> Facts:
     properties = torch.cuda.get_device_properties(index)

@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pylora.kernels.configs import expand_tile
+from pylora.kernels.configs import EXPAND
 from pylora.kernels.epilogue import Epilogue, add_low_rank, add_to_columns
-from pylora.kernels.launch import facts, on_device_of
+from pylora.kernels.launch import MAX_REGISTERS, on_device_of
 from pylora.kernels.precision import rounded
 
 
@@ -101,7 +101,7 @@ def _linear_expand_kernel(
 def linear_expand(base: Tensor, out: Tensor, epilogue: Epilogue) -> None:
     """base [parts, M, Q] -> out [M, Q], both contiguous; out may share the memory of one part."""
     M, Q = out.shape
-    tile = expand_tile(len(epilogue.terms), facts(out))
+    tile = EXPAND
     with on_device_of(out):
         _linear_expand_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(Q, tile.block_n),)](
             base_ptr=base,
@@ -114,6 +114,7 @@ def linear_expand(base: Tensor, out: Tensor, epilogue: Epilogue) -> None:
             BLOCK_M=tile.block_m,
             BLOCK_Q=tile.block_n,
             num_warps=tile.num_warps,
+            maxnreg=MAX_REGISTERS,
             **epilogue.arguments(),
             **epilogue.forward_arguments(),
             **epilogue.mask_arguments(),

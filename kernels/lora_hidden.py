@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pylora.kernels.activation import activate, activate_backward
 from pylora.kernels.configs import HIDDEN
-from pylora.kernels.launch import on_device_of
+from pylora.kernels.launch import MAX_REGISTERS, on_device_of
 from pylora.kernels.precision import rounded
 
 
@@ -131,6 +131,7 @@ def lora_hidden(
             ACTIVATION=activation,
             BLOCK_M=HIDDEN.block_m,
             BLOCK_R=HIDDEN.block_r,
+            maxnreg=MAX_REGISTERS,
         )
     return h
 
@@ -159,5 +160,6 @@ def lora_hidden_backward(
             ACTIVATION=activation,
             BLOCK_M=HIDDEN.block_m,
             BLOCK_R=HIDDEN.block_r,
+            maxnreg=MAX_REGISTERS,
         )
     return dh, activated

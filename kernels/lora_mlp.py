@@ -17,7 +17,7 @@ from torch import Tensor
 from pylora.kernels.activation import activate, activate_backward
 from pylora.kernels.configs import gated_shrink_config
 from pylora.kernels.epilogue import factor_pointers
-from pylora.kernels.launch import facts, on_device_of
+from pylora.kernels.launch import MAX_REGISTERS, facts, on_device_of
 from pylora.kernels.lora_linear import Gated, Layer, lora_linears
 from pylora.kernels.lora_linear_backward import (
     Incoming,
@@ -124,7 +124,7 @@ def gated_shrink(
     ranks = tuple(0 if lora is None else lora.A.shape[0] for lora in loras)
     fp32 = operands.dtype == tl.float32
     largest = max(*ranks, 1)
-    config, splits, per_split = gated_shrink_config(M, width, (largest,), fp32, facts(gate))
+    config, splits, per_split = gated_shrink_config(M, width, largest, fp32, facts(gate))
     parts = [
         gate.new_empty(splits, M, rank, dtype=torch.float32) if rank else None for rank in ranks
     ]
@@ -149,6 +149,7 @@ def gated_shrink(
             BLOCK_K=config.block_k,
             BLOCK_R=config.block_r,
             num_warps=config.num_warps,
+            maxnreg=MAX_REGISTERS,
             num_stages=config.num_stages,
         )
     return [Incoming(*each) for each in zip(layers, grads, parts, lefts, strict=True)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from pylora.kernels.activation import gated
 from pylora.kernels.configs import shrink_config
 from pylora.kernels.epilogue import factor_pointers
-from pylora.kernels.launch import facts, on_device_of
+from pylora.kernels.launch import MAX_REGISTERS, facts, on_device_of
 from pylora.kernels.philox import Dropout, keep_mask
 from pylora.kernels.precision import Operands, as_operand, dot
 
@@ -126,7 +126,7 @@ def lora_shrink(
     dropouts = dropouts or [Dropout()] * len(factors)
     ranks = tuple(factor.shape[0 if rank_first else 1] for factor in factors)
     fp32 = operands.dtype == tl.float32
-    config, splits, k_per_split = shrink_config(M, K, ranks, fp32, facts(x))
+    config, splits, k_per_split = shrink_config(M, K, max(ranks), fp32, facts(x))
     parts = [x.new_empty(splits, M, rank, dtype=torch.float32) for rank in ranks]
     grid = (triton.cdiv(M, config.block_m), triton.cdiv(max(ranks), config.block_r), splits)
     with on_device_of(x):
@@ -154,6 +154,7 @@ def lora_shrink(
             BLOCK_K=config.block_k,
             BLOCK_R=config.block_r,
             num_warps=config.num_warps,
+            maxnreg=MAX_REGISTERS,
             num_stages=config.num_stages,
         )
     return parts

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pylora.kernels.activation import gated
 from pylora.kernels.configs import weight_grad_config
-from pylora.kernels.launch import facts, on_device_of
+from pylora.kernels.launch import MAX_REGISTERS, facts, on_device_of
 from pylora.kernels.philox import Dropout, keep_mask
 from pylora.kernels.precision import Operands, as_operand, dot
 
@@ -104,8 +104,8 @@ def lora_weight_grad(
     M, P = wide.shape
     ranks = tuple(one.shape[1] for one in narrow)
     dropouts = dropouts or [Dropout()] * len(narrow)
-    fp32, masked = operands.dtype == tl.float32, dropouts[0].seed is not None
-    config, splits, m_per_split = weight_grad_config(M, P, ranks, fp32, masked, facts(wide))
+    fp32 = operands.dtype == tl.float32
+    config, splits, m_per_split = weight_grad_config(M, P, max(ranks), fp32, facts(wide))
     parts = [wide.new_empty(splits, rank, P, dtype=torch.float32) for rank in ranks]
     grid = (triton.cdiv(P, config.block_m), triton.cdiv(max(ranks), config.block_r), splits)
     with on_device_of(wide):
@@ -129,6 +129,7 @@ def lora_weight_grad(
             BLOCK_R=config.block_r,
             BLOCK_M=config.block_k,
             num_warps=config.num_warps,
+            maxnreg=MAX_REGISTERS,
             num_stages=config.num_stages,
         )
     totals = [each[0] if splits == 1 else each.sum(0) for each in parts]

@@ -9,7 +9,7 @@ from torch import Tensor
 from pylora.kernels.adapter_rows import AdapterRows, tile_of
 from pylora.kernels.configs import cdiv, multi_expand_tile
 from pylora.kernels.epilogue import add_low_rank, add_to_columns
-from pylora.kernels.launch import on_device_of
+from pylora.kernels.launch import MAX_REGISTERS, on_device_of
 from pylora.kernels.precision import Operands, rounded
 
 
@@ -161,4 +161,5 @@ def multi_lora_expand(
             BLOCK_Q=tile.block_n,
             BLOCK_R=tile.block_k,
             num_warps=tile.num_warps,
+            maxnreg=MAX_REGISTERS,
         )

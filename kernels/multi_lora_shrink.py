@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pylora.kernels.adapter_rows import AdapterRows, tile_of
 from pylora.kernels.configs import cdiv, shrink_config
-from pylora.kernels.launch import facts, on_device_of
+from pylora.kernels.launch import MAX_REGISTERS, facts, on_device_of
 from pylora.kernels.precision import Operands, as_operand, dot
 
 
@@ -90,7 +90,7 @@ def multi_lora_shrink(x: Tensor, factor: Tensor, rows: AdapterRows, operands: Op
     """
     (M, K), (adapters, R, _) = x.shape, factor.shape
     config, splits, k_per_split = shrink_config(
-        M, K, [R], operands.dtype == tl.float32, facts(x), adapters
+        M, K, R, operands.dtype == tl.float32, facts(x), adapters
     )
     parts = x.new_empty(splits, M, R, dtype=torch.float32)
     with on_device_of(x):
@@ -114,6 +114,7 @@ def multi_lora_shrink(x: Tensor, factor: Tensor, rows: AdapterRows, operands: Op
             BLOCK_K=config.block_k,
             BLOCK_R=config.block_r,
             num_warps=config.num_warps,
+            maxnreg=MAX_REGISTERS,
             num_stages=config.num_stages,
         )
     return parts

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pylora.kernels.adapter_rows import AdapterRows, tile_of
 from pylora.kernels.configs import SUM_OF_PIECES, cdiv, weight_grad_config
-from pylora.kernels.launch import facts, on_device_of
+from pylora.kernels.launch import MAX_REGISTERS, facts, on_device_of
 from pylora.kernels.precision import Operands, as_operand, dot, rounded
 
 
@@ -146,7 +146,7 @@ def multi_lora_weight_grad(
     """
     (M, P), R = wide.shape, narrow.shape[1]
     fp32 = operands.dtype == tl.float32
-    config, splits, piece_rows = weight_grad_config(M, P, [R], fp32, False, facts(wide))
+    config, splits, piece_rows = weight_grad_config(M, P, R, fp32, facts(wide))
     parts = None
     if splits > 1:
         parts = wide.new_empty(2 * M // piece_rows, R * P, dtype=torch.float32)
@@ -172,6 +172,7 @@ def multi_lora_weight_grad(
             BLOCK_R=config.block_r,
             BLOCK_M=config.block_k,
             num_warps=config.num_warps,
+            maxnreg=MAX_REGISTERS,
             num_stages=config.num_stages,
         )
         if parts is not None:
@@ -184,4 +185,5 @@ def multi_lora_weight_grad(
                 piece_rows,
                 BLOCK=block,
                 num_warps=SUM_OF_PIECES.num_warps,
+                maxnreg=MAX_REGISTERS,
             )

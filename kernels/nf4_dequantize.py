@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pylora.kernels.configs import DEQUANTIZE
-from pylora.kernels.launch import on_device_of
+from pylora.kernels.launch import MAX_REGISTERS, on_device_of
 from pylora.kernels.nf4_decode import decode_words, load_absmax
 from pylora.kernels.precision import rounded
 from pylora.kernels.weight import NF4Base
@@ -97,6 +97,7 @@ def launch_nf4_dequantize(base: NF4Base, out: Tensor) -> None:
             NESTED_BLOCKSIZE=base.nested_blocksize,
             BLOCKS=blocks,
             num_warps=DEQUANTIZE.num_warps,
+            maxnreg=MAX_REGISTERS,
         )
 
 

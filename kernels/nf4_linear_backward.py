@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pylora.kernels.configs import TilePlan
 from pylora.kernels.epilogue import Epilogue, add_low_rank
-from pylora.kernels.launch import on_device_of
+from pylora.kernels.launch import MAX_REGISTERS, on_device_of
 from pylora.kernels.nf4_decode import BF16_FACTOR, decode_words, load_absmax
 from pylora.kernels.precision import dot_add, fp32_precision, rounded
 from pylora.kernels.selection import pick, segment_of
@@ -232,6 +232,7 @@ def launch_nf4_linear_backward(
             BLOCK_N=tile.block_k,
             BLOCK_K=tile.block_n,
             num_warps=tile.num_warps,
+            maxnreg=MAX_REGISTERS,
             num_stages=tile.num_stages,
             **epilogue.arguments(),
             **epilogue.mask_arguments(),

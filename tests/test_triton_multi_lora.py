@@ -141,7 +141,7 @@ def test_split_sums(rows: int, dtype: torch.dtype) -> None:
 def test_pieces_of_an_adapter(dense: bool) -> None:
     """Weight gradients of adapters with several pieces, one, and none; straddling blocks."""
     rows, columns = 900, 45 if dense else 70
-    config = configs.weight_grad_config(rows, columns, [9], False, False, launch.facts(normal(1)))
+    config = configs.weight_grad_config(rows, columns, 9, False, launch.facts(normal(1)))
     assert config[1] > 1 and config[2] < 500
     ids = torch.cat([torch.full((700,), 1), torch.full((90,), 0), torch.full((110,), 3)])
     check(arguments(ids[torch.randperm(rows)], 33, columns, 4, 9, BF16, dense=dense))
