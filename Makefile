@@ -4,6 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
+OLDEST_TRITON := build/triton-$(shell sed -n 's/^triton = \["triton>=\(.*\)"\]/\1/p' pyproject.toml)
 # A Python started in this folder must not take kernels/ for the Hugging Face package of that name.
 export PYTHONSAFEPATH := 1
 export HF_HUB_OFFLINE := 1
@@ -35,8 +36,8 @@ demo: $(INSTALLED) ## fine-tune a real language model with QLoRA on this machine
 	$(PY) examples/finetune_qlora.py --out build/demo
 
 test: $(INSTALLED) ## all tests, then those of the Triton kernels once more in Triton's interpreter
-	$(VENV)/bin/pytest tests
-	TRITON_INTERPRET=1 $(VENV)/bin/pytest tests -n auto -k 'triton and not nf4_quantize and not dispatch'
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests -n auto
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/pytest tests -n auto -k 'triton and not nf4_quantize and not dispatch'
 
 # The build of its own, in build/asan, comes before the installed one. Leaks are Python's to report,
 # and libstdc++ must be in the process before the sanitizer looks for the exceptions it throws.
@@ -57,9 +58,15 @@ bench: $(INSTALLED) ## the quick benchmark suite on this CPU and its report, in 
 gpu: ## all that needs a GPU, in under ten minutes; results in build/gpu (OUT=…, WHEELS=…; DRY=1: without launches)
 	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) benchmarks/gpu.py $(if $(OUT),--out $(OUT)) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(DRY),--dry)
 
-kernels: $(INSTALLED) ## resources of the compiled CUDA and Triton kernels, compared with the committed tables
+$(OLDEST_TRITON): $(INSTALLED)
+	rm -rf $@ $@.part
+	$(PIP) install --quiet --no-deps --target $@.part triton==$(@:build/triton-%=%.0)
+	mv $@.part $@
+
+kernels: $(INSTALLED) $(OLDEST_TRITON) ## resources of the compiled CUDA and Triton kernels, compared with the committed tables
 	$(PY) benchmarks/kernel_resources.py
 	env -u PYTHONSAFEPATH $(PY) -m benchmarks.triton_resources
+	env -u PYTHONSAFEPATH PYTHONPATH=$(OLDEST_TRITON) $(PY) -m benchmarks.triton_resources
 
 lint: $(INSTALLED) ## ruff, clang-format, mypy
 	$(PY) -m ruff check .

@@ -20,6 +20,8 @@ from pylora.selfcheck import cpu_isa, variants
 from pylora.testing import assert_as_accurate_as_torch
 
 ROOT = Path(__file__).resolve().parent.parent
+# `python -m pytest` puts it there, and kernels/ would hide the Hugging Face package of that name.
+sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != ROOT]
 
 
 def _load(name: str, folder: Path) -> None:

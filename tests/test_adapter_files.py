@@ -268,7 +268,9 @@ class Nested(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "targets", [{"proj"}, {"inner.proj"}, {"proj", "inner.proj"}, {"proj", "inner.other"}], ids=str
+    "targets",
+    [{"proj"}, {"inner.proj"}, {"proj", "inner.proj"}, {"proj", "inner.other"}],
+    ids=lambda targets: "+".join(sorted(targets)),
 )
 def test_targets_are_described_so_that_peft_finds_the_same(
     targets: set[str], tmp_path: Path
