@@ -22,8 +22,8 @@ class Facts(NamedTuple):
 ELSEWHERE = Facts(capability=90, multiprocessors=4)
 
 
-# A thread may have at most. To be given to every launch: without a limit ptxas spills a few where
-# that raises the occupancy.
+# Of a thread, at most. Every launch names it: where none is named, ptxas spills a few registers for
+# the sake of occupancy.
 MAX_REGISTERS = 255
 
 
