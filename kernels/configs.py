@@ -63,6 +63,15 @@ class PointwiseConfig:
 
 
 @dataclass(frozen=True)
+class ExpandConfig:
+    """One program adds to block_m x block_q of an output that is there already."""
+
+    block_m: int
+    block_q: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class AdapterRowsConfig:
     """One program places block_m rows, comparing block_j others at a time."""
 
@@ -73,8 +82,7 @@ class AdapterRowsConfig:
 
 
 DEQUANTIZE = DequantizeConfig(elements=4096, num_warps=4)
-# Of what is added to an output that is there already, which is memory-bound; block_k is unused.
-EXPAND = TileConfig(block_m=32, block_n=64, block_k=0, num_warps=4, num_stages=2)
+EXPAND = ExpandConfig(block_m=32, block_q=64, num_warps=4)
 HIDDEN = PointwiseConfig(block_m=32, block_r=16)
 # estimate: 8192^2 comparisons are some 10 us of a whole GPU's arithmetic.
 ADAPTER_ROWS = AdapterRowsConfig(block_m=32, block_j=128, most_counted=8192)

@@ -101,9 +101,8 @@ def _linear_expand_kernel(
 def linear_expand(base: Tensor, out: Tensor, epilogue: Epilogue) -> None:
     """base [parts, M, Q] -> out [M, Q], both contiguous; out may share the memory of one part."""
     M, Q = out.shape
-    tile = EXPAND
     with on_device_of(out):
-        _linear_expand_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(Q, tile.block_n),)](
+        _linear_expand_kernel[(triton.cdiv(M, EXPAND.block_m) * triton.cdiv(Q, EXPAND.block_q),)](
             base_ptr=base,
             base_parts=base.shape[0],
             out_ptr=out,
@@ -111,9 +110,9 @@ def linear_expand(base: Tensor, out: Tensor, epilogue: Epilogue) -> None:
             Q=Q,
             RANK_FIRST=epilogue.rank_first,
             ALIGNED_MASK=Q % 4 == 0,
-            BLOCK_M=tile.block_m,
-            BLOCK_Q=tile.block_n,
-            num_warps=tile.num_warps,
+            BLOCK_M=EXPAND.block_m,
+            BLOCK_Q=EXPAND.block_q,
+            num_warps=EXPAND.num_warps,
             maxnreg=MAX_REGISTERS,
             **epilogue.arguments(),
             **epilogue.forward_arguments(),

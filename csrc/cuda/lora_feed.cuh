@@ -27,6 +27,10 @@ inline int log2_of(int64_t power) {
   return result;
 }
 
+// The thread's warp. That a quotient is the same in all lanes the compiler does not see; of a
+// shuffle it does, and keeps what follows from it in uniform registers.
+__device__ __forceinline__ int uniform_warp(int thread) { return shuffle(thread / kLanes, 0); }
+
 // What the kernel needs beside the plan, which is the same for all its CTAs.
 struct Problem {
   LoraLinearSmall op;

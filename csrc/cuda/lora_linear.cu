@@ -39,9 +39,7 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
   auto* staged_x = reinterpret_cast<uint4*>(sums + sum_floats(kPassTiles));
 
   const int thread = threadIdx.x;
-  // The same in all lanes, which the compiler does not know of a quotient: it lives in uniform
-  // registers then.
-  const int warp = shuffle(thread / kLanes, 0);
+  const int warp = uniform_warp(thread);
   const int lane = thread % kLanes;
   const int group = lane / 4;    // row of the fragment, or token
   const int quarter = lane % 4;  // place along k

@@ -190,9 +190,7 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
   auto* staged_grad = reinterpret_cast<uint4*>(pairs + kPairBytes + kBackwardSumBytes);
 
   const int thread = threadIdx.x;
-  // The same in all lanes, which the compiler does not know of a quotient: it lives in uniform
-  // registers then.
-  const int warp = shuffle(thread / kLanes, 0);
+  const int warp = uniform_warp(thread);
   const int lane = thread % kLanes;
   const int group = lane / 4;    // word of a row, or token
   const int quarter = lane % 4;  // place among the rows
