@@ -15,7 +15,8 @@ import pylora.functional as F
 from benchmarks.contender import Contender, Layer, installed
 from benchmarks.operands import Operands
 from benchmarks.shapes import MODES, Cell
-from pylora.backends import cuda_hopper
+from pylora import dispatch
+from pylora.backends import cuda, cuda_hopper, cuda_products
 
 
 def explained(op: str, *args: Any) -> str:
@@ -36,6 +37,11 @@ def _lora_linear(operands: Operands) -> Layer:
         lambda x: explained("lora_linear", x, w, a, b, scaling),
         (a, b),
     )
+
+
+def on_triton(layer: Layer) -> Layer:
+    layer.backend = "triton"
+    return layer
 
 
 def on_reference(layer: Layer) -> Layer:
@@ -77,6 +83,26 @@ def _hopper(build: Callable[[Operands], Layer], has_lora: bool) -> Contender:
         has_lora=has_lora,
         modes=MODES[:1],
         unavailable=_hopper_why_not,
+    )
+
+
+def _triton_why_not(cell: Cell, device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "needs a GPU"
+    if cuda.MAX_SMALL_M < cell.rows < cuda_products.MIN_M:
+        return "is what pylora runs there"
+    return dispatch.BACKENDS["triton"].unavailable()
+
+
+def _triton(build: Callable[[Operands], Layer], has_lora: bool) -> Contender:
+    """Where pylora prefers the C++ kernels: whether it should."""
+    return Contender(
+        "pylora, Triton kernels",
+        lambda operands: on_triton(build(operands)),
+        ("pylora-kernels", "triton"),
+        has_lora=has_lora,
+        modes=MODES[:1],
+        unavailable=_triton_why_not,
     )
 
 
@@ -166,6 +192,7 @@ LINEAR = (
     ),
     *DENSE,
     _hopper(_nf4_linear, has_lora=False),
+    _triton(_nf4_linear, has_lora=False),
     # Its backward keeps the dequantized weight alive, which nobody would do: forward alone.
     Contender("dequantize + linear", _decomposed_base, has_lora=False, modes=MODES[:1]),
 )
@@ -180,6 +207,7 @@ LORA = (
     ),
     *DENSE,
     _hopper(_lora_linear, has_lora=True),
+    _triton(_lora_linear, has_lora=True),
     Contender("dequantize + linear + addmm_", _decomposed_lora),
     Contender(
         "pylora dequantize + linear + addmm_",

@@ -129,18 +129,13 @@ def nf4_linear(
 def lora_linears(
     x: Tensor, layers: Sequence[Layer], gated: Gated | None = None
 ) -> list[tuple[Tensor, Tensor]]:
-    """(y [M, out_features] in x.dtype, h fp32 [M, R] or empty [0] without LoRA) of each layer.
+    """(y [M, out_features] in x.dtype, h fp32 [M, R]; without LoRA empty [0]) of each layer.
 
     x         [M, K], any row stride; gate where `gated` is given, which then has its strides
     """
     M, K = x.shape
     if M == 0:
-        ranks = [(0,) if layer.lora is None else (0, layer.lora.A.shape[0]) for layer in layers]
-        sizes = [layer.out_features for layer in layers]
-        return [
-            (x.new_empty(0, size), x.new_empty(shape, dtype=torch.float32))
-            for size, shape in zip(sizes, ranks, strict=True)
-        ]
+        return [(x.new_empty(0, layer.out_features), _empty_h(x, layer)) for layer in layers]
     layers = [layer.without_straddling(K, x.dtype) for layer in layers]
     numbers = range(len(layers))
     large = configs.is_large(M, x.element_size())
@@ -161,6 +156,12 @@ def lora_linears(
         for i, y, term in zip(group, outputs, terms, strict=True):
             results[i] = (y, x.new_empty(0) if term is None or term.h is None else term.h)
     return [results[i] for i in numbers]
+
+
+def _empty_h(x: Tensor, layer: Layer) -> Tensor:
+    if layer.lora is None:
+        return x.new_empty(0)
+    return x.new_empty(0, layer.lora.A.shape[0], dtype=torch.float32)
 
 
 def base_product(

@@ -53,6 +53,7 @@ def linear(
         ({}, None),
         ({"rows": 16, "dtype": torch.float16, "blocksize": 32}, None),
         ({"rows": 64}, None),
+        ({"rows": 514, "blocksize": 32, "nested_blocksize": 100}, None),
         ({"rows": 0}, None),
         ({"nested_blocksize": 128}, None),
         ({"dtype": torch.float32}, "x is torch.float32; the kernel takes float16 and bfloat16"),
@@ -76,6 +77,7 @@ def test_nf4_linear(change: dict[str, Any], reason: str | None):
     [
         ({}, None),
         ({"rows": 64, "dtype": torch.float16, "blocksize": 128}, None),
+        ({"rows": 514, "shape": (96, 96)}, None),
         ({"dtype": torch.float32}, "grad is torch.float32; the kernel takes float16 and bfloat16"),
         ({"rows": 66}, "grad has 66 rows; the kernel for few rows takes up to 64"),
         ({"blocksize": 32}, "the blocksize is 32; the kernel takes 64 or more"),
@@ -99,6 +101,17 @@ def test_nf4_linear_backward(change: dict[str, Any], reason: str | None):
         ({"rank": 0}, "the rank is 0; the kernel takes 1 to 1024"),
         ({"dense": True}, "the base weight is dense"),
         ({"rows": 80}, "x has 80 rows"),
+        ({"rows": 514, "rank": 37, "blocksize": 128, "shape": (96, 192)}, None),
+        ({"rows": 514, "rank": 0}, "the rank is 0; the kernel takes 1 to 1024"),
+        (
+            {"rows": 514, "lora_dtype": torch.float32},
+            "lora_A is torch.float32; for many rows the kernel takes torch.bfloat16, as x has",
+        ),
+        (
+            {"rows": 514, "shape": (96, 96)},
+            "in_features is 96; for many rows the kernel needs a multiple of 64",
+        ),
+        ({"rows": 2**19}, "x has 524288 rows; the kernel for many rows takes up to 524280"),
         ({"lora_device": "cpu"}, "lora_A is on cpu, not on a cuda device"),
     ],
 )
@@ -162,6 +175,7 @@ def projections(count: int = 3, **change: Any) -> tuple[Any, ...]:
     [
         ({}, None),
         ({"rows": 66}, "x has 66 rows; the kernel for few rows takes up to 64"),
+        ({"rows": 514}, "x has 514 rows, and would be copied for each projection"),
         ({"device": "cpu"}, "qweight is on cpu, not on a cuda device"),
         ({"dense": True}, "of one projection the base weight is dense"),
     ],

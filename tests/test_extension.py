@@ -105,7 +105,7 @@ def test_gpu_code_moves_16_bytes_at_a_time_and_does_not_spill(arch: str):
         assert "HMUL2" in kernel or "HFMA2" in kernel
         assert set(re.findall(r"STG\S*", kernel)) >= {"STG.E.128"}
     tiles = [k for k in kernels if re.search("nf4_(de)?quantize_tiles", k.split()[0])]
-    assert len(tiles) == 2 * len(DTYPES)
+    assert len(tiles) == 3 * len(DTYPES)  # dequantize has those of rows with gaps as well
     for kernel in tiles:
         loads, stores = set(re.findall(r"LDG\S*", kernel)), set(re.findall(r"STG\S*", kernel))
         assert any("128" in load for load in loads)

@@ -1,6 +1,6 @@
 """The Hopper kernel for many rows, off by default: its limits in words, and on a GPU its results.
 
-tests/test_host_cuda.py runs the same kernel on the CPU.
+tests/test_host_cuda_many.py runs the same kernel on the CPU.
 """
 
 from __future__ import annotations

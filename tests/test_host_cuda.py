@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from host_cuda import DTYPES, SEEDS, run, start
+from host_cuda import DTYPES, SEEDS, run
+from host_cuda.linear import ADAPTERS, SHARED, check_linear
 from torch import Tensor
 
 import pylora
@@ -28,19 +29,30 @@ def nf4_dequantize(compiled) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("numel", "blocksize", "misalign"),
+    ("shape", "blocksize", "gap", "misalign"),
     [
-        (DEQUANTIZE_CTA + 3 * 1024, 64, 0),  # the last CTA is not full
-        (1024 + 8, 32, 0),  # whole tiles and a rest
-        (2 * 1024 + 333, 64, 0),  # an odd count
-        (8 * 1024, 4096, 0),  # a block over several tiles
-        (77, 32, 0),  # less than a tile
-        (1024 + 64, 64, 1),  # no 16-byte loads possible
+        ((1, DEQUANTIZE_CTA + 3 * 1024), 64, 0, 0),  # the last CTA is not full
+        ((1, 1024 + 8), 32, 0, 0),  # whole tiles and a rest
+        ((1, 2 * 1024 + 333), 64, 0, 0),  # an odd count
+        ((2, 4 * 1024), 4096, 0, 0),  # a block over several tiles
+        ((7, 11), 32, 0, 0),  # less than a tile
+        ((1, 1024 + 64), 64, 0, 1),  # no 16-byte loads possible
+        ((3, 1024), 64, 16, 0),  # a row of a tile
+        ((5, 1024 + 128 + 8), 64, 8, 0),  # tiles of two rows, blocks of two rows, a rest
+        ((2, 3 * 1024 + 320), 128, 40, 0),
+        ((5, 1024 + 128), 64, 2, 0),  # no 16-byte stores possible,
+        ((5, 1024 + 129), 64, 7, 0),
+        ((9, 320), 32, 16, 0),  # nor tiles of two rows at most
     ],
 )
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dequantize_is_the_reference(nf4_dequantize, dtype, blocksize, nested, numel, misalign):
+def test_dequantize_is_the_reference(
+    nf4_dequantize, dtype, nested, shape, blocksize, gap, misalign
+):
+    """What lies between the rows stays as it was."""
+    rows, cols = shape
+    stride, numel = cols + gap, rows * cols
     generator = torch.Generator().manual_seed(numel + blocksize)
     blocks = -(-numel // blocksize)
     nested_blocksize = 4
@@ -54,13 +66,17 @@ def test_dequantize_is_the_reference(nf4_dequantize, dtype, blocksize, nested, n
         nested_code = torch.linspace(-1, 1, 256)
         offset = torch.tensor(0.3)
         arrays = [absmax, nested_absmax, nested_code, offset]
-    header = [numel, blocksize, nested_blocksize, nested, DTYPES.index(dtype), misalign]
+    header = [rows, cols, stride, blocksize, nested_blocksize, nested, DTYPES.index(dtype)]
 
-    arguments = (nested_absmax, nested_code, offset, blocksize, nested_blocksize, (numel,), dtype)
+    arguments = (nested_absmax, nested_code, offset, blocksize, nested_blocksize, shape, dtype)
     expected = reference.nf4_dequantize(qweight, absmax, *arguments)
     for seed in SEEDS:
-        stdout, _ = run(nf4_dequantize, [torch.tensor(header), qweight, *arrays], seed)
-        assert torch.equal(torch.frombuffer(stdout, dtype=dtype), expected)
+        tensors = [torch.tensor([*header, misalign]), qweight, *arrays]
+        stdout, _ = run(nf4_dequantize, tensors, seed)
+        got = torch.frombuffer(stdout + bytearray(b"\xff" * gap * dtype.itemsize), dtype=dtype)
+        got = got.view(rows, stride)
+        assert torch.equal(got[:, :cols], expected)
+        assert got[:, cols:].isnan().all()
 
 
 # nf4_quantize
@@ -125,87 +141,10 @@ def test_quantize_every_16_bit_value(nf4_quantize, dtype: torch.dtype):
 
 # nf4_linear and lora_linear
 
-ADAPTERS = 3  # of multi_lora_linear
-SHARED = {"H200": 228, "A100": 164, "L4": 100}  # KiB of shared memory of an SM
-
 
 @pytest.fixture(scope="module")
 def lora_linear(compiled) -> Path:
     return compiled("lora_linear", "lora_linear", "lora_plan", "lora_hidden")
-
-
-def check_linear(
-    program: Path,
-    shape: tuple[int, int, int],
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    blocksize: int = 64,
-    nested: bool = False,
-    rank: int = 0,
-    lora_dtype: torch.dtype | None = None,
-    biases: bool = True,
-    activation: str = "identity",
-    dropout_p: float = 0.0,
-    adapter_ids: Tensor | None = None,
-    processors: int = 2,
-    gpu: str = "H200",
-    seed: int = 0,
-) -> tuple[Tensor, dict[str, int]]:
-    """Runs x [M, K] on W [N, K] and judges y, and h where there is LoRA, by the numerics rule.
-
-    adapter_ids    of a stack of three adapters, the second of which is NaN: multi_lora_linear
-
-    Returns y and the plan: slices of K, warps beside each other, CTAs.
-    """
-    M, N, K = shape
-    generator = torch.Generator().manual_seed(M + N + K + rank)
-
-    def normal(*size: int, like: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(*size, generator=generator).to(like)
-
-    w = pylora.quantize_nf4(normal(N, K) / K**0.5, blocksize, nested)
-    x, bias = normal(M, K, like=dtype), normal(N, like=dtype) if biases else None
-    lora_dtype = lora_dtype or dtype
-    lora: list[Tensor | None] = [None] * 4  # A, B and their biases
-    stack = () if adapter_ids is None else (ADAPTERS,)
-    adapters: list[Tensor] = []
-    if rank:
-        lora_A = normal(*stack, rank, K, like=lora_dtype) / K**0.5
-        lora[:2] = [lora_A, normal(*stack, N, rank, like=lora_dtype)]
-    if adapter_ids is not None:
-        lora[0][1] = lora[1][1] = torch.nan
-        adapters = [adapter_ids, torch.tensor([0.5, -2.0, 1.0])]
-    elif rank and biases:
-        lora[2:] = [normal(rank, like=lora_dtype), normal(N, like=lora_dtype)]
-    dropout_seed = torch.tensor(-1234567890123) if dropout_p else None
-    scaling = 0.5
-
-    header = [
-        *(M, N, K, DTYPES.index(dtype), blocksize, w.nested_blocksize, nested),
-        *(DTYPES.index(dtype) if biases else -1, rank, DTYPES.index(lora_dtype), biases),
-        *(list(ACTIVATIONS).index(activation), dropout_p > 0, processors, SHARED[gpu] << 10),
-        len(adapters) and ADAPTERS,
-    ]
-    tensors = [torch.tensor(header), torch.tensor([scaling, dropout_p], dtype=torch.float64), x]
-    tensors += [t.reshape(-1) for t in w.tensors().values()]
-    tensors += [t for t in (bias, *lora[:2], *adapters, *lora[2:], dropout_seed) if t is not None]
-    stdout, stderr = run(program, tensors, seed)
-    y = torch.frombuffer(stdout[: 2 * M * N], dtype=dtype).view(M, N)
-    if not rank:
-        arguments = (x, *w.op_arguments(), N, bias)
-        assert_as_accurate_as_torch(y, reference.nf4_linear, *arguments)
-    else:
-        h = torch.frombuffer(stdout[2 * M * N :], dtype=torch.float32).view(M, rank)
-        arguments = (x, *w.op_arguments(), N, *lora[:2])
-        if adapter_ids is not None:
-            inside = (adapter_ids >= 0) & (adapter_ids < ADAPTERS)
-            arguments += (torch.where(inside, adapter_ids, -1), adapters[1], bias)
-            assert_as_accurate_as_torch((y, h), reference.multi_lora_linear, *arguments)
-            assert not h[~inside].any()
-        else:
-            arguments += (bias, *lora[2:], scaling, dropout_p, dropout_seed, activation)
-            assert_as_accurate_as_torch((y, h), reference.lora_linear, *arguments)
-    return y, {name: int(n) for name, n in re.findall(r"(\w+) (\d+)", stderr.splitlines()[-1])}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -283,84 +222,6 @@ def test_linear_plans(lora_linear, shape, gpu: str, processors: int, slices: int
 
 
 # nf4_linear and lora_linear for many rows on Hopper
-
-
-@pytest.fixture(scope="module")
-def hopper(compiled) -> Path:
-    twins = ["tests/host_cuda/tensor_map.cpp"]
-    kernels = ("nf4_linear_hopper", "hopper_plan", "lora_hidden_many")
-    return compiled("nf4_linear_hopper", *kernels, twins=twins)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("shape", "processors", "tile_tokens", "tiles", "slices"),
-    [
-        ((300, 120, 640), 1, 128, 3, 1),  # all stages, several times round; ends within a tile
-        ((250, 200, 384), 1, 256, 2, 1),
-        ((128, 128, 64), 132, 128, 1, 1),  # one block
-        ((130, 70, 1088), 5, 128, 2, 2),  # the second slice of K has a block less
-    ],
-)
-def test_hopper(hopper, shape, processors, tile_tokens, tiles, slices, dtype: torch.dtype):
-    """The result does not depend on the order of threads, nor on when copies land."""
-    results = []
-    for seed in SEEDS:
-        y, plan = check_linear(hopper, shape, dtype, processors=processors, seed=seed)
-        grid = min(tiles * slices, processors)
-        expected = {"tokens": tile_tokens, "tiles": tiles, "slices": slices, "grid": grid}
-        assert plan == expected
-        results.append(y)
-    assert torch.equal(results[0], results[1])
-
-
-def test_hopper_slices_in_any_order(hopper):
-    """A slice that is counted before it is written shows in one order of threads out of two."""
-    for seed in range(8):
-        _, plan = check_linear(hopper, (20, 128, 1536), biases=False, processors=3, seed=seed)
-        assert (plan["tiles"], plan["slices"]) == (1, 3)
-
-
-def test_hopper_slices_of_a_wide_tile(hopper):
-    _, plan = check_linear(hopper, (250, 70, 2816), rank=4, processors=3)
-    assert (plan["tokens"], plan["tiles"], plan["slices"]) == (256, 1, 3)
-
-
-@pytest.mark.parametrize(
-    ("blocksize", "nested", "K"), [(64, True, 576), (128, False, 320), (4096, True, 448)]
-)
-def test_hopper_block_sizes(hopper, blocksize: int, nested: bool, K: int):
-    """The last two straddle rows. 133 outputs cannot be stored 16 bytes at a time."""
-    shape = (131, 133, K)
-    check_linear(hopper, shape, blocksize=blocksize, nested=nested, biases=False)
-
-
-@pytest.mark.parametrize(
-    ("shape", "rank", "dtype", "lora_dtype"),
-    [
-        ((250, 70, 128), 16, torch.bfloat16, torch.bfloat16),  # a tile of 256
-        ((20, 200, 576), 1, torch.float16, torch.float16),
-        ((20, 200, 192), 37, torch.bfloat16, torch.bfloat16),  # low takes two stages
-        ((20, 200, 192), 9, torch.bfloat16, torch.float32),
-        ((20, 200, 192), 33, torch.float16, torch.float32),
-    ],
-)
-def test_hopper_lora(hopper, shape, rank: int, dtype: torch.dtype, lora_dtype: torch.dtype):
-    """Of 200 outputs a CTA has two tiles: the second time low is there already."""
-    for seed in SEEDS:
-        options = {"rank": rank, "lora_dtype": lora_dtype, "processors": 1, "seed": seed}
-        check_linear(hopper, shape, dtype, **options)
-
-
-@pytest.mark.parametrize("lora_dtype", [torch.bfloat16, torch.float32])
-def test_hopper_dropout_and_activation(hopper, lora_dtype: torch.dtype):
-    options = {"rank": 8, "lora_dtype": lora_dtype, "nested": True}
-    check_linear(hopper, (35, 50, 192), activation="gelu", dropout_p=0.3, **options)
-
-
-def test_hopper_maps(compiled):
-    ran = start(compiled("hopper_maps"))
-    assert ran.returncode == 0, ran.stderr.decode()
 
 
 # nf4_linear_backward

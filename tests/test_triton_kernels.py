@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import pylora
-from pylora import reference
+from pylora import reference, selfcheck
 from pylora.backends.triton import BACKEND
 from pylora.reference.activation import ACTIVATIONS
 from pylora.reference.dropout import dropout_mask
@@ -155,6 +155,13 @@ def test_weight_shapes(out_features: int, in_features: int, blocksize: int, nest
         assert_as_accurate_as_torch(
             ops.nf4_linear_backward(*backward), reference.nf4_linear_backward, *backward
         )
+
+
+def test_no_rows() -> None:
+    """All that `python -m pylora check` asks without rows."""
+    outcomes = list(selfcheck.run(chosen=lambda case: case.description.startswith("0x")))
+    assert {each.case.op for each in outcomes if each.backend == "triton"} == set(BACKEND.ops)
+    assert [each.failure for each in outcomes if each.failure] == []
 
 
 def test_other_nested_blocksize_and_unaligned_bytes() -> None:

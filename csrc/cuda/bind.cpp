@@ -61,9 +61,34 @@ Tensor nf4_dequantize(const Tensor& qweight, const Tensor& absmax,
   Tensor out = torch::stable::new_empty(qweight, shape, dtype);
   if (numel == 0) return out;
   check_cuda_call("nf4_dequantize",
-                  nf4_dequantize_cuda(arguments.matrix, arguments.offset, out_dtype,
+                  nf4_dequantize_cuda(arguments.matrix, arguments.offset, out_dtype, numel,
                                       out.mutable_data_ptr(), current_stream(device_index)));
   return out;
+}
+
+// Fills a matrix whose rows may lie apart, so that other columns can stand beside the weight's.
+void nf4_dequantize_into(const Tensor& qweight, const Tensor& absmax,
+                         const std::optional<Tensor>& nested_absmax,
+                         const std::optional<Tensor>& nested_code,
+                         const std::optional<Tensor>& offset, int64_t blocksize,
+                         int64_t nested_blocksize, Tensor& out) {
+  const DType out_dtype = to_dtype("out", out.scalar_type());
+  check_on_cuda("qweight", qweight);
+  STD_TORCH_CHECK(out.dim() == 2, "out must have 2 dimensions, got shape ", to_string(out.sizes()));
+  const int64_t rows = out.size(0), cols = out.size(1);
+  const int64_t stride = rows > 1 ? out.stride(0) : cols;
+  STD_TORCH_CHECK((cols <= 1 || out.stride(1) == 1) && stride >= cols,
+                  "out must have rows of contiguous elements that do not overlap, got strides ",
+                  to_string(out.strides()), " for shape ", to_string(out.sizes()));
+  check_device("out", out, qweight, "qweight");
+  const NF4Arguments arguments = check_nf4(qweight, absmax, nested_absmax, nested_code, offset,
+                                           blocksize, nested_blocksize, rows, cols);
+  if (arguments.matrix.numel() == 0) return;
+  const int32_t device_index = qweight.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device_index);
+  check_cuda_call("nf4_dequantize_into",
+                  nf4_dequantize_cuda(arguments.matrix, arguments.offset, out_dtype, stride,
+                                      out.mutable_data_ptr(), current_stream(device_index)));
 }
 
 }  // namespace
@@ -72,4 +97,5 @@ Tensor nf4_dequantize(const Tensor& qweight, const Tensor& absmax,
 STABLE_TORCH_LIBRARY_IMPL(pylora_C, CUDA, m) {
   m.impl("nf4_quantize", TORCH_BOX(&pylora::nf4_quantize));
   m.impl("nf4_dequantize", TORCH_BOX(&pylora::nf4_dequantize));
+  m.impl("nf4_dequantize_into", TORCH_BOX(&pylora::nf4_dequantize_into));
 }

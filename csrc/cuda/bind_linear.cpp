@@ -35,6 +35,11 @@ Vector to_vector(const char* name, const std::optional<Tensor>& tensor, int64_t 
   return {tensor->const_data_ptr(), to_dtype(name, tensor->scalar_type())};
 }
 
+void check_not_fp32(const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(to_dtype(name, tensor.scalar_type()) != DType::kFloat32, name,
+                  " must be float16 or bfloat16, got Float");
+}
+
 // x or grad on the weight.
 NF4Arguments check_rows(const char* name, const Tensor& x, const Tensor& qweight,
                         const Tensor& absmax, const std::optional<Tensor>& nested_absmax,
@@ -42,8 +47,7 @@ NF4Arguments check_rows(const char* name, const Tensor& x, const Tensor& qweight
                         const std::optional<Tensor>& offset, int64_t blocksize,
                         int64_t nested_blocksize, int64_t out_features, int64_t in_features,
                         int64_t most_rows) {
-  STD_TORCH_CHECK(to_dtype(name, x.scalar_type()) != DType::kFloat32, name,
-                  " must be float16 or bfloat16, got Float");
+  check_not_fp32(name, x);
   STD_TORCH_CHECK(x.size(0) <= most_rows, name, " must have at most ", most_rows,
                   " rows where blocksize is ", blocksize, ", got ", x.size(0));
   const NF4Arguments weight = check_nf4(qweight, absmax, nested_absmax, nested_code, offset,
@@ -87,38 +91,35 @@ LoraLinear to_base(const Tensor& x, const Tensor& qweight, const Tensor& absmax,
   return op;
 }
 
-// lora_A and lora_B, of one adapter or stacks of them, whose checks have passed but for these.
-void set_low_rank(LoraLinear& op, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
-                  int64_t rank) {
+// lora_A, of one adapter or a stack of them, whose shape has been checked.
+void set_lora_A(LoraHidden& hidden, const Tensor& x, const Tensor& lora_A, int64_t rank) {
   STD_TORCH_CHECK(rank >= 1 && rank <= kMaxSmallRank, "lora_A must have 1 to ", kMaxSmallRank,
                   " rows (the rank), got ", rank);
-  check_dtype("lora_B", lora_B, lora_A.scalar_type());
   check_device("lora_A", lora_A, x, "x");
-  check_device("lora_B", lora_B, x, "x");
   check_aligned("lora_A", lora_A);
-  LoraHidden& hidden = op.hidden;
   hidden.dtype = to_dtype("lora_A", lora_A.scalar_type());
-  STD_TORCH_CHECK(hidden.dtype == DType::kFloat32 || hidden.dtype == op.dtype,
+  STD_TORCH_CHECK(hidden.dtype == DType::kFloat32 || lora_A.scalar_type() == x.scalar_type(),
                   "lora_A must have x's dtype or Float, got ",
                   torch::headeronly::toString(lora_A.scalar_type()));
   hidden.rank = static_cast<int>(rank);
   hidden.lora_A = lora_A.const_data_ptr();
+}
+
+void set_lora_B(LoraLinear& op, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B) {
+  check_dtype("lora_B", lora_B, lora_A.scalar_type());
+  check_device("lora_B", lora_B, x, "x");
   op.lora_B = lora_B.const_data_ptr();
 }
 
-void set_lora(LoraLinear& op, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
-              const std::optional<Tensor>& lora_A_bias, const std::optional<Tensor>& lora_B_bias,
-              double scaling, double dropout_p, const std::optional<Tensor>& seed,
-              const std::string& activation) {
+void set_hidden(LoraHidden& hidden, const Tensor& x, const Tensor& lora_A,
+                const std::optional<Tensor>& lora_A_bias, double scaling, double dropout_p,
+                const std::optional<Tensor>& seed, const std::string& activation) {
   check_matrix("lora_A", lora_A);
   const int64_t rank = lora_A.size(0);
-  check_matrix("lora_A", lora_A, rank, op.weight.cols);
-  check_matrix("lora_B", lora_B, op.weight.rows, rank);
-  set_low_rank(op, x, lora_A, lora_B, rank);
-  LoraHidden& hidden = op.hidden;
+  check_matrix("lora_A", lora_A, rank, x.size(1));
+  set_lora_A(hidden, x, lora_A, rank);
   if (lora_A_bias.has_value()) check_dtype("lora_A_bias", *lora_A_bias, lora_A.scalar_type());
   hidden.lora_A_bias = to_vector("lora_A_bias", lora_A_bias, rank, x).data;
-  op.lora_B_bias = to_vector("lora_B_bias", lora_B_bias, op.weight.rows, x);
   hidden.scaling = static_cast<float>(scaling);
   hidden.activation = to_activation(activation);
   hidden.threshold = drop_threshold(dropout_p);
@@ -131,6 +132,16 @@ void set_lora(LoraLinear& op, const Tensor& x, const Tensor& lora_A, const Tenso
   hidden.seed = seed->const_data_ptr<int64_t>();
 }
 
+void set_lora(LoraLinear& op, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
+              const std::optional<Tensor>& lora_A_bias, const std::optional<Tensor>& lora_B_bias,
+              double scaling, double dropout_p, const std::optional<Tensor>& seed,
+              const std::string& activation) {
+  set_hidden(op.hidden, x, lora_A, lora_A_bias, scaling, dropout_p, seed, activation);
+  check_matrix("lora_B", lora_B, op.weight.rows, lora_A.size(0));
+  set_lora_B(op, x, lora_A, lora_B);
+  op.lora_B_bias = to_vector("lora_B_bias", lora_B_bias, op.weight.rows, x);
+}
+
 void set_adapters(LoraLinear& op, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
                   const Tensor& adapter_ids, const Tensor& scalings) {
   check_stack("lora_A", lora_A);
@@ -138,7 +149,8 @@ void set_adapters(LoraLinear& op, const Tensor& x, const Tensor& lora_A, const T
   check_stack("lora_A", lora_A, count, rank, op.weight.cols);
   check_stack("lora_B", lora_B, count, op.weight.rows, rank);
   STD_TORCH_CHECK(count <= INT32_MAX, "lora_A must hold fewer than 2^31 adapters, got ", count);
-  set_low_rank(op, x, lora_A, lora_B, rank);
+  set_lora_A(op.hidden, x, lora_A, rank);
+  set_lora_B(op, x, lora_A, lora_B);
   check_dtype("adapter_ids", adapter_ids, ScalarType::Long);
   check_contiguous("adapter_ids", adapter_ids);
   check_numel("adapter_ids", adapter_ids, op.tokens, "one for every row of x");
@@ -303,6 +315,34 @@ std::tuple<Tensor, Tensor> lora_linear_cuda(
   return run_lora<Tokens>("lora_linear", op, x);
 }
 
+// ([x | scaling * act(h) | 0], of whole vectors a row; h)
+std::tuple<Tensor, Tensor> lora_extend(const Tensor& x, const Tensor& lora_A,
+                                       const std::optional<Tensor>& lora_A_bias, double scaling,
+                                       double dropout_p, const std::optional<Tensor>& seed,
+                                       const std::string& activation) {
+  check_on_cuda("x", x);
+  check_matrix("x", x);
+  check_not_fp32("x", x);
+  check_aligned("x", x);
+  const int64_t tokens = x.size(0), cols = x.size(1);
+  STD_TORCH_CHECK(tokens <= kMaxManyTokens, "x must have at most ", kMaxManyTokens, " rows, got ",
+                  tokens);
+  STD_TORCH_CHECK(cols % kManyColumns == 0, "x must have a multiple of ", kManyColumns,
+                  " columns, got ", cols);
+  check_dtype("lora_A", lora_A, x.scalar_type());
+  LoraHidden op;
+  set_hidden(op, x, lora_A, lora_A_bias, scaling, dropout_p, seed, activation);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Tensor wide = torch::stable::new_empty(x, {tokens, wide_cols(cols, op.rank)});
+  Tensor h = torch::stable::new_empty(x, {tokens, op.rank}, ScalarType::Float);
+  if (tokens == 0) return {wide, h};
+  op.h = h.mutable_data_ptr<float>();
+  check_cuda_call("lora_extend",
+                  lora_extend_cuda(op, x.const_data_ptr(), static_cast<int>(tokens), cols,
+                                   wide.mutable_data_ptr(), current_stream(x.get_device_index())));
+  return {wide, h};
+}
+
 std::tuple<Tensor, Tensor> multi_lora_linear_cuda(
     const Tensor& x, const Tensor& qweight, const Tensor& absmax,
     const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
@@ -326,5 +366,6 @@ STABLE_TORCH_LIBRARY_IMPL(pylora_C, CUDA, m) {
   m.impl("nf4_linear_backward", TORCH_BOX(&pylora::nf4_linear_backward_cuda));
   m.impl("lora_linear", TORCH_BOX(&pylora::lora_linear_cuda<FewTokens>));
   m.impl("lora_linear_hopper", TORCH_BOX(&pylora::lora_linear_cuda<ManyTokens>));
+  m.impl("lora_extend", TORCH_BOX(&pylora::lora_extend));
   m.impl("multi_lora_linear", TORCH_BOX(&pylora::multi_lora_linear_cuda));
 }

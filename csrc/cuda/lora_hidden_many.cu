@@ -17,6 +17,7 @@ constexpr int kTokens = 16;  // of a CTA, on the matrix units
 constexpr int kColumns = 8;  // of a lane, in 16 bytes
 constexpr int kLoads = 2;    // of each row in a step
 constexpr int kStep = 4 * kLoads * kColumns;
+static_assert(kManyColumns % kStep == 0);
 
 constexpr int kSide = 8;  // tokens, and rows of lora_A, of a CTA in fp32
 constexpr int kSums = kSide * kSide;
@@ -35,18 +36,33 @@ struct alignas(kDraw * sizeof(T)) Columns {
   T values[kDraw];
 };
 
+// Where low goes: to op.low, or kWide: beside a copy of x.
+template <class T>
+struct LowRows {
+  T* wide;        // [tokens, pitch]
+  int64_t pitch;  // of op.low, if not kWide
+  int columns;    // of low: the rank, and kWide: zeros behind it
+};
+
 __device__ __forceinline__ uint64_t seed_of(const LoraHidden& op) {
   return op.seed != nullptr ? static_cast<uint64_t>(*op.seed) : 0;
 }
 
 // 4.
-template <class L>
-__device__ __forceinline__ void store_hidden(const LoraHidden& op, int64_t token, int row, float h,
-                                             int64_t low_pitch) {
-  if (op.lora_A_bias != nullptr) h += to_fp32(static_cast<const L*>(op.lora_A_bias)[row]);
-  op.h[token * op.rank + row] = h;
-  const uint32_t low = to_tf32(op.scaling * activate_fp32(op.activation, h));
-  reinterpret_cast<uint32_t*>(op.low)[token * low_pitch + row] = low;
+template <class L, bool kWide, class T>
+__device__ __forceinline__ void store_hidden(const LoraHidden& op, const LowRows<T>& low,
+                                             int64_t cols, int64_t token, int row, float h) {
+  float value = 0.0f;
+  if (row < op.rank) {
+    if (op.lora_A_bias != nullptr) h += to_fp32(static_cast<const L*>(op.lora_A_bias)[row]);
+    op.h[token * op.rank + row] = h;
+    value = op.scaling * activate_fp32(op.activation, h);
+  }
+  if constexpr (kWide) {
+    low.wide[token * low.pitch + cols + row] = round_to<T>(value);
+  } else {
+    reinterpret_cast<uint32_t*>(op.low)[token * low.pitch + row] = to_tf32(value);
+  }
 }
 
 // Sets the elements to 0 that dropout leaves out; `element` is the number of the first one.
@@ -65,11 +81,11 @@ __device__ __forceinline__ void drop(Chunk<T>& chunk, const LoraHidden& op, uint
 }
 
 // What lies beyond the last token or row of lora_A is read from the last one, and not stored.
-template <class T, int kRows>
+template <class T, int kRows, bool kWide>
 __global__ void __launch_bounds__(kThreads)
     lora_hidden_many(LoraHidden op,            // device pointers
                      const T* __restrict__ x,  // [tokens, cols]
-                     int tokens, int64_t cols, int64_t low_pitch) {
+                     int tokens, int64_t cols, LowRows<T> low) {
   constexpr int kTiles = kRows / 8;
   auto& shared = shared_memory<Memory<kRows>>();
   const int thread = threadIdx.x;
@@ -93,6 +109,7 @@ __global__ void __launch_bounds__(kThreads)
     row_at[tile] = min(first_row + 8 * tile + group, op.rank - 1) * cols;
   }
   const T* lora_A = static_cast<const T*>(op.lora_A);
+  const bool copies = blockIdx.x == 0;  // one CTA of those with the same tokens
   float sums[kTiles][4] = {};
   for (int64_t step = warp * kStep; step < cols; step += kWarps * kStep) {
     Chunk<T> a[kLoads][2], b[kLoads][kTiles];
@@ -111,6 +128,13 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int load = 0; load < kLoads; ++load) {
       const int64_t k = step + (4 * load + quarter) * kColumns;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t token = first_token + group + 8 * half;
+        if (kWide && copies && token < tokens) {
+          *reinterpret_cast<uint4*>(low.wide + token * low.pitch + k) = a[load][half].vector;
+        }
+      }
       if (op.seed != nullptr) {
         drop(a[load][0], op, seed, token_at[0] + k);
         drop(a[load][1], op, seed, token_at[1] + k);
@@ -140,11 +164,11 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = thread; i < kTokens * kRows; i += kThreads) {
     const int64_t token = first_token + i / kRows;
     const int row = first_row + i % kRows;
-    if (token >= tokens || row >= op.rank) continue;
+    if (token >= tokens || row >= low.columns) continue;
     float h = 0.0f;
     for (int w = 0; w < kWarps; ++w) h += shared.sums[w][i / kRows][i % kRows];
     if (op.seed != nullptr) h *= op.keep_scale;
-    store_hidden<T>(op, token, row, h, low_pitch);
+    store_hidden<T, kWide>(op, low, cols, token, row, h);
   }
 }
 
@@ -166,7 +190,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     lora_hidden_many_fp32(LoraHidden op,            // device pointers
                           const T* __restrict__ x,  // [tokens, cols]
-                          int tokens, int64_t cols, int64_t low_pitch) {
+                          int tokens, int64_t cols, LowRows<T> low) {
   auto& shared = shared_memory<MemoryFp32>();
   const int thread = threadIdx.x;
   const int warp = thread / kLanes, lane = thread % kLanes;
@@ -215,38 +239,63 @@ __global__ void __launch_bounds__(kThreads)
   if (thread >= kSums) return;
   const int64_t token = first_token + thread / kSide;
   const int row = first_row + thread % kSide;
-  if (token >= tokens || row >= op.rank) return;
+  if (token >= tokens || row >= low.columns) return;
   float h = 0.0f;
   for (int i = 0; i < kWarps; ++i) h += shared.sums[i][thread];
-  store_hidden<float>(op, token, row, h, low_pitch);
+  store_hidden<float, false>(op, low, cols, token, row, h);
 }
 
-template <class T>
+template <class T, bool kWide>
 cudaError_t launch_hidden(const LoraHidden& op, const void* x, int tokens, int64_t cols,
-                          int64_t low_pitch, cudaStream_t stream) {
-  const bool is_fp32 = op.dtype == DType::kFloat32;
+                          const LowRows<T>& low, cudaStream_t stream) {
+  const bool is_fp32 = !kWide && op.dtype == DType::kFloat32;
   const int rows = is_fp32 ? kSide : op.rank <= 16 ? 16 : 32;
   LaunchShape shape;
   shape.block = kThreads;
   shape.stream = stream;
-  shape.grid.x = static_cast<unsigned>(ceil_div(op.rank, rows));
+  shape.grid.x = static_cast<unsigned>(ceil_div(low.columns, rows));
   shape.grid.y = static_cast<unsigned>(ceil_div(tokens, is_fp32 ? kSide : kTokens));
-  void (*kernel)(LoraHidden, const T*, int, int64_t, int64_t) = lora_hidden_many<T, 32>;
-  if (rows == 16) kernel = lora_hidden_many<T, 16>;
+  void (*kernel)(LoraHidden, const T*, int, int64_t, LowRows<T>) = lora_hidden_many<T, 32, kWide>;
+  if (rows == 16) kernel = lora_hidden_many<T, 16, kWide>;
   if (is_fp32) kernel = lora_hidden_many_fp32<T>;
-  return launch(kernel, shape, op, static_cast<const T*>(x), tokens, cols, low_pitch);
+  return launch(kernel, shape, op, static_cast<const T*>(x), tokens, cols, low);
+}
+
+template <class T>
+cudaError_t launch_alone(const LoraHidden& op, const void* x, int tokens, int64_t cols,
+                         int64_t low_pitch, cudaStream_t stream) {
+  return launch_hidden<T, false>(op, x, tokens, cols, {nullptr, low_pitch, op.rank}, stream);
+}
+
+template <class T>
+cudaError_t launch_extend(const LoraHidden& op, const void* x, int tokens, int64_t cols, void* wide,
+                          cudaStream_t stream) {
+  const int64_t pitch = wide_cols(cols, op.rank);
+  const LowRows<T> low = {static_cast<T*>(wide), pitch, static_cast<int>(pitch - cols)};
+  return launch_hidden<T, true>(op, x, tokens, cols, low, stream);
 }
 
 }  // namespace
 
 cudaError_t lora_hidden_many_cuda(const LoraHidden& op, DType dtype, const void* x, int tokens,
                                   int64_t cols, int64_t low_pitch, cudaStream_t stream) {
-  if (op.dtype != DType::kFloat32 && op.dtype != dtype) return cudaErrorInvalidValue;
+  const bool takes = op.dtype == DType::kFloat32 || op.dtype == dtype;
+  if (!takes || cols % kManyColumns != 0) return cudaErrorInvalidValue;
   if (dtype == DType::kFloat16) {
-    return launch_hidden<__half>(op, x, tokens, cols, low_pitch, stream);
+    return launch_alone<__half>(op, x, tokens, cols, low_pitch, stream);
   }
   if (dtype == DType::kBFloat16) {
-    return launch_hidden<__nv_bfloat16>(op, x, tokens, cols, low_pitch, stream);
+    return launch_alone<__nv_bfloat16>(op, x, tokens, cols, low_pitch, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+cudaError_t lora_extend_cuda(const LoraHidden& op, const void* x, int tokens, int64_t cols,
+                             void* wide, cudaStream_t stream) {
+  if (cols % kManyColumns != 0) return cudaErrorInvalidValue;
+  if (op.dtype == DType::kFloat16) return launch_extend<__half>(op, x, tokens, cols, wide, stream);
+  if (op.dtype == DType::kBFloat16) {
+    return launch_extend<__nv_bfloat16>(op, x, tokens, cols, wide, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pylora.backends import cuda_hopper, extension
+from pylora.backends import cuda_hopper, cuda_products, extension
 from pylora.backends.backend import (
     DENSE,
     KERNEL_DTYPES,
@@ -91,20 +91,32 @@ def _rows(x: Tensor) -> int:
     return x.numel() // x.shape[-1]
 
 
-def _has_many_rows(x: Tensor) -> bool:
-    """Whether they are the Hopper kernel's, if any kernel's."""
-    return _rows(x) >= cuda_hopper.MIN_M
+def _on_hopper(rows: int) -> bool:
+    """Whether so many rows are the Hopper kernel's, if any kernel's."""
+    return rows >= cuda_hopper.MIN_M and cuda_hopper.asked_for()
+
+
+def _by_products(rows: int, has_hopper: bool = True) -> bool:
+    """Whether so many rows are left to a dense matrix product, of an op with a Hopper kernel or
+    without."""
+    return rows >= cuda_products.MIN_M and not (has_hopper and _on_hopper(rows))
 
 
 def _nf4_linear(x: Tensor, *args: Any) -> Tensor:
-    ops = torch.ops.pylora_C
-    linear = ops.nf4_linear_hopper if _has_many_rows(x) else ops.nf4_linear
+    linear: Any = torch.ops.pylora_C.nf4_linear
+    if _on_hopper(_rows(x)):
+        linear = torch.ops.pylora_C.nf4_linear_hopper
+    elif _by_products(_rows(x)):
+        linear = cuda_products.nf4_linear
     y = linear(_aligned(as_rows(x)), *contiguous(args))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _nf4_linear_backward(grad: Tensor, *args: Any) -> Tensor:
-    dx = torch.ops.pylora_C.nf4_linear_backward(as_rows(grad), *contiguous(args))
+    backward: Any = torch.ops.pylora_C.nf4_linear_backward
+    if _by_products(_rows(grad), has_hopper=False):
+        backward = cuda_products.nf4_linear_backward
+    dx = backward(as_rows(grad), *contiguous(args))
     return dx.view(*grad.shape[:-1], dx.shape[-1])
 
 
@@ -116,8 +128,12 @@ def _with_lora(op: Any, x: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, Tenso
 
 
 def _lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    ops = torch.ops.pylora_C
-    return _with_lora(ops.lora_linear_hopper if _has_many_rows(x) else ops.lora_linear, x, args)
+    linear: Any = torch.ops.pylora_C.lora_linear
+    if _on_hopper(_rows(x)):
+        linear = torch.ops.pylora_C.lora_linear_hopper
+    elif _by_products(_rows(x)):
+        linear = cuda_products.lora_linear
+    return _with_lora(linear, x, args)
 
 
 def _multi_lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -138,8 +154,10 @@ def _shared_memory(device: torch.device) -> int:
     return getattr(properties, "shared_memory_per_block_optin", 0)
 
 
-def _few_rows_why_not(name: str, x: Tensor, blocksize: int) -> Reason:
+def _few_rows_why_not(name: str, x: Tensor, in_features: int, blocksize: int) -> Reason:
     rows = _rows(x)
+    if in_features % blocksize:
+        return f"in_features is {in_features}, no multiple of the blocksize {blocksize}"
     if blocksize == 32 and rows > _MAX_SMALL_M_OF_BLOCK_32:
         most = f"{_MAX_SMALL_M_OF_BLOCK_32} where the blocksize is 32"
     elif rows > MAX_SMALL_M:
@@ -151,75 +169,53 @@ def _few_rows_why_not(name: str, x: Tensor, blocksize: int) -> Reason:
     return f"{name} has {rows} rows; the kernel for few rows takes up to {most}"
 
 
-def _base_why_not(
+def _linear_why_not(
     name: str,
     x: Tensor,
     shape: tuple[int, int],
-    qweight: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    blocksize: int,
-    nested_blocksize: int,
+    q: tuple[Any, ...],
     bias: Tensor | None = None,
-    takes_many_rows: bool = False,
+    has_hopper: bool = False,
+    has_products: bool = False,
 ) -> Reason:
-    """For x, or grad, as `name` says, and an NF4 weight of `shape` [out_features, in_features]."""
+    """For x, or grad, as `name` says, and an NF4 weight of `shape` [out_features, in_features];
+    the last two say which kernels for many rows there are."""
+    qweight, absmax, nested_absmax, _, _, blocksize, nested_blocksize = q
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"{name} is {x.dtype}; the kernel takes float16 and bfloat16"
-    out_features, in_features = shape
-    if in_features == 0 or out_features == 0:
+    if 0 in shape:
         return "the weight has no elements"
-    many = takes_many_rows and _has_many_rows(x)
-    if in_features % blocksize and not many:
-        return f"in_features is {in_features}, no multiple of the blocksize {blocksize}"
-    if nested_absmax is not None and nested_blocksize & (nested_blocksize - 1):
-        return f"nested_blocksize is {nested_blocksize}, no power of two"
-    if in_features * out_features >= _MAX_ELEMENTS:
-        return f"the weight has 2^35 elements or more: {out_features} x {in_features}"
     reason = _not_on_cuda(**{name: x}, qweight=qweight, absmax=absmax, bias=bias)
     if reason is not None:
         return reason
     if not _has_matrix_instructions(x.device):
         return "the kernel needs a GPU of compute capability 8.0 or later"
+    rows, (out_features, in_features) = _rows(x), shape
+    if has_products and _by_products(rows, has_hopper):
+        return None
+    if nested_absmax is not None and nested_blocksize & (nested_blocksize - 1):
+        return f"nested_blocksize is {nested_blocksize}, no power of two"
+    if in_features * out_features >= _MAX_ELEMENTS:
+        return f"the weight has 2^35 elements or more: {out_features} x {in_features}"
     if not _is_aligned(qweight):
         return f"qweight is not aligned to {_ALIGNMENT} bytes"
-    if many:
-        return cuda_hopper.why_not(x, _rows(x), blocksize)
-    return _few_rows_why_not(name, x, blocksize)
+    if has_hopper and rows >= cuda_hopper.MIN_M:
+        return cuda_hopper.why_not(x, rows, blocksize)
+    return _few_rows_why_not(name, x, in_features, blocksize)
 
 
-def _nf4_linear_why_not(
-    x: Tensor,
-    qweight: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    nested_blocksize: int,
-    out_features: int,
-    bias: Tensor | None,
-) -> Reason:
+def _nf4_linear_why_not(x: Tensor, *args: Any) -> Reason:
+    *q, out_features, bias = args
     shape = (out_features, x.shape[-1])
-    weight = (qweight, absmax, nested_absmax, blocksize, nested_blocksize, bias)
-    return _base_why_not("x", x, shape, *weight, takes_many_rows=True)
+    return _linear_why_not("x", x, shape, tuple(q), bias, has_hopper=True, has_products=True)
 
 
-def _nf4_linear_backward_why_not(
-    grad: Tensor,
-    qweight: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    nested_blocksize: int,
-    in_features: int,
-) -> Reason:
-    if blocksize == 32:
+def _nf4_linear_backward_why_not(grad: Tensor, *args: Any) -> Reason:
+    *q, in_features = args
+    if q[5] == 32 and not _by_products(_rows(grad), has_hopper=False):
         return "the blocksize is 32; the kernel takes 64 or more"
-    weight = (qweight, absmax, nested_absmax, blocksize, nested_blocksize)
-    return _base_why_not("grad", grad, (grad.shape[-1], in_features), *weight)
+    shape = (grad.shape[-1], in_features)
+    return _linear_why_not("grad", grad, shape, tuple(q), has_products=True)
 
 
 def _adapter_why_not(x: Tensor, rank: int, **tensors: Tensor | None) -> Reason:
@@ -233,54 +229,29 @@ def _adapter_why_not(x: Tensor, rank: int, **tensors: Tensor | None) -> Reason:
     return _not_on_cuda(**tensors)
 
 
-def _lora_linear_why_not(
-    x: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    nested_blocksize: int,
-    out_features: int,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    lora_A_bias: Tensor | None,
-    lora_B_bias: Tensor | None,
-    *_: Any,
-) -> Reason:
+def _lora_linear_why_not(x: Tensor, weight: Tensor, absmax: Tensor | None, *args: Any) -> Reason:
     if absmax is None:
         return DENSE
-    q = (weight, absmax, nested_absmax, nested_code, offset, blocksize, nested_blocksize)
+    *q, out_features, lora_A, lora_B, bias, lora_A_bias, lora_B_bias = args[:11]
+    reason = _nf4_linear_why_not(x, weight, absmax, *q, out_features, bias)
+    if reason is not None:
+        return reason
+    if _by_products(_rows(x)):
+        reason = cuda_products.lora_why_not(x, _rows(x), lora_A)
     adapter = {"lora_A": lora_A, "lora_B": lora_B}
     biases = {"lora_A_bias": lora_A_bias, "lora_B_bias": lora_B_bias}
-    return _nf4_linear_why_not(x, *q, out_features, bias) or _adapter_why_not(
-        x, lora_A.shape[0], **adapter, **biases
-    )
+    return reason or _adapter_why_not(x, lora_A.shape[0], **adapter, **biases)
 
 
 def _multi_lora_linear_why_not(
-    x: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    nested_blocksize: int,
-    out_features: int,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    adapter_ids: Tensor,
-    scalings: Tensor,
-    bias: Tensor | None,
+    x: Tensor, weight: Tensor, absmax: Tensor | None, *args: Any
 ) -> Reason:
     if absmax is None:
         return DENSE
-    q = (weight, absmax, nested_absmax, blocksize, nested_blocksize, bias)
+    *q, out_features, lora_A, lora_B, adapter_ids, scalings, bias = args
+    shape = (out_features, x.shape[-1])
     adapters = {"adapter_ids": adapter_ids, "scalings": scalings}
-    return _base_why_not("x", x, (out_features, x.shape[-1]), *q) or _adapter_why_not(
+    return _linear_why_not("x", x, shape, (weight, absmax, *q), bias) or _adapter_why_not(
         x, lora_A.shape[1], lora_A=lora_A, lora_B=lora_B, **adapters
     )
 
@@ -300,6 +271,8 @@ _COMPOSED_QKV = composed(_OPS)["lora_qkv"]
 def _lora_qkv_why_not(x: Tensor, weight: list[Tensor], absmax: list[Any], *args: Any) -> Reason:
     if any(one is None for one in absmax):
         return f"of one projection {DENSE}"
+    if _by_products(_rows(x)):
+        return f"x has {_rows(x)} rows, and would be copied for each projection"
     return _COMPOSED_QKV.why_not(x, weight, absmax, *args)
 
 

@@ -1,22 +1,25 @@
-// Runs the CUDA kernel on the CPU: arguments from standard input, the weight to standard output.
+// Runs the CUDA kernel on the CPU: arguments from standard input, the weight and what lies between
+// its rows to standard output.
 #include "cuda/nf4_dequantize.cuh"
 
 #include "stdin_arrays.h"
 
+struct Header {
+  int64_t rows, cols, stride, blocksize, nested_blocksize, nested, dtype, misalign;
+};
+
 int main() {
-  const int64_t* header = read_array<int64_t>(6);
-  const int64_t numel = header[0];
-  const int64_t misalign = header[5];
-  const auto dtype = static_cast<pylora::DType>(header[4]);
+  const Header in = *read_array<Header>(1);
+  const auto dtype = static_cast<pylora::DType>(in.dtype);
   pylora::NF4Matrix weight;
-  weight.rows = 1;
-  weight.cols = numel;
-  weight.blocksize = header[1];
-  weight.nested_blocksize = header[2];
+  weight.rows = in.rows;
+  weight.cols = in.cols;
+  weight.blocksize = in.blocksize;
+  weight.nested_blocksize = in.nested_blocksize;
   const float* offset = nullptr;
-  weight.qweight = read_array<uint8_t>(pylora::ceil_div(numel, 2), misalign);
+  weight.qweight = read_array<uint8_t>(pylora::ceil_div(weight.numel(), 2), in.misalign);
   const int64_t blocks = weight.num_blocks();
-  if (header[3] != 0) {
+  if (in.nested != 0) {
     weight.absmax_q = read_array<uint8_t>(blocks);
     weight.nested_absmax = read_array<float>(pylora::ceil_div(blocks, weight.nested_blocksize));
     weight.nested_code = read_array<float>(256);
@@ -24,9 +27,11 @@ int main() {
   } else {
     weight.absmax = read_array<float>(blocks);
   }
-  const int64_t bytes = numel * pylora::dtype_size(dtype);
+  const int64_t bytes = ((in.rows - 1) * in.stride + in.cols) * pylora::dtype_size(dtype);
   void* out = make_output(bytes);
-  if (pylora::nf4_dequantize_cuda(weight, offset, dtype, out, nullptr) != cudaSuccess) return 1;
+  if (pylora::nf4_dequantize_cuda(weight, offset, dtype, in.stride, out, nullptr) != cudaSuccess) {
+    return 1;
+  }
   cudaDeviceSynchronize();
   write_output(out, bytes);
 }

@@ -1,0 +1,36 @@
+// Runs lora_extend on the CPU: arguments from standard input, [x | low | 0] and h to standard
+// output.
+#include "cuda/lora_hidden_many.cuh"
+#include "stdin_arrays.h"
+
+struct Header {
+  int64_t tokens, cols, rank, dtype, has_bias, activation, has_dropout;
+  double scaling, dropout_p;
+};
+
+int main() {
+  const Header in = *read_array<Header>(1);
+  const auto dtype = static_cast<pylora::DType>(in.dtype);
+  const int64_t size = pylora::dtype_size(dtype);
+  const void* x = read_array<uint8_t>(in.tokens * in.cols * size);
+  pylora::LoraHidden op;
+  op.dtype = dtype;
+  op.rank = static_cast<int>(in.rank);
+  op.lora_A = read_array<uint8_t>(in.rank * in.cols * size);
+  if (in.has_bias != 0) op.lora_A_bias = read_array<uint8_t>(in.rank * size);
+  op.scaling = static_cast<float>(in.scaling);
+  op.activation = static_cast<pylora::Activation>(in.activation);
+  if (in.has_dropout != 0) {
+    op.seed = read_array<int64_t>(1);
+    op.threshold = static_cast<uint32_t>(in.dropout_p * 4294967296.0 + 0.5);
+    op.keep_scale = static_cast<float>(1.0 / (1.0 - in.dropout_p));
+  }
+  const int64_t wide_bytes = in.tokens * pylora::wide_cols(in.cols, in.rank) * size;
+  void* wide = make_output(wide_bytes);
+  op.h = static_cast<float*>(make_output(4 * in.tokens * in.rank));
+  const int tokens = static_cast<int>(in.tokens);
+  if (pylora::lora_extend_cuda(op, x, tokens, in.cols, wide, nullptr) != cudaSuccess) return 1;
+  cudaDeviceSynchronize();
+  write_output(wide, wide_bytes);
+  write_output(op.h, 4 * in.tokens * in.rank);
+}

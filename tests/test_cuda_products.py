@@ -1,0 +1,144 @@
+"""The cuda backend's way for many rows, on a GPU and, with stand-ins for its two kernels, here.
+
+tests/test_host_cuda_many.py runs the kernels themselves on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pylora
+from pylora import dispatch, reference
+from pylora.backends import cuda, cuda_products, extension
+from pylora.testing import assert_as_accurate_as_torch
+
+ROWS = cuda_products.MIN_M
+
+NO_GPU = dispatch.BACKENDS["cuda"].unavailable()
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(NO_GPU is not None, reason=NO_GPU or "")]
+
+
+def lora_extend(
+    x: Tensor,
+    lora_A: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """([x | scaling * act(h) | 0], h), with as many zeros as make whole 16 bytes."""
+    dropped = reference.dropout.dropout(x, dropout_p, seed).float()
+    h = torch.nn.functional.linear(dropped, lora_A.float(), None if bias is None else bias.float())
+    low = scaling * reference.activation.ACTIVATIONS[activation].forward(h)
+    wide = torch.cat([x, low.to(x.dtype)], dim=1)
+    return torch.nn.functional.pad(wide, (0, -lora_A.shape[0] % 8)), h
+
+
+def nf4_dequantize_into(*args: Any) -> None:
+    *q, out = args
+    out.copy_(reference.nf4_dequantize(*q, tuple(out.shape), out.dtype))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=ON_GPU)])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "cuda":
+        yield "cuda"
+        return
+    if extension.load()[0] is None:
+        pytest.skip("pylora was installed without its extension")
+    with torch.library._scoped_library("pylora_C", "IMPL") as library:
+        library.impl("lora_extend", lora_extend, "CPU")
+        library.impl("nf4_dequantize_into", nf4_dequantize_into, "CPU")
+        yield "cpu"
+
+
+def check(op: str, args: tuple[Any, ...]) -> None:
+    """The result by the numerics rule; where there is a GPU, this backend is the one that runs."""
+    if args[0].is_cuda:
+        assert dispatch.select(op, args).name == "cuda"
+    result = cuda.BACKEND.ops[op].run(*args)
+    assert_as_accurate_as_torch(result, getattr(reference, op), *args)
+
+
+def weight(
+    shape: tuple[int, int], device: str, blocksize: int = 64, nested: bool = False
+) -> tuple[Any, ...]:
+    values = torch.randn(shape, device=device) / shape[1] ** 0.5
+    return pylora.quantize_nf4(values, blocksize, nested).op_arguments()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "blocksize", "nested"),
+    [((96, 192), 64, True), ((37, 45), 32, False), ((40, 192), 128, True)],
+)
+def test_nf4_linear(device, shape, blocksize, nested, dtype):
+    """The last two have blocks that straddle rows."""
+    q = weight(shape, device, blocksize, nested)
+    x = torch.randn(3, ROWS // 3, shape[1], device=device).to(dtype)
+    bias = torch.randn(shape[0], device=device)
+    check("nf4_linear", (x, *q, shape[0], bias))
+    check("nf4_linear", (x, *q, shape[0], None))
+    grad = torch.randn(3, ROWS // 3, shape[0], device=device).to(dtype)
+    check("nf4_linear_backward", (grad, *q, shape[1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rank", "dropout_p", "activation", "biases"),
+    [
+        (16, 0.0, "identity", ()),
+        (8, 0.25, "identity", ("bias",)),
+        (37, 0.0, "gelu", ("bias", "lora_A", "lora_B")),
+        (1, 0.5, "silu", ("lora_B",)),
+    ],
+)
+def test_lora_linear(device, rank, dropout_p, activation, biases, dtype):
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, device=device).to(dtype)
+
+    n, k = 104, 1088
+    x = normal(2, -(-ROWS // 2), k)
+    sizes = {"bias": n, "lora_A": rank, "lora_B": n}
+    bias, A_bias, B_bias = (normal(sizes[name]) if name in biases else None for name in sizes)
+    seed = torch.tensor(-1234567890123, device=device) if dropout_p else None
+    low_rank = (normal(rank, k) / k**0.5, normal(n, rank), bias, A_bias, B_bias)
+    q = weight((n, k), device, nested=rank == 8)
+    check("lora_linear", (x, *q, n, *low_rank, 0.5, dropout_p, seed, activation))
+
+
+def test_autocast_does_not_reach_into_it(device):
+    x = torch.randn(ROWS, 64, device=device).to(torch.bfloat16)
+    args = (x, *weight((40, 64), device), 40, None)
+    with torch.autocast(device, dtype=torch.float16):
+        y = cuda.BACKEND.ops["nf4_linear"].run(*args)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, cuda.BACKEND.ops["nf4_linear"].run(*args))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(NO_GPU is not None, reason=NO_GPU or "")
+def test_training_and_cuda_graph():
+    """Forward here, backward wherever dispatch sends it; and the forward in a graph."""
+    q = weight((96, 128), "cuda")
+    x = torch.randn(ROWS, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    A = torch.randn(8, 128, device="cuda", dtype=torch.bfloat16) / 11
+    B = torch.randn(96, 8, device="cuda", dtype=torch.bfloat16)
+    A.requires_grad_(), B.requires_grad_()
+    args = (x, *q, 96, A, B, None, None, None, 0.5, 0.0, None, "identity")
+    y, _ = torch.ops.pylora.lora_linear(*args)
+    y.sum().backward()
+    assert all(t.grad is not None and t.grad.isfinite().all() for t in (x, A, B))
+    frozen = tuple(t.detach() if isinstance(t, Tensor) else t for t in args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again, _ = torch.ops.pylora.lora_linear(*frozen)
+    again.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(again, y.detach())

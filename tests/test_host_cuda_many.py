@@ -1,0 +1,149 @@
+"""The CUDA kernels for many rows on the CPU, under sanitizers: see host_cuda/README.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from host_cuda import DTYPES, SEEDS, run, start
+from host_cuda.linear import check_linear
+from torch import Tensor
+
+import pylora
+from pylora import reference
+from pylora.reference.activation import ACTIVATIONS
+from pylora.testing import assert_as_accurate_as_torch
+
+# nf4_linear_hopper
+
+
+@pytest.fixture(scope="module")
+def hopper(compiled) -> Path:
+    twins = ["tests/host_cuda/tensor_map.cpp"]
+    kernels = ("nf4_linear_hopper", "hopper_plan", "lora_hidden_many")
+    return compiled("nf4_linear_hopper", *kernels, twins=twins)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "processors", "tile_tokens", "tiles", "slices"),
+    [
+        ((300, 120, 640), 1, 128, 3, 1),  # all stages, several times round; ends within a tile
+        ((250, 200, 384), 1, 256, 2, 1),
+        ((128, 128, 64), 132, 128, 1, 1),  # one block
+        ((130, 70, 1088), 5, 128, 2, 2),  # the second slice of K has a block less
+    ],
+)
+def test_hopper(hopper, shape, processors, tile_tokens, tiles, slices, dtype: torch.dtype):
+    """The result does not depend on the order of threads, nor on when copies land."""
+    results = []
+    for seed in SEEDS:
+        y, plan = check_linear(hopper, shape, dtype, processors=processors, seed=seed)
+        grid = min(tiles * slices, processors)
+        expected = {"tokens": tile_tokens, "tiles": tiles, "slices": slices, "grid": grid}
+        assert plan == expected
+        results.append(y)
+    assert torch.equal(results[0], results[1])
+
+
+def test_hopper_slices_in_any_order(hopper):
+    """A slice that is counted before it is written shows in one order of threads out of two."""
+    for seed in range(8):
+        _, plan = check_linear(hopper, (20, 128, 1536), biases=False, processors=3, seed=seed)
+        assert (plan["tiles"], plan["slices"]) == (1, 3)
+
+
+def test_hopper_slices_of_a_wide_tile(hopper):
+    _, plan = check_linear(hopper, (250, 70, 2816), rank=4, processors=3)
+    assert (plan["tokens"], plan["tiles"], plan["slices"]) == (256, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("blocksize", "nested", "K"), [(64, True, 576), (128, False, 320), (4096, True, 448)]
+)
+def test_hopper_block_sizes(hopper, blocksize: int, nested: bool, K: int):
+    """The last two straddle rows. 133 outputs cannot be stored 16 bytes at a time."""
+    shape = (131, 133, K)
+    check_linear(hopper, shape, blocksize=blocksize, nested=nested, biases=False)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank", "dtype", "lora_dtype"),
+    [
+        ((250, 70, 128), 16, torch.bfloat16, torch.bfloat16),  # a tile of 256
+        ((20, 200, 576), 1, torch.float16, torch.float16),
+        ((20, 200, 192), 37, torch.bfloat16, torch.bfloat16),  # low takes two stages
+        ((20, 200, 192), 9, torch.bfloat16, torch.float32),
+        ((20, 200, 192), 33, torch.float16, torch.float32),
+    ],
+)
+def test_hopper_lora(hopper, shape, rank: int, dtype: torch.dtype, lora_dtype: torch.dtype):
+    """Of 200 outputs a CTA has two tiles: the second time low is there already."""
+    for seed in SEEDS:
+        options = {"rank": rank, "lora_dtype": lora_dtype, "processors": 1, "seed": seed}
+        check_linear(hopper, shape, dtype, **options)
+
+
+@pytest.mark.parametrize("lora_dtype", [torch.bfloat16, torch.float32])
+def test_hopper_dropout_and_activation(hopper, lora_dtype: torch.dtype):
+    options = {"rank": 8, "lora_dtype": lora_dtype, "nested": True}
+    check_linear(hopper, (35, 50, 192), activation="gelu", dropout_p=0.3, **options)
+
+
+def test_hopper_maps(compiled):
+    ran = start(compiled("hopper_maps"))
+    assert ran.returncode == 0, ran.stderr.decode()
+
+
+# lora_extend
+
+
+@pytest.fixture(scope="module")
+def lora_extend(compiled) -> Path:
+    return compiled("lora_extend", "lora_hidden_many")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("tokens", "cols", "rank", "activation", "dropout_p"),
+    [
+        (16, 64, 8, "identity", 0.0),
+        (19, 192, 16, "identity", 0.0),
+        (5, 576, 1, "gelu", 0.0),  # 7 columns of zeros
+        (33, 128, 37, "silu", 0.0),  # two CTAs beside each other, of which one copies x
+        (17, 320, 24, "identity", 0.3),  # the copy is of x as it was
+    ],
+)
+def test_extend(lora_extend, tokens, cols, rank, activation, dropout_p, dtype: torch.dtype):
+    """[x | scaling * act(h) | 0] to the bit but for low, which is judged by its product."""
+    generator = torch.Generator().manual_seed(tokens + cols + rank)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator).to(dtype)
+
+    x, lora_A = normal(tokens, cols), normal(rank, cols) / cols**0.5
+    A_bias = normal(rank) if rank > 1 else None
+    seed = torch.tensor(-1234567890123) if dropout_p else None
+    header = [tokens, cols, rank, DTYPES.index(dtype), A_bias is not None]
+    header += [list(ACTIVATIONS).index(activation), seed is not None]
+    numbers = torch.tensor([0.5, dropout_p], dtype=torch.float64)
+    tensors = [torch.tensor(header), numbers, x, lora_A, A_bias, seed]
+    w = pylora.quantize_nf4(normal(40, cols).float() / cols**0.5)
+    lora_B = normal(40, rank)
+    last = (None, A_bias, None, 0.5, dropout_p, seed, activation)
+    arguments = (x, *w.op_arguments(), 40, lora_A, lora_B, *last)
+    padded = -(-rank // 8) * 8
+    results = []
+    for order in SEEDS:
+        stdout, _ = run(lora_extend, [t for t in tensors if t is not None], order)
+        wide_bytes = 2 * tokens * (cols + padded)
+        wide = torch.frombuffer(stdout[:wide_bytes], dtype=dtype).view(tokens, cols + padded)
+        h = torch.frombuffer(stdout[wide_bytes:], dtype=torch.float32).view(tokens, rank)
+        assert torch.equal(wide[:, :cols], x)
+        assert not wide[:, cols + rank :].any()
+        right = torch.cat([pylora.dequantize_nf4(w, dtype), lora_B], dim=1)
+        y = (wide[:, : cols + rank].float() @ right.float().t()).to(dtype)
+        assert_as_accurate_as_torch((y, h), reference.lora_linear, *arguments)
+        results.append(wide)
+    assert torch.equal(*results)
