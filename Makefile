@@ -55,8 +55,8 @@ bench: $(INSTALLED) ## the quick benchmark suite on this CPU and its report, in 
 	env -u PYTHONSAFEPATH $(PY) -m benchmarks report build/bench
 
 # Made for a bare machine without a network: any Python that has torch will do.
-gpu: ## all that needs a GPU, in under ten minutes; results in build/gpu (OUT=…, WHEELS=…; DRY=1: without launches)
-	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) benchmarks/gpu.py $(if $(OUT),--out $(OUT)) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(DRY),--dry)
+gpu: ## all that needs a GPU, in under ten minutes; results in build/gpu (OUT=…, WHEELS=…, STEPS=…; DRY=1: without launches)
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) benchmarks/gpu.py $(if $(OUT),--out $(OUT)) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(STEPS),--steps $(STEPS)) $(if $(DRY),--dry)
 
 $(OLDEST_TRITON): $(INSTALLED)
 	rm -rf $@ $@.part

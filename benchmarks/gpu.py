@@ -2,7 +2,9 @@
 
     make gpu                      results under build/gpu (OUT=... for another folder)
     make gpu DRY=1                all but the launches: what can be known without a GPU
-    python3 benchmarks/gpu.py [--out FOLDER] [--dry] [--wheels FOLDER]
+    make gpu STEPS="racecheck initcheck"
+                                  these steps alone; those two are not among the ten minutes
+    python3 benchmarks/gpu.py [--out FOLDER] [--dry] [--wheels FOLDER] [--steps NAME ...]
 
 Needs torch, Triton, nvcc, pybind11 and ninja, and no network. Where this Python has no pylora, an
 environment over its packages is made beside the results, pylora built in it for the GPU at hand,
@@ -16,7 +18,6 @@ import argparse
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -28,13 +29,19 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Step:
-    """A command of the run; `dry` replaces it where nothing may be launched (None: left out)."""
+    """A command of the run.
+
+    dry           replaces it where nothing may be launched; None: left out
+    path_of_root  Python finds the packages of the repository, such as benchmarks
+    on_request    left out unless it is asked for by name
+    """
 
     name: str
     command: list[str]
     seconds: int
     dry: list[str] | None
-    path_of_root: bool = False  # Python finds the packages of the repository, such as benchmarks
+    path_of_root: bool = False
+    on_request: bool = False
 
 
 def architecture(python: str) -> str:
@@ -79,10 +86,23 @@ def plan(python: str, out: Path) -> list[Step]:
         Step("benchmarks", run, 270, [*bench, "list"], path_of_root=True),
         Step("report", [*bench, "report", str(results)], 60, None, path_of_root=True),
     ]
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer is not None:  # on the small shapes of the check
-        memcheck = [sanitizer, "--tool", "memcheck", "--error-exitcode", "1"]
-        steps.insert(4, Step("memcheck", [*memcheck, *safe, "pylora", "check"], 120, None))
+    # Those of the CPU are slow under a sanitizer, and have one of their own (make asan).
+    sanitizer = ["compute-sanitizer", "--error-exitcode", "1"]
+    steps[4:4] = [
+        Step(
+            name,
+            [*sanitizer, "--tool", tool, *safe, "pylora", "check", "--backend", backend],
+            300 if on_request else 120,
+            None,
+            on_request=on_request,
+        )
+        for name, tool, backend, on_request in (
+            ("memcheck", "memcheck", "cuda", False),
+            ("memcheck-triton", "memcheck", "triton", False),
+            ("racecheck", "racecheck", "cuda", True),
+            ("initcheck", "initcheck", "cuda", True),
+        )
+    ]
     return steps
 
 
@@ -110,7 +130,7 @@ def run_step(step: Step, out: Path, dry: bool) -> dict[str, object]:
         except subprocess.TimeoutExpired:
             status = f"over {step.seconds} s"
         except FileNotFoundError:
-            status = f"{command[0]} was not found"
+            status = f"left out: {command[0]} was not found"
     if status != "ok":
         print("".join(log.read_text().splitlines(keepends=True)[-15:]), flush=True)
     seconds = round(time.perf_counter() - begin, 1)
@@ -122,6 +142,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu")
     parser.add_argument("--dry", action="store_true", help="all but the launches")
     parser.add_argument("--wheels", type=Path, help="a folder of wheels to install")
+    parser.add_argument("--steps", nargs="*", metavar="NAME", help="these steps alone")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -131,11 +152,22 @@ def main() -> int:
         print("torch finds no CUDA device; --dry does what can be done without one")
         return 1
     os.environ.setdefault("PYLORA_CUDA_ARCHS", arch or "90a")
-    done = [run_step(step, out, arguments.dry) for step in [*steps, *plan(python, out)]]
+    planned = plan(python, out)
+    if arguments.steps:
+        unknown = set(arguments.steps) - {step.name for step in planned}
+        if unknown:
+            known = ", ".join(step.name for step in planned)
+            parser.error(f"--steps names {', '.join(sorted(unknown))}; there are {known}")
+        planned = [step for step in planned if step.name in arguments.steps]
+    else:
+        planned = [step for step in planned if not step.on_request]
+    done = [run_step(step, out, arguments.dry) for step in [*steps, *planned]]
     (out / "steps.json").write_text(json.dumps(done, indent=1) + "\n")
     for entry in done:
-        print(f"{entry['step']:12} {entry['seconds']:>7} s  {entry['status']}")
-    return 0 if all(entry["status"] in ("ok", "not in a dry run") for entry in done) else 1
+        print(f"{entry['step']:15} {entry['seconds']:>7} s  {entry['status']}")
+    # A machine without the sanitizer may do the rest, but not what was asked for by name.
+    fine = ("ok", "not in a dry run", *(() if arguments.steps else ("left out",)))
+    return 0 if all(str(entry["status"]).startswith(fine) for entry in done) else 1
 
 
 if __name__ == "__main__":

@@ -198,10 +198,16 @@ def variants() -> Iterator[tuple[str, str, str | None]]:
             yield backend.name, backend.path(), None
 
 
-def run(seed: int = 0, chosen: Callable[[Case], bool] = lambda case: True) -> Iterator[Outcome]:
-    """Runs every case, or those `chosen`, on every variant that takes it."""
+def run(
+    seed: int = 0,
+    chosen: Callable[[Case], bool] = lambda case: True,
+    backend: str | None = None,
+) -> Iterator[Outcome]:
+    """Runs every case, or those `chosen`, on every variant that takes it, or those of `backend`."""
     all_cases = [case for case in cases(seed) if chosen(case)]
     for name, path, isa in variants():
+        if backend not in (None, name):
+            continue
         device = dispatch.BACKENDS[name].device()
         with dispatch.use_backend(name), cpu_isa(isa):
             for case in all_cases:

@@ -113,6 +113,9 @@ def test_info_and_check() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     if extension.load()[0] is not None:
         assert "lora_linear_backward" in result.stdout and " of " in result.stdout
+    if dispatch.BACKENDS["cuda"].unavailable() is not None:
+        result = python("-m", "pylora", "check", "--backend", "cuda")
+        assert result.returncode == 1 and "not run: cuda: " in result.stdout
 
 
 def test_check_fails_on_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
