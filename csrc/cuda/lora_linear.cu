@@ -45,14 +45,12 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
   const int quarter = lane % 4;  // place along k
   const int row_warp = warp % plan.output_warps;
   const int k_warp = warp / plan.output_warps;
-  const int64_t items = static_cast<int64_t>(plan.tiles) * plan.slices;
-  const int begin = static_cast<int>(items * blockIdx.x / gridDim.x);
-  const int end = static_cast<int>(items * (blockIdx.x + 1) / gridDim.x);
   const float offset = op.offset != nullptr ? __ldg(op.offset) : 0.0f;
 
   // 1.
   uint8_t* ring = hole(pairs, warp * kStages * kStageHoles);
-  Feed<kAbsmax> feed(problem, begin, end, row_warp, k_warp, lane);
+  Items item(plan);
+  Feed<kAbsmax> feed(problem, Chunks(plan, item, chunks, k_warp), row_warp, lane);
   StoredAbsmax stored[kAhead][kAbsmax];
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) feed.fetch(ring + i * kStageBytes, stored[i]);
@@ -62,10 +60,10 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
   const uint32_t lane_offset = 4 * static_cast<uint32_t>(lane);
   int staged_slice = -1;
   unsigned stage = 0;
-  int slice = begin / plan.tiles;
-  int tile = begin - slice * plan.tiles;
+  bool is_first = true;
 
-  for (int item = begin; item < end; ++item) {
+  for (; item.left > 0; item.next(plan)) {
+    const int slice = item.slice, tile = item.tile;
     const int first_chunk = slice * plan.slice_chunks;
     const int slice_chunks = min(plan.slice_chunks, chunks - first_chunk);
     if (slice != staged_slice) {  // all have left the slice before: the last barrier of 6.
@@ -182,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
           }
         }
         __syncthreads();
-        if (item == begin && pass == 0) wait_for_previous_kernel();
+        if (is_first && pass == 0) wait_for_previous_kernel();
         const int outputs = sliced ? rows * min(kPassTokens, M - first) : 0;
         for (int i = thread; i < outputs; i += kThreads) {
           const int token = first + i / rows, row = i % rows, n = tile * rows + row;
@@ -201,42 +199,21 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
       }
       __syncthreads();  // before the next sums
     }
-    if (++tile == plan.tiles) {
-      tile = 0;
-      ++slice;
-    }
+    is_first = false;
   }
-}
-
-template <class T, int kTokenTiles>
-cudaError_t launch_small(const Problem& problem, const LaunchShape& shape) {
-  if constexpr (kTokenTiles <= token_tiles(kMaxSmallTokensOfBlock32)) {
-    if (problem.op.weight.blocksize == 32) {
-      return launch(lora_linear_small<T, kTokenTiles, true>, shape, problem);
-    }
-  }
-  return launch(lora_linear_small<T, kTokenTiles, false>, shape, problem);
 }
 
 template <class T>
 cudaError_t launch_small(const Problem& problem, const LaunchShape& shape) {
-  switch (token_tiles(problem.op.tokens)) {
-    case 1:
-      return launch_small<T, 1>(problem, shape);
-    case 2:
-      return launch_small<T, 2>(problem, shape);
-    case 3:
-      return launch_small<T, 3>(problem, shape);
-    case 4:
-      return launch_small<T, 4>(problem, shape);
-    case 5:
-    case 6:
-      return launch_small<T, 6>(problem, shape);
-    case 7:
-    case 8:
-      return launch_small<T, 8>(problem, shape);
-  }
-  return cudaErrorInvalidValue;
+  return with_token_tiles(problem.op.tokens, [&](auto tiles) {
+    constexpr int kTokenTiles = decltype(tiles)::count;
+    if constexpr (kTokenTiles <= token_tiles(kMaxSmallTokensOfBlock32)) {
+      if (problem.op.weight.blocksize == 32) {
+        return launch(lora_linear_small<T, kTokenTiles, true>, shape, problem);
+      }
+    }
+    return launch(lora_linear_small<T, kTokenTiles, false>, shape, problem);
+  });
 }
 
 }  // namespace

@@ -1,13 +1,10 @@
-#include <climits>
-
 #include "cuda/element.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/lora_feed.cuh"
-#include "cuda/lora_plan.cuh"
 #include "cuda/nf4_linear_backward.cuh"
 #include "cuda/nf4_pairs.cuh"
 #include "cuda/ptx.cuh"
 #include "cuda/sliced_sum.cuh"
+#include "cuda/small_walk.cuh"
 #include "cuda/stored_absmax.cuh"
 
 namespace pylora {
@@ -27,29 +24,25 @@ struct BackwardProblem {
   bool grad_vectors;       // grad can be read 16 bytes at a time
 };
 
-// A warp's way through its items, and through the chunks of each, as in lora_feed.cuh. What lies
-// beyond the last row or column is read from the last one instead: grad is 0 for such rows, and
-// such columns are not stored.
+// Brings a warp its chunks. What lies beyond the last row or column is read from the last one
+// instead: grad is 0 for such rows, and such columns are not stored.
 class RowFeed {
  public:
-  __device__ __forceinline__ RowFeed(const BackwardProblem& problem, int begin, int end,
-                                     int column_warp, int sum_warp, int lane)
+  __device__ __forceinline__ RowFeed(const BackwardProblem& problem, const Chunks& chunks,
+                                     int column_warp, int lane)
       : problem_(problem),
         policy_(evict_first_policy()),
-        items_(end - begin),
-        slice_(begin / problem.plan.tiles),
-        tile_(begin - slice_ * problem.plan.tiles),
+        chunks_(chunks),
         column_warp_(column_warp),
-        sum_warp_(sum_warp),
         lane_(lane),
         granules_(static_cast<uint32_t>(problem.op.weight.cols) / kGranule) {
-    if (items_ > 0) open();
+    open();
   }
 
   // 1. Starts the copy of the next chunk into `stage`, loads its absmax, and closes a group of
   // copies; an empty one behind the last chunk.
   __device__ __forceinline__ void fetch(uint8_t* stage, StoredAbsmax& absmax) {
-    if (chunk_ < last_) {
+    if (chunks_.inside()) {
       // Rows 4 h to 4 h + 3 lie in hole h; a lane copies half of a row, and of the 16th after it.
       uint8_t* place = stage + lane_ / 8 * kPairRow + lane_ % 8 * kVectorBytes;
       const NF4Matrix& weight = problem_.op.weight;
@@ -63,25 +56,18 @@ class RowFeed {
     const uint32_t rows = problem_.plan.sum_warps * kChunkRows;
     granule_ += rows * granules_;
     block_ += rows * (granules_ * kGranule >> problem_.block_shift);
-    chunk_ += problem_.plan.sum_warps;
-    if (chunk_ >= end_) next_item();
+    if (chunks_.next(problem_.plan)) open();
     copy_async_commit();
   }
 
  private:
   // Goes to the first chunk of the item.
   __device__ __forceinline__ void open() {
-    const SmallPlan& plan = problem_.plan;
     const NF4Matrix& weight = problem_.op.weight;
-    const int first = slice_ * plan.slice_chunks;
-    const int chunks = (static_cast<int>(weight.rows) + kChunkRows - 1) / kChunkRows;
-    chunk_ = first + sum_warp_;
-    last_ = min(first + plan.slice_chunks, chunks);
-    end_ = first + plan.steps * plan.sum_warps;  // all warps make the same number of steps
-    const int column = min((tile_ * kColumnWarps + column_warp_) * kWarpColumns,
+    const int column = min((chunks_.tile() * kColumnWarps + column_warp_) * kWarpColumns,
                            static_cast<int>(weight.cols) - kWarpColumns);
     const uint32_t blocks = granules_ * kGranule >> problem_.block_shift;
-    const auto row = static_cast<uint32_t>(chunk_ * kChunkRows);
+    const auto row = static_cast<uint32_t>(chunks_.chunk() * kChunkRows);
     const auto final_row = static_cast<uint32_t>(weight.rows) - 1;
     const uint32_t granule = static_cast<uint32_t>(column) / kGranule + lane_ % 2;
     const uint32_t block = static_cast<uint32_t>(column) >> problem_.block_shift;
@@ -91,25 +77,11 @@ class RowFeed {
     final_block_ = final_row * blocks + block;
   }
 
-  __device__ __forceinline__ void next_item() {
-    if (--items_ <= 0) {
-      last_ = 0;  // nothing is left to fetch
-      end_ = INT_MAX;
-      return;
-    }
-    if (++tile_ == problem_.plan.tiles) {
-      tile_ = 0;
-      ++slice_;
-    }
-    open();
-  }
-
   const BackwardProblem& problem_;
   uint64_t policy_;
-  int items_, slice_, tile_;  // slice and tile of the item, and how many are left with it
-  int column_warp_, sum_warp_, lane_;
-  uint32_t granules_;                         // of a row
-  int chunk_ = 0, last_ = 0, end_ = INT_MAX;  // of the slice: the next one, and where they end
+  Chunks chunks_;
+  int column_warp_, lane_;
+  uint32_t granules_;  // of a row
   // What this lane copies next, whose absmax it loads, and both in the last row.
   uint32_t granule_ = 0, block_ = 0, final_granule_ = 0, final_block_ = 0;
 };
@@ -196,14 +168,12 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
   const int quarter = lane % 4;  // place among the rows
   const int column_warp = warp % kColumnWarps;
   const int sum_warp = warp / kColumnWarps;
-  const int64_t items = static_cast<int64_t>(plan.tiles) * plan.slices;
-  const int begin = static_cast<int>(items * blockIdx.x / gridDim.x);
-  const int end = static_cast<int>(items * (blockIdx.x + 1) / gridDim.x);
   const float offset = op.offset != nullptr ? __ldg(op.offset) : 0.0f;
 
   // 1.
   uint8_t* ring = hole(pairs, warp * kStages * kStageHoles);
-  RowFeed feed(problem, begin, end, column_warp, sum_warp, lane);
+  Items item(plan);
+  RowFeed feed(problem, Chunks(plan, item, chunks, sum_warp), column_warp, lane);
   StoredAbsmax stored[kAhead];
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) feed.fetch(ring + i * kStageBytes, stored[i]);
@@ -213,10 +183,9 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
   const uint32_t lane_offset = 4 * static_cast<uint32_t>(lane);
   int staged_slice = -1;
   unsigned stage = 0;
-  int slice = begin / plan.tiles;
-  int tile = begin - slice * plan.tiles;
 
-  for (int item = begin; item < end; ++item) {
+  for (; item.left > 0; item.next(plan)) {
+    const int slice = item.slice, tile = item.tile;
     const int first_chunk = slice * plan.slice_chunks;
     const int slice_chunks = min(plan.slice_chunks, chunks - first_chunk);
     if (slice != staged_slice) {  // all have left the slice before: the last barrier of 5.
@@ -336,32 +305,14 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
       }
       __syncthreads();  // before the next sums
     }
-    if (++tile == plan.tiles) {
-      tile = 0;
-      ++slice;
-    }
   }
 }
 
 template <class T>
 cudaError_t launch_small(const BackwardProblem& problem, const LaunchShape& shape) {
-  switch (token_tiles(problem.op.tokens)) {
-    case 1:
-      return launch(nf4_linear_backward_small<T, 1>, shape, problem);
-    case 2:
-      return launch(nf4_linear_backward_small<T, 2>, shape, problem);
-    case 3:
-      return launch(nf4_linear_backward_small<T, 3>, shape, problem);
-    case 4:
-      return launch(nf4_linear_backward_small<T, 4>, shape, problem);
-    case 5:
-    case 6:
-      return launch(nf4_linear_backward_small<T, 6>, shape, problem);
-    case 7:
-    case 8:
-      return launch(nf4_linear_backward_small<T, 8>, shape, problem);
-  }
-  return cudaErrorInvalidValue;
+  return with_token_tiles(problem.op.tokens, [&](auto tiles) {
+    return launch(nf4_linear_backward_small<T, decltype(tiles)::count>, shape, problem);
+  });
 }
 
 }  // namespace
