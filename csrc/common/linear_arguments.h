@@ -1,10 +1,11 @@
 // Checks of the arguments that the linear ops have beside the NF4 weight.
 #pragma once
 
+#include <optional>
 #include <string>
 
+#include "common/activation.h"
 #include "common/check.h"
-#include "cpu/activation.h"
 
 namespace pylora {
 
@@ -53,9 +54,18 @@ inline Activation to_activation(const std::string& name) {
 
 // Elements whose 32-bit word is below this are dropped.
 inline uint32_t drop_threshold(double p) {
-  STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "dropout_p must be in [0, 1), got ", p);
   const double threshold = p * 4294967296.0 + 0.5;
   return threshold < 4294967295.0 ? static_cast<uint32_t>(threshold) : 4294967295u;
+}
+
+// The seed where there is dropout, else null.
+inline const Tensor* check_dropout(double p, const std::optional<Tensor>& seed) {
+  STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "dropout_p must be in [0, 1), got ", p);
+  if (p == 0.0) return nullptr;
+  STD_TORCH_CHECK(seed.has_value(), "seed must be given where dropout_p is not 0, got none");
+  check_dtype("seed", *seed, ScalarType::Long);
+  check_numel("seed", *seed, 1, "a scalar");
+  return &*seed;
 }
 
 }  // namespace pylora

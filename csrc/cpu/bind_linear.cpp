@@ -9,19 +9,13 @@
 #include <tuple>
 #include <vector>
 
-#include "common/check.h"
 #include "common/float16.h"
+#include "common/linear_arguments.h"
 #include "cpu/lora_linear.h"
 #include "cpu/nf4_linear.h"
 
 namespace pylora {
 namespace {
-
-void check_matrix(const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.dim() == 2, name, " must have 2 dimensions, got shape ",
-                  to_string(tensor.sizes()));
-  check_contiguous(name, tensor);
-}
 
 // An optional vector of `size` values, times `scale`, added to `sum`, which is empty before the
 // first.
@@ -29,8 +23,7 @@ void add_bias(const char* name, const std::optional<Tensor>& bias, int64_t size,
               std::vector<float>& sum) {
   if (!bias.has_value()) return;
   const DType dtype = to_dtype(name, bias->scalar_type());
-  check_contiguous(name, *bias);
-  check_numel(name, *bias, size, "one for every output");
+  check_vector(name, *bias, size);
   sum.resize(static_cast<size_t>(size), 0.0f);
   visit_dtype(dtype, [&](auto element) {
     const auto* values = static_cast<const decltype(element)*>(bias->const_data_ptr());
@@ -78,27 +71,12 @@ Tensor nf4_linear_backward_cpu(const Tensor& grad, const Tensor& qweight, const 
   return dx;
 }
 
-Activation to_activation(const std::string& name) {
-  static constexpr const char* kNames[] = {"identity", "relu", "gelu",   "gelu_tanh",
-                                           "silu",     "tanh", "sigmoid"};
-  for (int i = 0; i < 7; ++i) {
-    if (name == kNames[i]) return static_cast<Activation>(i);
-  }
-  STD_TORCH_CHECK(false,
-                  "activation must be identity, relu, gelu, gelu_tanh, silu, tanh or sigmoid, got ",
-                  name);
-}
-
 Dropout to_dropout(double p, const std::optional<Tensor>& seed) {
-  STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "dropout_p must be in [0, 1), got ", p);
-  if (p == 0.0) return {};
-  STD_TORCH_CHECK(seed.has_value(), "seed must be given where dropout_p is not 0, got none");
-  check_dtype("seed", *seed, ScalarType::Long);
-  check_numel("seed", *seed, 1, "a scalar");
-  const double threshold = p * 4294967296.0 + 0.5;
+  const Tensor* drawn_from = check_dropout(p, seed);
+  if (drawn_from == nullptr) return {};
   return {
-      .seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()),
-      .threshold = threshold < 4294967295.0 ? static_cast<uint32_t>(threshold) : 4294967295u,
+      .seed = static_cast<uint64_t>(*drawn_from->const_data_ptr<int64_t>()),
+      .threshold = drop_threshold(p),
       .scale = static_cast<float>(1.0 / (1.0 - p)),
       .enabled = true,
   };
@@ -106,11 +84,7 @@ Dropout to_dropout(double p, const std::optional<Tensor>& seed) {
 
 AdapterFactor to_factor(const char* name, const Tensor& tensor, int64_t rank, int64_t features,
                         bool rank_first) {
-  check_matrix(name, tensor);
-  const int64_t rows = rank_first ? rank : features;
-  const int64_t cols = rank_first ? features : rank;
-  STD_TORCH_CHECK(tensor.size(0) == rows && tensor.size(1) == cols, name, " must have shape [",
-                  rows, ", ", cols, "], got ", to_string(tensor.sizes()));
+  check_matrix(name, tensor, rank_first ? rank : features, rank_first ? features : rank);
   return {const_cast<void*>(tensor.const_data_ptr()), to_dtype(name, tensor.scalar_type()), rank,
           rank_first};
 }
@@ -190,7 +164,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_b
   STD_TORCH_CHECK(!output_mask[1], "output_mask must not ask for dweight: the weight is NF4");
   check_matrix("grad", grad);
   check_matrix("x", x);
-  check_matrix("h", h);
   check_dtype("h", h, ScalarType::Float);
   check_dtype("grad", grad, x.scalar_type());
   const NF4Matrix matrix = check_nf4_cpu(weight, *absmax, nested_absmax, nested_code, offset,
@@ -198,8 +171,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_b
   LoraLinear op = to_lora_linear(x, matrix, lora_A, lora_B, scaling, dropout_p, seed, activation);
   STD_TORCH_CHECK(grad.size(0) == x.size(0), "grad must have as many rows as x (", x.size(0),
                   "), got ", grad.size(0));
-  STD_TORCH_CHECK(h.size(0) == x.size(0) && h.size(1) == op.lora_A.rank, "h must have shape [",
-                  x.size(0), ", ", op.lora_A.rank, "], got ", to_string(h.sizes()));
+  check_matrix("h", h, x.size(0), op.lora_A.rank);
   const auto empty = [](const Tensor& like) { return torch::stable::new_empty(like, {0}); };
   const bool want_bias = output_mask[4];
   const bool want_B_bias = output_mask[6];

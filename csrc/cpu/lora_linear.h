@@ -15,7 +15,7 @@
 
 #include <cstdint>
 
-#include "cpu/activation.h"
+#include "common/activation.h"
 #include "cpu/nf4_linear.h"
 #include "cpu/philox.h"
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "common/nf4.h"
+#include "common/philox.h"
 
 namespace pylora {
 
@@ -18,7 +19,7 @@ struct Dropout {
   bool enabled = false;
 };
 
-// kLanes counters from `counter` on -> 4 * kLanes words in the order of the elements.
+// 16 counters from `counter` on -> 64 words in the order of the elements.
 template <class S>
 PYLORA_INLINE void philox_words(uint64_t seed, uint64_t counter, uint32_t* words) {
   constexpr int kCounters = 16;
@@ -30,19 +31,9 @@ PYLORA_INLINE void philox_words(uint64_t seed, uint64_t counter, uint32_t* words
     c2[i] = 0;
     c3[i] = 0;
   }
-  uint32_t k0 = static_cast<uint32_t>(seed);
-  uint32_t k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    for (int i = 0; i < kCounters; ++i) {
-      const uint64_t p0 = static_cast<uint64_t>(c0[i]) * 0xD2511F53u;
-      const uint64_t p1 = static_cast<uint64_t>(c2[i]) * 0xCD9E8D57u;
-      c0[i] = static_cast<uint32_t>(p1 >> 32) ^ c1[i] ^ k0;
-      c1[i] = static_cast<uint32_t>(p1);
-      c2[i] = static_cast<uint32_t>(p0 >> 32) ^ c3[i] ^ k1;
-      c3[i] = static_cast<uint32_t>(p0);
-    }
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+  PhiloxKey key(seed);
+  for (int round = 0; round < kPhiloxRounds; ++round, key.advance()) {
+    for (int i = 0; i < kCounters; ++i) philox_round(key, c0[i], c1[i], c2[i], c3[i]);
   }
   for (int i = 0; i < kCounters; ++i) {
     words[4 * i] = c0[i];

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "cpu/activation.h"
+#include "common/activation.h"
 
 namespace pylora {
 

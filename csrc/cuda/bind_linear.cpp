@@ -122,14 +122,12 @@ void set_hidden(LoraHidden& hidden, const Tensor& x, const Tensor& lora_A,
   hidden.lora_A_bias = to_vector("lora_A_bias", lora_A_bias, rank, x).data;
   hidden.scaling = static_cast<float>(scaling);
   hidden.activation = to_activation(activation);
+  const Tensor* drawn_from = check_dropout(dropout_p, seed);
+  if (drawn_from == nullptr) return;
+  check_device("seed", *drawn_from, x, "x");
+  hidden.seed = drawn_from->const_data_ptr<int64_t>();
   hidden.threshold = drop_threshold(dropout_p);
   hidden.keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p));
-  if (dropout_p == 0.0) return;
-  STD_TORCH_CHECK(seed.has_value(), "seed must be given where dropout_p is not 0, got none");
-  check_dtype("seed", *seed, ScalarType::Long);
-  check_numel("seed", *seed, 1, "a scalar");
-  check_device("seed", *seed, x, "x");
-  hidden.seed = seed->const_data_ptr<int64_t>();
 }
 
 void set_lora(LoraLinear& op, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,

@@ -20,7 +20,7 @@
 #include <cstdint>
 
 #include "common/nf4.h"
-#include "cpu/activation.h"
+#include "common/activation.h"
 
 namespace pylora {
 
