@@ -5,7 +5,7 @@ tests/test_host_cuda_many.py runs the kernels themselves on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -21,6 +21,12 @@ ROWS = cuda_products.MIN_M
 
 NO_GPU = dispatch.BACKENDS["cuda"].unavailable()
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(NO_GPU is not None, reason=NO_GPU or "")]
+
+
+def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    for mark in ON_GPU:
+        test = mark(test)
+    return test
 
 
 def lora_extend(
@@ -122,8 +128,64 @@ def test_autocast_does_not_reach_into_it(device):
     assert torch.equal(y, cuda.BACKEND.ops["nf4_linear"].run(*args))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(NO_GPU is not None, reason=NO_GPU or "")
+def test_the_ops_refuse_a_cpu_tensor():
+    """Called past dispatch: there is no kernel to go to."""
+    if extension.load()[0] is None:
+        pytest.skip("pylora was installed without its extension")
+    out = torch.empty(40, 72, dtype=torch.bfloat16)[:, :64]
+    with pytest.raises(NotImplementedError, match="nf4_dequantize_into"):
+        torch.ops.pylora_C.nf4_dequantize_into(*weight((40, 64), "cpu"), out)
+    x, lora_A = torch.randn(4, 64), torch.randn(8, 64)
+    with pytest.raises(NotImplementedError, match="lora_extend"):
+        torch.ops.pylora_C.lora_extend(x, lora_A, None, 1.0, 0.0, None, "identity")
+
+
+@on_gpu
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (torch.empty(40, 64, dtype=torch.float64), "out must be float32, float16 or bfloat16"),
+        (torch.empty(40 * 64), "out must have 2 dimensions"),
+        (torch.empty(64, 40).t(), "out must have rows of contiguous elements"),
+        (torch.empty(1, 64).expand(40, 64), "out must have rows of contiguous elements"),
+        (torch.empty(40, 65), "qweight must have 1300 elements"),
+    ],
+)
+def test_nf4_dequantize_into_says_what_is_wrong(out: Tensor, message: str):
+    strided = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device="cuda")
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.pylora_C.nf4_dequantize_into(*weight((40, 64), "cuda"), strided)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "columns"), [((300, 1096), 1112), ((37, 45), 64)])
+def test_nf4_dequantize_into(shape, columns, dtype):
+    """Bit for bit the reference; what stands beside it stays."""
+    q = weight(shape, "cuda", 32, nested=True)
+    out = torch.full((shape[0], columns), -3.0, dtype=dtype, device="cuda")
+    torch.ops.pylora_C.nf4_dequantize_into(*q, out[:, : shape[1]])
+    assert torch.equal(out[:, : shape[1]], reference.nf4_dequantize(*q, shape, dtype))
+    assert (out[:, shape[1] :] == -3.0).all()
+
+
+@on_gpu
+@pytest.mark.parametrize(
+    ("columns", "dtype", "lora_dtype", "message"),
+    [
+        (64, torch.float32, torch.float32, "x must be float16 or bfloat16"),
+        (72, torch.bfloat16, torch.bfloat16, "x must have a multiple of 64 columns, got 72"),
+        (64, torch.bfloat16, torch.float32, "lora_A must have dtype BFloat16, got Float"),
+    ],
+)
+def test_lora_extend_says_what_is_wrong(columns, dtype, lora_dtype, message):
+    x = torch.zeros(4, columns, device="cuda", dtype=dtype)
+    lora_A = torch.zeros(8, columns, device="cuda", dtype=lora_dtype)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.pylora_C.lora_extend(x, lora_A, None, 1.0, 0.0, None, "identity")
+
+
+@on_gpu
 def test_training_and_cuda_graph():
     """Forward here, backward wherever dispatch sends it; and the forward in a graph."""
     q = weight((96, 128), "cuda")

@@ -62,12 +62,13 @@ def nf4_linear_backward(grad: Tensor, *args: Any) -> Tensor:
 def lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """x [M, in_features] -> y [M, out_features], h fp32 [M, r]"""
     *q, out_features, lora_A, lora_B, bias, lora_A_bias, lora_B_bias, scaling = args[:14]
-    in_features, rank = lora_A.shape[1], lora_A.shape[0]
+    rank, in_features = lora_A.shape
     left, h = torch.ops.pylora_C.lora_extend(x, lora_A, lora_A_bias, scaling, *args[14:])
     right = x.new_empty(out_features, left.shape[1])
     torch.ops.pylora_C.nf4_dequantize_into(*q, right[:, :in_features])
     right[:, in_features : in_features + rank] = lora_B
-    right[:, in_features + rank :] = 0
+    if in_features + rank < right.shape[1]:
+        right[:, in_features + rank :] = 0
     if lora_B_bias is not None:
         both = scaling * lora_B_bias.float()
         bias = both if bias is None else both.add_(bias)
