@@ -7,8 +7,8 @@
 // Numerics  fp32 accumulation. bf16 x on a processor with bf16 products: W rounded to bf16 as a
 //           dequantized weight is; else W and x in fp32. The low-rank term is fp32 throughout.
 // Method    M <= kVectorTokens: nf4_vector.h, the weight decoded in registers. Else a block of
-// tokens
-//           is packed and, a panel of W after the other, decoded into the cache and multiplied.
+//           tokens is packed, and one panel of W after the other decoded into the cache and
+//           multiplied.
 // Threads   blocks of outputs; every output is summed in an order that depends on M alone.
 // Memory    at most 2 MiB a thread.
 #pragma once

@@ -19,8 +19,8 @@
 
 #include <cstdint>
 
-#include "common/nf4.h"
 #include "common/activation.h"
+#include "common/nf4.h"
 
 namespace pylora {
 

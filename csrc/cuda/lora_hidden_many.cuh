@@ -8,9 +8,8 @@
 //           fp32, as torch does it, since h is judged in lora_A's dtype. low is rounded to TF32 or
 //           x's dtype, in which it is multiplied next. Dropout multiplies by 0 or 1 / (1 - p), by
 //           the mask of pylora/reference/dropout.py; the matrix units leave 1 / (1 - p) to the sum.
-// Grid      a CTA of 8 warps, which share K, for 16 tokens and 16 or 32 rows of lora_A; in fp32 for
-// 8
-//           and 8.
+// Grid      a CTA of 8 warps, which share K, for 16 tokens and 16 or 32 rows of lora_A; in fp32
+//           for 8 and 8.
 // Algorithm 1. The next kernel may start: it reads nothing of this one before it has waited.
 //           2. A lane loads 16 bytes of its rows of x and lora_A, 8 columns, twice a step, copies
 //              x where that is wanted, and drops out: they are its fragments as they are, since any

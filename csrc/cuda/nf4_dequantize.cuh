@@ -6,8 +6,8 @@
 // Grid      one warp a tile of 1024 elements, 8 warps a CTA.
 // Algorithm 1. A lane reads 16 bytes of qweight: 32 elements, 512 bytes a warp.
 //           2. Lane b decodes absmax of the tile's block b: 1024 elements are at most 32 blocks.
-//           3. The bytes change lanes through shared memory, so that a store covers 512 bytes in a
-//           row.
+//           3. The bytes change lanes through shared memory, so that a store of the warp covers
+//              512 bytes in a row.
 //           4. Each step a lane takes its bytes for 16 bytes of output, fetches the absmax of their
 //              block from the lane that has it, decodes from the table in shared memory (16 entries
 //              in 16 banks: free of conflicts whatever the nibbles are), and stores 16 bytes.

@@ -2,15 +2,13 @@
 //
 // Shapes    grad [M, N] fp16|bf16; W NF4 over [N, K] -> dx [M, K] of grad's dtype
 //           (M <= 64 tokens, N = out_features, K = in_features)
-// Numerics  codes, absmax and their products rounded to grad's dtype, where torch rounds the
-// product
-//           alone: absmax belongs to a row of W, over which the sum goes, so that it cannot wait
+// Numerics  codes, absmax and their products rounded to grad's dtype (torch rounds the product
+//           alone): absmax belongs to a row of W, over which the sum goes, so that it cannot wait
 //           for the sum; and grad * absmax would leave the range of fp16. Products with grad exact,
 //           sums in fp32, those of warps and of slices in a fixed order.
-// Grid      persistent CTAs of 8 warps, as in lora_linear.cuh with the roles of N and K changed:
-// the
-//           work is tiles of 256 columns of W times slices of N; a CTA takes a range of it, slice
-//           by slice, so that grad stays.
+// Grid      persistent CTAs of 8 warps, as in lora_linear.cuh with the roles of N and K changed.
+//           The work is tiles of 256 columns of W times slices of N; a CTA takes a range of it,
+//           slice by slice, so that grad stays.
 // Algorithm 1. A warp owns 64 columns and every second chunk of 32 rows of the slice. Its bytes of
 //              qweight are under way three chunks ahead, across tiles as well, by cp.async into the
 //              holes of the decode table (nf4_pairs.cuh); its absmax in registers likewise.

@@ -30,10 +30,10 @@
 //              block before are under way.
 //           4. It starts the four products, waits for those of the block before, and gives back the
 //              stage that they read.
-//           5. low lora_B^T is added as more products, of TF32, with lora_B as the fragments; by
-//           the
-//              last slice of K where there are several. Then each writes its sums to the workspace,
-//              and the warpgroup that comes last at its rows of a tile adds them in their order.
+//           5. low lora_B^T is added as more products, of TF32, with lora_B as the fragments; where
+//              there are several slices of K, by the last. Then each writes its sums to the
+//              workspace, and the warpgroup that comes last at its rows of a tile adds them in
+//              their order.
 //           6. + bias + scaling * lora_B_bias, rounded once; turned round through the holes of the
 //              decode table, and stored 16 bytes at a time.
 // Limits    sm_90a; K % 64 == 0; blocksize % 64 == 0 (it may straddle rows); N K < 2^35; x, qweight

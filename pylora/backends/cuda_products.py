@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 from pylora.backends.backend import Reason, without_autocast
 
-# The rows of x from which on a product in which the weight is read twice more costs less than
+# The rows of x from which on writing the decoded weight and reading it again costs less than
 # decoding it for each tile of x. An estimate.
 MIN_M = 513
 
