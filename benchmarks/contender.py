@@ -21,7 +21,8 @@ class Layer:
     """One contender's layer over memory of its own.
 
     forward      x -> result; x is None for an op that takes none
-    path         x -> the path that a call with x takes, in words; asked after a call
+    path         x -> the path that a call with x takes, in words; asked after a call, with the
+                 backend and the environment of one
     parameters   what a backward differentiates besides x
     result       makes a raw result comparable, outside the timed region
     weight       the dense weight this layer stands for, where its format is not our NF4

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -50,20 +48,9 @@ def on_reference(layer: Layer) -> Layer:
     return layer
 
 
-def _with_hopper_kernel(build: Callable[[Operands], Layer]) -> Callable[[Operands], Layer]:
-    def switched(operands: Operands) -> Layer:
-        layer = build(operands)
-        layer.environment = {cuda_hopper.SWITCH: "1"}
-        explained_path = layer.path
-
-        def path(x: Tensor | None) -> str:
-            with mock.patch.dict(os.environ, layer.environment):
-                return explained_path(x)
-
-        layer.path = path
-        return layer
-
-    return switched
+def with_hopper_kernel(layer: Layer) -> Layer:
+    layer.environment = {cuda_hopper.SWITCH: "1"}
+    return layer
 
 
 def _hopper_why_not(cell: Cell, device: torch.device) -> str | None:
@@ -78,7 +65,7 @@ def _hopper(build: Callable[[Operands], Layer], has_lora: bool) -> Contender:
     """The kernel that is off by default, until it has been measured."""
     return Contender(
         "pylora, Hopper kernel",
-        _with_hopper_kernel(build),
+        lambda operands: with_hopper_kernel(build(operands)),
         ("pylora-kernels",),
         has_lora=has_lora,
         modes=MODES[:1],

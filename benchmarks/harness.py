@@ -251,7 +251,7 @@ def _judge(entry: Entry, verdict: Verdict) -> None:
 
 
 def _path(layer: Layer, call: Call, x: Any) -> str:
-    with torch.no_grad():
+    with call.around(), torch.no_grad():
         return layer.path(x)
 
 

@@ -15,7 +15,8 @@ EAGER, GRAPH = "eager", "graph"
 
 
 class Call:
-    """A call to time: `prepare` runs before the clock starts and its result goes to `run`."""
+    """A call to time: `prepare` runs before the clock starts and its result goes to `run`; both
+    run in the context that `around` makes."""
 
     def __init__(
         self,
@@ -24,16 +25,16 @@ class Call:
         around: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
     ) -> None:
         self.run, self.prepare = run, prepare
-        self._around = around or contextlib.nullcontext
+        self.around = around or contextlib.nullcontext
 
     def once(self) -> Any:
         """Runs it untimed; the raw result."""
-        with self._around():
+        with self.around():
             return self.run(self.prepare())
 
     def seconds(self, device: torch.device) -> float:
         """Time of one call. What it returns is freed after the clock has stopped."""
-        with self._around():
+        with self.around():
             prepared = self.prepare()
             if device.type == "cuda":
                 return self._seconds_on_cuda(prepared)
@@ -70,7 +71,7 @@ def captured(call: Call) -> Call:
             call.once()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with call._around(), torch.cuda.graph(graph):
+    with call.around(), torch.cuda.graph(graph):
         kept = call.run(None)
 
     def replay(_: None) -> Any:

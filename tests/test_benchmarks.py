@@ -141,6 +141,18 @@ def test_a_wrong_result_of_ours_is_not_timed(mode: str) -> None:
     assert found["peer"]["status"] == "fails the rule" and found["peer"]["samples"] > 0
 
 
+def test_the_path_told_is_that_of_the_backend_asked_for() -> None:
+    ours = bench_of("lora_linear").contenders[0]
+
+    def build(operands: Any) -> Layer:
+        layer = ours.build(operands)
+        layer.backend = "reference"
+        return layer
+
+    found = _harness_report(ours, replace(ours, build=build, name="forced", is_ours=False))
+    assert found["forced"]["path"].startswith("reference")
+
+
 @pytest.mark.parametrize("mode", [FORWARD, BACKWARD, TRAINING])
 def test_every_installed_contender_is_right(mode: str) -> None:
     contenders = bench_of("lora_linear").contenders
