@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,19 +38,9 @@ def _lora_linear(operands: Operands) -> Layer:
     )
 
 
-def on_triton(layer: Layer) -> Layer:
-    layer.backend = "triton"
-    return layer
-
-
 def on_reference(layer: Layer) -> Layer:
     layer.backend = "reference"
     layer.path = lambda x: "pure PyTorch, a panel of the weight at a time"
-    return layer
-
-
-def with_hopper_kernel(layer: Layer) -> Layer:
-    layer.environment = {cuda_hopper.SWITCH: "1"}
     return layer
 
 
@@ -65,7 +56,7 @@ def _hopper(build: Callable[[Operands], Layer], has_lora: bool) -> Contender:
     """The kernel that is off by default, until it has been measured."""
     return Contender(
         "pylora, Hopper kernel",
-        lambda operands: with_hopper_kernel(build(operands)),
+        lambda operands: replace(build(operands), environment={cuda_hopper.SWITCH: "1"}),
         ("pylora-kernels",),
         has_lora=has_lora,
         modes=MODES[:1],
@@ -85,7 +76,7 @@ def _triton(build: Callable[[Operands], Layer], has_lora: bool) -> Contender:
     """Where pylora prefers the C++ kernels: whether it should."""
     return Contender(
         "pylora, Triton kernels",
-        lambda operands: on_triton(build(operands)),
+        lambda operands: replace(build(operands), backend="triton"),
         ("pylora-kernels", "triton"),
         has_lora=has_lora,
         modes=MODES[:1],

@@ -221,9 +221,6 @@ def test_linear_plans(lora_linear, shape, gpu: str, processors: int, slices: int
     assert all(torch.equal(y, results[0]) for y in results)
 
 
-# nf4_linear and lora_linear for many rows on Hopper
-
-
 # nf4_linear_backward
 
 

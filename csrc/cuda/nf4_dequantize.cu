@@ -94,8 +94,8 @@ __global__ void __launch_bounds__(kWarps* kLanes)
   }
 }
 
-// Elements [begin, end), one a thread and step: what is left of the last tile, and misaligned
-// tensors.
+// Elements [begin, end), one a thread and step: what is left of the last tile, and all that tiles
+// do not take.
 template <class T>
 __global__ void __launch_bounds__(kScalarThreads)
     nf4_dequantize_elements(NF4Matrix weight, const float* __restrict__ offset, int64_t begin,

@@ -102,13 +102,15 @@ def _by_products(rows: int, has_hopper: bool = True) -> bool:
     return rows >= cuda_products.MIN_M and not (has_hopper and _on_hopper(rows))
 
 
+def _forward_kernel(op: str, rows: int) -> Any:
+    """That of nf4_linear or lora_linear for so many rows."""
+    if _by_products(rows):
+        return getattr(cuda_products, op)
+    return getattr(torch.ops.pylora_C, f"{op}_hopper" if _on_hopper(rows) else op)
+
+
 def _nf4_linear(x: Tensor, *args: Any) -> Tensor:
-    linear: Any = torch.ops.pylora_C.nf4_linear
-    if _on_hopper(_rows(x)):
-        linear = torch.ops.pylora_C.nf4_linear_hopper
-    elif _by_products(_rows(x)):
-        linear = cuda_products.nf4_linear
-    y = linear(_aligned(as_rows(x)), *contiguous(args))
+    y = _forward_kernel("nf4_linear", _rows(x))(_aligned(as_rows(x)), *contiguous(args))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -128,12 +130,7 @@ def _with_lora(op: Any, x: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, Tenso
 
 
 def _lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    linear: Any = torch.ops.pylora_C.lora_linear
-    if _on_hopper(_rows(x)):
-        linear = torch.ops.pylora_C.lora_linear_hopper
-    elif _by_products(_rows(x)):
-        linear = cuda_products.lora_linear
-    return _with_lora(linear, x, args)
+    return _with_lora(_forward_kernel("lora_linear", _rows(x)), x, args)
 
 
 def _multi_lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -212,7 +209,8 @@ def _nf4_linear_why_not(x: Tensor, *args: Any) -> Reason:
 
 def _nf4_linear_backward_why_not(grad: Tensor, *args: Any) -> Reason:
     *q, in_features = args
-    if q[5] == 32 and not _by_products(_rows(grad), has_hopper=False):
+    blocksize = q[5]
+    if blocksize == 32 and not _by_products(_rows(grad), has_hopper=False):
         return "the blocksize is 32; the kernel takes 64 or more"
     shape = (grad.shape[-1], in_features)
     return _linear_why_not("grad", grad, shape, tuple(q), has_products=True)

@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from pylora.backends.backend import Reason, without_autocast
 
 # The rows of x from which on writing the decoded weight and reading it again costs less than
-# decoding it for each tile of x. An estimate.
+# decoding it for each tile of x. An estimate, like that of kernels/configs.py.
 MIN_M = 513
 
 # Limits of csrc/cuda/lora_hidden_many.cuh.

@@ -13,6 +13,13 @@ inline pylora::Vector read_vector(int64_t code, int64_t count) {
   return {read_array<uint8_t>(bytes), dtype_of(code)};
 }
 
+// The seed follows in the input.
+inline void read_dropout(pylora::LoraHidden& hidden, double p) {
+  hidden.seed = read_array<int64_t>(1);
+  hidden.threshold = static_cast<uint32_t>(p * 4294967296.0 + 0.5);
+  hidden.keep_scale = static_cast<float>(1.0 / (1.0 - p));
+}
+
 struct LinearHeader {
   int64_t tokens, rows, cols, dtype, blocksize, nested_blocksize, nested, bias_dtype, rank,
       lora_dtype, biases, activation, dropout, processors, shared_per_sm, adapters;
@@ -47,11 +54,7 @@ inline LinearHeader read_linear(pylora::LoraLinear& op) {
     }
     hidden.scaling = static_cast<float>(scaling);
     hidden.activation = static_cast<pylora::Activation>(in.activation);
-    if (in.dropout != 0) {
-      hidden.seed = read_array<int64_t>(1);
-      hidden.threshold = static_cast<uint32_t>(dropout_p * 4294967296.0 + 0.5);
-      hidden.keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p));
-    }
+    if (in.dropout != 0) read_dropout(hidden, dropout_p);
   }
   return in;
 }

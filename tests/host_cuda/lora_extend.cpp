@@ -1,7 +1,8 @@
 // Runs lora_extend on the CPU: arguments from standard input, [x | low | 0] and h to standard
 // output.
 #include "cuda/lora_hidden_many.cuh"
-#include "stdin_arrays.h"
+
+#include "linear_input.h"
 
 struct Header {
   int64_t tokens, cols, rank, dtype, has_bias, activation, has_dropout;
@@ -10,21 +11,16 @@ struct Header {
 
 int main() {
   const Header in = *read_array<Header>(1);
-  const auto dtype = static_cast<pylora::DType>(in.dtype);
-  const int64_t size = pylora::dtype_size(dtype);
-  const void* x = read_array<uint8_t>(in.tokens * in.cols * size);
+  const int64_t size = pylora::dtype_size(dtype_of(in.dtype));
+  const void* x = read_vector(in.dtype, in.tokens * in.cols).data;
   pylora::LoraHidden op;
-  op.dtype = dtype;
+  op.dtype = dtype_of(in.dtype);
   op.rank = static_cast<int>(in.rank);
-  op.lora_A = read_array<uint8_t>(in.rank * in.cols * size);
-  if (in.has_bias != 0) op.lora_A_bias = read_array<uint8_t>(in.rank * size);
+  op.lora_A = read_vector(in.dtype, in.rank * in.cols).data;
+  if (in.has_bias != 0) op.lora_A_bias = read_vector(in.dtype, in.rank).data;
   op.scaling = static_cast<float>(in.scaling);
   op.activation = static_cast<pylora::Activation>(in.activation);
-  if (in.has_dropout != 0) {
-    op.seed = read_array<int64_t>(1);
-    op.threshold = static_cast<uint32_t>(in.dropout_p * 4294967296.0 + 0.5);
-    op.keep_scale = static_cast<float>(1.0 / (1.0 - in.dropout_p));
-  }
+  if (in.has_dropout != 0) read_dropout(op, in.dropout_p);
   const int64_t wide_bytes = in.tokens * pylora::wide_cols(in.cols, in.rank) * size;
   void* wide = make_output(wide_bytes);
   op.h = static_cast<float*>(make_output(4 * in.tokens * in.rank));
