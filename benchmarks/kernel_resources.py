@@ -7,6 +7,8 @@ No GPU is needed: the numbers are read from the machine code in `pylora._C` by c
 comes with the Triton wheel. Worse means a spill, a kernel gone, or more registers, shared memory or
 instructions for 32 weights, or fewer 16-byte accesses or matrix instructions than the table says; a
 change that means it updates the table in the same commit. Shared memory is the static one.
+Registers count as the hardware hands them out, in eights: below that, two builds of the same source
+differ, since ptxas orders some of its work by where the heap happens to lie.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ WEIGHTS_OF_MATRIX = 8
 WEIGHTS_OF_SHARED_LOAD = 8
 
 MATRIX = "HMMA|HGMMA|UTCHMMA"
+# What a warp's registers are allocated in, for each of its threads.
+REGISTER_UNIT = 8
 
 Resources = dict[str, dict[str, dict[str, int]]]
 
@@ -183,9 +187,13 @@ def problems(measured: Resources, committed: Resources) -> list[str]:
             found += [
                 f"{arch} {name}: {key} {before[key]} -> {after[key]}"
                 for key, sign in WORSE.items()
-                if key in before and sign * (after[key] - before[key]) > 0
+                if key in before and sign * (_compared(key, after) - _compared(key, before)) > 0
             ]
     return found
+
+
+def _compared(key: str, numbers: dict[str, int]) -> int:
+    return -(-numbers[key] // REGISTER_UNIT) if key == "registers" else numbers[key]
 
 
 def show(table: Resources) -> None:
