@@ -16,9 +16,9 @@ from torch import Tensor
 
 from pylora.nf4 import (
     DEFAULT_NESTED_BLOCKSIZE,
-    NF4_CODE,
     NF4Weight,
     absmax_shape,
+    nf4_code,
     packed_shape,
 )
 
@@ -85,7 +85,7 @@ def to_bitsandbytes(w: NF4Weight) -> Any:
     state = QuantState(
         absmax=w.absmax.view(-1),
         shape=w.shape,
-        code=torch.tensor(NF4_CODE, device=w.device),
+        code=nf4_code(w.device).clone(),
         blocksize=w.blocksize,
         quant_type="nf4",
         dtype=w.dtype,
@@ -108,7 +108,7 @@ def state_entries(w: NF4Weight) -> dict[str, Tensor]:
     """The entries bitsandbytes writes beside `weight`, without the `weight.` prefix."""
     entries = {
         "absmax": w.absmax.reshape(-1),
-        "quant_map": torch.tensor(NF4_CODE, device=w.device),
+        "quant_map": nf4_code(w.device).clone(),
     }
     facts: dict[str, Any] = {
         "quant_type": "nf4",
@@ -152,12 +152,12 @@ def from_state_entries(weight: Tensor, entries: Mapping[str, Tensor]) -> NF4Weig
         ) from error
     if quant_type != "nf4":
         raise ValueError(f"weight has quant_type {quant_type!r}; it must be 'nf4'")
-    nested = "nested_absmax" in entries
-    if nested and "nested_quant_map" not in entries:
-        raise ValueError("weight.nested_quant_map is missing beside weight.nested_absmax")
+    _check_code(entries.get("quant_map"))
+    nested = _is_nested(entries, facts)
     offset = None
     if nested:
-        offset = torch.tensor(float(facts["nested_offset"]), device=weight.device)
+        value = float(facts["nested_offset"])
+        offset = torch.tensor(value, dtype=torch.float32, device=weight.device)
     return _assemble(
         weight,
         entries["absmax"],
@@ -169,6 +169,30 @@ def from_state_entries(weight: Tensor, entries: Mapping[str, Tensor]) -> NF4Weig
         offset,
         int(facts.get("nested_blocksize", DEFAULT_NESTED_BLOCKSIZE)),
     )
+
+
+def _check_code(quant_map: Tensor | None) -> None:
+    """Raises ValueError for another code than NF4's, which would decode to other weights."""
+    if quant_map is None or quant_map.is_meta:
+        return
+    # A checkpoint that was cast as a whole has it in 16 bits.
+    code = nf4_code(quant_map.device).to(quant_map.dtype)
+    if not torch.equal(quant_map.reshape(-1), code):
+        raise ValueError("weight.quant_map is not the NF4 code; it must be the 16 values of NF4")
+
+
+def _is_nested(entries: Mapping[str, Tensor], facts: Mapping[str, Any]) -> bool:
+    """Whether absmax is itself quantized. Raises ValueError where a part of that is missing."""
+    parts = {name: name in entries for name in ("nested_absmax", "nested_quant_map")}
+    parts[f"{_STATE_KEY}'s nested_offset"] = "nested_offset" in facts
+    missing = [name for name, present in parts.items() if not present]
+    codes = not entries["absmax"].is_floating_point()
+    if missing and (codes or len(missing) < len(parts)):
+        raise ValueError(f"weight.{missing[0]} is missing beside a double-quantized weight.absmax")
+    if not missing and not codes:
+        dtype = entries["absmax"].dtype
+        raise ValueError(f"weight.absmax has dtype {dtype}; double-quantized it must be uint8")
+    return not missing
 
 
 def _assemble(

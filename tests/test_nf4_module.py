@@ -201,6 +201,19 @@ def damaged(state: dict[str, Tensor], how: str) -> dict[str, Tensor]:
         state["weight.quant_state.bitsandbytes__nf4"] = torch.tensor([1, 2, 3], dtype=torch.uint8)
     elif how == "map gone":
         del state["weight.nested_quant_map"]
+    elif how == "nested absmax gone":
+        del state["weight.nested_absmax"]
+    elif how == "all nested gone":
+        del state["weight.nested_absmax"], state["weight.nested_quant_map"]
+    elif how == "blob of plain absmax":
+        plain = NF4Linear(64, 32).state_dict()
+        state["weight.quant_state.bitsandbytes__nf4"] = plain[
+            "weight.quant_state.bitsandbytes__nf4"
+        ]
+    elif how == "plain absmax":
+        state["weight.absmax"] = state["weight.absmax"].float()
+    elif how == "another code":
+        state["weight.quant_map"] = state["weight.quant_map"] * 2
     elif how == "short weight":
         state["weight"] = state["weight"][:-1]
     elif how == "short absmax":
@@ -224,6 +237,11 @@ def damaged(state: dict[str, Tensor], how: str) -> dict[str, Tensor]:
         ("blob gone", "quant_state.bitsandbytes__nf4 is missing"),
         ("blob unreadable", "not a readable NF4 description"),
         ("map gone", "nested_quant_map is missing"),
+        ("nested absmax gone", "nested_absmax is missing"),
+        ("all nested gone", "nested_absmax is missing"),
+        ("blob of plain absmax", "nested_offset is missing"),
+        ("plain absmax", "absmax has dtype torch.float32; double-quantized it must be uint8"),
+        ("another code", "quant_map is not the NF4 code"),
         ("short weight", "holds 1023 bytes"),
         ("short absmax", "absmax has 31 elements; it must have 32"),
         ("other shape", r"shape \(32, 128\); it must be \(32, 64\)"),

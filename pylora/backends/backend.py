@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pylora.reference.rows import as_rows
+
 Reason = str | None
 
 # What the compiled kernels compute in; float64 is the reference's alone.
@@ -47,9 +49,9 @@ def nf4_dequantize_why_not(device_type: str, qweight: Tensor, *args: Any) -> Rea
     return None
 
 
-def as_rows(x: Tensor) -> Tensor:
+def contiguous_rows(x: Tensor) -> Tensor:
     """x [..., features] as the compiled kernels take it: contiguous, 2-D."""
-    return x.reshape(-1, x.shape[-1]).contiguous()
+    return as_rows(x).contiguous()
 
 
 def contiguous(args: tuple[Any, ...]) -> list[Any]:

@@ -15,8 +15,8 @@ from pylora.backends.backend import (
     Backend,
     Op,
     Reason,
-    as_rows,
     contiguous,
+    contiguous_rows,
     nf4_dequantize_why_not,
 )
 from pylora.backends.composition import composed
@@ -41,6 +41,8 @@ def _device_or_dtype(**tensors: Tensor | None) -> Reason:
             return f"{name} is on {tensor.device}, not on the CPU"
         if tensor.dtype not in KERNEL_DTYPES:
             return f"{name} is {tensor.dtype}; the kernels take float32, float16 and bfloat16"
+        if tensor.shape[-1:] == (0,):
+            return f"{name} has shape {tuple(tensor.shape)}: there is nothing to multiply"
     return None
 
 
@@ -59,17 +61,17 @@ def _nf4_dequantize(*args: Any) -> Tensor:
 
 
 def _nf4_linear(x: Tensor, *args: Any) -> Tensor:
-    y = torch.ops.pylora_C.nf4_linear(as_rows(x), *contiguous(args))
+    y = torch.ops.pylora_C.nf4_linear(contiguous_rows(x), *contiguous(args))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _nf4_linear_backward(grad: Tensor, *args: Any) -> Tensor:
-    dx = torch.ops.pylora_C.nf4_linear_backward(as_rows(grad), *contiguous(args))
+    dx = torch.ops.pylora_C.nf4_linear_backward(contiguous_rows(grad), *contiguous(args))
     return dx.view(*grad.shape[:-1], dx.shape[-1])
 
 
 def _lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    y, h = torch.ops.pylora_C.lora_linear(as_rows(x), *contiguous(args))
+    y, h = torch.ops.pylora_C.lora_linear(contiguous_rows(x), *contiguous(args))
     return y.view(*x.shape[:-1], y.shape[-1]), h.view(*x.shape[:-1], h.shape[-1])
 
 
@@ -80,7 +82,7 @@ def _lora_linear_why_not(x: Tensor, weight: Tensor, absmax: Tensor | None, *args
 
 
 def _lora_linear_backward(grad: Tensor, x: Tensor, h: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    rows = (as_rows(grad), as_rows(x), as_rows(h))
+    rows = (contiguous_rows(grad), contiguous_rows(x), contiguous_rows(h))
     dx, *others = torch.ops.pylora_C.lora_linear_backward(*rows, *contiguous(args))
     return (dx.view(x.shape) if args[-1][0] else dx, *others)
 

@@ -15,8 +15,8 @@ from pylora.backends.backend import (
     Backend,
     Op,
     Reason,
-    as_rows,
     contiguous,
+    contiguous_rows,
     nf4_dequantize_why_not,
 )
 from pylora.backends.composition import composed
@@ -110,7 +110,7 @@ def _forward_kernel(op: str, rows: int) -> Any:
 
 
 def _nf4_linear(x: Tensor, *args: Any) -> Tensor:
-    y = _forward_kernel("nf4_linear", _rows(x))(_aligned(as_rows(x)), *contiguous(args))
+    y = _forward_kernel("nf4_linear", _rows(x))(_aligned(contiguous_rows(x)), *contiguous(args))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -118,14 +118,14 @@ def _nf4_linear_backward(grad: Tensor, *args: Any) -> Tensor:
     backward: Any = torch.ops.pylora_C.nf4_linear_backward
     if _by_products(_rows(grad), has_hopper=False):
         backward = cuda_products.nf4_linear_backward
-    dx = backward(as_rows(grad), *contiguous(args))
+    dx = backward(contiguous_rows(grad), *contiguous(args))
     return dx.view(*grad.shape[:-1], dx.shape[-1])
 
 
 def _with_lora(op: Any, x: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     others = contiguous(args)
     others[_LORA_A] = _aligned(others[_LORA_A])
-    y, h = op(_aligned(as_rows(x)), *others)
+    y, h = op(_aligned(contiguous_rows(x)), *others)
     return y.view(*x.shape[:-1], y.shape[-1]), h.view(*x.shape[:-1], h.shape[-1])
 
 

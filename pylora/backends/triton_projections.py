@@ -21,11 +21,12 @@ from pylora.reference.projections import (
     projection_seed,
     wanted_of,
 )
+from pylora.reference.rows import as_rows
 
 
 def rows(x: Tensor) -> Tensor:
     """[..., features] as a matrix whose rows may be apart, but not their elements."""
-    flat = x.reshape(-1, x.shape[-1])
+    flat = as_rows(x)
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
@@ -58,7 +59,7 @@ def _like(h: Tensor, x: Tensor) -> Tensor:
 
 def _rows_of(h: Tensor) -> Tensor:
     """The inverse of `_like`."""
-    return rows(h) if h.dim() > 1 else h
+    return h if h.shape == (0,) else rows(h)
 
 
 def lora_qkv(x: Tensor, *args: Any) -> tuple[list[Tensor], list[Tensor]]:

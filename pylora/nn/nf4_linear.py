@@ -84,9 +84,9 @@ class NF4Linear(nn.Module):
         if self.double_quant:
             groups = block_count(blocks, self.nested_blocksize)
             nested = {
-                "nested_absmax": torch.empty(groups, device=device),
-                "nested_code": torch.empty(256, device=device),
-                "offset": torch.empty((), device=device),
+                "nested_absmax": torch.empty(groups, dtype=torch.float32, device=device),
+                "nested_code": torch.empty(256, dtype=torch.float32, device=device),
+                "offset": torch.empty((), dtype=torch.float32, device=device),
             }
         self.set_nf4_weight(
             NF4Weight(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pylora.ops.registration import NF4_SCHEMA, register
+from pylora.reference.rows import as_rows
 
 
 def _fake(
@@ -54,14 +55,31 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             grad, *ctx.saved_tensors, *ctx.blocksizes, ctx.in_features
         )
     if ctx.bias_dtype is not None and ctx.needs_input_grad[9]:
-        dbias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+        dbias = as_rows(grad).sum(0).to(ctx.bias_dtype)
     return (dx, *[None] * 8, dbias)
+
+
+def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, *q, _ = inputs
+    tensors, ctx.blocksizes = q[:5], q[5:]
+    ctx.save_for_backward(*tensors)
+    ctx.out_features = grad.shape[-1]
+
+
+def _backward_of_backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
+    # dx = grad @ W is linear in grad alone: the way back is ddx @ W^T.
+    dgrad = torch.ops.pylora.nf4_linear(
+        ddx, *ctx.saved_tensors, *ctx.blocksizes, ctx.out_features, None
+    )
+    return (dgrad, *[None] * 8)
 
 
 register(
     "nf4_linear_backward",
     f"Tensor grad, {NF4_SCHEMA}, SymInt in_features) -> Tensor",
     _backward_fake,
+    _backward_setup_context,
+    _backward_of_backward,
 )
 register(
     "nf4_linear",

@@ -21,6 +21,8 @@ WEIGHT_SCHEMA = NF4_SCHEMA.replace("Tensor qweight, Tensor absmax", "Tensor weig
 
 _LIBRARY = torch.library.Library("pylora", "DEF")
 
+_VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
 
 def register(
     name: str,
@@ -29,19 +31,41 @@ def register(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> None:
-    """Defines `pylora::name`: dispatched implementation, fake function and autograd."""
+    """Defines `pylora::name`: dispatched implementation, fake function and autograd.
+
+    Without a backward, an op that could be differentiated raises where its gradient is asked for:
+    torch alone would warn, and give zeros for what comes through it.
+    """
     _LIBRARY.define(f"{name}({schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, partial(dispatch.call, name), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, partial(_call, name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"pylora::{name}", fake, lib=_LIBRARY)
     if setup_context is None or backward is None:
-        return
-    if "[]" in schema:  # torch's own knows how to go through lists of tensors
+        setup_context, backward = _save_nothing, partial(_refuse, name)
+    if "Tensor[]" in schema:  # torch's own knows how to go through lists of tensors
         torch.library.register_autograd(
             f"pylora::{name}", backward, setup_context=setup_context, lib=_LIBRARY
         )
     else:
         kernel = _autograd_kernel(name, setup_context, backward)
         _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def _call(name: str, *args: Any) -> Any:
+    # What a backend returns may be a reshaped tensor of its own. Were it marked as a view, nobody
+    # could change a layer's output in place, as nn.ReLU(inplace=True) does.
+    with torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):
+        return dispatch.call(name, *args)
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
+def _refuse(name: str, ctx: Any, *grads: Any) -> Any:
+    raise NotImplementedError(
+        f"pylora::{name} has no gradient: gradients of gradients go through nf4_linear alone; "
+        "elsewhere create_graph must be False"
+    )
 
 
 def _autograd_kernel(

@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 from pylora.reference.activation import ACTIVATIONS
 from pylora.reference.dropout import dropout
 from pylora.reference.nf4_linear import nf4_linear, nf4_linear_backward
+from pylora.reference.rows import as_rows
 
 
 def lora_linear(
@@ -81,15 +82,15 @@ def lora_linear_backward(
     """
     want_x, want_weight, want_A, want_B, want_bias, want_A_bias, want_B_bias = output_mask
     act = ACTIVATIONS[activation]
-    flat_grad = grad.reshape(-1, grad.shape[-1])
+    flat_grad = as_rows(grad)
     scaled = flat_grad.to(lora_A.dtype) * scaling
-    h = h.reshape(-1, h.shape[-1]).to(lora_A.dtype)
+    h = as_rows(h).to(lora_A.dtype)
     dh = act.backward(scaled @ lora_B, h)
 
     # Tensors of their own: an op's results must not share memory, not even when empty.
     dx, dweight, dlora_A, dlora_B, dbias, dA_bias, dB_bias = (x.new_empty(0) for _ in output_mask)
     if want_A:
-        xd = dropout(x.to(lora_A.dtype), dropout_p, seed).reshape(-1, x.shape[-1])
+        xd = as_rows(dropout(x.to(lora_A.dtype), dropout_p, seed))
         dlora_A = dh.t() @ xd
     if want_x:
         if absmax is None:
@@ -99,7 +100,7 @@ def lora_linear_backward(
             base = nf4_linear_backward(grad, *q, x.shape[-1])
         dx = (base + dropout((dh @ lora_A).view(x.shape), dropout_p, seed)).to(x.dtype)
     if want_weight:
-        dweight = flat_grad.t() @ x.reshape(-1, x.shape[-1])
+        dweight = flat_grad.t() @ as_rows(x)
     if want_B:
         dlora_B = scaled.t() @ act.forward(h)
     if want_bias:

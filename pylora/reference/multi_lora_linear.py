@@ -19,6 +19,7 @@ from pylora.reference.projections import (
     base_linear,
     base_linear_backward,
 )
+from pylora.reference.rows import as_rows
 
 
 def check_adapter_ids(adapter_ids: Tensor, adapters: int) -> None:
@@ -54,10 +55,10 @@ def multi_lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """Returns y [..., out_features] in x.dtype and h [..., r] in fp32 (float64 for float64
     weights), which is zero where a row has no adapter."""
-    adapters, rank, in_features = lora_A.shape
+    adapters, rank, _ = lora_A.shape
     check_adapter_ids(adapter_ids, adapters)
     q = (weight, absmax, nested_absmax, nested_code, offset, blocksize, nested_blocksize)
-    flat_x = x.reshape(-1, in_features)
+    flat_x = as_rows(x)
     y = base_linear(ops, flat_x, q, out_features, bias)
     hidden_dtype = torch.promote_types(lora_A.dtype, torch.float32)
     h = x.new_zeros(y.shape[0], rank, dtype=hidden_dtype)
@@ -95,7 +96,7 @@ def multi_lora_linear_backward(
     want_x, want_weight, want_A, want_B, want_bias = output_mask
     adapters, rank, in_features = lora_A.shape
     dx, dweight, dlora_A, dlora_B, dbias = (x.new_empty(0) for _ in output_mask)
-    flat_grad, flat_x, flat_h = (t.reshape(-1, t.shape[-1]) for t in (grad, x, h))
+    flat_grad, flat_x, flat_h = map(as_rows, (grad, x, h))
     if want_x:
         q = (weight, absmax, nested_absmax, nested_code, offset, blocksize, nested_blocksize)
         dx = base_linear_backward(ops, flat_grad, q, in_features)

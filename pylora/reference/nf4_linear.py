@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from pylora.reference.nf4_dequantize import row_panels
+from pylora.reference.rows import as_rows
 
 
 def nf4_linear(
@@ -43,7 +44,7 @@ def nf4_linear_backward(
     """dx = grad @ W: grad [..., out_features] -> [..., in_features], panels summed in fp32."""
     q = (qweight, absmax, nested_absmax, nested_code, offset, blocksize, nested_blocksize)
     compute = torch.promote_types(grad.dtype, torch.float32)
-    flat = grad.reshape(-1, grad.shape[-1])
+    flat = as_rows(grad)
     dx = flat.new_zeros(flat.shape[0], in_features, dtype=compute)
     for rows, panel in row_panels(*q, grad.shape[-1], in_features, grad.dtype):
         dx.addmm_(flat[:, rows].to(compute), panel.to(compute))

@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 
 from pylora.reference.lora_linear import lora_linear, lora_linear_backward
 from pylora.reference.nf4_linear import nf4_linear, nf4_linear_backward
+from pylora.reference.rows import as_rows
 
 # The quantization part of one weight: weight, absmax, ..., nested_blocksize.
 Base = tuple[Any, ...]
@@ -156,11 +157,11 @@ def project_backward(
         results = list(run.lora_linear_backward(grad, x, h, *one.base, *low_rank, *last)[:5])
     else:
         results = [x.new_empty(0) for _ in wanted]
-        rows = grad.reshape(-1, grad.shape[-1])
+        rows = as_rows(grad)
         if wanted[0]:
             results[0] = base_linear_backward(ops, grad, one.base, x.shape[-1])
         if wanted[1]:
-            results[1] = rows.t() @ x.reshape(-1, x.shape[-1])
+            results[1] = rows.t() @ as_rows(x)
         if wanted[4]:
             results[4] = rows.sum(0)
     if wanted[4] and one.bias is not None:
