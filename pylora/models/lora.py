@@ -21,6 +21,7 @@ from pylora.models.module_tree import (
     refuse_offloaded,
     refuse_peft_model,
     sites,
+    take_off_quantized_marks,
     unwrapped,
 )
 from pylora.models.targets import ALL_LINEAR, Targets, can_carry_lora, named_by, not_found
@@ -144,6 +145,7 @@ def install(
             wrapped[key] = settings[site.name].wrap(bases[key])
         site.replace(wrapped[key])
     _train_in_full(model, saved)
+    take_off_quantized_marks(model, has_lora=True)
 
 
 def _base_of(site: Site) -> nn.Module:

@@ -126,6 +126,25 @@ def is_4bit(module: nn.Module) -> bool:
     return isinstance(module, NF4Linear) or is_bitsandbytes_4bit(module)
 
 
+def take_off_quantized_marks(model: nn.Module, has_lora: bool) -> None:
+    """Takes from a model that transformers loaded in 4 bits the marks that no longer hold.
+
+    With `is_quantized` its Trainer refuses a model without PEFT's adapters, so it goes where there
+    is LoRA; with the others `.half()` and `.to(dtype)` refuse, so all go where no bitsandbytes
+    layer is left. What `save_pretrained` goes by stays.
+    """
+    has_bitsandbytes = any(is_bitsandbytes_4bit(module) for module in model.modules())
+    for module in model.modules():
+        marks = vars(module)
+        if not marks.get("is_loaded_in_4bit"):
+            continue
+        if has_lora or not has_bitsandbytes:
+            marks["is_quantized"] = False
+        if not has_bitsandbytes:
+            marks["is_loaded_in_4bit"] = False
+            marks.pop("quantization_method", None)
+
+
 def refuse_offloaded(site: Site) -> None:
     """Raises ValueError where accelerate keeps the module's weights off the device."""
     if getattr(getattr(site.module, "_hf_hook", None), "offload", False):

@@ -18,6 +18,7 @@ from pylora.models.module_tree import (
     refuse_offloaded,
     refuse_peft_model,
     sites,
+    take_off_quantized_marks,
     unwrapped,
 )
 from pylora.models.targets import named_by
@@ -65,6 +66,7 @@ def quantize_model(
         shared: NF4Linear | None = None
         for places in modules.values():
             shared = _quantize_layer(places, shared, blocksize, double_quant)
+    take_off_quantized_marks(root, has_lora=False)
     logger.info(
         "quantized %d layers to NF4: %.1f MB of parameters became %.1f MB",
         sum(map(len, layers)),
