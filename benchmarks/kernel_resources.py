@@ -19,6 +19,7 @@ import json
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,8 @@ def measure(module: Path) -> Resources:
             keys = ("registers", "stack", "shared", "local")
             numbers = dict(zip(keys, map(int, match.groups()), strict=True))
             table.setdefault(arch, {})[short_name(mangled)] = numbers
-    for arch in table:
-        _count_instructions(tool, module, arch, table[arch])
+    with ThreadPoolExecutor() as pool:  # most of the time is cuobjdump's
+        list(pool.map(lambda arch: _count_instructions(tool, module, arch, table[arch]), table))
     return table
 
 

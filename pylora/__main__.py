@@ -86,6 +86,10 @@ def main() -> int:
     names = [name for name in dispatch.BACKENDS if name != "reference"]
     check_parser.add_argument("--backend", choices=names, help="only this one's kernels")
     arguments = parser.parse_args()
+    try:
+        dispatch.forced_backend()
+    except (ValueError, RuntimeError) as error:
+        parser.error(str(error))
     return info() if arguments.command == "info" else check(arguments.seed, arguments.backend)
 
 

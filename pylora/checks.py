@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -35,9 +37,11 @@ def finite(name: str, value: Tensor) -> None:
         )
 
 
-def floating_dtype(name: str, dtype: torch.dtype | None) -> None:
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"{name} is {dtype}; it must be a floating-point dtype")
+def floating_dtype(name: str, dtype: object) -> None:
+    # One byte holds formats that torch computes nothing in.
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
+        return
+    raise TypeError(f"{name} is {dtype!r}; it must be float16, bfloat16, float32 or float64")
 
 
 def nf4_weight(name: str, value: object) -> None:
@@ -203,7 +207,28 @@ def adapter_ids(name: str, value: Tensor, x: Tensor) -> Tensor:
     )
 
 
+def number(name: str, value: object) -> None:
+    """Anything that float() reads and that is no text: Python's, numpy's, a tensor of one."""
+    if not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
+        raise TypeError(f"{name} is {value!r}; it must be a number")
+
+
+def integer(name: str, value: object, least: int) -> None:
+    # True is an int to Python, and a slip of the pen to a caller.
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} is {value!r}; it must be an integer >= {least}")
+
+
+def names(name: str, value: object) -> None:
+    """A string or a collection of strings."""
+    if isinstance(value, str):
+        return
+    if not isinstance(value, Collection) or not all(isinstance(entry, str) for entry in value):
+        raise TypeError(f"{name} is {value!r}; it must be a string or a collection of strings")
+
+
 def probability(name: str, value: float) -> None:
+    number(name, value)
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name} is {value}; it must be in [0, 1)")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,10 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     if op not in functional.OP_ARGUMENTS:
         known = ", ".join(sorted(functional.OP_ARGUMENTS))
         raise ValueError(f"op is {op!r}; it must be one of {known}")
+    try:
+        inspect.signature(getattr(functional, op)).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{op}(): {error}") from None
     name, op_args = functional.OP_ARGUMENTS[op](*args, **kwargs)
     rejected: dict[str, str] = {}
     for backend in dispatch.candidates():

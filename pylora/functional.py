@@ -59,8 +59,9 @@ def _dequantize_arguments(
     w: NF4Weight, dtype: torch.dtype | None = None
 ) -> tuple[str, tuple[Any, ...]]:
     checks.nf4_weight("w", w)
+    dtype = w.dtype if dtype is None else dtype
     checks.floating_dtype("dtype", dtype)
-    return "nf4_dequantize", (*w.op_arguments(), list(w.shape), dtype or w.dtype)
+    return "nf4_dequantize", (*w.op_arguments(), list(w.shape), dtype)
 
 
 def dequantize_nf4(w: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
@@ -116,6 +117,7 @@ def _lora_linear_arguments(
     checks.vector("lora_B_bias", lora_B_bias, out_features, x.device, lora_A.dtype)
     dropout = _dropout(dropout_p, seed, x)
     activation = checks.activation("activation", activation)
+    checks.number("scaling", scaling)
     return "lora_linear", (
         x,
         *base,
@@ -341,6 +343,10 @@ def dropout_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
                 "it must be an int or an int64 tensor of one element"
             )
         return seed.reshape(()).to(device)
+    if not isinstance(seed, int):
+        raise TypeError(f"seed is {seed!r}; it must be an int or an int64 tensor of one element")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed is {seed}; it must fit in 64 bits with a sign")
     return torch.tensor(seed, dtype=torch.int64, device=device)
 
 

@@ -224,9 +224,10 @@ class NF4Weight:
 
 def check_blocksize(blocksize: int) -> None:
     """Raises ValueError unless `blocksize` is one that the format knows."""
-    if blocksize not in BLOCKSIZES:
+    # 64.0 equals 64, and is none the less no size.
+    if not isinstance(blocksize, int) or blocksize not in BLOCKSIZES:
         raise ValueError(
-            f"blocksize is {blocksize}; it must be one of {', '.join(map(str, BLOCKSIZES))}"
+            f"blocksize is {blocksize!r}; it must be one of {', '.join(map(str, BLOCKSIZES))}"
         )
 
 

@@ -123,7 +123,10 @@ def assert_refused(model: nn.Module, folder: Path, message: str, error: Any = Va
         ({"r": True}, "r is True; it must be int"),
         ({"r": 3}, r"'base_model.model.inner.*' has shape \(2, 8\); it must be \(3, 8\)"),
         ({"lora_dropout": 2.0}, r"adapter_config.json: lora_dropout is 2.0"),
-        ({"alpha_pattern": {"other": "x"}}, r"adapter_config.json: unsupported operand"),
+        (
+            {"alpha_pattern": {"other": "x"}},
+            r"adapter_config.json: lora_alpha is 'x'; it must be a number",
+        ),
         ({"use_dora": True}, r"'base_model.model.*lora_magnitude_vector' is missing"),
         ({"lora_bias": True}, r"lora_B.bias' is missing"),
         ({"target_modules": ["other"]}, r"LoRA for 'inner.proj', but adapter_config.json does not"),

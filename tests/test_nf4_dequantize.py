@@ -78,7 +78,7 @@ def test_errors() -> None:
     with pytest.raises(TypeError, match="w is Tensor; it must be an NF4Weight"):
         pylora.dequantize_nf4(torch.zeros(2, 2))  # type: ignore[arg-type]
     w = pylora.quantize_nf4(torch.randn(2, 64))
-    with pytest.raises(TypeError, match=r"dtype is torch.int8; it must be a floating-point dtype"):
+    with pytest.raises(TypeError, match=r"dtype is torch.int8; it must be float16, bfloat16"):
         pylora.dequantize_nf4(w, torch.int8)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -9,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from pylora import checks
 from pylora.models.module_tree import (
     Site,
     fully_trained_modules,
@@ -87,6 +89,10 @@ def add_lora(
     refuse_peft_model(root)
     settings = LoraSettings(r, lora_alpha, lora_dropout, use_rslora, use_dora, lora_bias, dtype)
     settings.wrap(nn.Linear(1, 1, device="meta"))  # raises for what LoRALinear does not take
+    checks.names("target_modules", target_modules)
+    checks.names("modules_to_save", modules_to_save)
+    if isinstance(target_modules, str):
+        _check_expression("target_modules", target_modules)
     saved = find_modules_to_save(root, modules_to_save)
     targets = Targets(target_modules, fully_trained=[site.name for site in saved])
     targeted = targets.find(root)
@@ -95,6 +101,15 @@ def add_lora(
         raise not_found("target_modules", target_modules, linear)
     install(root, targeted, dict.fromkeys((s.name for s in targeted), settings), saved)
     return model
+
+
+def _check_expression(name: str, value: str) -> None:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(
+            f"{name} is {value!r}; it must be a regular expression: {error}"
+        ) from error
 
 
 def find_modules_to_save(model: nn.Module, wanted: str | Collection[str]) -> list[Site]:

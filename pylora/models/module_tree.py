@@ -48,6 +48,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside torch.compile's and data parallelism's wrappers, whose names are the plain
     ones.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {model!r}; it must be an nn.Module")
     while True:
         if isinstance(model, (DataParallel, DistributedDataParallel)):
             model = model.module

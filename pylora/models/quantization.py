@@ -54,6 +54,7 @@ def quantize_model(
     """
     root = unwrapped(model)
     check_blocksize(blocksize)
+    checks.names("skip_modules", skip_modules)
     refuse_peft_model(root)
     if isinstance(root, nn.Linear):
         raise ValueError("model is an nn.Linear itself; use pylora.nn.NF4Linear.from_linear")

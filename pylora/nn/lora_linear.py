@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pylora import functional
+from pylora import checks, functional
 from pylora.nf4 import NF4Weight
 from pylora.nn.nf4_linear import NF4Linear
 
@@ -63,14 +63,14 @@ class LoRALinear(nn.Module):
             raise TypeError(
                 f"base is {type(base).__name__}; it must be an nn.Linear or an NF4Linear"
             )
-        if not isinstance(r, int) or r < 1:
-            raise ValueError(f"r is {r!r}; it must be an integer >= 1")
-        if not 0.0 <= lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout is {lora_dropout}; it must be in [0, 1)")
+        checks.integer("r", r, least=1)
+        checks.number("lora_alpha", lora_alpha)
+        if not math.isfinite(lora_alpha):
+            raise ValueError(f"lora_alpha is {lora_alpha}; it must be finite")
+        checks.probability("lora_dropout", lora_dropout)
         if use_dora and lora_bias:
             raise ValueError("lora_bias is True; it must be False with use_dora")
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype is {dtype}; it must be a floating-point dtype")
+        checks.floating_dtype("dtype", dtype)
         self.base_layer = base.requires_grad_(False)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.r, self.lora_dropout, self.use_dora = r, lora_dropout, use_dora

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pylora import bnb_format, functional
+from pylora import bnb_format, checks, functional
 from pylora.nf4 import (
     DEFAULT_BLOCKSIZE,
     DEFAULT_NESTED_BLOCKSIZE,
@@ -49,8 +49,7 @@ class NF4Linear(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("in_features", in_features), ("out_features", out_features)):
-            if not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} is {value!r}; it must be an integer >= 0")
+            checks.integer(name, value, least=0)
         check_blocksize(blocksize)
         self.in_features, self.out_features = in_features, out_features
         self.blocksize, self.double_quant = blocksize, double_quant
