@@ -36,8 +36,8 @@ demo: $(INSTALLED) ## fine-tune a real language model with QLoRA on this machine
 	$(PY) examples/finetune_qlora.py --out build/demo
 
 test: $(INSTALLED) ## all tests, then those of the Triton kernels once more in Triton's interpreter
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests -n auto
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/pytest tests -n auto -k 'triton and not nf4_quantize and not dispatch'
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests -n auto --durations=12
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/pytest tests -n auto --durations=12 -k 'triton and not nf4_quantize and not dispatch'
 
 # The build of its own, in build/asan, comes before the installed one. Leaks are Python's to report,
 # and libstdc++ must be in the process before the sanitizer looks for the exceptions it throws.
