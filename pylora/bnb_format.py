@@ -16,9 +16,9 @@ from torch import Tensor
 
 from pylora.nf4 import (
     DEFAULT_NESTED_BLOCKSIZE,
+    NF4_CODE,
     NF4Weight,
     absmax_shape,
-    nf4_code,
     packed_shape,
 )
 
@@ -85,7 +85,7 @@ def to_bitsandbytes(w: NF4Weight) -> Any:
     state = QuantState(
         absmax=w.absmax.view(-1),
         shape=w.shape,
-        code=nf4_code(w.device).clone(),
+        code=_code(w.device),
         blocksize=w.blocksize,
         quant_type="nf4",
         dtype=w.dtype,
@@ -108,7 +108,7 @@ def state_entries(w: NF4Weight) -> dict[str, Tensor]:
     """The entries bitsandbytes writes beside `weight`, without the `weight.` prefix."""
     entries = {
         "absmax": w.absmax.reshape(-1),
-        "quant_map": nf4_code(w.device).clone(),
+        "quant_map": _code(w.device),
     }
     facts: dict[str, Any] = {
         "quant_type": "nf4",
@@ -171,12 +171,17 @@ def from_state_entries(weight: Tensor, entries: Mapping[str, Tensor]) -> NF4Weig
     )
 
 
+def _code(device: torch.device) -> Tensor:
+    # A tensor of its own each time: what is written may not share storage.
+    return torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
+
+
 def _check_code(quant_map: Tensor | None) -> None:
     """Raises ValueError for another code than NF4's, which would decode to other weights."""
     if quant_map is None or quant_map.is_meta:
         return
     # A checkpoint that was cast as a whole has it in 16 bits.
-    code = nf4_code(quant_map.device).to(quant_map.dtype)
+    code = _code(quant_map.device).to(quant_map.dtype)
     if not torch.equal(quant_map.reshape(-1), code):
         raise ValueError("weight.quant_map is not the NF4 code; it must be the 16 values of NF4")
 

@@ -57,6 +57,21 @@ def nf4_midpoints(device: torch.device) -> Tensor:
     return (code[1:] + code[:-1]) / 2
 
 
+def _dynamic_values() -> list[float]:
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        steps = 2**exponent + 1
+        boundaries = torch.linspace(0.1, 1, steps, dtype=torch.float32, device="cpu")
+        means = (boundaries[:-1] + boundaries[1:]) / 2.0
+        magnitudes = 10 ** (exponent - 6) * means
+        values += magnitudes.tolist() + (-magnitudes).tolist()
+    return sorted(values)
+
+
+# Worked out here: later it might be a fake tensor, or one on another default device.
+_DYNAMIC_CODE = _dynamic_values()
+
+
 def dynamic_code(device: torch.device) -> Tensor:
     """The signed 8-bit dynamic data type that stores absmax under double quantization, fp32 [256],
     sorted.
@@ -64,13 +79,7 @@ def dynamic_code(device: torch.device) -> Tensor:
     A sign, a unary exponent of base 10 and a linear fraction that fills the bits left over
     (Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", arXiv:1511.04561).
     """
-    values = [0.0, 1.0]
-    for exponent in range(7):
-        boundaries = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
-        means = (boundaries[:-1] + boundaries[1:]) / 2.0
-        magnitudes = 10 ** (exponent - 6) * means
-        values += magnitudes.tolist() + (-magnitudes).tolist()
-    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+    return torch.tensor(_DYNAMIC_CODE, dtype=torch.float32, device=device)
 
 
 def block_count(numel: int, blocksize: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.functional import linear
 
 import pylora
@@ -123,3 +124,29 @@ def test_scales_are_fp32_under_any_default_dtype(
     x = torch.randn(3, 128, dtype=torch.bfloat16)
     assert torch.equal(loaded(x), layer(x))
     LoRALinear(layer, r=4)(x).sum().backward()
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_forward_without_numbers_and_numbers_later(kind: str, use_dora: bool) -> None:
+    def layer(device: str) -> LoRALinear:
+        linear = nn.Linear if kind == "dense" else NF4Linear
+        return LoRALinear(linear(64, 32, device=device), r=4, use_dora=use_dora)
+
+    source, empty = layer("cpu"), layer("meta")
+    nn.init.normal_(source.lora_B)
+    assert empty(torch.empty(5, 64, device="meta")).shape == (5, 32)
+    filled = empty.to_empty(device="cpu")
+    filled.load_state_dict(source.state_dict())
+    x = torch.randn(5, 64)
+    assert torch.equal(filled(x), source(x))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_fake_tensors(double_quant: bool) -> None:
+    with FakeTensorMode():
+        layer = LoRALinear(NF4Linear(64, 32, double_quant=double_quant), r=4)
+        y = layer(torch.randn(5, 64, requires_grad=True))
+        y.sum().backward()
+    assert isinstance(y, FakeTensor) and y.shape == (5, 32)
+    assert layer.lora_A.grad is not None and layer.lora_A.grad.shape == (4, 64)

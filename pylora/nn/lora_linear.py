@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +95,8 @@ class LoRALinear(nn.Module):
             self.register_load_state_dict_post_hook(_refresh_after_load)
         if device.type != "meta":
             self.reset_lora_parameters()
+        else:
+            self.refresh_base_norm()  # its shape, for a forward without numbers
 
     def set_scaling(self, lora_alpha: float, use_rslora: bool) -> None:
         """scaling = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`."""
@@ -167,7 +171,7 @@ class LoRALinear(nn.Module):
     def refresh_base_norm(self) -> None:
         """Recomputes |W| by rows, which DoRA reads in every forward, after W was replaced."""
         weight = self.base_weight
-        if self.lora_magnitude is None or self.merged or weight.device.type == "meta":
+        if self.lora_magnitude is None or self.merged:
             return
         if isinstance(weight, NF4Weight):
             weight = weight.dequantize(torch.float32)
@@ -184,7 +188,7 @@ class LoRALinear(nn.Module):
         """
         A, B = self.lora_A.float(), self.lora_B.float()
         weight = self.base_weight
-        with torch.autocast(A.device.type, enabled=False):  # a norm in bf16 would move every output
+        with _without_autocast(A.device.type):  # a norm in bf16 would move every output
             if isinstance(weight, NF4Weight):
                 projected = functional.nf4_linear(A, weight).t()
             else:
@@ -201,7 +205,7 @@ class LoRALinear(nn.Module):
         dense = (
             weight.dequantize(torch.float32) if isinstance(weight, NF4Weight) else weight.float()
         )
-        with torch.autocast(dense.device.type, enabled=False):
+        with _without_autocast(dense.device.type):
             dense = torch.addmm(dense, self.lora_B.float(), self.lora_A.float(), alpha=self.scaling)
         if self.lora_magnitude is not None:
             dense *= (self.lora_magnitude.float() / self.weight_norm().float())[:, None]
@@ -275,6 +279,12 @@ class LoRALinear(nn.Module):
             f"r={self.r}, lora_alpha={self.lora_alpha}, "
             f"lora_dropout={self.lora_dropout}{flags}{merged}"
         )
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    # Devices without it, such as meta, do not even let it be switched off.
+    available = torch.amp.autocast_mode.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 def _refresh_after_load(layer: nn.Module, _: object) -> None:
