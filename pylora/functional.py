@@ -88,7 +88,7 @@ def nf4_linear(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor:
     w       NF4Weight [out_features, in_features]
     bias    [out_features]
 
-    Returns [..., out_features] in x.dtype. Differentiable in x and bias.
+    Returns [..., out_features] in x.dtype. Differentiable in x and bias, also twice.
     Raises TypeError or ValueError naming the argument that does not fit.
     """
     return _call(_nf4_linear_arguments(x, w, bias))
@@ -160,8 +160,8 @@ def lora_linear(
     activation  None (LoRA), "relu", "gelu", "gelu_tanh", "silu", "tanh" or "sigmoid" (parallel
                 adapter)
 
-    Returns [..., out_features] in x.dtype. Differentiable in x, a dense weight, lora_A, lora_B and
-    biases; the backward keeps x and the [..., r] projection, and regenerates the mask.
+    Returns [..., out_features] in x.dtype. Differentiable once in x, a dense weight, lora_A,
+    lora_B and biases; the backward keeps x and the [..., r] projection, and regenerates the mask.
     Raises TypeError or ValueError naming the argument that does not fit.
     Source: LoRA, arXiv:2106.09685; parallel adapter, arXiv:2110.04366.
     """
@@ -214,8 +214,8 @@ def lora_qkv(
                  draw independent masks: they equal `lora_linear` with the seeds seed, seed + 1 and
                  seed + 2
 
-    Returns (q, k, v), each [..., its out_features] in x.dtype. Differentiable in x, dense weights,
-    lora_A, lora_B and biases; the backward keeps x once, and the [..., r] projections.
+    Returns (q, k, v), each [..., its out_features] in x.dtype. Differentiable once in x, dense
+    weights, lora_A, lora_B and biases; the backward keeps x once, and the [..., r] projections.
     Raises TypeError or ValueError naming the argument that does not fit.
     Source: LoRA, arXiv:2106.09685.
     """
@@ -266,9 +266,9 @@ def lora_mlp(
                   down draw independent masks: they equal `lora_linear` with the seeds seed,
                   seed + 1 and seed + 2
 
-    Returns [..., out_features] in x.dtype. Differentiable in x, dense weights, lora_A, lora_B and
-    biases. The backward keeps x, gate(x), up(x) and the [..., r] projections; act(gate(x)) * up(x)
-    is computed again.
+    Returns [..., out_features] in x.dtype. Differentiable once in x, dense weights, lora_A, lora_B
+    and biases. The backward keeps x, gate(x), up(x) and the [..., r] projections; act(gate(x)) *
+    up(x) is computed again.
     Raises TypeError or ValueError naming the argument that does not fit.
     Source: GLU variants, arXiv:2002.05202; LoRA, arXiv:2106.09685.
     """
@@ -317,8 +317,8 @@ def multi_lora_linear(
     scalings     [n] floating point, alpha / r of each adapter; a constant, not differentiated
     bias         [out_features]
 
-    Returns [..., out_features] in x.dtype. Differentiable in x, a dense weight, lora_A, lora_B and
-    bias; the backward keeps x and the [..., r] projection. Adapters that no row has get zeros.
+    Returns [..., out_features] in x.dtype. Differentiable once in x, a dense weight, lora_A, lora_B
+    and bias; the backward keeps x and the [..., r] projection. Adapters that no row has get zeros.
     Raises TypeError or ValueError naming the argument that does not fit.
     Source: Punica, arXiv:2310.18547; S-LoRA, arXiv:2311.03285.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import weakref
@@ -104,8 +105,10 @@ def test_layers_that_share_a_weight_share_its_bytes() -> None:
     model["a"].weight = model["b"].weight
     biases = [model["a"].bias, model["b"].bias]
     pylora.quantize_model(model)
-    assert model["a"].weight.data_ptr() == model["b"].weight.data_ptr()
     assert [model["a"].bias, model["b"].bias] == biases
+    for each in (model, copy.deepcopy(model), copy.deepcopy(model).bfloat16()):
+        assert each["a"].weight is each["b"].weight and each["a"].absmax is each["b"].absmax
+        assert sum(p.numel() for p in each.parameters()) == 64 * 64 // 2 + 64 + 2 * 64
 
 
 def test_a_layer_at_two_places_is_one_layer() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pylora import checks, functional
 from pylora.nf4 import NF4Weight
-from pylora.nn.nf4_linear import NF4Linear
+from pylora.nn.nf4_linear import NF4Linear, frozen
 
 
 @dataclass
@@ -257,10 +257,10 @@ class LoRALinear(nn.Module):
         if isinstance(base, NF4Linear) and isinstance(weight, NF4Weight):
             base.set_nf4_weight(weight)
         elif isinstance(base, nn.Linear) and isinstance(weight, Tensor):
-            base.weight = _frozen(weight)
+            base.weight = frozen(weight)
         else:
             raise TypeError(f"weight is {type(weight).__name__}; it must be of the base's own kind")
-        base.bias = None if bias is None else _frozen(bias)
+        base.bias = None if bias is None else frozen(bias)
 
     @property
     def weight(self) -> Tensor:
@@ -290,9 +290,3 @@ def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
 def _refresh_after_load(layer: nn.Module, _: object) -> None:
     assert isinstance(layer, LoRALinear)
     layer.refresh_base_norm()
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    if isinstance(tensor, nn.Parameter):
-        return tensor
-    return nn.Parameter(tensor, requires_grad=False)

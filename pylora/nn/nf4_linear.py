@@ -128,8 +128,9 @@ class NF4Linear(nn.Module):
             raise ValueError(
                 f"w has shape {tuple(w.shape)}; it must be {(self.out_features, self.in_features)}"
             )
-        self.weight = nn.Parameter(w.qweight, requires_grad=False)
-        self.absmax = nn.Parameter(w.absmax, requires_grad=False)
+        # Another layer's are shared as the objects they are: a copy, a cast and a count of
+        # parameters then know that they are one.
+        self.weight, self.absmax = frozen(w.qweight), frozen(w.absmax)
         self.register_buffer("nested_absmax", w.nested_absmax, persistent=False)
         self.register_buffer("nested_code", w.nested_code, persistent=False)
         self.register_buffer("offset", w.offset, persistent=False)
@@ -275,3 +276,10 @@ class NF4Linear(nn.Module):
             f"bias={self.bias is not None}, blocksize={self.blocksize}, "
             f"double_quant={self.double_quant}"
         )
+
+
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """The tensor itself where it is a parameter already, else a parameter over it."""
+    if isinstance(tensor, nn.Parameter):
+        return tensor
+    return nn.Parameter(tensor, requires_grad=False)
