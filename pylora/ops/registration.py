@@ -62,10 +62,10 @@ def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _refuse(name: str, ctx: Any, *grads: Any) -> Any:
-    raise NotImplementedError(
-        f"pylora::{name} has no gradient: gradients of gradients go through nf4_linear alone; "
-        "elsewhere create_graph must be False"
-    )
+    hint = ""
+    if name.endswith("_backward"):
+        hint = ": only nf4_linear can be differentiated twice; create_graph must be False"
+    raise NotImplementedError(f"pylora::{name} has no gradient{hint}")
 
 
 def _autograd_kernel(
