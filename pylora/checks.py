@@ -11,6 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from pylora.nf4 import QUANTIZABLE_DTYPES, NF4Weight
 from pylora.reference.activation import ACTIVATIONS, GATED_ACTIVATIONS
 
+# What transformers' configurations and AdapterHub's call them.
+_ALIASES = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "swish": "silu"}
+
 
 def tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
@@ -236,14 +239,19 @@ def probability(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value}; it must be in [0, 1)")
 
 
-def gated_activation(name: str, value: str) -> None:
+def gated_activation(name: str, value: str) -> str:
+    """The op's name for the activation of a gated MLP."""
+    value = _ALIASES.get(value, value)
     if value not in GATED_ACTIVATIONS:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(GATED_ACTIVATIONS)}")
+    return value
 
 
 def activation(name: str, value: str | None) -> str:
     """The op's name for an activation; None means the identity."""
-    value = "identity" if value is None else value
+    if value is None:
+        return "identity"
+    value = _ALIASES.get(value, value)
     if value not in ACTIVATIONS:
         raise ValueError(f"{name} is {value!r}; it must be None or one of {', '.join(ACTIVATIONS)}")
     return value

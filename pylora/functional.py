@@ -158,7 +158,7 @@ def lora_linear(
     seed        int or int64 scalar tensor that fixes the mask; drawn from torch's generator where
                 None
     activation  None (LoRA), "relu", "gelu", "gelu_tanh", "silu", "tanh" or "sigmoid" (parallel
-                adapter)
+                adapter), also by transformers' names: "swish", "gelu_pytorch_tanh", "gelu_new"
 
     Returns [..., out_features] in x.dtype. Differentiable once in x, a dense weight, lora_A,
     lora_B and biases; the backward keeps x and the [..., r] projection, and regenerates the mask.
@@ -242,7 +242,7 @@ def _lora_mlp_arguments(
         )
     in_features = {"gate": x.shape[-1], "up": x.shape[-1], "down": intermediate}
     lists = projection_arguments(projections, x, in_features)
-    checks.gated_activation("activation", activation)
+    activation = checks.gated_activation("activation", activation)
     return "lora_mlp", (x, *lists, *_dropout(dropout_p, seed, x), activation)
 
 
@@ -260,7 +260,8 @@ def lora_mlp(
     x             [..., in_features] floating point; under autocast it is cast to the autocast dtype
     gate, up      over weights [intermediate, in_features], NF4 or dense
     down          over a weight [out_features, intermediate]
-    activation    "silu", "gelu" or "gelu_tanh"
+    activation    "silu", "gelu" or "gelu_tanh", also by transformers' names: "swish",
+                  "gelu_pytorch_tanh", "gelu_new"
     dropout_p     probability of dropping an element of the input of each low-rank path, in [0, 1)
     seed          int or int64 scalar tensor; drawn from torch's generator where None. gate, up and
                   down draw independent masks: they equal `lora_linear` with the seeds seed,

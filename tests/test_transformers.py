@@ -1,4 +1,4 @@
-"""Models that transformers loaded in 4 bits: Trainer, casts and save_pretrained go on working."""
+"""Beside transformers: models it loaded in 4 bits train, cast and save; its names are known."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import linear
 
 import pylora
+import pylora.functional as F
+from pylora.functional import Projection
 from pylora.nn import NF4Linear
 
 transformers = pytest.importorskip("transformers")
@@ -39,6 +42,24 @@ def load(folder: Path, quantized: bool = True) -> Any:
         )
     # In eval mode bitsandbytes repacks its weights in the first forward.
     return transformers.AutoModelForCausalLM.from_pretrained(folder, **arguments).train()
+
+
+@pytest.mark.parametrize(
+    "name", ["relu", "gelu", "gelu_pytorch_tanh", "gelu_new", "silu", "swish", "tanh", "sigmoid"]
+)
+def test_activations_go_by_the_names_of_configurations(name: str) -> None:
+    function = transformers.activations.ACT2FN[name]
+    x, weight = torch.randn(5, 64), torch.randn(32, 64)
+    A, B = torch.randn(4, 64), torch.randn(32, 4)
+    expected = linear(x, weight) + linear(function(linear(x, A)), B)
+    torch.testing.assert_close(F.lora_linear(x, weight, A, B, 1.0, activation=name), expected)
+    if name in ("relu", "tanh", "sigmoid"):
+        return  # no model gates with them
+    gate, up = (Projection(torch.randn(48, 64) / 8) for _ in range(2))
+    down = Projection(torch.randn(64, 48) / 8)
+    hidden = function(linear(x, gate.weight)) * linear(x, up.weight)
+    y = F.lora_mlp(x, gate, up, down, activation=name)
+    torch.testing.assert_close(y, linear(hidden, down.weight), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("target_modules", ["all-linear", ["q_proj"]], ids=str)
