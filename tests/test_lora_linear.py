@@ -347,7 +347,7 @@ def test_errors() -> None:
             ValueError,
             r"dropout_p is 1.0; it must be in \[0, 1\)",
         ),
-        ((x, w, A, B, 1.0), {"activation": "swish"}, ValueError, "activation is 'swish'"),
+        ((x, w, A, B, 1.0), {"activation": "softsign"}, ValueError, "activation is 'softsign'"),
         ((x, w, A, B, 1.0), {"dropout_p": 0.1, "seed": torch.zeros(2)}, TypeError, "seed is a"),
         ((x[:, :7], w, A, B, 1.0), {}, ValueError, "its last dimension must be in_features = 192"),
         ((x, torch.zeros(48), A, B, 1.0), {}, ValueError, r"weight has shape \(48,\)"),

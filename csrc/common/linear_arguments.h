@@ -41,7 +41,15 @@ inline void check_vector(const char* name, const Tensor& tensor, int64_t size) {
   check_numel(name, tensor, size, "one for every output");
 }
 
-inline Activation to_activation(const std::string& name) {
+// The string itself, as it comes: torch's own conversion to std::string leaks a copy of it in every
+// call (up to 2.13 at least). It is freed here.
+inline Activation to_activation(StringHandle handle) {
+  size_t length = 0;
+  const char* data = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  const std::string name(data, length);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
   static constexpr const char* kNames[] = {"identity", "relu", "gelu",   "gelu_tanh",
                                            "silu",     "tanh", "sigmoid"};
   for (int i = 0; i < 7; ++i) {

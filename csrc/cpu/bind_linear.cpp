@@ -92,7 +92,7 @@ AdapterFactor to_factor(const char* name, const Tensor& tensor, int64_t rank, in
 // What forward and backward share.
 LoraLinear to_lora_linear(const Tensor& x, const NF4Matrix& weight, const Tensor& lora_A,
                           const Tensor& lora_B, double scaling, double dropout_p,
-                          const std::optional<Tensor>& seed, const std::string& activation) {
+                          const std::optional<Tensor>& seed, StringHandle activation) {
   check_matrix("lora_A", lora_A);
   const int64_t rank = lora_A.size(0);
   STD_TORCH_CHECK(rank >= 1 && rank <= kMaxRank, "lora_A must have 1 to ", kMaxRank,
@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor> lora_linear_cpu(
     int64_t out_features, const Tensor& lora_A, const Tensor& lora_B,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& lora_A_bias,
     const std::optional<Tensor>& lora_B_bias, double scaling, double dropout_p,
-    const std::optional<Tensor>& seed, const std::string& activation) {
+    const std::optional<Tensor>& seed, StringHandle activation) {
   STD_TORCH_CHECK(absmax.has_value(), "absmax must be given: this op takes NF4 weights only");
   check_matrix("x", x);
   const NF4Matrix matrix = check_nf4_cpu(weight, *absmax, nested_absmax, nested_code, offset,
@@ -156,8 +156,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_b
     const std::optional<Tensor>& absmax, const std::optional<Tensor>& nested_absmax,
     const std::optional<Tensor>& nested_code, const std::optional<Tensor>& offset,
     int64_t blocksize, int64_t nested_blocksize, const Tensor& lora_A, const Tensor& lora_B,
-    double scaling, double dropout_p, const std::optional<Tensor>& seed,
-    const std::string& activation, const std::vector<bool>& output_mask) {
+    double scaling, double dropout_p, const std::optional<Tensor>& seed, StringHandle activation,
+    const std::vector<bool>& output_mask) {
   STD_TORCH_CHECK(absmax.has_value(), "absmax must be given: this op takes NF4 weights only");
   STD_TORCH_CHECK(output_mask.size() == 7, "output_mask must have 7 values, got ",
                   output_mask.size());

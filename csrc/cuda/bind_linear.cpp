@@ -113,7 +113,7 @@ void set_lora_B(LoraLinear& op, const Tensor& x, const Tensor& lora_A, const Ten
 
 void set_hidden(LoraHidden& hidden, const Tensor& x, const Tensor& lora_A,
                 const std::optional<Tensor>& lora_A_bias, double scaling, double dropout_p,
-                const std::optional<Tensor>& seed, const std::string& activation) {
+                const std::optional<Tensor>& seed, StringHandle activation) {
   check_matrix("lora_A", lora_A);
   const int64_t rank = lora_A.size(0);
   check_matrix("lora_A", lora_A, rank, x.size(1));
@@ -133,7 +133,7 @@ void set_hidden(LoraHidden& hidden, const Tensor& x, const Tensor& lora_A,
 void set_lora(LoraLinear& op, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
               const std::optional<Tensor>& lora_A_bias, const std::optional<Tensor>& lora_B_bias,
               double scaling, double dropout_p, const std::optional<Tensor>& seed,
-              const std::string& activation) {
+              StringHandle activation) {
   set_hidden(op.hidden, x, lora_A, lora_A_bias, scaling, dropout_p, seed, activation);
   check_matrix("lora_B", lora_B, op.weight.rows, lora_A.size(0));
   set_lora_B(op, x, lora_A, lora_B);
@@ -305,7 +305,7 @@ std::tuple<Tensor, Tensor> lora_linear_cuda(
     int64_t out_features, const Tensor& lora_A, const Tensor& lora_B,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& lora_A_bias,
     const std::optional<Tensor>& lora_B_bias, double scaling, double dropout_p,
-    const std::optional<Tensor>& seed, const std::string& activation) {
+    const std::optional<Tensor>& seed, StringHandle activation) {
   STD_TORCH_CHECK(absmax.has_value(), "absmax must be given: this op takes NF4 weights only");
   LoraLinear op = to_base(x, weight, *absmax, nested_absmax, nested_code, offset, blocksize,
                           nested_blocksize, out_features, bias, Tokens::most(blocksize));
@@ -317,7 +317,7 @@ std::tuple<Tensor, Tensor> lora_linear_cuda(
 std::tuple<Tensor, Tensor> lora_extend(const Tensor& x, const Tensor& lora_A,
                                        const std::optional<Tensor>& lora_A_bias, double scaling,
                                        double dropout_p, const std::optional<Tensor>& seed,
-                                       const std::string& activation) {
+                                       StringHandle activation) {
   check_on_cuda("x", x);
   check_matrix("x", x);
   check_not_fp32("x", x);
