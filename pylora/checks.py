@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from pylora.backends.backend import under_autocast
 from pylora.nf4 import QUANTIZABLE_DTYPES, NF4Weight
 from pylora.reference.activation import ACTIVATIONS, GATED_ACTIVATIONS
 
@@ -80,22 +81,16 @@ def activations(
         raise ValueError(
             f"{name} is on {x.device}; it must be on {device}, where {name_of_weight} is"
         )
-    if x.dtype != torch.float64 and _under_autocast(x.device.type):
+    if x.dtype != torch.float64 and under_autocast(x.device.type):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
-
-
-def _under_autocast(device_type: str) -> bool:
-    # Asking is an error on devices that know no autocast, such as meta.
-    available = torch.amp.autocast_mode.is_autocast_available(device_type)
-    return available and torch.is_autocast_enabled(device_type)
 
 
 def same_dtype_as_x(name: str, value: Tensor, x: Tensor) -> Tensor:
     """A dense weight in x's dtype: cast under autocast, else TypeError where they differ."""
     if value.dtype == x.dtype:
         return value
-    if _under_autocast(x.device.type):
+    if under_autocast(x.device.type):
         return value.to(x.dtype)
     raise TypeError(f"{name} has dtype {value.dtype}; it must be x's dtype, {x.dtype}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -21,6 +22,19 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DENSE = "the base weight is dense: torch's own matmul takes it"
 
 
+def under_autocast(device_type: str) -> bool:
+    # Asking is an error on devices that know no autocast, such as meta.
+    available = torch.amp.autocast_mode.is_autocast_available(device_type)
+    return available and torch.is_autocast_enabled(device_type)
+
+
+def autocast_off(device_type: str) -> AbstractContextManager[Any]:
+    """Nothing where it is off already: some devices do not even let it be switched off."""
+    if under_autocast(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """An op's inputs have been cast already; autocast must not cast inside it as well.
 
@@ -30,11 +44,7 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def run(first: Tensor | list[Tensor], *args: Any) -> Any:
         device = (first if isinstance(first, Tensor) else first[0]).device.type
-        # Asking whether it is enabled is an error on devices that know no autocast, such as meta.
-        available = torch.amp.autocast_mode.is_autocast_available(device)
-        if not (available and torch.is_autocast_enabled(device)):
-            return function(first, *args)
-        with torch.autocast(device, enabled=False):
+        with autocast_off(device):
             return function(first, *args)
 
     return run

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pylora import checks, functional
+from pylora.backends.backend import autocast_off
 from pylora.nf4 import NF4Weight
 from pylora.nn.nf4_linear import NF4Linear, frozen
 
@@ -188,7 +187,7 @@ class LoRALinear(nn.Module):
         """
         A, B = self.lora_A.float(), self.lora_B.float()
         weight = self.base_weight
-        with _without_autocast(A.device.type):  # a norm in bf16 would move every output
+        with autocast_off(A.device.type):  # a norm in bf16 would move every output
             if isinstance(weight, NF4Weight):
                 projected = functional.nf4_linear(A, weight).t()
             else:
@@ -205,7 +204,7 @@ class LoRALinear(nn.Module):
         dense = (
             weight.dequantize(torch.float32) if isinstance(weight, NF4Weight) else weight.float()
         )
-        with _without_autocast(dense.device.type):
+        with autocast_off(dense.device.type):
             dense = torch.addmm(dense, self.lora_B.float(), self.lora_A.float(), alpha=self.scaling)
         if self.lora_magnitude is not None:
             dense *= (self.lora_magnitude.float() / self.weight_norm().float())[:, None]
@@ -279,12 +278,6 @@ class LoRALinear(nn.Module):
             f"r={self.r}, lora_alpha={self.lora_alpha}, "
             f"lora_dropout={self.lora_dropout}{flags}{merged}"
         )
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    # Devices without it, such as meta, do not even let it be switched off.
-    available = torch.amp.autocast_mode.is_autocast_available(device_type)
-    return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 def _refresh_after_load(layer: nn.Module, _: object) -> None:
