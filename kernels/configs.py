@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from pylora.backends.limits import TRITON_PRODUCT_FROM
 from pylora.kernels.launch import Facts
 
 
@@ -88,14 +89,10 @@ HIDDEN = PointwiseConfig(block_m=32, block_r=16)
 ADAPTER_ROWS = AdapterRowsConfig(block_m=32, block_j=128, most_counted=8192)
 SUM_OF_PIECES = DequantizeConfig(elements=1024, num_warps=4)
 
-# estimate: beyond it the second reading of a dequantized weight costs less than decoding it again
-# for each tile of M, and than what Triton's tiles lose against the vendor's matrix product.
-_LARGE_M = {2: 512, 4: 64}
-
 
 def is_large(M: int, itemsize: int) -> bool:
-    """Whether M rows of elements of this size are better off with a dense matrix product."""
-    return M > _LARGE_M[itemsize]
+    """True if M rows of elements of this size are better off with a dense matrix product."""
+    return M >= TRITON_PRODUCT_FROM[itemsize]
 
 
 def cdiv(a: int, b: int) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pylora.kernels.activation import activate
 from pylora.kernels.lora_hidden import sum_of_parts
-from pylora.kernels.philox import Dropout, keep_mask
+from pylora.kernels.philox import Mask, keep_mask
 from pylora.kernels.precision import Operands, as_operand, dot_add, rounded
 
 
@@ -138,7 +138,7 @@ def add_to_columns(acc, vector_ptr, scale, q, Q, COLUMNS_FIRST: tl.constexpr):
     return acc
 
 
-class LowRank(NamedTuple):
+class Term(NamedTuple):
     """One low-rank term: what of `add_low_rank` differs from projection to projection."""
 
     parts: Tensor  # fp32 [parts, M, R]
@@ -147,7 +147,7 @@ class LowRank(NamedTuple):
     h: Tensor | None = None
     factor_bias: Tensor | None = None
     scaling: float = 1.0
-    dropout: Dropout = Dropout()
+    mask: Mask = Mask()
 
 
 class Epilogue(NamedTuple):
@@ -155,7 +155,7 @@ class Epilogue(NamedTuple):
     one output a bias and all the terms."""
 
     biases: Sequence[Tensor | None] = (None,)
-    terms: Sequence[LowRank] = ()
+    terms: Sequence[Term] = ()
     parts_scale: float = 1.0
     rank_first: bool = False
     activation: str = "identity"
@@ -192,9 +192,9 @@ class Epilogue(NamedTuple):
 
     def mask_arguments(self) -> dict[str, Any]:
         """Those of the kernels that may end a backward pass; all masks have one probability."""
-        dropouts = [term.dropout for term in self.terms]
+        masks = [term.mask for term in self.terms]
         return {
-            "seed_ptrs": tuple(dropout.seed for dropout in dropouts),
-            "threshold": dropouts[0].threshold if dropouts else 0,
-            "keep_scale": dropouts[0].scale if dropouts else 1.0,
+            "seed_ptrs": tuple(mask.seed for mask in masks),
+            "threshold": masks[0].threshold if masks else 0,
+            "keep_scale": masks[0].scale if masks else 1.0,
         }

@@ -17,35 +17,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pylora.calls import Layer, LayerGradients, Wanted
 from pylora.kernels import configs
-from pylora.kernels.epilogue import Epilogue, LowRank
+from pylora.kernels.epilogue import Epilogue, Term
 from pylora.kernels.launch import facts
+from pylora.kernels.layers import (
+    Gated,
+    dense_weight,
+    extends,
+    groups,
+    low_rank_of,
+    wide_step,
+    without_straddling,
+)
 from pylora.kernels.linear_expand import linear_expand
 from pylora.kernels.lora_hidden import lora_hidden_backward
-from pylora.kernels.lora_linear import Gated, Layer, groups, wide_step
 from pylora.kernels.lora_shrink import lora_shrink
 from pylora.kernels.lora_weight_grad import lora_weight_grad
 from pylora.kernels.nf4_dequantize import launch_nf4_dequantize
 from pylora.kernels.nf4_linear_backward import launch_nf4_linear_backward
+from pylora.kernels.philox import mask_of
 from pylora.kernels.precision import lora_operands, output_operands
 from pylora.kernels.tuning import tuned
-from pylora.kernels.weight import NF4Base, weight_kind
-
-
-class Wanted(NamedTuple):
-    """Which gradients of a layer to compute, beside dx."""
-
-    lora_A: bool = False
-    lora_B: bool = False
-    lora_A_bias: bool = False
-
-
-class LayerGradients(NamedTuple):
-    """None where not wanted."""
-
-    lora_A: Tensor | None = None
-    lora_B: Tensor | None = None
-    lora_A_bias: Tensor | None = None
+from pylora.kernels.weight import weight_kind
 
 
 class Incoming(NamedTuple):
@@ -62,44 +56,43 @@ class Incoming(NamedTuple):
     left: Tensor | None = None
 
 
-def incoming(layer: Layer, grad: Tensor, K: int, wants_x: bool) -> Incoming:
-    """The first step: grad [M, N], any row stride, times lora_B, copied on the way where it must
+def incoming(layer: Layer, grad: Tensor, wants_x: bool) -> Incoming:
+    """The first step: grad [M, N], any row stride, times lora_B, copied on the way if it must
     be."""
-    if layer.lora is None:
+    low = layer.low_rank
+    if low is None:
         return Incoming(layer, grad)
-    left = empty_left(layer, grad, K) if wants_x else None
-    operands = lora_operands(grad.dtype, layer.lora.A.dtype)
-    (parts,) = lora_shrink(grad, [layer.lora.B], operands, rank_first=False, copy=left)
+    left = empty_left(layer, grad) if wants_x else None
+    operands = lora_operands(grad.dtype, low.A.dtype)
+    (parts,) = lora_shrink(grad, [low.B], operands, rank_first=False, copy=left)
     return Incoming(layer, grad, parts, left)
 
 
-def empty_left(layer: Layer, grad: Tensor, K: int) -> Tensor | None:
+def empty_left(layer: Layer, grad: Tensor) -> Tensor | None:
     """`Incoming.left` to be filled, for a layer that wants one; grad [M, ...] is like it."""
-    lora, M = layer.lora, grad.shape[0]
-    if lora is None or not layer.extends(K, grad.dtype) or lora.dropout.seed is not None:
+    low, M = layer.low_rank, grad.shape[0]
+    if low is None or not extends(layer, grad.dtype) or low.dropout is not None:
         return None
     if not configs.is_large(M, grad.element_size()):
         return None
-    return grad.new_empty(M, layer.out_features + wide_step(lora.A.shape[0]))
+    return grad.new_empty(M, layer.weight.out_features + wide_step(low.rank))
 
 
-def nf4_linear_backward(grad: Tensor, weight: NF4Base | Tensor, in_features: int) -> Tensor:
-    """grad [M, N], any row stride -> dx [M, in_features] in grad.dtype."""
+def base_gradient(grad: Tensor, layer: Layer) -> Tensor:
+    """grad [M, N], any row stride -> grad @ W [M, in_features] in grad.dtype."""
     if grad.shape[0] == 0:
-        return grad.new_empty(0, in_features)
-    return _input_gradient([Incoming(Layer(weight, grad.shape[1]), grad)], [None], in_features)
+        return grad.new_empty(0, layer.weight.in_features)
+    return _input_gradient([Incoming(layer, grad)], [None])
 
 
-def base_product_backward(
-    grad: Tensor, weight: NF4Base | Tensor, in_features: int
-) -> tuple[Tensor, bool]:
+def base_product_backward(grad: Tensor, layer: Layer) -> tuple[Tensor, bool]:
     """grad [M, N] @ W for a kernel that finishes it; returns what `base_product` does."""
-    M, N = grad.shape
-    layer = Layer(weight, N).without_straddling(in_features, grad.dtype)
+    (M, N), in_features = grad.shape, layer.weight.in_features
+    layer = without_straddling(layer, grad.dtype)
     if configs.is_large(M, grad.element_size()):
-        return _by_products([(Incoming(layer, grad), None)], in_features)[None], True
-    blocksize = layer.weight.blocksize if isinstance(layer.weight, NF4Base) else 0
-    plan = configs.backward_plan(M, [N], in_features, grad.element_size(), blocksize, facts(grad))
+        return _by_products([(Incoming(layer, grad), None)])[None], True
+    blocksize, itemsize = layer.weight.blocksize, grad.element_size()
+    plan = configs.backward_plan(M, [N], in_features, itemsize, blocksize, facts(grad))
     dtype = grad.dtype if plan.splits == 1 else torch.float32
     base = grad.new_empty(plan.splits, M, in_features, dtype=dtype)
     launch_nf4_linear_backward([grad], [layer.weight], base, plan, Epilogue())
@@ -122,29 +115,29 @@ def lora_linears_backward(
     # 1. dh and scaling * act(h)
     hidden: list[tuple[Tensor, Tensor] | None] = []
     for one, its_h in zip(incoming, h, strict=True):
-        lora = one.layer.lora
-        if lora is None or one.parts is None:
+        low = one.layer.low_rank
+        if low is None or one.parts is None:
             hidden.append(None)
             continue
-        tail = None if one.left is None else one.left[:, one.layer.out_features :]
-        hidden.append(lora_hidden_backward(one.parts, its_h, lora.scaling, lora.activation, tail))
+        tail = None if one.left is None else one.left[:, one.layer.weight.out_features :]
+        hidden.append(lora_hidden_backward(one.parts, its_h, low.scaling, low.activation, tail))
     # 2.
     dh = [None if pair is None else pair[0] for pair in hidden]
-    dx = _input_gradient(incoming, dh, x.shape[1]) if wants_x else None
+    dx = _input_gradient(incoming, dh) if wants_x else None
     # 3. The small gradients.
     dlora_A = _gradients_of_lora_A(incoming, x, dh, wanted, gated)
     gradients = []
     for i, (one, pair) in enumerate(zip(incoming, hidden, strict=True)):
         dlora_B = dlora_A_bias = None
-        if one.layer.lora is not None and pair is not None:
-            dtype = one.layer.lora.A.dtype
-            if wanted[i].lora_B:
+        if one.layer.low_rank is not None and pair is not None:
+            dtype = one.layer.low_rank.A.dtype
+            if wanted[i].B:
                 operands = lora_operands(x.dtype, dtype)
                 (transposed,) = lora_weight_grad(one.grad, [pair[1]], operands)
                 dlora_B = transposed.t().to(dtype).contiguous()
-            if wanted[i].lora_A_bias:
+            if wanted[i].A_bias:
                 dlora_A_bias = pair[0].sum(0).to(dtype)
-        gradients.append(LayerGradients(dlora_A.get(i), dlora_B, dlora_A_bias))
+        gradients.append(LayerGradients(A=dlora_A.get(i), B=dlora_B, A_bias=dlora_A_bias))
     return dx, gradients
 
 
@@ -156,8 +149,8 @@ def _gradients_of_lora_A(
     gated: Gated | None,
 ) -> dict[int, Tensor]:
     """dh^T @ dropout(x) of the layers that want it; those of one dtype in one pass over x."""
-    loras = {i: one.layer.lora for i, one in enumerate(incoming)}
-    chosen = [(i, lora) for i, lora in loras.items() if lora is not None and wanted[i].lora_A]
+    lows = {i: one.layer.low_rank for i, one in enumerate(incoming)}
+    chosen = [(i, low) for i, low in lows.items() if low is not None and wanted[i].A]
     results: dict[int, Tensor] = {}
     for group in groups(chosen, lambda pair: pair[1].A.dtype):
         dtype = group[0][1].A.dtype
@@ -165,7 +158,7 @@ def _gradients_of_lora_A(
             x,
             [narrow for i, _ in group if (narrow := dh[i]) is not None],
             lora_operands(x.dtype, dtype),
-            dropouts=[lora.dropout for _, lora in group],
+            masks=[mask_of(low.dropout) for _, low in group],
             up=gated.up if gated is not None else None,
             activation=gated.activation if gated is not None else "identity",
         )
@@ -173,19 +166,19 @@ def _gradients_of_lora_A(
     return results
 
 
-def _input_gradient(incoming: Sequence[Incoming], dh: Sequence[Tensor | None], K: int) -> Tensor:
+def _input_gradient(incoming: Sequence[Incoming], dh: Sequence[Tensor | None]) -> Tensor:
     """dx [M, K], by tiles or by dense products."""
     grad = incoming[0].grad
     pairs = list(zip(incoming, dh, strict=True))
     if configs.is_large(grad.shape[0], grad.element_size()):
-        return _by_products(pairs, K)
+        return _by_products(pairs)
     pairs = [
-        (one._replace(layer=one.layer.without_straddling(K, grad.dtype)), narrow)
+        (one._replace(layer=without_straddling(one.layer, grad.dtype)), narrow)
         for one, narrow in pairs
     ]
     dx: Tensor | None = None
     for group in groups(pairs, lambda pair: weight_kind(pair[0].layer.weight)):
-        found = _by_tiles(group, K)
+        found = _by_tiles(group)
         dx = found if dx is None else dx.add_(found)
     assert dx is not None
     return dx
@@ -198,25 +191,24 @@ def _terms(pairs: Sequence[Pair], dtype: torch.dtype) -> Epilogue:
     """The low-rank terms of dx: dh @ lora_A under the masks."""
     terms, dtypes = [], []
     for one, narrow in pairs:
-        if one.layer.lora is not None and narrow is not None:
-            lora = one.layer.lora
-            terms.append(LowRank(narrow[None], lora.A, dropout=lora.dropout))
-            dtypes.append(lora.A.dtype)
+        if one.layer.low_rank is not None and narrow is not None:
+            low = one.layer.low_rank
+            terms.append(Term(narrow[None], low.A, mask=mask_of(low.dropout)))
+            dtypes.append(low.A.dtype)
     operands = output_operands(dtype, reduce(torch.promote_types, dtypes or [dtype]))
     return Epilogue(terms=terms, rank_first=True, operands=operands)
 
 
-def _by_tiles(pairs: Sequence[Pair], K: int) -> Tensor:
+def _by_tiles(pairs: Sequence[Pair]) -> Tensor:
     """Small and middle M: one launch over the weights, which are of one kind."""
     grads = [one.grad for one, _ in pairs]
     weights = [one.layer.weight for one, _ in pairs]
     sizes = [grad.shape[1] for grad in grads]
-    M, dtype = grads[0].shape[0], grads[0].dtype
-    blocksize = weights[0].blocksize if isinstance(weights[0], NF4Base) else 0
-    rule = configs.backward_plan(M, sizes, K, dtype.itemsize, blocksize, facts(grads[0]))
+    M, K, dtype = grads[0].shape[0], weights[0].in_features, grads[0].dtype
+    rule = configs.backward_plan(M, sizes, K, dtype.itemsize, weights[0].blocksize, facts(grads[0]))
     epilogue = _terms(pairs, dtype)
     # Several masks take more registers than a tile leaves.
-    crowded = len(epilogue.terms) > 1 and epilogue.terms[0].dropout.seed is not None
+    crowded = len(epilogue.terms) > 1 and epilogue.terms[0].mask.seed is not None
 
     def run(plan: configs.TilePlan) -> Tensor:
         dx = grads[0].new_empty(M, K)
@@ -234,16 +226,16 @@ def _by_tiles(pairs: Sequence[Pair], K: int) -> Tensor:
     return run(tuned("nf4_linear_backward", grads[0], (*sizes, K), kind, rule, length, run))
 
 
-def _by_products(pairs: Sequence[Pair], K: int) -> Tensor:
+def _by_products(pairs: Sequence[Pair]) -> Tensor:
     """Large M: [grad | dh] @ [W ; lora_A] for each layer, or grad @ W and the low-rank terms at
     the end."""
     dx: Tensor | None = None
     later = []
     for one, narrow in pairs:
         if one.left is not None:
-            factors = (one.left, _extended_weight(one.layer, one.left.shape[1], K, one.left.dtype))
+            factors = (one.left, _extended_weight(one.layer, one.left.shape[1], one.left.dtype))
         else:
-            factors = (one.grad, one.layer.dense(K, one.grad.dtype))
+            factors = (one.grad, dense_weight(one.layer.weight, one.grad.dtype))
             later.append((one, narrow))
         dx = torch.mm(*factors) if dx is None else dx.addmm_(*factors)
     assert dx is not None
@@ -253,12 +245,11 @@ def _by_products(pairs: Sequence[Pair], K: int) -> Tensor:
     return dx
 
 
-def _extended_weight(layer: Layer, rows: int, K: int, dtype: torch.dtype) -> Tensor:
+def _extended_weight(layer: Layer, rows: int, dtype: torch.dtype) -> Tensor:
     """[W ; lora_A ; 0]"""
-    assert layer.lora is not None and isinstance(layer.weight, NF4Base)
-    A, N = layer.lora.A, layer.out_features
-    right = A.new_empty(rows, K, dtype=dtype)
+    low, (N, K) = low_rank_of(layer), layer.weight.shape
+    right = low.A.new_empty(rows, K, dtype=dtype)
     launch_nf4_dequantize(layer.weight, right[:N])
-    right[N : N + A.shape[0]].copy_(A)
-    right[N + A.shape[0] :].zero_()
+    right[N : N + low.rank].copy_(low.A)
+    right[N + low.rank :].zero_()
     return right

@@ -14,15 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pylora.calls import Layer, LayerGradients, Wanted
 from pylora.kernels.activation import activate, activate_backward
 from pylora.kernels.configs import gated_shrink_config
 from pylora.kernels.epilogue import factor_pointers
 from pylora.kernels.launch import MAX_REGISTERS, facts, on_device_of
-from pylora.kernels.lora_linear import Gated, Layer, lora_linears
+from pylora.kernels.layers import Gated
+from pylora.kernels.lora_linear import lora_linears
 from pylora.kernels.lora_linear_backward import (
     Incoming,
-    LayerGradients,
-    Wanted,
     empty_left,
     incoming,
     lora_linears_backward,
@@ -111,17 +111,16 @@ def gated_shrink(
     up: Tensor,
     activation: str,
     layers: Sequence[Layer],
-    K: int,
     wants_x: bool,
 ) -> list[Incoming]:
     """The first step of the backward pass of gate and up, `layers`: all [M, I], contiguous."""
     M, width = gate.shape
-    lefts = [empty_left(layer, gate, K) if wants_x else None for layer in layers]
+    lefts = [empty_left(layer, gate) if wants_x else None for layer in layers]
     grads = [torch.empty_like(gate) if left is None else left[:, :width] for left in lefts]
-    loras = [layer.lora for layer in layers]
-    dtypes = [lora.A.dtype for lora in loras if lora is not None] or [gate.dtype]
+    lows = [layer.low_rank for layer in layers]
+    dtypes = [low.A.dtype for low in lows if low is not None] or [gate.dtype]
     operands = lora_operands(gate.dtype, torch.promote_types(dtypes[0], dtypes[-1]))
-    ranks = tuple(0 if lora is None else lora.A.shape[0] for lora in loras)
+    ranks = tuple(0 if low is None else low.rank for low in lows)
     fp32 = operands.dtype == tl.float32
     largest = max(*ranks, 1)
     config, splits, per_split = gated_shrink_config(M, width, largest, fp32, facts(gate))
@@ -135,7 +134,7 @@ def gated_shrink(
             gate,
             up,
             tuple(grads),
-            tuple(None if lora is None else lora.B.contiguous() for lora in loras),
+            tuple(None if low is None else low.B.contiguous() for low in lows),
             tuple(parts),
             M,
             width,
@@ -181,12 +180,12 @@ def lora_mlp_backward(
     grad [M, N] and x [M, K], any row stride; gate, up [M, I] and h fp32 [M, R], contiguous.
     wants_inner    whether anything before down wants a gradient; without it dgate, dup are left out
     """
-    down = incoming(layers[2], grad, gate.shape[1], wants_inner)
+    down = incoming(layers[2], grad, wants_inner)
     gated = Gated(up, activation)
     dhidden, found = lora_linears_backward([down], gate, h[2:], wants_inner, wanted[2:], gated)
     if dhidden is None:
         return None, [], [LayerGradients(), LayerGradients(), *found]
-    inner = gated_shrink(dhidden, gate, up, activation, layers[:2], x.shape[1], wants_x)
+    inner = gated_shrink(dhidden, gate, up, activation, layers[:2], wants_x)
     del dhidden, down
     dx, others = lora_linears_backward(inner, x, h[:2], wants_x, wanted[:2])
     return dx, [one.grad for one in inner], [*others, *found]

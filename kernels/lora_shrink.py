@@ -14,7 +14,7 @@ from pylora.kernels.activation import gated
 from pylora.kernels.configs import shrink_config
 from pylora.kernels.epilogue import factor_pointers
 from pylora.kernels.launch import MAX_REGISTERS, facts, on_device_of
-from pylora.kernels.philox import Dropout, keep_mask
+from pylora.kernels.philox import Mask, keep_mask
 from pylora.kernels.precision import Operands, as_operand, dot
 
 
@@ -108,7 +108,7 @@ def lora_shrink(
     factors: Sequence[Tensor],
     operands: Operands,
     rank_first: bool = True,
-    dropouts: Sequence[Dropout] = (),
+    masks: Sequence[Mask] = (),
     copy: Tensor | None = None,
     up: Tensor | None = None,
     activation: str = "identity",
@@ -118,12 +118,12 @@ def lora_shrink(
 
     x         [M, K], any row stride
     factors   [R, K] each, or [K, R] where not rank_first, all of one dtype
-    dropouts  of each projection, all with one probability
+    masks     of each projection, all with one probability
     copy      [M, >= K] of x's dtype: x is written to its first K columns on the way
     up        with the strides of x: act(x) * up, rounded to their dtype, takes the place of x
     """
     M, K = x.shape
-    dropouts = dropouts or [Dropout()] * len(factors)
+    masks = masks or [Mask()] * len(factors)
     ranks = tuple(factor.shape[0 if rank_first else 1] for factor in factors)
     fp32 = operands.dtype == tl.float32
     config, splits, k_per_split = shrink_config(M, K, max(ranks), fp32, facts(x))
@@ -136,8 +136,8 @@ def lora_shrink(
             tuple(factor.contiguous() for factor in factors),
             tuple(parts),
             copy,
-            tuple(dropout.seed for dropout in dropouts),
-            dropouts[0].threshold,
+            tuple(mask.seed for mask in masks),
+            masks[0].threshold,
             M,
             K,
             ranks,

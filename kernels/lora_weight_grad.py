@@ -12,7 +12,7 @@ from torch import Tensor
 from pylora.kernels.activation import gated
 from pylora.kernels.configs import weight_grad_config
 from pylora.kernels.launch import MAX_REGISTERS, facts, on_device_of
-from pylora.kernels.philox import Dropout, keep_mask
+from pylora.kernels.philox import Mask, keep_mask
 from pylora.kernels.precision import Operands, as_operand, dot
 
 
@@ -90,7 +90,7 @@ def lora_weight_grad(
     wide: Tensor,
     narrow: Sequence[Tensor],
     operands: Operands,
-    dropouts: Sequence[Dropout] = (),
+    masks: Sequence[Mask] = (),
     up: Tensor | None = None,
     activation: str = "identity",
 ) -> list[Tensor]:
@@ -98,12 +98,12 @@ def lora_weight_grad(
 
     wide      [M, P], any row stride
     narrow    fp32 [M, R] each
-    dropouts  of each projection, all with one probability
+    masks     of each projection, all with one probability
     up        with the strides of wide: act(wide) * up, rounded to their dtype, takes its place
     """
     M, P = wide.shape
     ranks = tuple(one.shape[1] for one in narrow)
-    dropouts = dropouts or [Dropout()] * len(narrow)
+    masks = masks or [Mask()] * len(narrow)
     fp32 = operands.dtype == tl.float32
     config, splits, m_per_split = weight_grad_config(M, P, max(ranks), fp32, facts(wide))
     parts = [wide.new_empty(splits, rank, P, dtype=torch.float32) for rank in ranks]
@@ -114,8 +114,8 @@ def lora_weight_grad(
             up,
             tuple(narrow),
             tuple(parts),
-            tuple(dropout.seed for dropout in dropouts),
-            dropouts[0].threshold,
+            tuple(mask.seed for mask in masks),
+            masks[0].threshold,
             M,
             P,
             ranks,
@@ -133,5 +133,5 @@ def lora_weight_grad(
             num_stages=config.num_stages,
         )
     totals = [each[0] if splits == 1 else each.sum(0) for each in parts]
-    scale = dropouts[0].scale
+    scale = masks[0].scale
     return totals if scale == 1.0 else [total.mul_(scale) for total in totals]

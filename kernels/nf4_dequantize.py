@@ -9,11 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pylora.calls import Weight
 from pylora.kernels.configs import DEQUANTIZE
 from pylora.kernels.launch import MAX_REGISTERS, on_device_of
 from pylora.kernels.nf4_decode import decode_words, load_absmax
 from pylora.kernels.precision import rounded
-from pylora.kernels.weight import NF4Base
+from pylora.kernels.weight import scales, words
 
 
 @triton.jit
@@ -69,40 +70,40 @@ def _nf4_dequantize_kernel(
     tl.store(pointers, rounded(out, out_ptr.dtype.element_ty), mask=element < columns)
 
 
-def launch_nf4_dequantize(base: NF4Base, out: Tensor) -> None:
+def launch_nf4_dequantize(weight: Weight, out: Tensor) -> None:
     """Writes the dense weight to `out` [rows, columns], whose rows may be padded.
 
-    Where blocks straddle rows `out` must be contiguous.
+    If blocks straddle rows, `out` must be contiguous.
     """
     columns = out.shape[-1]
     rows = math.prod(out.shape[:-1])
     stride = out.stride(-2) if out.dim() > 1 else columns
-    if columns % base.blocksize:
+    if columns % weight.blocksize:
         if not out.is_contiguous():
             raise ValueError("out is not contiguous; it must be where blocks straddle rows")
         columns, rows = out.numel(), 1
     if rows * columns == 0:
         return
-    blocks = max(1, DEQUANTIZE.elements // base.blocksize)
-    tiles = triton.cdiv(columns, blocks * base.blocksize)
+    blocks = max(1, DEQUANTIZE.elements // weight.blocksize)
+    tiles = triton.cdiv(columns, blocks * weight.blocksize)
     with on_device_of(out):
         _nf4_dequantize_kernel[(rows * tiles,)](
-            base.words(),
-            *base.scales,
+            words(weight),
+            *scales(weight),
             out,
             columns,
             stride,
             tiles,
-            BLOCKSIZE=base.blocksize,
-            NESTED_BLOCKSIZE=base.nested_blocksize,
+            BLOCKSIZE=weight.blocksize,
+            NESTED_BLOCKSIZE=weight.nested_blocksize,
             BLOCKS=blocks,
             num_warps=DEQUANTIZE.num_warps,
             maxnreg=MAX_REGISTERS,
         )
 
 
-def nf4_dequantize(base: NF4Base, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def nf4_dequantize(weight: Weight, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The dense weight of `shape` in `dtype`."""
-    out = base.qweight.new_empty(shape, dtype=dtype)
-    launch_nf4_dequantize(base, out)
+    out = weight.data.new_empty(shape, dtype=dtype)
+    launch_nf4_dequantize(weight, out)
     return out

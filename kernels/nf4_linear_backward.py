@@ -8,13 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pylora.calls import Weight
 from pylora.kernels.configs import TilePlan
 from pylora.kernels.epilogue import Epilogue, add_low_rank
 from pylora.kernels.launch import MAX_REGISTERS, on_device_of
 from pylora.kernels.nf4_decode import BF16_FACTOR, decode_words, load_absmax
 from pylora.kernels.precision import dot_add, fp32_precision, rounded
 from pylora.kernels.selection import pick, segment_of
-from pylora.kernels.weight import NF4Base, weight_arguments
+from pylora.kernels.weight import weight_arguments
 
 
 @triton.jit
@@ -197,7 +198,7 @@ def _nf4_linear_backward_kernel(
 
 def launch_nf4_linear_backward(
     grads: Sequence[Tensor],
-    weights: Sequence[NF4Base | Tensor],
+    weights: Sequence[Weight],
     out: Tensor,
     plan: TilePlan,
     epilogue: Epilogue,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pylora.calls import Dropout
 from pylora.reference.dropout import drop_threshold
 
 
@@ -49,17 +50,18 @@ def keep_mask(
     return word >= threshold.to(tl.uint32, bitcast=True)
 
 
-class Dropout(NamedTuple):
-    """What the kernels need to regenerate a mask; seed is None where nothing is dropped."""
+class Mask(NamedTuple):
+    """What the kernels need to regenerate a dropout mask; seed is None if nothing is dropped."""
 
     seed: Tensor | None = None
     threshold: int = 0
     scale: float = 1.0  # of the kept elements
 
 
-def seeded_dropout(p: float, seed: Tensor | None) -> Dropout:
-    if p == 0.0 or seed is None:
-        return Dropout()
-    threshold = drop_threshold(p)
+def mask_of(dropout: Dropout | None) -> Mask:
+    if dropout is None:
+        return Mask()
+    threshold = drop_threshold(dropout.p)
     # As the int32 of the same bits: a kernel argument's type must not depend on its value.
-    return Dropout(seed, threshold - (threshold >> 31 << 32), 1.0 / (1.0 - p))
+    signed = threshold - (threshold >> 31 << 32)
+    return Mask(dropout.layer_seed, signed, 1.0 / (1.0 - dropout.p))

@@ -24,6 +24,7 @@ import torch
 import triton
 from torch import Tensor
 
+from pylora import settings
 from pylora.kernels.configs import TileConfig, TilePlan, cdiv
 
 # What a plan must save to be worth a change: less is noise.
@@ -96,7 +97,7 @@ def tuned(
     length    of the sum that the plan may split
     run       runs the call with a plan
     """
-    measures = os.environ.get("PYLORA_AUTOTUNE", "0") not in ("", "0")
+    measures = settings.current().autotune
     if not measures and not _plans():
         return rule
     rows = 1 << (max(x.shape[0], 1) - 1).bit_length()

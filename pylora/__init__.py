@@ -14,7 +14,8 @@ from pylora.models import (
     save_adapter,
     unmerge,
 )
-from pylora.nf4 import NF4Weight
+from pylora.nf4_weight import NF4Weight
+from pylora.settings import refresh
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "nn",
     "quantize_model",
     "quantize_nf4",
+    "refresh",
     "save_adapter",
     "unmerge",
     "use_backend",

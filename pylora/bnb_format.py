@@ -1,7 +1,8 @@
 """bitsandbytes' representations of an NF4 weight: its parameter, and its state-dict entries.
 
-The state-dict functions need no bitsandbytes; `from_bitsandbytes` and `to_bitsandbytes` share the
-bytes with its objects and copy only the small absmax where its form differs from ours.
+The state-dict functions need no bitsandbytes; `read_parameter` and `write_parameter` share the
+bytes with its objects and copy only the small absmax if its form differs from ours. Weights are
+read as the fields of an NF4Weight, and written from an object that has these fields.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from torch import Tensor
 from pylora.nf4 import (
     DEFAULT_NESTED_BLOCKSIZE,
     NF4_CODE,
-    NF4Weight,
     absmax_shape,
     packed_shape,
 )
@@ -26,10 +26,11 @@ _STATE_KEY = "quant_state.bitsandbytes__nf4"
 ENTRY_NAMES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", _STATE_KEY)
 
 
-def from_bitsandbytes(source: Any) -> NF4Weight:
-    """The NF4Weight of a bitsandbytes `Linear4bit` or `Params4bit`, sharing its bytes.
+def read_parameter(source: Any) -> dict[str, Any]:
+    """The fields of the NF4Weight of a bitsandbytes `Linear4bit` or `Params4bit`, which share its
+    bytes.
 
-    Raises TypeError for anything else, ValueError where the weight is fp4, not quantized yet, or
+    Raises TypeError for anything else, ValueError if the weight is fp4, not quantized yet, or
     was repacked for bitsandbytes' CPU inference kernel, which cannot be undone without loss.
     """
     param = getattr(source, "weight", source)
@@ -66,10 +67,10 @@ def from_bitsandbytes(source: Any) -> NF4Weight:
     )
 
 
-def to_bitsandbytes(w: NF4Weight) -> Any:
-    """A bitsandbytes `Params4bit` [n / 2, 1] over the same bytes as `w`.
+def write_parameter(w: Any) -> Any:
+    """A bitsandbytes `Params4bit` [n / 2, 1] over the same bytes as the NF4Weight `w`.
 
-    Raises ImportError where bitsandbytes is not installed.
+    Raises ImportError if bitsandbytes is not installed.
     """
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Params4bit
@@ -104,8 +105,9 @@ def to_bitsandbytes(w: NF4Weight) -> Any:
     )
 
 
-def state_entries(w: NF4Weight) -> dict[str, Tensor]:
-    """The entries bitsandbytes writes beside `weight`, without the `weight.` prefix."""
+def state_entries(w: Any) -> dict[str, Tensor]:
+    """The entries that bitsandbytes writes beside `weight`, without the `weight.` prefix, of the
+    NF4Weight `w`."""
     entries = {
         "absmax": w.absmax.reshape(-1),
         "quant_map": _code(w.device),
@@ -129,8 +131,8 @@ def state_entries(w: NF4Weight) -> dict[str, Tensor]:
     return entries
 
 
-def from_state_entries(weight: Tensor, entries: Mapping[str, Tensor]) -> NF4Weight:
-    """The NF4Weight of a state dict's `weight` and of the entries beside it.
+def read_state_entries(weight: Tensor, entries: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The fields of the NF4Weight of a state dict's `weight` and of the entries beside it.
 
     weight     packed codes in any storage dtype, any shape
     entries    as `state_entries` names them
@@ -210,7 +212,7 @@ def _assemble(
     nested_code: Tensor | None,
     offset: Tensor | None,
     nested_blocksize: int,
-) -> NF4Weight:
+) -> dict[str, Any]:
     qweight = packed.contiguous().view(-1).view(torch.uint8)
     needed = math.prod(packed_shape(shape, blocksize))
     if qweight.numel() < needed:
@@ -222,15 +224,15 @@ def _assemble(
     wanted = absmax_shape(shape, blocksize)
     if absmax.numel() != math.prod(wanted):
         raise ValueError(f"absmax has {absmax.numel()} elements; it must have {math.prod(wanted)}")
-    return NF4Weight(
+    return {
         # A storage dtype wider than a byte pads an odd count; the padding carries nothing.
-        qweight[:needed].view(packed_shape(shape, blocksize)),
-        absmax.view(wanted),
-        shape,
-        dtype,
-        blocksize,
-        nested_absmax,
-        nested_code,
-        None if offset is None else offset.reshape(()),
-        nested_blocksize,
-    )
+        "qweight": qweight[:needed].view(packed_shape(shape, blocksize)),
+        "absmax": absmax.view(wanted),
+        "shape": shape,
+        "dtype": dtype,
+        "blocksize": blocksize,
+        "nested_absmax": nested_absmax,
+        "nested_code": nested_code,
+        "offset": None if offset is None else offset.reshape(()),
+        "nested_blocksize": nested_blocksize,
+    }

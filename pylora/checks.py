@@ -9,7 +9,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from pylora.backends.backend import under_autocast
-from pylora.nf4 import QUANTIZABLE_DTYPES, NF4Weight
+from pylora.nf4 import QUANTIZABLE_DTYPES
+from pylora.nf4_weight import NF4Weight, check_floating_dtype
 from pylora.reference.activation import ACTIVATIONS, GATED_ACTIVATIONS
 
 # What transformers' configurations and AdapterHub's call them.
@@ -44,11 +45,7 @@ def finite(name: str, value: Tensor) -> None:
         )
 
 
-def floating_dtype(name: str, dtype: object) -> None:
-    # One byte holds formats that torch computes nothing in.
-    if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
-        return
-    raise TypeError(f"{name} is {dtype!r}; it must be float16, bfloat16, float32 or float64")
+floating_dtype = check_floating_dtype
 
 
 def nf4_weight(name: str, value: object) -> None:
@@ -215,7 +212,7 @@ def number(name: str, value: object) -> None:
 
 
 def integer(name: str, value: object, least: int) -> None:
-    # True is an int to Python, and a slip of the pen to a caller.
+    # bool is an int subclass; passing one is a mistake.
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} is {value!r}; it must be an integer >= {least}")
 

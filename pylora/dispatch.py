@@ -1,20 +1,20 @@
 """The only place a backend is chosen.
 
-Every op asks `select`, which takes the first backend, fastest first, that can run here and takes
-the arguments; the reference takes everything. `use_backend` or the environment variable
-PYLORA_BACKEND asks for one backend by name: what it does not take goes to the reference, and
-`pylora.explain` says so.
+`plan` asks each backend, fastest first, and takes the first plan; the reference takes everything.
+`use_backend` or the environment variable PYLORA_BACKEND asks for one backend by name: what it does
+not take goes to the reference, and `pylora.explain` says so.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
+from pylora import settings
 from pylora.backends import cpu, cuda, reference, triton
-from pylora.backends.backend import Backend, Reason
+from pylora.backends.backend import Backend, Plan, Reason, Refusal
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
@@ -37,10 +37,10 @@ def _check_name(name: str, source: str) -> str:
 
 
 def forced_backend() -> str | None:
-    """The backend asked for by `use_backend` or PYLORA_BACKEND; None where none was."""
+    """The backend asked for by `use_backend` or PYLORA_BACKEND; None if none was."""
     if _forced is not None:
         return _forced
-    name = os.environ.get("PYLORA_BACKEND")
+    name = settings.current().backend
     return _check_name(name, "the environment variable PYLORA_BACKEND") if name else None
 
 
@@ -54,10 +54,12 @@ def use_backend(name: str) -> Iterator[None]:
     """
     global _forced
     previous, _forced = _forced, _check_name(name, "name")
+    _usable.cache_clear()
     try:
         yield
     finally:
         _forced = previous
+        _usable.cache_clear()
 
 
 def candidates() -> list[Backend]:
@@ -69,25 +71,36 @@ def candidates() -> list[Backend]:
 
 
 def unavailable(backend: Backend) -> Reason:
-    """None where `backend`, one of the candidates, would be asked at all, else the reason."""
+    """None if `backend`, one of the candidates, would be asked at all, else the reason."""
     if forced_backend() is None:
         return backend.unavailable() or backend.request_only()
     return backend.unavailable()
 
 
-def why_not(backend: Backend, op: str, args: tuple[Any, ...]) -> Reason:
-    """None where `backend`, one of the candidates, would run `op` on `args`, else the reason."""
-    return unavailable(backend) or backend.why_not(op, args)
+@lru_cache(maxsize=1)
+def _usable() -> tuple[Backend, ...]:
+    """The candidates that can run in this process."""
+    return tuple(backend for backend in candidates() if unavailable(backend) is None)
 
 
-def select(op: str, args: tuple[Any, ...]) -> Backend:
-    """The backend that runs `op` on `args`."""
-    for backend in candidates():
-        if why_not(backend, op, args) is None:
-            return backend
-    raise AssertionError(f"the reference must take every op, but did not take {op}")
+settings.forgotten_on_refresh(_usable.cache_clear)
 
 
-def call(op: str, *args: Any) -> Any:
-    """Runs `op` on the backend that `select` gives."""
-    return select(op, args).ops[op].run(*args)
+def ask(backend: Backend, call: Any) -> Plan | Refusal:
+    """The answer of `backend`, one of the candidates, to `call`."""
+    reason = unavailable(backend)
+    return backend.plan(call) if reason is None else Refusal(reason)
+
+
+def plan(call: Any) -> Plan:
+    """The plan of the fastest backend that takes `call`."""
+    for backend in _usable():
+        found = backend.plan(call)
+        if isinstance(found, Plan):
+            return found
+    raise AssertionError(f"the reference must take every op, but did not take {call.op}")
+
+
+def run(call: Any) -> Any:
+    """What the fastest backend that takes `call` makes of it."""
+    return plan(call).run(call)

@@ -1,4 +1,4 @@
-"""Stateless functions: each checks its arguments and calls one op of `torch.ops.pylora`.
+"""Stateless functions: each checks its arguments, builds one call record and runs it.
 
 Shapes follow torch: x [..., in_features], weight [out_features, in_features], lora_A [r,
 in_features], lora_B [out_features, r]. Any leading dimensions and strides, empty batches included.
@@ -13,15 +13,23 @@ import torch
 from torch import Tensor
 
 from pylora import checks
-from pylora import ops as _ops  # noqa: F401  (registers torch.ops.pylora.*)
-from pylora.nf4 import (
-    DEFAULT_BLOCKSIZE,
-    NF4Weight,
-    absmax_shape,
-    check_blocksize,
-    packed_shape,
+from pylora.calls import (
+    Adapters,
+    DequantizeCall,
+    Dropout,
+    Layer,
+    LoraLinearCall,
+    LoraMlpCall,
+    LoraQkvCall,
+    LowRank,
+    MultiLoraCall,
+    Nf4LinearCall,
+    QuantizeCall,
 )
-from pylora.projections import Projection, base_arguments, input_of, projection_arguments
+from pylora.nf4 import DEFAULT_BLOCKSIZE, absmax_shape, check_blocksize, packed_shape
+from pylora.nf4_weight import NF4Weight
+from pylora.ops import run
+from pylora.projections import Projection, base_weight, input_of, layers_of
 from pylora.reference.absmax import quantize_absmax
 
 
@@ -37,10 +45,9 @@ def quantize_nf4(
     Raises TypeError for another dtype, ValueError for another blocksize or a non-finite element.
     Source: QLoRA, arXiv:2305.14314.
     """
-    checks.quantizable("weight", weight)
-    check_blocksize(blocksize)
+    call = _quantize_call(weight, blocksize, double_quant)
     checks.finite("weight", weight)
-    qweight, absmax = torch.ops.pylora.nf4_quantize(weight.detach(), blocksize)
+    qweight, absmax = run(call)
     nested: dict[str, Any] = {}
     if double_quant:
         absmax, nested_absmax, nested_code, offset = quantize_absmax(absmax)
@@ -55,30 +62,34 @@ def quantize_nf4(
     )
 
 
-def _dequantize_arguments(
-    w: NF4Weight, dtype: torch.dtype | None = None
-) -> tuple[str, tuple[Any, ...]]:
+def _quantize_call(
+    weight: Tensor, blocksize: int = DEFAULT_BLOCKSIZE, double_quant: bool = False
+) -> QuantizeCall:
+    checks.quantizable("weight", weight)
+    check_blocksize(blocksize)
+    return QuantizeCall(weight.detach(), blocksize)
+
+
+def _dequantize_call(w: NF4Weight, dtype: torch.dtype | None = None) -> DequantizeCall:
     checks.nf4_weight("w", w)
     dtype = w.dtype if dtype is None else dtype
     checks.floating_dtype("dtype", dtype)
-    return "nf4_dequantize", (*w.op_arguments(), list(w.shape), dtype)
+    return DequantizeCall(w.record, tuple(w.shape), dtype)
 
 
 def dequantize_nf4(w: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
     """The dense weight: code * absmax in fp32, rounded once to `dtype` (default: `w.dtype`).
 
-    Raises TypeError where `w` is no NF4Weight or `dtype` no floating-point dtype.
+    Raises TypeError if `w` is no NF4Weight or `dtype` no floating-point dtype.
     """
-    return _call(_dequantize_arguments(w, dtype))
+    return run(_dequantize_call(w, dtype))
 
 
-def _nf4_linear_arguments(
-    x: Tensor, w: NF4Weight, bias: Tensor | None = None
-) -> tuple[str, tuple[Any, ...]]:
+def _nf4_linear_call(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Nf4LinearCall:
     checks.nf4_weight("w", w)
     x = checks.activations("x", x, w.in_features, w.device, name_of_weight="w")
     checks.vector("bias", bias, w.out_features, x.device)
-    return "nf4_linear", (x, *w.op_arguments(), w.out_features, bias)
+    return Nf4LinearCall(x, Layer(w.record, bias))
 
 
 def nf4_linear(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor:
@@ -91,10 +102,10 @@ def nf4_linear(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor:
     Returns [..., out_features] in x.dtype. Differentiable in x and bias, also twice.
     Raises TypeError or ValueError naming the argument that does not fit.
     """
-    return _call(_nf4_linear_arguments(x, w, bias))
+    return run(_nf4_linear_call(x, w, bias))
 
 
-def _lora_linear_arguments(
+def _lora_linear_call(
     x: Tensor,
     weight: Tensor | NF4Weight,
     lora_A: Tensor,
@@ -106,11 +117,11 @@ def _lora_linear_arguments(
     activation: str | None = None,
     lora_A_bias: Tensor | None = None,
     lora_B_bias: Tensor | None = None,
-) -> tuple[str, tuple[Any, ...]]:
+) -> LoraLinearCall:
     checks.weight("weight", weight)
     out_features, in_features = weight.shape
     x = checks.activations("x", x, in_features, weight.device, name_of_weight="weight")
-    base = base_arguments("weight", weight, x)
+    base = base_weight("weight", weight, x)
     checks.lora_pair(lora_A, lora_B, out_features, in_features, x.device)
     checks.vector("bias", bias, out_features, x.device)
     checks.vector("lora_A_bias", lora_A_bias, lora_A.shape[0], x.device, lora_A.dtype)
@@ -118,19 +129,10 @@ def _lora_linear_arguments(
     dropout = _dropout(dropout_p, seed, x)
     activation = checks.activation("activation", activation)
     checks.number("scaling", scaling)
-    return "lora_linear", (
-        x,
-        *base,
-        out_features,
-        lora_A,
-        lora_B,
-        bias,
-        lora_A_bias,
-        lora_B_bias,
-        float(scaling),
-        *dropout,
-        activation,
+    low_rank = LowRank(
+        lora_A, lora_B, lora_A_bias, lora_B_bias, float(scaling), activation, dropout
     )
+    return LoraLinearCall(x, Layer(base, bias, low_rank))
 
 
 def lora_linear(
@@ -155,7 +157,7 @@ def lora_linear(
                 x's
     scaling     alpha / r (rsLoRA: alpha / sqrt(r))
     dropout_p   probability of dropping an element of x on the low-rank path only, in [0, 1)
-    seed        int or int64 scalar tensor that fixes the mask; drawn from torch's generator where
+    seed        int or int64 scalar tensor that fixes the mask; drawn from torch's generator if
                 None
     activation  None (LoRA), "relu", "gelu", "gelu_tanh", "silu", "tanh" or "sigmoid" (parallel
                 adapter), also by transformers' names: "swish", "gelu_pytorch_tanh", "gelu_new"
@@ -165,35 +167,36 @@ def lora_linear(
     Raises TypeError or ValueError naming the argument that does not fit.
     Source: LoRA, arXiv:2106.09685; parallel adapter, arXiv:2110.04366.
     """
-    return _call(
-        _lora_linear_arguments(
-            x,
-            weight,
-            lora_A,
-            lora_B,
-            scaling,
-            bias,
-            dropout_p,
-            seed,
-            activation,
-            lora_A_bias,
-            lora_B_bias,
-        )
-    )[0]
+    call = _lora_linear_call(
+        x,
+        weight,
+        lora_A,
+        lora_B,
+        scaling,
+        bias,
+        dropout_p,
+        seed,
+        activation,
+        lora_A_bias,
+        lora_B_bias,
+    )
+    y, _ = run(call)
+    return y
 
 
-def _lora_qkv_arguments(
+def _lora_qkv_call(
     x: Tensor,
     q: Projection,
     k: Projection,
     v: Projection,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
-) -> tuple[str, tuple[Any, ...]]:
+) -> LoraQkvCall:
     projections = {"q": q, "k": k, "v": v}
     x = input_of(projections, x)
-    lists = projection_arguments(projections, x, dict.fromkeys(projections, x.shape[-1]))
-    return "lora_qkv", (x, *lists, *_dropout(dropout_p, seed, x))
+    dropout = _dropout(dropout_p, seed, x)
+    in_features = dict.fromkeys(projections, x.shape[-1])
+    return LoraQkvCall(x, layers_of(projections, x, in_features, dropout))
 
 
 def lora_qkv(
@@ -210,7 +213,7 @@ def lora_qkv(
     q, k, v      each over a weight [its out_features, in_features], NF4 or dense, each with a rank,
                  block size and scaling of its own
     dropout_p    probability of dropping an element of x on each low-rank path, in [0, 1)
-    seed         int or int64 scalar tensor; drawn from torch's generator where None. q, k and v
+    seed         int or int64 scalar tensor; drawn from torch's generator if None. q, k and v
                  draw independent masks: they equal `lora_linear` with the seeds seed, seed + 1 and
                  seed + 2
 
@@ -219,11 +222,11 @@ def lora_qkv(
     Raises TypeError or ValueError naming the argument that does not fit.
     Source: LoRA, arXiv:2106.09685.
     """
-    query, key, value = _call(_lora_qkv_arguments(x, q, k, v, dropout_p, seed))[0]
+    (query, key, value), _ = run(_lora_qkv_call(x, q, k, v, dropout_p, seed))
     return query, key, value
 
 
-def _lora_mlp_arguments(
+def _lora_mlp_call(
     x: Tensor,
     gate: Projection,
     up: Projection,
@@ -231,7 +234,7 @@ def _lora_mlp_arguments(
     activation: str = "silu",
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
-) -> tuple[str, tuple[Any, ...]]:
+) -> LoraMlpCall:
     projections = {"gate": gate, "up": up, "down": down}
     x = input_of(projections, x)
     intermediate = gate.weight.shape[0]
@@ -241,9 +244,9 @@ def _lora_mlp_arguments(
             f"it must have as many rows as gate.weight, {intermediate}"
         )
     in_features = {"gate": x.shape[-1], "up": x.shape[-1], "down": intermediate}
-    lists = projection_arguments(projections, x, in_features)
     activation = checks.gated_activation("activation", activation)
-    return "lora_mlp", (x, *lists, *_dropout(dropout_p, seed, x), activation)
+    dropout = _dropout(dropout_p, seed, x)
+    return LoraMlpCall(x, layers_of(projections, x, in_features, dropout), activation)
 
 
 def lora_mlp(
@@ -263,7 +266,7 @@ def lora_mlp(
     activation    "silu", "gelu" or "gelu_tanh", also by transformers' names: "swish",
                   "gelu_pytorch_tanh", "gelu_new"
     dropout_p     probability of dropping an element of the input of each low-rank path, in [0, 1)
-    seed          int or int64 scalar tensor; drawn from torch's generator where None. gate, up and
+    seed          int or int64 scalar tensor; drawn from torch's generator if None. gate, up and
                   down draw independent masks: they equal `lora_linear` with the seeds seed,
                   seed + 1 and seed + 2
 
@@ -273,10 +276,11 @@ def lora_mlp(
     Raises TypeError or ValueError naming the argument that does not fit.
     Source: GLU variants, arXiv:2002.05202; LoRA, arXiv:2106.09685.
     """
-    return _call(_lora_mlp_arguments(x, gate, up, down, activation, dropout_p, seed))[0]
+    y, *_ = run(_lora_mlp_call(x, gate, up, down, activation, dropout_p, seed))
+    return y
 
 
-def _multi_lora_linear_arguments(
+def _multi_lora_linear_call(
     x: Tensor,
     weight: Tensor | NF4Weight,
     lora_A: Tensor,
@@ -284,15 +288,15 @@ def _multi_lora_linear_arguments(
     adapter_ids: Tensor,
     scalings: Tensor,
     bias: Tensor | None = None,
-) -> tuple[str, tuple[Any, ...]]:
+) -> MultiLoraCall:
     checks.weight("weight", weight)
     out_features, in_features = weight.shape
     x = checks.activations("x", x, in_features, weight.device, name_of_weight="weight")
-    base = base_arguments("weight", weight, x)
+    base = base_weight("weight", weight, x)
     checks.lora_stacks(lora_A, lora_B, scalings, out_features, in_features, x.device)
     checks.vector("bias", bias, out_features, x.device)
     ids = checks.adapter_ids("adapter_ids", adapter_ids, x)
-    return "multi_lora_linear", (x, *base, out_features, lora_A, lora_B, ids, scalings, bias)
+    return MultiLoraCall(x, Layer(base, bias), Adapters(lora_A, lora_B, ids, scalings))
 
 
 def multi_lora_linear(
@@ -323,18 +327,18 @@ def multi_lora_linear(
     Raises TypeError or ValueError naming the argument that does not fit.
     Source: Punica, arXiv:2310.18547; S-LoRA, arXiv:2311.03285.
     """
-    arguments = (x, weight, lora_A, lora_B, adapter_ids, scalings, bias)
-    return _call(_multi_lora_linear_arguments(*arguments))[0]
+    y, _ = run(_multi_lora_linear_call(x, weight, lora_A, lora_B, adapter_ids, scalings, bias))
+    return y
 
 
-def _dropout(p: float, seed: int | Tensor | None, x: Tensor) -> tuple[float, Tensor | None]:
-    """The ops' dropout_p and seed; no seed is drawn where nothing is dropped."""
+def _dropout(p: float, seed: int | Tensor | None, x: Tensor) -> Dropout | None:
+    """The dropout of a call; no seed is drawn if nothing is dropped."""
     checks.probability("dropout_p", p)
-    return float(p), dropout_seed(seed, x.device) if p > 0.0 else None
+    return Dropout(float(p), dropout_seed(seed, x.device)) if p > 0.0 else None
 
 
 def dropout_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """The int64 scalar tensor of `seed`, drawn from torch's default generator where it is None."""
+    """The int64 scalar tensor of `seed`, drawn from torch's default generator if it is None."""
     if seed is None:
         return torch.randint(2**62, (), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
@@ -351,26 +355,13 @@ def dropout_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     return torch.tensor(seed, dtype=torch.int64, device=device)
 
 
-def _call(op_and_arguments: tuple[str, tuple[Any, ...]]) -> Any:
-    op, arguments = op_and_arguments
-    return getattr(torch.ops.pylora, op).default(*arguments)
-
-
-def _quantize_arguments(
-    weight: Tensor, blocksize: int = DEFAULT_BLOCKSIZE, double_quant: bool = False
-) -> tuple[str, tuple[Any, ...]]:
-    checks.quantizable("weight", weight)
-    check_blocksize(blocksize)
-    return "nf4_quantize", (weight, blocksize)
-
-
-# For `pylora.explain`: public function -> the op it calls and that op's arguments.
-OP_ARGUMENTS: dict[str, Callable[..., tuple[str, tuple[Any, ...]]]] = {
-    "quantize_nf4": _quantize_arguments,
-    "dequantize_nf4": _dequantize_arguments,
-    "nf4_linear": _nf4_linear_arguments,
-    "lora_linear": _lora_linear_arguments,
-    "lora_qkv": _lora_qkv_arguments,
-    "lora_mlp": _lora_mlp_arguments,
-    "multi_lora_linear": _multi_lora_linear_arguments,
+# For `pylora.explain`: public function -> the record of a call to it.
+CALLS: dict[str, Callable[..., Any]] = {
+    "quantize_nf4": _quantize_call,
+    "dequantize_nf4": _dequantize_call,
+    "nf4_linear": _nf4_linear_call,
+    "lora_linear": _lora_linear_call,
+    "lora_qkv": _lora_qkv_call,
+    "lora_mlp": _lora_mlp_call,
+    "multi_lora_linear": _multi_lora_linear_call,
 }

@@ -1,14 +1,14 @@
-"""`Projection`, a linear layer's tensors and its LoRA, and the arguments that ops take for it."""
+"""`Projection`, a linear layer's tensors and its LoRA, and the layers of records made of it."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from pylora import checks
-from pylora.nf4 import NF4Weight
+from pylora.calls import Dropout, Layer, LowRank, Weight
+from pylora.nf4_weight import NF4Weight
 
 
 class Projection(NamedTuple):
@@ -28,17 +28,17 @@ class Projection(NamedTuple):
     bias: Tensor | None = None
 
 
-def base_arguments(name: str, weight: Tensor | NF4Weight, x: Tensor) -> tuple[Any, ...]:
-    """The arguments of a weight, in schema order; a dense one must have x's dtype."""
+def base_weight(name: str, weight: Tensor | NF4Weight, x: Tensor) -> Weight:
+    """The record of a base weight; a dense one must have x's dtype."""
     if isinstance(weight, NF4Weight):
-        return weight.op_arguments()
-    return (checks.same_dtype_as_x(name, weight, x), None, None, None, None, 0, 0)
+        return weight.record
+    return Weight.dense(checks.same_dtype_as_x(name, weight, x))
 
 
 def input_of(projections: dict[str, Projection], x: Tensor) -> Tensor:
     """x checked against the first projection, and cast under autocast.
 
-    Raises TypeError where one is no Projection, or what `checks.activations` raises.
+    Raises TypeError if one is no Projection, or what `checks.activations` raises.
     """
     for name, projection in projections.items():
         if not isinstance(projection, Projection):
@@ -49,21 +49,30 @@ def input_of(projections: dict[str, Projection], x: Tensor) -> Tensor:
     return checks.activations("x", x, in_features, first.weight.device, f"{name}.weight")
 
 
-def projection_arguments(
-    projections: dict[str, Projection], x: Tensor, in_features: dict[str, int]
-) -> tuple[list[Any], ...]:
-    """One list a part of `reference.projections.Projections`, checked against x and each other.
+def layers_of(
+    projections: dict[str, Projection],
+    x: Tensor,
+    in_features: dict[str, int],
+    dropout: Dropout | None,
+) -> tuple[Layer, ...]:
+    """The layers of a call, checked against x and each other; each draws a mask of its own.
 
     Errors name the projection and its part, such as "k.lora_A".
     """
-    rows = [
-        _arguments(name, projection, x, in_features[name])
-        for name, projection in projections.items()
-    ]
-    return tuple(list(part) for part in zip(*rows, strict=True))
+    return tuple(
+        _layer(name, projection, x, in_features[name], dropout, stream)
+        for stream, (name, projection) in enumerate(projections.items())
+    )
 
 
-def _arguments(name: str, projection: Projection, x: Tensor, in_features: int) -> tuple[Any, ...]:
+def _layer(
+    name: str,
+    projection: Projection,
+    x: Tensor,
+    in_features: int,
+    dropout: Dropout | None,
+    stream: int,
+) -> Layer:
     weight, lora_A, lora_B, scaling, bias = projection
     out_features = weight.shape[0]
     if weight.shape[1] != in_features:
@@ -78,17 +87,10 @@ def _arguments(name: str, projection: Projection, x: Tensor, in_features: int) -
         raise ValueError(
             f"{name}.{missing} is None; lora_A and lora_B must be given together or not at all"
         )
+    low_rank = None
     if lora_A is not None and lora_B is not None:
         checks.lora_pair(lora_A, lora_B, out_features, in_features, x.device, f"{name}.")
+        mask = None if dropout is None else Dropout(dropout.p, dropout.seed, stream)
+        low_rank = LowRank(lora_A, lora_B, scaling=float(scaling), dropout=mask)
     checks.vector(f"{name}.bias", bias, out_features, x.device)
-    return (
-        *base_arguments(f"{name}.weight", weight, x),
-        out_features,
-        *(_or_empty(tensor, x) for tensor in (lora_A, lora_B, bias)),
-        float(scaling),
-    )
-
-
-def _or_empty(tensor: Tensor | None, x: Tensor) -> Tensor:
-    """The ops' form of an absent tensor is an empty one."""
-    return torch.empty(0, dtype=x.dtype, device=x.device) if tensor is None else tensor
+    return Layer(base_weight(f"{name}.weight", weight, x), bias, low_rank)

@@ -10,8 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pylora import dispatch, functional, reference
+from pylora import dispatch, functional
 from pylora.backends import extension
+from pylora.backends.backend import Plan
+from pylora.calls import (
+    DequantizeCall,
+    Dropout,
+    Layer,
+    LoraLinearBackward,
+    LoraLinearCall,
+    LoraMlpBackward,
+    LoraQkvBackward,
+    LowRank,
+    MultiLoraBackward,
+    Nf4LinearBackward,
+    Nf4LinearCall,
+    QuantizeCall,
+    Wanted,
+)
+from pylora.ops.registration import on_reference
+from pylora.ops.spec import SPECS
 from pylora.testing import Accuracy, assert_as_accurate_as_torch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -31,14 +49,18 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Case:
-    """One op with its arguments; `reference` is run on the same arguments."""
+    """One op with its flat arguments; the reference is run on the same arguments."""
 
     op: str
     description: str
     args: tuple[Any, ...]
 
+    @classmethod
+    def of(cls, description: str, call: Any) -> Case:
+        return cls(call.op, description, SPECS[call.op].flatten(call))
+
     def expected(self, *args: Any) -> Any:
-        return getattr(reference, self.op)(*args)
+        return on_reference(SPECS[self.op].read(args))
 
 
 @dataclass(frozen=True)
@@ -65,18 +87,17 @@ def cases(seed: int = 0) -> Iterator[Case]:
             double_quant = index == 2
             where = f"{rows}x{in_features}x{out_features} b{blocksize} {str(dtype)[6:]}"
             where += " nested" if double_quant else ""
-            yield Case("nf4_quantize", where, (weight.to(dtype), blocksize))
+            yield Case.of(where, QuantizeCall(weight.to(dtype), blocksize))
             with dispatch.use_backend("reference"):
                 w = functional.quantize_nf4(weight.to(dtype), blocksize, double_quant)
-            q = w.op_arguments()
-            yield Case("nf4_dequantize", where, (*q, [out_features, in_features], dtype))
+            yield Case.of(where, DequantizeCall(w.record, tuple(w.shape), dtype))
             x, grad = (
                 normal(rows, in_features, dtype=dtype),
                 normal(rows, out_features, dtype=dtype),
             )
             bias = normal(out_features, dtype=dtype)
-            yield Case("nf4_linear", where, (x, *q, out_features, bias))
-            yield Case("nf4_linear_backward", where, (grad, *q, in_features))
+            yield Case.of(where, Nf4LinearCall(x, Layer(w.record, bias)))
+            yield Case.of(where, Nf4LinearBackward(grad, w.record))
             for dropout_p, activation, lora_dtype, rank in (
                 (0.0, "identity", dtype, 32),
                 (0.25, "gelu", torch.float32, 37),
@@ -102,15 +123,14 @@ def _lora_cases(
     where += f" r{rank} {activation} p{dropout_p}"
     lora_A = normal(rank, w.in_features, dtype=lora_dtype) / max(w.in_features, 1) ** 0.5
     lora_B = normal(w.out_features, rank, dtype=lora_dtype)
-    biases = (normal(rank, dtype=lora_dtype), normal(w.out_features, dtype=lora_dtype))
-    seed = torch.tensor(1234567890123) if dropout_p else None
-    last = (0.5, dropout_p, seed, activation)
-    forward = (x, *w.op_arguments(), w.out_features, lora_A, lora_B, bias, *biases, *last)
-    yield Case("lora_linear", where, forward)
-    h = reference.lora_linear(*forward)[1]
-    mask = [True, False, True, True, True, True, True]
-    backward = (grad, x, h, *w.op_arguments(), lora_A, lora_B, *last, mask)
-    yield Case("lora_linear_backward", where, backward)
+    A_bias, B_bias = normal(rank, dtype=lora_dtype), normal(w.out_features, dtype=lora_dtype)
+    dropout = Dropout(dropout_p, torch.tensor(1234567890123)) if dropout_p else None
+    low_rank = LowRank(lora_A, lora_B, A_bias, B_bias, 0.5, activation, dropout)
+    layer = Layer(w.record, bias, low_rank)
+    yield Case.of(where, LoraLinearCall(x, layer))
+    _, h = on_reference(LoraLinearCall(x, layer))
+    everything = Wanted(x=True, A=True, B=True, bias=True, A_bias=True, B_bias=True)
+    yield Case.of(where, LoraLinearBackward(grad, x, h, layer, everything))
 
 
 def _composed_cases(
@@ -141,33 +161,36 @@ def _composed_cases(
     nf4 = trained._replace(weight=w)
     plain = functional.Projection(w, bias=trained.bias)
     dropout = (dropout_p, 1234567890123)
-    # dx, then of each projection dweight, dlora_A, dlora_B and dbias.
-    mask = [True, False, False, True, *[True, False, True] * 2, *[True] * 3]
+    # nf4, plain and trained or down
+    wanted = (
+        Wanted(x=True, A=True, B=True, bias=True),
+        Wanted(x=True, bias=True),
+        Wanted(x=True, weight=True, A=True, B=True, bias=True),
+    )
 
-    _, args = functional.OP_ARGUMENTS["lora_qkv"](x, nf4, plain, trained, *dropout)
-    yield Case("lora_qkv", where, args)
-    hidden = reference.lora_qkv(*args)[1]
+    qkv = functional.CALLS["lora_qkv"](x, nf4, plain, trained, *dropout)
+    yield Case.of(where, qkv)
+    hidden = on_reference(qkv)[1]
     grads = [grad, normal(*grad.shape, dtype=x.dtype), normal(*grad.shape, dtype=x.dtype)]
-    yield Case("lora_qkv_backward", where, (grads, x, hidden, *args[1:], mask))
-
-    _, args = functional.OP_ARGUMENTS["lora_qkv"](x, nf4, plain, nf4, *dropout)
-    yield Case("lora_qkv", where + " NF4 alone", args)
+    yield Case.of(where, LoraQkvBackward(grads, x, hidden, qkv.layers, wanted))
+    qkv = functional.CALLS["lora_qkv"](x, nf4, plain, nf4, *dropout)
+    yield Case.of(where + " NF4 alone", qkv)
 
     down = dense(in_features, out_features)
-    _, args = functional.OP_ARGUMENTS["lora_mlp"](x, nf4, plain, down, "silu", *dropout)
-    yield Case("lora_mlp", where, args)
-    kept = reference.lora_mlp(*args)[1:]
+    mlp = functional.CALLS["lora_mlp"](x, nf4, plain, down, "silu", *dropout)
+    yield Case.of(where, mlp)
+    _, gate, up, hs = on_reference(mlp)
     into_down = normal(*x.shape, dtype=x.dtype)
-    yield Case("lora_mlp_backward", where, (into_down, x, *kept, *args[1:], mask))
+    yield Case.of(where, LoraMlpBackward(into_down, x, gate, up, hs, mlp.layers, "silu", wanted))
 
     stacks = low_rank(out_features, in_features, adapters)
     ids = torch.arange(x.shape[0]) % (adapters + 1) - 1
     scalings = torch.tensor([0.5, 1.0, 2.0])
-    _, args = functional.OP_ARGUMENTS["multi_lora_linear"](x, w, *stacks, ids, scalings, plain.bias)
-    yield Case("multi_lora_linear", where, args)
-    h = reference.multi_lora_linear(*args)[1]
-    rest = (*args[1:8], *stacks, ids, scalings, [True, False, True, True, True])
-    yield Case("multi_lora_linear_backward", where, (grad, x, h, *rest))
+    multi = functional.CALLS["multi_lora_linear"](x, w, *stacks, ids, scalings, plain.bias)
+    yield Case.of(where, multi)
+    _, h = on_reference(multi)
+    some = Wanted(x=True, A=True, B=True, bias=True)
+    yield Case.of(where, MultiLoraBackward(grad, x, h, multi.layer, multi.adapters, some))
 
 
 @contextmanager
@@ -212,7 +235,8 @@ def run(
         with dispatch.use_backend(name), cpu_isa(isa):
             for case in all_cases:
                 args = tuple(_moved(arg, device) for arg in case.args)
-                if dispatch.BACKENDS[name].why_not(case.op, args) is None:
+                call = SPECS[case.op].read(args)
+                if isinstance(dispatch.ask(dispatch.BACKENDS[name], call), Plan):
                     yield _outcome(name, path, case, args)
 
 

@@ -122,7 +122,7 @@ def plain_projection() -> Callable[..., Tensor]:
     def plain(x: Tensor, projection: Projection, mask: Tensor | None = None) -> Tensor:
         weight, lora_A, lora_B, scaling, bias = projection
         if isinstance(weight, pylora.NF4Weight):
-            weight = reference.nf4_dequantize(*weight.op_arguments(), weight.shape, x.dtype)
+            weight = reference.dense(weight.record, x.dtype)
         y = linear(x, weight, bias)
         if lora_A is None or lora_B is None:
             return y

@@ -55,7 +55,7 @@ def plain_torch(
 ) -> Tensor:
     """What PEFT computes over a dequantized base, with the mask given."""
     if isinstance(weight, pylora.NF4Weight):
-        weight = reference.nf4_dequantize(*weight.op_arguments(), weight.shape, x.dtype)
+        weight = reference.dense(weight.record, x.dtype)
     linear = torch.nn.functional.linear
     dropped = x.to(lora_A.dtype)
     if mask is not None:

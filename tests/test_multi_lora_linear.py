@@ -84,7 +84,7 @@ def plain_torch(
 ) -> Tensor:
     """As PEFT serves a mixed batch: each adapter in turn on its own rows."""
     if isinstance(weight, pylora.NF4Weight):
-        weight = reference.nf4_dequantize(*weight.op_arguments(), weight.shape, x.dtype)
+        weight = reference.dense(weight.record, x.dtype)
     linear = torch.nn.functional.linear
     y = linear(x, weight, bias)
     for index, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):

@@ -24,7 +24,7 @@ SHAPES = [
 
 def plain_torch(x: Tensor, w: pylora.NF4Weight, bias: Tensor | None) -> Tensor:
     """The same without pylora: the weight dequantized to x's dtype, then torch's matmul."""
-    dense = reference.nf4_dequantize(*w.op_arguments(), w.shape, x.dtype)
+    dense = reference.dense(w.record, x.dtype)
     return torch.nn.functional.linear(x, dense, bias)
 
 

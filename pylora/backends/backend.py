@@ -1,4 +1,4 @@
-"""What a backend is: the ops it has, whether it can run here, and which arguments it takes."""
+"""What a backend is: it answers a call with a plan, or says why it does not take it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,68 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from pylora.reference.rows import as_rows
+from pylora.calls import DequantizeCall, Weight
 
 Reason = str | None
 
 # What the compiled kernels compute in; float64 is the reference's alone.
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-
 DENSE = "the base weight is dense: torch's own matmul takes it"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a backend runs a call.
+
+    variant  which kernel, in words, such as "few rows"
+    run      runs a call like the one that was planned: of the same shapes, dtypes and devices
+    note     what the caller should know besides, such as a kernel asked for that cannot run here
+    """
+
+    variant: str
+    run: Callable[[Any], Any]
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a backend does not take a call, in words."""
+
+    reason: str
+
+
+Planner = Callable[[Any], Plan | Refusal]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A set of kernels.
+
+    planners      record type -> the function that plans a call of this type
+    unavailable   None if the backend can run in this process, else the reason in words
+    path          what its kernels are compiled for, in words; for reports only
+    device        type of the device that the kernels' tensors are on
+    request_only  None if the backend is taken without being asked for by name, else the reason
+    """
+
+    name: str
+    planners: Mapping[Any, Planner]
+    unavailable: Callable[[], Reason]
+    path: Callable[[], str]
+    device: Callable[[], str]
+    request_only: Callable[[], Reason] = lambda: None
+
+    @property
+    def ops(self) -> list[str]:
+        """The names of the ops it has kernels for."""
+        return [record.op for record in self.planners]
+
+    def plan(self, call: Any) -> Plan | Refusal:
+        """How this backend, which must be available, would run `call`."""
+        planner = self.planners.get(type(call))
+        return Refusal(f"has no kernel for {call.op}") if planner is None else planner(call)
 
 
 def under_autocast(device_type: str) -> bool:
@@ -29,80 +80,36 @@ def under_autocast(device_type: str) -> bool:
 
 
 def autocast_off(device_type: str) -> AbstractContextManager[Any]:
-    """Nothing where it is off already: some devices do not even let it be switched off."""
+    """A context without autocast; it does nothing if autocast is off already, since some devices do
+    not even let it be switched off."""
     if under_autocast(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An op's inputs have been cast already; autocast must not cast inside it as well.
-
-    The first argument is a tensor or a list of them.
-    """
+    """Runs a function of a call record with autocast off: the inputs have been cast already."""
 
     @wraps(function)
-    def run(first: Tensor | list[Tensor], *args: Any) -> Any:
-        device = (first if isinstance(first, Tensor) else first[0]).device.type
-        with autocast_off(device):
-            return function(first, *args)
+    def run(call: Any) -> Any:
+        with autocast_off(_device_type(call)):
+            return function(call)
 
     return run
 
 
-def nf4_dequantize_why_not(device_type: str, qweight: Tensor, *args: Any) -> Reason:
-    """The limits that every compiled nf4_dequantize has; the last of `args` is the output dtype."""
-    if qweight.device.type != device_type:
-        return f"qweight is on {qweight.device}, not on a {device_type} device"
-    if args[-1] not in KERNEL_DTYPES:
-        return f"dtype is {args[-1]}; the kernels give float32, float16 and bfloat16"
+def _device_type(call: Any) -> str:
+    for name in ("x", "grad"):
+        if hasattr(call, name):
+            return getattr(call, name).device.type
+    return (call.weight.data if isinstance(call.weight, Weight) else call.weight).device.type
+
+
+def dequantize_refusal(device_type: str, call: DequantizeCall) -> Refusal | None:
+    """The limits that every compiled nf4_dequantize has."""
+    device = call.weight.data.device
+    if device.type != device_type:
+        return Refusal(f"qweight is on {device}, not on a {device_type} device")
+    if call.dtype not in KERNEL_DTYPES:
+        return Refusal(f"dtype is {call.dtype}; the kernels give float32, float16 and bfloat16")
     return None
-
-
-def contiguous_rows(x: Tensor) -> Tensor:
-    """x [..., features] as the compiled kernels take it: contiguous, 2-D."""
-    return as_rows(x).contiguous()
-
-
-def contiguous(args: tuple[Any, ...]) -> list[Any]:
-    """The arguments with every tensor among them contiguous."""
-    return [arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args]
-
-
-@dataclass(frozen=True)
-class Op:
-    """One op of a backend.
-
-    run        takes the arguments of the op's schema
-    why_not    None where `run` takes these arguments, else the reason in words
-    """
-
-    run: Callable[..., Any]
-    why_not: Callable[..., Reason]
-
-
-@dataclass(frozen=True)
-class Backend:
-    """A set of kernels.
-
-    unavailable   None where the backend can run in this process, else the reason in words
-    path          the variant in use, such as the instruction set, in words; for reports only
-    device        type of the device that the kernels' tensors are on
-    request_only  None where the backend is taken without being asked for by name, else the reason
-    """
-
-    name: str
-    ops: Mapping[str, Op]
-    unavailable: Callable[[], Reason]
-    path: Callable[[], str]
-    device: Callable[[], str]
-    request_only: Callable[[], Reason] = lambda: None
-
-    def why_not(self, op: str, args: tuple[Any, ...]) -> Reason:
-        """None where this backend would run `op` on `args`, else the reason."""
-        reason = self.unavailable()
-        if reason is not None:
-            return reason
-        if op not in self.ops:
-            return f"has no kernel for {op}"
-        return self.ops[op].why_not(*args)

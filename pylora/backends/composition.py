@@ -1,68 +1,177 @@
-"""Ops of several layers out of a backend's ops of one: lora_qkv, lora_mlp, multi_lora_linear.
+"""Ops of several layers out of a backend's single-layer ops: lora_qkv, lora_mlp, multi_lora_linear.
 
 A backend that has no kernel of its own for them still runs every NF4 weight on its kernels. Dense
-ones, and the adapters of multi_lora_linear, run in torch.
+weights, and the adapters of multi_lora_linear, run in torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from pylora import reference
-from pylora.backends.backend import DENSE, Op, Reason, without_autocast
-from pylora.reference.projections import LINEAR_OPS, REFERENCE_OPS, Projections
+from pylora.backends.backend import DENSE, Plan, Planner, Refusal, without_autocast
+from pylora.calls import (
+    Layer,
+    LayerGradients,
+    LoraLinearBackward,
+    LoraLinearCall,
+    LoraMlpBackward,
+    LoraMlpCall,
+    LoraQkvBackward,
+    LoraQkvCall,
+    MultiLoraBackward,
+    MultiLoraCall,
+    Nf4LinearBackward,
+    Nf4LinearCall,
+    Wanted,
+)
+from pylora.reference.layers import LayerFunctions
+from pylora.reference.lora_linear import layer_backward, layer_forward
+
+_TORCH = "torch"  # the variant of what no kernel of the backend runs
 
 
-def composed(ops: Mapping[str, Op]) -> dict[str, Op]:
-    """The composed ops over `ops`, which has those of `LinearOps`; the forward ones alone where it
-    lacks a backward."""
-    own = {name: ops[name].run for name in LINEAR_OPS if name in ops}
-    linear_ops = REFERENCE_OPS._replace(**own)
-
-    def op(name: str, why_not: Callable[..., Reason]) -> Op:
-        run = partial(getattr(reference, name), ops=linear_ops)
-        return Op(without_autocast(run), why_not)
-
-    def why_not(x: Tensor, *args: Any) -> Reason:
-        projections = Projections(*args[: len(Projections._fields)])
-        return _projections_why_not(ops, x, projections)
-
-    def base_why_not(x: Tensor, weight: Tensor, absmax: Tensor | None, *args: Any) -> Reason:
-        return DENSE if absmax is None else ops["nf4_linear"].why_not(x, weight, absmax, *args)
-
-    found = {
-        "lora_qkv": op("lora_qkv", why_not),
-        "lora_qkv_backward": op("lora_qkv_backward", lambda grad, x, h, *args: why_not(x, *args)),
-        "lora_mlp": op("lora_mlp", why_not),
-        "lora_mlp_backward": op(
-            "lora_mlp_backward", lambda grad, x, gate, up, h, *args: why_not(x, *args)
-        ),
-        "multi_lora_linear": op("multi_lora_linear", base_why_not),
-        "multi_lora_linear_backward": op(
-            "multi_lora_linear_backward", lambda grad, x, h, *args: base_why_not(x, *args)
-        ),
+def composed(planners: Mapping[Any, Planner]) -> dict[Any, Planner]:
+    """The planners of the composed ops over those of a backend's single-layer ops; those of the
+    backward ops only if the backend has both single-layer backwards."""
+    layers = _Layers(planners)
+    found: dict[Any, Planner] = {
+        LoraQkvCall: layers.qkv,
+        LoraMlpCall: layers.mlp,
+        MultiLoraCall: layers.multi_lora,
     }
-    complete = len(own) == len(LINEAR_OPS)
-    return {name: op for name, op in found.items() if complete or not name.endswith("_backward")}
+    if {Nf4LinearBackward, LoraLinearBackward} <= planners.keys():
+        found |= {
+            LoraQkvBackward: layers.qkv_backward,
+            LoraMlpBackward: layers.mlp_backward,
+            MultiLoraBackward: layers.multi_lora_backward,
+        }
+    return found
 
 
-def _projections_why_not(ops: Mapping[str, Op], x: Tensor, projections: Projections) -> Reason:
-    """None where there is an NF4 weight and the backend takes every one."""
-    ones = [projections.one(index) for index in range(len(projections.weight))]
-    own = [one for one in ones if one.base[1] is not None]
-    if not own:
-        return DENSE
-    for one in own:
-        args = (x, *one.base, one.out_features)
-        if one.has_lora:
-            last = (one.lora_A, one.lora_B, one.bias, None, None, one.scaling, 0.0, None)
-            reason = ops["lora_linear"].why_not(*args, *last, "identity")
-        else:
-            reason = ops["nf4_linear"].why_not(*args, one.bias)
-        if reason is not None:
-            return reason
-    return None
+class _Layers:
+    """Plans layers one by one on a backend's own planners."""
+
+    def __init__(self, planners: Mapping[Any, Planner]) -> None:
+        self._planners = planners
+        self.functions = LayerFunctions(self._forward, self._backward)
+
+    def qkv(self, call: LoraQkvCall) -> Plan | Refusal:
+        plans = [self._plan_forward(call.x, layer) for layer in call.layers]
+        return self._joined(plans, reference.lora_qkv)
+
+    def qkv_backward(self, call: LoraQkvBackward) -> Plan | Refusal:
+        plans = [
+            self._plan_backward(grad, call.x, h, layer, wanted)
+            for grad, h, layer, wanted in zip(
+                call.grads, call.hs, call.layers, call.wanted, strict=True
+            )
+        ]
+        return self._joined(plans, reference.lora_qkv_backward)
+
+    def mlp(self, call: LoraMlpCall) -> Plan | Refusal:
+        gate, up, down = call.layers
+        hidden = _like_rows(call.x, gate.weight.out_features)
+        inputs = (call.x, gate), (call.x, up), (hidden, down)
+        return self._joined([self._plan_forward(*one) for one in inputs], reference.lora_mlp)
+
+    def mlp_backward(self, call: LoraMlpBackward) -> Plan | Refusal:
+        # The gradients of gate and up, and the input of down, have the shapes of gate and up.
+        grads, inputs = (call.gate, call.up, call.grad), (call.x, call.x, call.gate)
+        plans = [
+            self._plan_backward(*each)
+            for each in zip(grads, inputs, call.hs, call.layers, call.wanted, strict=True)
+        ]
+        return self._joined(plans, reference.lora_mlp_backward)
+
+    def multi_lora(self, call: MultiLoraCall) -> Plan | Refusal:
+        base = self._plan_forward(call.x, call.layer)
+        return self._joined([base], reference.multi_lora_linear, adapters=True)
+
+    def multi_lora_backward(self, call: MultiLoraBackward) -> Plan | Refusal:
+        wanted = Wanted(x=True)
+        base = self._plan_backward(call.grad, call.x, call.h, call.layer, wanted)
+        return self._joined([base], reference.multi_lora_linear_backward, adapters=True)
+
+    def _joined(
+        self,
+        plans: Sequence[Plan | Refusal | None],
+        function: Callable[..., Any],
+        adapters: bool = False,
+    ) -> Plan | Refusal:
+        """One plan that runs all of them, or the first refusal; None stands for torch."""
+        variants = []
+        for plan in plans:
+            if isinstance(plan, Refusal):
+                return plan
+            variants.append(_TORCH if plan is None else plan.variant)
+        if all(plan is None for plan in plans):
+            return Refusal(DENSE)
+        counts = Counter(variants)
+        words = [f"{count} x {v}" if count > 1 else v for v, count in counts.items()]
+        words += ["adapters in torch"] * adapters
+        functions = self.functions
+        run = without_autocast(lambda call: function(call, functions))
+        return Plan("composed: " + ", ".join(words), run)
+
+    def _plan_forward(self, x: Tensor, layer: Layer) -> Plan | Refusal | None:
+        call = _forward_call(x, layer)
+        return None if call is None else self._planners[type(call)](call)
+
+    def _plan_backward(
+        self, grad: Tensor, x: Tensor, h: Tensor, layer: Layer, wanted: Wanted
+    ) -> Plan | Refusal | None:
+        call = _backward_call(grad, x, h, layer, wanted)
+        return None if call is None else self._planners[type(call)](call)
+
+    def _forward(self, x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
+        call = _forward_call(x, layer)
+        if call is None:
+            return layer_forward(x, layer)
+        result = self._planned(call).run(call)
+        return result if layer.low_rank is not None else (result, x.new_empty(0))
+
+    def _backward(
+        self, grad: Tensor, x: Tensor, h: Tensor, layer: Layer, wanted: Wanted
+    ) -> LayerGradients:
+        call = _backward_call(grad, x, h, layer, wanted)
+        if call is None:
+            return layer_backward(grad, x, h, layer, wanted)
+        if isinstance(call, LoraLinearBackward):
+            return self._planned(call).run(call)
+        # The gradients of the bias and of x alone: a frozen NF4 weight without LoRA.
+        rest = layer_backward(grad, x, h, layer, Wanted(bias=wanted.bias))
+        return rest.with_x(self._planned(call).run(call) if wanted.x else None)
+
+    def _planned(self, call: Any) -> Plan:
+        plan = self._planners[type(call)](call)
+        if isinstance(plan, Refusal):
+            # A layer in the middle of an op may have other strides than the one that was planned.
+            raise RuntimeError(f"{call.op} was planned and then refused: {plan.reason}")
+        return plan
+
+
+def _forward_call(x: Tensor, layer: Layer) -> Nf4LinearCall | LoraLinearCall | None:
+    """The single-layer op of an NF4 layer; None for a dense one."""
+    if not layer.weight.is_nf4:
+        return None
+    return Nf4LinearCall(x, layer) if layer.low_rank is None else LoraLinearCall(x, layer)
+
+
+def _backward_call(
+    grad: Tensor, x: Tensor, h: Tensor, layer: Layer, wanted: Wanted
+) -> Nf4LinearBackward | LoraLinearBackward | None:
+    if not layer.weight.is_nf4:
+        return None
+    if layer.low_rank is None:
+        return Nf4LinearBackward(grad, layer.weight)
+    return LoraLinearBackward(grad, x, h, layer, wanted)
+
+
+def _like_rows(x: Tensor, features: int) -> Tensor:
+    """Stands for an activation [..., features] that is not there yet: it has no memory."""
+    return x.new_empty(()).expand(*x.shape[:-1], features)

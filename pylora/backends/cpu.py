@@ -1,11 +1,9 @@
-"""The cpu backend: the C++ kernels of `pylora._C` behind the arguments of the public ops."""
+"""The cpu backend: the C++ kernels of `pylora._C` on CPU tensors."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pylora.backends import extension
@@ -13,13 +11,22 @@ from pylora.backends.backend import (
     DENSE,
     KERNEL_DTYPES,
     Backend,
-    Op,
+    Plan,
+    Planner,
     Reason,
-    contiguous,
-    contiguous_rows,
-    nf4_dequantize_why_not,
+    Refusal,
+    dequantize_refusal,
 )
 from pylora.backends.composition import composed
+from pylora.calls import (
+    DequantizeCall,
+    Layer,
+    LoraLinearBackward,
+    LoraLinearCall,
+    Nf4LinearBackward,
+    Nf4LinearCall,
+    QuantizeCall,
+)
 
 _MAX_RANK = 1024  # kMaxRank of csrc/cpu/lora_linear.h: what a thread's workspace holds
 
@@ -29,14 +36,13 @@ def _unavailable() -> Reason:
 
 
 def _path() -> str:
+    """The instruction set in use."""
     module, _ = extension.load()
     return module.cpu_isa() if module is not None else "absent"
 
 
-def _device_or_dtype(**tensors: Tensor | None) -> Reason:
+def _reason(**tensors: Tensor) -> Reason:
     for name, tensor in tensors.items():
-        if tensor is None:
-            continue
         if tensor.device.type != "cpu":
             return f"{name} is on {tensor.device}, not on the CPU"
         if tensor.dtype not in KERNEL_DTYPES:
@@ -46,67 +52,56 @@ def _device_or_dtype(**tensors: Tensor | None) -> Reason:
     return None
 
 
-def _rank(lora_A: Tensor) -> Reason:
-    if lora_A.shape[0] > _MAX_RANK:
-        return f"the rank is {lora_A.shape[0]}; the kernels take up to {_MAX_RANK}"
-    return None
+def _planned(reason: Reason, run: Any) -> Plan | Refusal:
+    return Plan(_path(), run) if reason is None else Refusal(reason)
 
 
-def _nf4_quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    return torch.ops.pylora_C.nf4_quantize(weight.contiguous(), blocksize)
+def _quantize(call: QuantizeCall) -> Plan | Refusal:
+    return _planned(_reason(weight=call.weight), extension.nf4_quantize)
 
 
-def _nf4_dequantize(*args: Any) -> Tensor:
-    return torch.ops.pylora_C.nf4_dequantize(*contiguous(args))
+def _dequantize(call: DequantizeCall) -> Plan | Refusal:
+    return dequantize_refusal("cpu", call) or Plan(_path(), extension.nf4_dequantize)
 
 
-def _nf4_linear(x: Tensor, *args: Any) -> Tensor:
-    y = torch.ops.pylora_C.nf4_linear(contiguous_rows(x), *contiguous(args))
-    return y.view(*x.shape[:-1], y.shape[-1])
+def _nf4_linear(call: Nf4LinearCall) -> Plan | Refusal:
+    return _planned(_reason(x=call.x), extension.nf4_linear)
 
 
-def _nf4_linear_backward(grad: Tensor, *args: Any) -> Tensor:
-    dx = torch.ops.pylora_C.nf4_linear_backward(contiguous_rows(grad), *contiguous(args))
-    return dx.view(*grad.shape[:-1], dx.shape[-1])
+def _nf4_linear_backward(call: Nf4LinearBackward) -> Plan | Refusal:
+    return _planned(_reason(grad=call.grad), extension.nf4_linear_backward)
 
 
-def _lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    y, h = torch.ops.pylora_C.lora_linear(contiguous_rows(x), *contiguous(args))
-    return y.view(*x.shape[:-1], y.shape[-1]), h.view(*x.shape[:-1], h.shape[-1])
-
-
-def _lora_linear_why_not(x: Tensor, weight: Tensor, absmax: Tensor | None, *args: Any) -> Reason:
-    if absmax is None:
+def _lora_reason(layer: Layer, **tensors: Tensor) -> Reason:
+    low = layer.low_rank
+    if not layer.weight.is_nf4 or low is None:
         return DENSE
-    return _rank(args[6]) or _device_or_dtype(x=x, lora_A=args[6], lora_B=args[7])
+    if low.rank > _MAX_RANK:
+        return f"the rank is {low.rank}; the kernels take up to {_MAX_RANK}"
+    return _reason(**tensors, lora_A=low.A, lora_B=low.B)
 
 
-def _lora_linear_backward(grad: Tensor, x: Tensor, h: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    rows = (contiguous_rows(grad), contiguous_rows(x), contiguous_rows(h))
-    dx, *others = torch.ops.pylora_C.lora_linear_backward(*rows, *contiguous(args))
-    return (dx.view(x.shape) if args[-1][0] else dx, *others)
+def _lora_linear(call: LoraLinearCall) -> Plan | Refusal:
+    return _planned(_lora_reason(call.layer, x=call.x), extension.lora_linear)
 
 
-def _lora_linear_backward_why_not(
-    grad: Tensor, x: Tensor, h: Tensor, weight: Tensor, absmax: Tensor | None, *args: Any
-) -> Reason:
-    if absmax is None:
-        return DENSE
-    return _rank(args[5]) or _device_or_dtype(grad=grad, x=x, lora_A=args[5], lora_B=args[6])
+def _lora_linear_backward(call: LoraLinearBackward) -> Plan | Refusal:
+    reason = _lora_reason(call.layer, grad=call.grad, x=call.x)
+    return _planned(reason, extension.lora_linear_backward)
 
 
-_OPS = {
-    "nf4_quantize": Op(_nf4_quantize, lambda weight, _: _device_or_dtype(weight=weight)),
-    "nf4_dequantize": Op(_nf4_dequantize, partial(nf4_dequantize_why_not, "cpu")),
-    "nf4_linear": Op(_nf4_linear, lambda x, *_: _device_or_dtype(x=x)),
-    "nf4_linear_backward": Op(_nf4_linear_backward, lambda grad, *_: _device_or_dtype(grad=grad)),
-    "lora_linear": Op(_lora_linear, _lora_linear_why_not),
-    "lora_linear_backward": Op(_lora_linear_backward, _lora_linear_backward_why_not),
+_PLANNERS: dict[Any, Planner] = {
+    QuantizeCall: _quantize,
+    DequantizeCall: _dequantize,
+    Nf4LinearCall: _nf4_linear,
+    Nf4LinearBackward: _nf4_linear_backward,
+    LoraLinearCall: _lora_linear,
+    LoraLinearBackward: _lora_linear_backward,
 }
 
 BACKEND = Backend(
     name="cpu",
-    ops={**_OPS, **composed(_OPS)},
+    planners=_PLANNERS | composed(_PLANNERS),
     unavailable=_unavailable,
     path=_path,
     device=lambda: "cpu",

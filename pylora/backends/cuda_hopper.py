@@ -1,28 +1,21 @@
-"""When the cuda backend takes its kernel for many rows, which only Hopper (sm_90a) can run."""
+"""When the cuda backend may take its kernel for many rows, which only Hopper (sm_90a) can run."""
 
 from __future__ import annotations
 
-import os
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from pylora import settings
 from pylora.backends import extension
 from pylora.backends.backend import Reason
-
-# The rows of x from which on arithmetic decides, and not reading the weight. An estimate.
-MIN_M = 128
-# Off by default: it has not been measured against dequantize and matmul.
-SWITCH = "PYLORA_HOPPER"
+from pylora.backends.limits import CUDA_HOPPER_FROM
+from pylora.calls import Weight
 
 # Limits of csrc/cuda/nf4_linear_hopper.cuh and lora_hidden_many.cuh.
 _COLUMNS = 64
 _MAX_M = 8 * 65535
-
-
-def asked_for() -> bool:
-    return os.environ.get(SWITCH) == "1"
 
 
 @lru_cache
@@ -36,15 +29,17 @@ def _is_compiled() -> bool:
     return module is not None and "90a" in module.build_info()["cuda_archs"]
 
 
-def why_not(x: Tensor, rows: int, blocksize: int) -> Reason:
-    """None where the kernel takes x over a weight of this blocksize, else the reason in words.
+def reason(x: Tensor, rows: int, weight: Weight) -> Reason:
+    """None if the kernel runs x [rows, in_features] over this weight, else the reason in words.
 
     What holds for every kernel of the backend has been asked before.
     """
-    if not asked_for():
+    if rows < CUDA_HOPPER_FROM:
+        return f"x has {rows} rows; the Hopper kernel is for {CUDA_HOPPER_FROM} or more"
+    if not settings.current().hopper:
         return (
             "the Hopper kernel for many rows has not been measured against dequantize and matmul; "
-            f"{SWITCH}=1 turns it on"
+            f"{settings.HOPPER}=1 turns it on"
         )
     if _capability(x.device) != (9, 0):
         return "the Hopper kernel needs a GPU of compute capability 9.0"
@@ -54,6 +49,6 @@ def why_not(x: Tensor, rows: int, blocksize: int) -> Reason:
         return f"x has {rows} rows; the Hopper kernel takes up to {_MAX_M}"
     if x.shape[-1] % _COLUMNS:
         return f"in_features is {x.shape[-1]}; the Hopper kernel needs a multiple of {_COLUMNS}"
-    if blocksize % _COLUMNS:
-        return f"blocksize is {blocksize}; the Hopper kernel needs a multiple of {_COLUMNS}"
+    if weight.blocksize % _COLUMNS:
+        return f"blocksize is {weight.blocksize}; the Hopper kernel needs a multiple of {_COLUMNS}"
     return None

@@ -6,31 +6,35 @@ while it reads x for h, another decodes the weight between the columns of the ri
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from pylora.backends import extension
 from pylora.backends.backend import Reason, without_autocast
-
-# The rows of x from which on writing the decoded weight and reading it again costs less than
-# decoding it for each tile of x. An estimate, like that of kernels/configs.py.
-MIN_M = 513
+from pylora.calls import (
+    DequantizeCall,
+    LoraLinearCall,
+    LowRank,
+    Nf4LinearBackward,
+    Nf4LinearCall,
+    Weight,
+)
+from pylora.reference.rows import as_rows
 
 # Limits of csrc/cuda/lora_hidden_many.cuh.
 _COLUMNS = 64
 _MAX_M = 8 * 65535
 
 
-def lora_why_not(x: Tensor, rows: int, lora_A: Tensor) -> Reason:
-    """None where x with many rows and lora_A are taken, else the reason in words.
+def lora_reason(x: Tensor, rows: int, low: LowRank) -> Reason:
+    """None if LoRA can ride on the product, else the reason in words.
 
     What holds for every kernel of the backend has been asked before.
     """
-    if lora_A.dtype != x.dtype:
+    if low.A.dtype != x.dtype:
         # Rounded as an operand, it would lose what it was kept in float32 for.
-        return f"lora_A is {lora_A.dtype}; for many rows the kernel takes {x.dtype}, as x has"
+        return f"lora_A is {low.A.dtype}; for many rows the kernel takes {x.dtype}, as x has"
     if rows > _MAX_M:
         return f"x has {rows} rows; the kernel for many rows takes up to {_MAX_M}"
     if x.shape[-1] % _COLUMNS:
@@ -39,37 +43,37 @@ def lora_why_not(x: Tensor, rows: int, lora_A: Tensor) -> Reason:
     return None
 
 
-def _dense(q: tuple[Any, ...], out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
-    return torch.ops.pylora_C.nf4_dequantize(*q, (out_features, in_features), dtype)
+def _dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+    return extension.nf4_dequantize(DequantizeCall(weight, weight.shape, dtype))
 
 
 @without_autocast
-def nf4_linear(x: Tensor, *args: Any) -> Tensor:
-    """x [M, in_features] -> y [M, out_features]"""
-    *q, out_features, bias = args
-    weight = _dense(tuple(q), out_features, x.shape[1], x.dtype)
+def nf4_linear(call: Nf4LinearCall) -> Tensor:
+    x, bias = call.x, call.layer.bias
+    weight = _dense(call.layer.weight, x.dtype)
     return linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 @without_autocast
-def nf4_linear_backward(grad: Tensor, *args: Any) -> Tensor:
-    """grad [M, out_features] -> dx [M, in_features]"""
-    *q, in_features = args
-    return grad @ _dense(tuple(q), grad.shape[1], in_features, grad.dtype)
+def nf4_linear_backward(call: Nf4LinearBackward) -> Tensor:
+    return call.grad @ _dense(call.weight, call.grad.dtype)
 
 
 @without_autocast
-def lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """x [M, in_features] -> y [M, out_features], h fp32 [M, r]"""
-    *q, out_features, lora_A, lora_B, bias, lora_A_bias, lora_B_bias, scaling = args[:14]
-    rank, in_features = lora_A.shape
-    left, h = torch.ops.pylora_C.lora_extend(x, lora_A, lora_A_bias, scaling, *args[14:])
+def lora_linear(call: LoraLinearCall) -> tuple[Tensor, Tensor]:
+    x, layer, low = call.x, call.layer, call.layer.low_rank
+    assert low is not None
+    weight, rank = layer.weight, low.rank
+    out_features, in_features = weight.shape
+    left, h = extension.lora_extend(as_rows(x), low)
     right = x.new_empty(out_features, left.shape[1])
-    torch.ops.pylora_C.nf4_dequantize_into(*q, right[:, :in_features])
-    right[:, in_features : in_features + rank] = lora_B
+    extension.nf4_dequantize_into(weight, right[:, :in_features])
+    right[:, in_features : in_features + rank] = low.B
     if in_features + rank < right.shape[1]:
         right[:, in_features + rank :] = 0
-    if lora_B_bias is not None:
-        both = scaling * lora_B_bias.float()
+    bias = layer.bias
+    if low.B_bias is not None:
+        both = low.scaling * low.B_bias.float()
         bias = both if bias is None else both.add_(bias)
-    return linear(left, right, None if bias is None else bias.to(x.dtype)), h
+    y = linear(left, right, None if bias is None else bias.to(x.dtype))
+    return y.view(*x.shape[:-1], out_features), h.view(*x.shape[:-1], rank)

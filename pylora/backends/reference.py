@@ -5,33 +5,50 @@ from __future__ import annotations
 from typing import Any
 
 from pylora import reference
-from pylora.backends.backend import Backend, Op, without_autocast
+from pylora.backends.backend import Backend, Plan, Planner, without_autocast
+from pylora.calls import (
+    DequantizeCall,
+    LoraLinearBackward,
+    LoraLinearCall,
+    LoraMlpBackward,
+    LoraMlpCall,
+    LoraQkvBackward,
+    LoraQkvCall,
+    MultiLoraBackward,
+    MultiLoraCall,
+    Nf4LinearBackward,
+    Nf4LinearCall,
+    QuantizeCall,
+)
+
+_VARIANT = "pure PyTorch"
 
 
-def _takes_everything(*_: Any) -> None:
-    return None
+def _always(record: Any) -> Planner:
+    plan = Plan(_VARIANT, without_autocast(getattr(reference, record.op)))
+    return lambda call: plan
 
 
 BACKEND = Backend(
     name="reference",
-    ops={
-        name: Op(without_autocast(getattr(reference, name)), _takes_everything)
-        for name in (
-            "nf4_quantize",
-            "nf4_dequantize",
-            "nf4_linear",
-            "nf4_linear_backward",
-            "lora_linear",
-            "lora_linear_backward",
-            "lora_qkv",
-            "lora_qkv_backward",
-            "lora_mlp",
-            "lora_mlp_backward",
-            "multi_lora_linear",
-            "multi_lora_linear_backward",
+    planners={
+        record: _always(record)
+        for record in (
+            QuantizeCall,
+            DequantizeCall,
+            Nf4LinearCall,
+            Nf4LinearBackward,
+            LoraLinearCall,
+            LoraLinearBackward,
+            LoraQkvCall,
+            LoraQkvBackward,
+            LoraMlpCall,
+            LoraMlpBackward,
+            MultiLoraCall,
+            MultiLoraBackward,
         )
     },
     unavailable=lambda: None,
-    path=lambda: "pure PyTorch",
+    path=lambda: _VARIANT,
     device=lambda: "cpu",
 )

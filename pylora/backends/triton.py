@@ -1,42 +1,55 @@
 """The triton backend: the kernels of `pylora.kernels` on CUDA devices, or in Triton's interpreter.
 
-Triton and the kernels are imported when an op first needs them. The interpreter runs them on CPU
-tensors, slowly and exactly, where TRITON_INTERPRET=1 was set before Triton was imported.
+Triton and the kernels are imported when an op first needs them (`triton_runs`). The interpreter
+runs them on CPU tensors, slowly and exactly, if TRITON_INTERPRET=1 was set before Triton was
+imported.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib import util
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pylora.backends import triton_runs
 from pylora.backends.backend import (
+    DENSE,
     KERNEL_DTYPES,
     Backend,
-    Op,
+    Plan,
+    Planner,
     Reason,
-    nf4_dequantize_why_not,
+    Refusal,
+    dequantize_refusal,
     without_autocast,
 )
-from pylora.backends.triton_projections import (
-    base,
-    lora_mlp,
-    lora_mlp_backward,
-    lora_qkv,
-    lora_qkv_backward,
-    projections_why_not,
-    rows,
+from pylora.backends.limits import TRITON_PRODUCT_FROM
+from pylora.calls import (
+    DequantizeCall,
+    Layer,
+    LoraLinearBackward,
+    LoraLinearCall,
+    LoraMlpBackward,
+    LoraMlpCall,
+    LoraQkvBackward,
+    LoraQkvCall,
+    MultiLoraBackward,
+    MultiLoraCall,
+    Nf4LinearBackward,
+    Nf4LinearCall,
 )
-from pylora.reference.multi_lora_linear import check_adapter_ids
+
+TILES, PRODUCT = "fused tiles", "dense product"
 
 
 @lru_cache(maxsize=1)
 def interpreted() -> bool:
-    """Whether this process runs Triton kernels in the interpreter, on CPU tensors."""
+    """True if this process runs Triton kernels in the interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
@@ -58,7 +71,7 @@ def _unavailable() -> Reason:
 
 
 def _request_only() -> Reason:
-    return "Triton's interpreter runs only where it is asked for" if interpreted() else None
+    return "Triton's interpreter runs only if it is asked for" if interpreted() else None
 
 
 def _device() -> str:
@@ -73,10 +86,8 @@ def _path() -> str:
     return "sm_" + "".join(map(str, torch.cuda.get_device_capability()))
 
 
-def _tensors_why_not(**tensors: Tensor | None) -> Reason:
+def _reason(**tensors: Tensor) -> Reason:
     for name, tensor in tensors.items():
-        if tensor is None:
-            continue
         if tensor.device.type != _device():
             return f"{name} is on {tensor.device}, not on a {_device()} device"
         if tensor.dtype not in KERNEL_DTYPES:
@@ -86,172 +97,99 @@ def _tensors_why_not(**tensors: Tensor | None) -> Reason:
     return None
 
 
-def _nf4_dequantize(*args: Any) -> Tensor:
-    from pylora.kernels.nf4_dequantize import nf4_dequantize
-
-    *q, shape, dtype = args
-    return nf4_dequantize(base(tuple(q)), tuple(shape), dtype)
-
-
-def _nf4_dequantize_why_not(*args: Any) -> Reason:
-    return nf4_dequantize_why_not(_device(), *args)
+def _planned(reason: Reason, x: Tensor, run: Any) -> Plan | Refusal:
+    """The plan for the rows of x, or of the gradient, unless there is a reason against it."""
+    if reason is not None:
+        return Refusal(reason)
+    many = math.prod(x.shape[:-1]) >= TRITON_PRODUCT_FROM[x.element_size()]
+    return Plan(PRODUCT if many else TILES, without_autocast(run))
 
 
-def _nf4_linear(x: Tensor, *args: Any) -> Tensor:
-    from pylora.kernels.lora_linear import nf4_linear
-
-    *q, out_features, bias = args
-    y = nf4_linear(rows(x), base(tuple(q)), out_features, bias)
-    return y.view(*x.shape[:-1], out_features)
+def _dequantize(call: DequantizeCall) -> Plan | Refusal:
+    return dequantize_refusal(_device(), call) or Plan("dequantize", triton_runs.nf4_dequantize)
 
 
-def _nf4_linear_backward(grad: Tensor, *args: Any) -> Tensor:
-    from pylora.kernels.lora_linear_backward import nf4_linear_backward
-
-    *q, in_features = args
-    dx = nf4_linear_backward(rows(grad), base(tuple(q)), in_features)
-    return dx.view(*grad.shape[:-1], in_features)
+def _nf4_linear(call: Nf4LinearCall) -> Plan | Refusal:
+    return _planned(_reason(x=call.x), call.x, triton_runs.nf4_linear)
 
 
-def _lora_layer(args: tuple[Any, ...], *low_rank: Any) -> Any:
-    from pylora.kernels.lora_linear import Layer, LoRA
-    from pylora.kernels.philox import seeded_dropout
-
-    out_features, bias, A, B, A_bias, B_bias, scaling, p, seed, activation = low_rank
-    lora = LoRA(A, B, A_bias, B_bias, scaling, seeded_dropout(p, seed), activation)
-    return Layer(base(args), out_features, bias, lora)
+def _nf4_linear_backward(call: Nf4LinearBackward) -> Plan | Refusal:
+    return _planned(_reason(grad=call.grad), call.grad, triton_runs.nf4_linear_backward)
 
 
-def _lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    from pylora.kernels.lora_linear import lora_linears
-
-    out_features, A, B, bias, *last = args[7:]
-    layer = _lora_layer(args[:7], out_features, bias, A, B, *last)
-    ((y, h),) = lora_linears(rows(x), [layer])
-    return y.view(*x.shape[:-1], out_features), h.view(*x.shape[:-1], A.shape[0])
+def _factors(layer: Layer) -> dict[str, Tensor]:
+    low = layer.low_rank
+    return {} if low is None else {"lora_A": low.A, "lora_B": low.B}
 
 
-def _lora_linear_why_not(x: Tensor, *args: Any) -> Reason:
-    return _tensors_why_not(x=x, lora_A=args[8], lora_B=args[9])
+def _lora_linear(call: LoraLinearCall) -> Plan | Refusal:
+    reason = _reason(x=call.x, **_factors(call.layer))
+    return _planned(reason, call.x, triton_runs.lora_linear)
 
 
-def _lora_linear_backward(grad: Tensor, x: Tensor, h: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    from pylora.kernels.lora_linear_backward import Wanted, incoming, lora_linears_backward
-
-    A, B, scaling, p, seed, activation, output_mask = args[7:]
-    last = (scaling, p, seed, activation)
-    layer = _lora_layer(args[:7], B.shape[0], None, A, B, None, None, *last)
-    grad_rows, x_rows = rows(grad), rows(x)
-    want_x, want_weight, want_A, want_B, want_bias, want_A_bias, want_B_bias = output_mask
-    arriving = incoming(layer, grad_rows, x.shape[-1], want_x)
-    wanted = Wanted(want_A, want_B, want_A_bias)
-    dx, (found,) = lora_linears_backward([arriving], x_rows, [rows(h)], want_x, [wanted])
-    column_sums = grad_rows.sum(0, dtype=torch.float32) if want_bias or want_B_bias else None
-    results = (
-        None if dx is None else dx.view(x.shape),
-        grad_rows.t() @ x_rows if want_weight else None,
-        found.lora_A,
-        found.lora_B,
-        column_sums.to(grad.dtype) if column_sums is not None and want_bias else None,
-        found.lora_A_bias,
-        (scaling * column_sums).to(A.dtype) if column_sums is not None and want_B_bias else None,
-    )
-    return tuple(x.new_empty(0) if result is None else result for result in results)
+def _lora_linear_backward(call: LoraLinearBackward) -> Plan | Refusal:
+    reason = _reason(grad=call.grad, x=call.x, **_factors(call.layer))
+    return _planned(reason, call.grad, triton_runs.lora_linear_backward)
 
 
-def _lora_linear_backward_why_not(grad: Tensor, x: Tensor, h: Tensor, *args: Any) -> Reason:
-    return _tensors_why_not(grad=grad, x=x, lora_A=args[7], lora_B=args[8])
+def _layers_reason(x: Tensor, layers: tuple[Layer, ...]) -> Reason:
+    if not any(layer.low_rank is not None or layer.weight.is_nf4 for layer in layers):
+        return DENSE
+    tensors = {"x": x}
+    for index, layer in enumerate(layers):
+        tensors |= {f"{name}[{index}]": t for name, t in _factors(layer).items()}
+    return _reason(**tensors)
 
 
-def _multi_lora(args: tuple[Any, ...]) -> Any:
-    """The adapters from lora_A, lora_B, adapter_ids and scalings; the ids are checked where that
-    waits for no device."""
-    from pylora.kernels.multi_lora_linear import MultiLoRA
-
-    A, B, ids, scalings = args
-    check_adapter_ids(ids, A.shape[0])
-    scalings = scalings.to(torch.float32)
-    return MultiLoRA(*(t.contiguous() for t in (A, B, ids, scalings)))
+def _lora_qkv(call: LoraQkvCall) -> Plan | Refusal:
+    return _planned(_layers_reason(call.x, call.layers), call.x, triton_runs.lora_qkv)
 
 
-def _multi_lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    from pylora.kernels.multi_lora_linear import multi_lora_linear
-
-    out_features, *low_rank, bias = args[7:]
-    lora = _multi_lora(tuple(low_rank))
-    y, h = multi_lora_linear(rows(x), base(args[:7]), out_features, bias, lora)
-    return y.view(*x.shape[:-1], out_features), h.view(*x.shape[:-1], h.shape[1])
+def _lora_qkv_backward(call: LoraQkvBackward) -> Plan | Refusal:
+    return _planned(_layers_reason(call.x, call.layers), call.x, triton_runs.lora_qkv_backward)
 
 
-def _multi_lora_linear_why_not(x: Tensor, *args: Any) -> Reason:
-    return _tensors_why_not(x=x, lora_A=args[8], lora_B=args[9]) or _adapters_why_not(args[8])
+def _lora_mlp(call: LoraMlpCall) -> Plan | Refusal:
+    return _planned(_layers_reason(call.x, call.layers), call.x, triton_runs.lora_mlp)
 
 
-def _multi_lora_linear_backward(
-    grad: Tensor, x: Tensor, h: Tensor, *args: Any
-) -> tuple[Tensor, ...]:
-    from pylora.kernels.multi_lora_linear_backward import multi_lora_linear_backward
-
-    want_x, want_weight, want_A, want_B, want_bias = args[11]
-    grad_rows, x_rows = rows(grad), rows(x)
-    dx, dlora_A, dlora_B = multi_lora_linear_backward(
-        grad_rows,
-        x_rows,
-        rows(h).contiguous(),
-        base(args[:7]),
-        _multi_lora(args[7:11]),
-        (want_x, want_A, want_B),
-    )
-    results = (
-        None if dx is None else dx.view(x.shape),
-        grad_rows.t() @ x_rows if want_weight else None,
-        dlora_A,
-        dlora_B,
-        grad_rows.sum(0, dtype=torch.float32).to(grad.dtype) if want_bias else None,
-    )
-    return tuple(x.new_empty(0) if result is None else result for result in results)
+def _lora_mlp_backward(call: LoraMlpBackward) -> Plan | Refusal:
+    return _planned(_layers_reason(call.x, call.layers), call.x, triton_runs.lora_mlp_backward)
 
 
-def _multi_lora_linear_backward_why_not(grad: Tensor, x: Tensor, h: Tensor, *args: Any) -> Reason:
-    tensors = _tensors_why_not(grad=grad, x=x, lora_A=args[7], lora_B=args[8])
-    return tensors or _adapters_why_not(args[7])
+def _adapters_reason(call: MultiLoraCall | MultiLoraBackward, **tensors: Tensor) -> Reason:
+    adapters = call.adapters
+    if adapters.count == 0:
+        return "lora_A has no adapters"
+    return _reason(**tensors, lora_A=adapters.A, lora_B=adapters.B)
 
 
-def _adapters_why_not(lora_A: Tensor) -> Reason:
-    return "lora_A has no adapters" if lora_A.shape[0] == 0 else None
+def _multi_lora_linear(call: MultiLoraCall) -> Plan | Refusal:
+    return _planned(_adapters_reason(call, x=call.x), call.x, triton_runs.multi_lora_linear)
 
 
-_several_why_not = partial(projections_why_not, _tensors_why_not)
+def _multi_lora_linear_backward(call: MultiLoraBackward) -> Plan | Refusal:
+    reason = _adapters_reason(call, grad=call.grad, x=call.x)
+    return _planned(reason, call.grad, triton_runs.multi_lora_linear_backward)
 
-_OPS = {
-    "nf4_dequantize": Op(_nf4_dequantize, _nf4_dequantize_why_not),
-    "nf4_linear": Op(without_autocast(_nf4_linear), lambda x, *_: _tensors_why_not(x=x)),
-    "nf4_linear_backward": Op(
-        without_autocast(_nf4_linear_backward), lambda grad, *_: _tensors_why_not(grad=grad)
-    ),
-    "lora_linear": Op(without_autocast(_lora_linear), _lora_linear_why_not),
-    "lora_linear_backward": Op(
-        without_autocast(_lora_linear_backward), _lora_linear_backward_why_not
-    ),
-    "multi_lora_linear": Op(without_autocast(_multi_lora_linear), _multi_lora_linear_why_not),
-    "multi_lora_linear_backward": Op(
-        without_autocast(_multi_lora_linear_backward), _multi_lora_linear_backward_why_not
-    ),
-    "lora_qkv": Op(without_autocast(lora_qkv), _several_why_not),
-    "lora_qkv_backward": Op(
-        without_autocast(lora_qkv_backward),
-        lambda grad, x, h, *args: _several_why_not(x, *args),
-    ),
-    "lora_mlp": Op(without_autocast(lora_mlp), _several_why_not),
-    "lora_mlp_backward": Op(
-        without_autocast(lora_mlp_backward),
-        lambda grad, x, gate, up, h, *args: _several_why_not(x, *args),
-    ),
+
+_PLANNERS: dict[Any, Planner] = {
+    DequantizeCall: _dequantize,
+    Nf4LinearCall: _nf4_linear,
+    Nf4LinearBackward: _nf4_linear_backward,
+    LoraLinearCall: _lora_linear,
+    LoraLinearBackward: _lora_linear_backward,
+    LoraQkvCall: _lora_qkv,
+    LoraQkvBackward: _lora_qkv_backward,
+    LoraMlpCall: _lora_mlp,
+    LoraMlpBackward: _lora_mlp_backward,
+    MultiLoraCall: _multi_lora_linear,
+    MultiLoraBackward: _multi_lora_linear_backward,
 }
 
 BACKEND = Backend(
     name="triton",
-    ops=_OPS,
+    planners=_PLANNERS,
     unavailable=_unavailable,
     path=_path,
     device=_device,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pylora.functional import quantize_nf4
 from pylora.models.module_tree import lora_layers, refuse_peft_model, unwrapped
-from pylora.nf4 import NF4Weight
+from pylora.nf4_weight import NF4Weight
 from pylora.nn import LoRALinear, NF4Linear
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pylora import checks, functional
 from pylora.backends.backend import autocast_off
-from pylora.nf4 import NF4Weight
+from pylora.nf4_weight import NF4Weight
 from pylora.nn.nf4_linear import NF4Linear, frozen
 
 

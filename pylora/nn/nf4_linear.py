@@ -13,12 +13,12 @@ from pylora import bnb_format, checks, functional
 from pylora.nf4 import (
     DEFAULT_BLOCKSIZE,
     DEFAULT_NESTED_BLOCKSIZE,
-    NF4Weight,
     absmax_shape,
     block_count,
     check_blocksize,
     packed_shape,
 )
+from pylora.nf4_weight import NF4Weight
 
 
 class NF4Linear(nn.Module):
@@ -161,7 +161,7 @@ class NF4Linear(nn.Module):
         Raises TypeError or ValueError as `NF4Weight.from_bitsandbytes` does.
         """
         bias = getattr(linear4bit, "bias", None)
-        return cls._around(bnb_format.from_bitsandbytes(linear4bit), bias)
+        return cls._around(NF4Weight.from_bitsandbytes(linear4bit), bias)
 
     @classmethod
     def _around(cls, w: NF4Weight, bias: nn.Parameter | None) -> NF4Linear:
@@ -258,7 +258,7 @@ class NF4Linear(nn.Module):
     def _read_weight(self, weight: Tensor, entries: dict[str, Tensor]) -> NF4Weight:
         """The stored weight on this layer's device; a dense one is quantized as it comes in."""
         if entries:
-            w = bnb_format.from_state_entries(weight, entries)
+            w = NF4Weight(**bnb_format.read_state_entries(weight, entries))
         else:
             w = functional.quantize_nf4(weight, self.blocksize, self.double_quant)
         shape = (self.out_features, self.in_features)

@@ -2,6 +2,7 @@
 file.
 
 Importing this package registers them all. Each op runs whatever backend `pylora.dispatch` chooses.
+`run(call)` runs a call record, with or without a detour through torch's dispatcher.
 """
 
 from pylora.ops import (
@@ -13,6 +14,7 @@ from pylora.ops import (
     nf4_linear,
     nf4_quantize,
 )
+from pylora.ops.registration import run
 
 __all__ = [
     "lora_linear",
@@ -22,4 +24,5 @@ __all__ = [
     "nf4_dequantize",
     "nf4_linear",
     "nf4_quantize",
+    "run",
 ]

@@ -7,136 +7,61 @@ else: a dropout mask is regenerated from the seed.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from pylora.ops.registration import WEIGHT_SCHEMA, register
-
-_BACKWARD_MASK = "bool[] output_mask"
-
-
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    nested_blocksize: int,
-    out_features: int,
-    lora_A: Tensor,
-    *_: Any,
-) -> tuple[Tensor, Tensor]:
-    hidden_dtype = torch.promote_types(lora_A.dtype, torch.float32)
-    y = x.new_empty(*x.shape[:-1], out_features)
-    return y, x.new_empty(*x.shape[:-1], lora_A.shape[0], dtype=hidden_dtype)
+from pylora.calls import Layer, LayerGradients, LoraLinearBackward, LoraLinearCall, Wanted
+from pylora.ops import spec
+from pylora.ops.registration import Gradient, masked_backward, no_gradient, register
 
 
-def _backward_fake(
-    grad: Tensor,
-    x: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    nested_blocksize: int,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    activation: str,
-    output_mask: list[bool],
-) -> tuple[Tensor, ...]:
-    out_features, rank = lora_B.shape
-    dx = x.new_empty(x.shape)
-    results = (
-        dx,
-        weight.new_empty(weight.shape),
-        torch.empty_like(lora_A, memory_format=torch.contiguous_format),
-        torch.empty_like(lora_B, memory_format=torch.contiguous_format),
-        grad.new_empty(out_features),
-        lora_A.new_empty(rank),
-        lora_A.new_empty(out_features),
+def _fake(call: LoraLinearCall) -> tuple[Tensor, Tensor]:
+    x, low = call.x, call.layer.low_rank
+    assert low is not None
+    hidden_dtype = torch.promote_types(low.A.dtype, torch.float32)
+    y = x.new_empty(*x.shape[:-1], call.layer.weight.out_features)
+    return y, x.new_empty(*x.shape[:-1], low.rank, dtype=hidden_dtype)
+
+
+def _inputs(call: LoraLinearCall) -> tuple[Tensor | None, ...]:
+    return spec.layer_inputs(call.x, call.layer)
+
+
+def _record(call: LoraLinearCall, results: list[Tensor]) -> LoraLinearBackward:
+    y, h = results
+    return LoraLinearBackward(y, call.x, h, call.layer, Wanted())
+
+
+def _backward_fake(call: LoraLinearBackward) -> tuple[Tensor, ...]:
+    low, wanted = call.layer.low_rank, call.wanted
+    assert low is not None
+    weight, grad = call.layer.weight.data, call.grad
+    found = LayerGradients(
+        x=call.x.new_empty(call.x.shape) if wanted.x else None,
+        weight=weight.new_empty(weight.shape) if wanted.weight else None,
+        A=low.A.new_empty(low.A.shape) if wanted.A else None,
+        B=low.B.new_empty(low.B.shape) if wanted.B else None,
+        bias=grad.new_empty(grad.shape[-1]) if wanted.bias else None,
+        A_bias=low.A.new_empty(low.rank) if wanted.A_bias else None,
+        B_bias=low.A.new_empty(grad.shape[-1]) if wanted.B_bias else None,
     )
-    return tuple(
-        result if wanted else x.new_empty(0)
-        for result, wanted in zip(results, output_mask, strict=True)
-    )
+    return spec.layer_results(found, call.x)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, *quantization = inputs[:6]
-    ctx.blocksizes = inputs[6:8]
-    lora_A, lora_B, bias, lora_A_bias, lora_B_bias = inputs[9:14]
-    ctx.scaling, ctx.dropout_p, seed, ctx.activation = inputs[14:]
-    ctx.bias_dtypes = [
-        None if tensor is None else tensor.dtype for tensor in (bias, lora_A_bias, lora_B_bias)
-    ]
-    h = output[1]
-    ctx.mark_non_differentiable(h)
-    ctx.save_for_backward(x, h, weight, *quantization, lora_A, lora_B, seed)
-
-
-# Positions of the differentiable inputs in the schema, in the order of the backward's results.
-_DIFFERENTIABLE = {
-    "x": 0,
-    "weight": 1,
-    "lora_A": 9,
-    "lora_B": 10,
-    "bias": 11,
-    "lora_A_bias": 12,
-    "lora_B_bias": 13,
-}
-
-
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    x, h, weight, *quantization, lora_A, lora_B, seed = ctx.saved_tensors
-    output_mask = [ctx.needs_input_grad[position] for position in _DIFFERENTIABLE.values()]
-    results = torch.ops.pylora.lora_linear_backward(
-        grad,
-        x,
-        h,
-        weight,
-        *quantization,
-        *ctx.blocksizes,
-        lora_A,
-        lora_B,
-        ctx.scaling,
-        ctx.dropout_p,
-        seed,
-        ctx.activation,
-        output_mask,
-    )
-    dtypes = [None] * 4 + ctx.bias_dtypes
-    gradients: list[Tensor | None] = [None] * 18
-    for position, result, dtype, wanted in zip(
-        _DIFFERENTIABLE.values(), results, dtypes, output_mask, strict=True
-    ):
-        if wanted:
-            gradients[position] = result if dtype is None else result.to(dtype)
-    return tuple(gradients)
+def _backward_inputs(call: LoraLinearBackward) -> tuple[Tensor | None, ...]:
+    _, *factors = spec.layer_inputs(call.x, Layer(call.layer.weight, None, call.layer.low_rank))
+    return (call.grad, call.x, call.h, *factors)
 
 
 register(
-    "lora_linear_backward",
-    f"Tensor grad, Tensor x, Tensor h, {WEIGHT_SCHEMA}, Tensor lora_A, Tensor lora_B, "
-    f"float scaling, float dropout_p, Tensor? seed, str activation, {_BACKWARD_MASK}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    spec.LORA_LINEAR_BACKWARD,
     _backward_fake,
+    no_gradient("lora_linear_backward", _backward_inputs),
+    lambda call, found: spec.layer_results(found, call.x),
 )
+_BACKWARD = spec.LORA_LINEAR_BACKWARD
 register(
-    "lora_linear",
-    f"Tensor x, {WEIGHT_SCHEMA}, SymInt out_features, Tensor lora_A, Tensor lora_B, "
-    "Tensor? bias, Tensor? lora_A_bias, Tensor? lora_B_bias, float scaling, float dropout_p, "
-    "Tensor? seed, str activation) -> (Tensor y, Tensor h)",
+    spec.LORA_LINEAR,
     _fake,
-    _setup_context,
-    _backward,
+    Gradient(_inputs, _BACKWARD, _record, masked_backward(_BACKWARD)),
 )

@@ -9,61 +9,47 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from pylora.ops.projections import (
-    GRADIENTS_SCHEMA,
-    PROJECTIONS_SCHEMA,
-    fake_gradients,
-    fake_h,
-    gradients,
-    output_mask,
-    save,
-    saved,
-)
-from pylora.ops.registration import register
-from pylora.reference.projections import Gradients, Projections
+from pylora.calls import LoraMlpBackward, LoraMlpCall, Wanted
+from pylora.ops import spec
+from pylora.ops.registration import Gradient, masked_backward, no_gradient, register
 
 
-def _fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    projections = Projections(*args[:-3])
-    gate, up, y = (x.new_empty(*x.shape[:-1], size) for size in projections.out_features)
-    return y, gate, up, fake_h(x, projections.lora_A)
+def _fake(call: LoraMlpCall) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    x = call.x
+    gate, up, y = (x.new_empty(*x.shape[:-1], one.weight.out_features) for one in call.layers)
+    return y, gate, up, [spec.empty_h(x, layer) for layer in call.layers]
 
 
-def _backward_fake(
-    grad: Tensor, x: Tensor, gate: Tensor, up: Tensor, h: list[Tensor], *args: Any
-) -> Gradients:
-    return fake_gradients(x, Projections(*args[:-4]), args[-1])
+def _inputs(call: LoraMlpCall) -> tuple[Tensor | None, ...]:
+    return spec.layers_inputs(call.x, call.layers)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, *parts, ctx.dropout_p, seed, ctx.activation = inputs
-    _, gate, up, h = output
-    ctx.mark_non_differentiable(gate, up, *h)
-    save(ctx, Projections(*parts), x, gate, up, seed, *h)
+def _record(call: LoraMlpCall, results: list[Tensor]) -> LoraMlpBackward:
+    y, gate, up, *hs = results
+    nothing = (Wanted(),) * len(call.layers)
+    return LoraMlpBackward(y, call.x, gate, up, hs, call.layers, call.activation, nothing)
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-    projections, (x, gate, up, seed, *h) = saved(ctx)
-    last = (ctx.dropout_p, seed, ctx.activation, output_mask(ctx))
-    op = torch.ops.pylora.lora_mlp_backward
-    return gradients(ctx, op(grad, x, gate, up, h, *projections, *last))
+def _backward_fake(call: LoraMlpBackward) -> tuple[Any, ...]:
+    return spec.empty_layers_results(call.x, call.layers, call.wanted)
+
+
+def _backward_inputs(call: LoraMlpBackward) -> tuple[Tensor | None, ...]:
+    own = (call.grad, call.gate, call.up, *call.hs)
+    return (*own, *spec.layers_inputs(call.x, call.layers))
 
 
 register(
-    "lora_mlp_backward",
-    f"Tensor grad, Tensor x, Tensor gate, Tensor up, Tensor[] h, {PROJECTIONS_SCHEMA}, "
-    "float dropout_p, Tensor? seed, str activation, bool[] output_mask) "
-    f"-> {GRADIENTS_SCHEMA}",
+    spec.LORA_MLP_BACKWARD,
     _backward_fake,
+    no_gradient("lora_mlp_backward", _backward_inputs),
+    lambda call, found: spec.layers_results(*found, call.x),
 )
+_BACKWARD = spec.LORA_MLP_BACKWARD
 register(
-    "lora_mlp",
-    f"Tensor x, {PROJECTIONS_SCHEMA}, float dropout_p, Tensor? seed, str activation) "
-    "-> (Tensor y, Tensor gate, Tensor up, Tensor[] h)",
+    spec.LORA_MLP,
     _fake,
-    _setup_context,
-    _backward,
+    Gradient(_inputs, _BACKWARD, _record, masked_backward(_BACKWARD)),
 )

@@ -6,58 +6,64 @@ and are not differentiable. Saved are x, once, the h's and the weights, nothing 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from pylora.ops.projections import (
-    GRADIENTS_SCHEMA,
-    PROJECTIONS_SCHEMA,
-    fake_gradients,
-    fake_h,
-    gradients,
-    output_mask,
-    save,
-    saved,
-)
-from pylora.ops.registration import register
-from pylora.reference.projections import Gradients, Projections
+from pylora.calls import LoraQkvBackward, LoraQkvCall, Wanted
+from pylora.ops import spec
+from pylora.ops.registration import Gradient, masked_backward, no_gradient, register
 
 
-def _fake(x: Tensor, *args: Any) -> tuple[list[Tensor], list[Tensor]]:
-    projections = Projections(*args[:-2])
-    y = [x.new_empty(*x.shape[:-1], size) for size in projections.out_features]
-    return y, fake_h(x, projections.lora_A)
+def _fake(call: LoraQkvCall) -> tuple[list[Tensor], list[Tensor]]:
+    x = call.x
+    y = [x.new_empty(*x.shape[:-1], layer.weight.out_features) for layer in call.layers]
+    return y, [spec.empty_h(x, layer) for layer in call.layers]
 
 
-def _backward_fake(grad: list[Tensor], x: Tensor, h: list[Tensor], *args: Any) -> Gradients:
-    return fake_gradients(x, Projections(*args[:-3]), args[-1])
+def _inputs(call: LoraQkvCall) -> tuple[Tensor | None, ...]:
+    return spec.layers_inputs(call.x, call.layers)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], ...]) -> None:
-    x, *parts, ctx.dropout_p, seed = inputs
-    h = output[1]
-    ctx.mark_non_differentiable(*h)
-    save(ctx, Projections(*parts), x, seed, *h)
+def _record(call: LoraQkvCall, results: list[Tensor]) -> LoraQkvBackward:
+    count = len(call.layers)
+    nothing = (Wanted(),) * count
+    return LoraQkvBackward(results[:count], call.x, results[count:], call.layers, nothing)
 
 
-def _backward(ctx: Any, grad: list[Tensor], _: Any) -> tuple[Any, ...]:
-    projections, (x, seed, *h) = saved(ctx)
-    last = (ctx.dropout_p, seed, output_mask(ctx))
-    return gradients(ctx, torch.ops.pylora.lora_qkv_backward(grad, x, h, *projections, *last))
+def _complete(call: LoraQkvBackward) -> LoraQkvBackward:
+    """A projection that nothing was computed from has no gradient: its place gets zeros."""
+    grads = [
+        call.x.new_zeros(*call.x.shape[:-1], layer.weight.out_features) if grad is None else grad
+        for grad, layer in zip(call.grads, call.layers, strict=True)
+    ]
+    return replace(call, grads=grads)
+
+
+def _backward_fake(call: LoraQkvBackward) -> tuple[Any, ...]:
+    return spec.empty_layers_results(call.x, call.layers, call.wanted)
+
+
+def _backward_inputs(call: LoraQkvBackward) -> tuple[Tensor | None, ...]:
+    return (*call.grads, *call.hs, *spec.layers_inputs(call.x, call.layers))
 
 
 register(
-    "lora_qkv_backward",
-    f"Tensor[] grad, Tensor x, Tensor[] h, {PROJECTIONS_SCHEMA}, float dropout_p, Tensor? seed, "
-    f"bool[] output_mask) -> {GRADIENTS_SCHEMA}",
+    spec.LORA_QKV_BACKWARD,
     _backward_fake,
+    no_gradient("lora_qkv_backward", _backward_inputs),
+    lambda call, found: spec.layers_results(*found, call.x),
 )
+_BACKWARD = spec.LORA_QKV_BACKWARD
 register(
-    "lora_qkv",
-    f"Tensor x, {PROJECTIONS_SCHEMA}, float dropout_p, Tensor? seed) -> (Tensor[] y, Tensor[] h)",
+    spec.LORA_QKV,
     _fake,
-    _setup_context,
-    _backward,
+    Gradient(
+        _inputs,
+        _BACKWARD,
+        _record,
+        masked_backward(_BACKWARD, _complete, several=True),
+        lambda call: len(call.layers),
+    ),
 )

@@ -7,75 +7,58 @@ gradient.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from pylora.ops.registration import WEIGHT_SCHEMA, register
+from pylora.calls import LayerGradients, MultiLoraBackward, MultiLoraCall, Wanted
+from pylora.ops import spec
+from pylora.ops.registration import Gradient, masked_backward, no_gradient, register
 
 
-def _fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    out_features, lora_A = args[7], args[8]
-    hidden_dtype = torch.promote_types(lora_A.dtype, torch.float32)
-    y = x.new_empty(*x.shape[:-1], out_features)
-    return y, x.new_empty(*x.shape[:-1], lora_A.shape[1], dtype=hidden_dtype)
+def _fake(call: MultiLoraCall) -> tuple[Tensor, Tensor]:
+    x, adapters = call.x, call.adapters
+    hidden_dtype = torch.promote_types(adapters.A.dtype, torch.float32)
+    y = x.new_empty(*x.shape[:-1], call.layer.weight.out_features)
+    return y, x.new_empty(*x.shape[:-1], adapters.rank, dtype=hidden_dtype)
 
 
-def _backward_fake(grad: Tensor, x: Tensor, h: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    weight, lora_A, lora_B, output_mask = args[0], args[7], args[8], args[-1]
-    shapes = (x.shape, weight.shape, lora_A.shape, lora_B.shape, grad.shape[-1:])
-    return tuple(
-        like.new_empty(shape) if wanted else x.new_empty(0)
-        for like, shape, wanted in zip(
-            (x, weight, lora_A, lora_B, grad), shapes, output_mask, strict=True
-        )
+def _inputs(call: MultiLoraCall) -> tuple[Tensor | None, ...]:
+    adapters, layer = call.adapters, call.layer
+    return call.x, layer.weight.data, adapters.A, adapters.B, layer.bias
+
+
+def _record(call: MultiLoraCall, results: list[Tensor]) -> MultiLoraBackward:
+    y, h = results
+    return MultiLoraBackward(y, call.x, h, call.layer, call.adapters, Wanted())
+
+
+def _backward_fake(call: MultiLoraBackward) -> tuple[Tensor, ...]:
+    wanted, adapters, grad = call.wanted, call.adapters, call.grad
+    weight = call.layer.weight.data
+    found = LayerGradients(
+        x=call.x.new_empty(call.x.shape) if wanted.x else None,
+        weight=weight.new_empty(weight.shape) if wanted.weight else None,
+        A=adapters.A.new_empty(adapters.A.shape) if wanted.A else None,
+        B=adapters.B.new_empty(adapters.B.shape) if wanted.B else None,
+        bias=grad.new_empty(grad.shape[-1]) if wanted.bias else None,
     )
+    return spec.adapters_results(found, call.x)
 
 
-# Positions of the differentiable inputs in the schema, in the order of the backward's results.
-_DIFFERENTIABLE = {"x": 0, "weight": 1, "lora_A": 9, "lora_B": 10, "bias": 13}
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, *weight = inputs[:6]
-    ctx.blocksizes = inputs[6:8]
-    lora_A, lora_B, adapter_ids, scalings, bias = inputs[9:]
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    h = output[1]
-    ctx.mark_non_differentiable(h)
-    ctx.save_for_backward(x, h, *weight, lora_A, lora_B, adapter_ids, scalings)
-
-
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    x, h, *weight, lora_A, lora_B, adapter_ids, scalings = ctx.saved_tensors
-    output_mask = [ctx.needs_input_grad[position] for position in _DIFFERENTIABLE.values()]
-    low_rank = (lora_A, lora_B, adapter_ids, scalings)
-    results = torch.ops.pylora.multi_lora_linear_backward(
-        grad, x, h, *weight, *ctx.blocksizes, *low_rank, output_mask
-    )
-    gradients: list[Tensor | None] = [None] * 14
-    for position, result, wanted in zip(
-        _DIFFERENTIABLE.values(), results, output_mask, strict=True
-    ):
-        if wanted:
-            is_bias = position == _DIFFERENTIABLE["bias"]
-            gradients[position] = result.to(ctx.bias_dtype) if is_bias else result
-    return tuple(gradients)
+def _backward_inputs(call: MultiLoraBackward) -> tuple[Tensor | None, ...]:
+    adapters, weight = call.adapters, call.layer.weight.data
+    return call.grad, call.x, call.h, weight, adapters.A, adapters.B
 
 
 register(
-    "multi_lora_linear_backward",
-    f"Tensor grad, Tensor x, Tensor h, {WEIGHT_SCHEMA}, Tensor lora_A, Tensor lora_B, "
-    "Tensor adapter_ids, Tensor scalings, bool[] output_mask) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    spec.MULTI_LORA_LINEAR_BACKWARD,
     _backward_fake,
+    no_gradient("multi_lora_linear_backward", _backward_inputs),
+    lambda call, found: spec.adapters_results(found, call.x),
 )
+_BACKWARD = spec.MULTI_LORA_LINEAR_BACKWARD
 register(
-    "multi_lora_linear",
-    f"Tensor x, {WEIGHT_SCHEMA}, SymInt out_features, Tensor lora_A, Tensor lora_B, "
-    "Tensor adapter_ids, Tensor scalings, Tensor? bias) -> (Tensor y, Tensor h)",
+    spec.MULTI_LORA_LINEAR,
     _fake,
-    _setup_context,
-    _backward,
+    Gradient(_inputs, _BACKWARD, _record, masked_backward(_BACKWARD)),
 )

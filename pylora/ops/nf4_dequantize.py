@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
-from pylora.ops.registration import NF4_SCHEMA, register
+from pylora.calls import DequantizeCall
+from pylora.ops import spec
+from pylora.ops.registration import no_gradient, register
 
 
-def _fake(
-    qweight: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    nested_blocksize: int,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    return qweight.new_empty(shape, dtype=dtype)
+def _fake(call: DequantizeCall) -> Tensor:
+    return call.weight.data.new_empty(call.shape, dtype=call.dtype)
 
 
-register("nf4_dequantize", f"{NF4_SCHEMA}, SymInt[] shape, ScalarType dtype) -> Tensor", _fake)
+def _inputs(call: DequantizeCall) -> tuple[Tensor | None, ...]:
+    return call.weight.data, call.weight.absmax
+
+
+register(spec.NF4_DEQUANTIZE, _fake, no_gradient("nf4_dequantize", _inputs))

@@ -2,89 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from pylora.ops.registration import NF4_SCHEMA, register
+from pylora.calls import Layer, Nf4LinearBackward, Nf4LinearCall
+from pylora.ops import spec
+from pylora.ops.registration import Gradient, register, run
 from pylora.reference.rows import as_rows
 
-
-def _fake(
-    x: Tensor,
-    qweight: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    nested_blocksize: int,
-    out_features: int,
-    bias: Tensor | None,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)
+Saved = list[Any]
 
 
-def _backward_fake(
-    grad: Tensor,
-    qweight: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    nested_blocksize: int,
-    in_features: int,
-) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], in_features)
+def _fake(call: Nf4LinearCall) -> Tensor:
+    return call.x.new_empty(*call.x.shape[:-1], call.layer.weight.out_features)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, *q, _, bias = inputs
-    tensors, ctx.blocksizes = q[:5], q[5:]
-    ctx.save_for_backward(*tensors)
-    ctx.in_features = x.shape[-1]
-    ctx.bias_dtype = None if bias is None else bias.dtype
+def _inputs(call: Nf4LinearCall) -> tuple[Tensor | None, ...]:
+    return call.x, call.layer.weight.data, call.layer.bias
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    dx = dbias = None
-    if ctx.needs_input_grad[0]:
-        dx = torch.ops.pylora.nf4_linear_backward(
-            grad, *ctx.saved_tensors, *ctx.blocksizes, ctx.in_features
-        )
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[9]:
-        dbias = as_rows(grad).sum(0).to(ctx.bias_dtype)
-    return (dx, *[None] * 8, dbias)
+def _record(call: Nf4LinearCall, results: list[Tensor]) -> Nf4LinearBackward:
+    return Nf4LinearBackward(results[0], call.layer.weight)
 
 
-def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad, *q, _ = inputs
-    tensors, ctx.blocksizes = q[:5], q[5:]
-    ctx.save_for_backward(*tensors)
-    ctx.out_features = grad.shape[-1]
+def _backward(
+    grads: Sequence[Any], saved: Saved, wanted: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    (grad,), (wants_x, _, wants_bias) = grads, wanted
+    dx = None
+    if wants_x:
+        dx = run(spec.NF4_LINEAR_BACKWARD.read_with_gradient(grad, saved))
+    return dx, None, as_rows(grad).sum(0) if wants_bias else None
 
 
-def _backward_of_backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
+def _backward_fake(call: Nf4LinearBackward) -> Tensor:
+    return call.grad.new_empty(*call.grad.shape[:-1], call.weight.in_features)
+
+
+def _backward_inputs(call: Nf4LinearBackward) -> tuple[Tensor | None, ...]:
+    return call.grad, call.weight.data
+
+
+def _second_record(call: Nf4LinearBackward, results: list[Tensor]) -> Nf4LinearCall:
+    return Nf4LinearCall(results[0], Layer(call.weight))
+
+
+def _second_backward(
+    grads: Sequence[Any], saved: Saved, wanted: Sequence[bool]
+) -> Sequence[Tensor | None]:
     # dx = grad @ W is linear in grad alone: the way back is ddx @ W^T.
-    dgrad = torch.ops.pylora.nf4_linear(
-        ddx, *ctx.saved_tensors, *ctx.blocksizes, ctx.out_features, None
-    )
-    return (dgrad, *[None] * 8)
+    (ddx,), (wants_grad, _) = grads, wanted
+    return (run(spec.NF4_LINEAR.read_with_gradient(ddx, saved)) if wants_grad else None), None
 
 
 register(
-    "nf4_linear_backward",
-    f"Tensor grad, {NF4_SCHEMA}, SymInt in_features) -> Tensor",
+    spec.NF4_LINEAR_BACKWARD,
     _backward_fake,
-    _backward_setup_context,
-    _backward_of_backward,
+    Gradient(_backward_inputs, spec.NF4_LINEAR, _second_record, _second_backward),
 )
 register(
-    "nf4_linear",
-    f"Tensor x, {NF4_SCHEMA}, SymInt out_features, Tensor? bias) -> Tensor",
+    spec.NF4_LINEAR,
     _fake,
-    _setup_context,
-    _backward,
+    Gradient(_inputs, spec.NF4_LINEAR_BACKWARD, _record, _backward),
 )

@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pylora.calls import QuantizeCall
 from pylora.nf4 import block_count
-from pylora.ops.registration import register
+from pylora.ops import spec
+from pylora.ops.registration import no_gradient, register
 
 
-def _fake(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    qweight = weight.new_empty((weight.numel() + 1) // 2, dtype=torch.uint8)
-    absmax = weight.new_empty(block_count(weight.numel(), blocksize), dtype=torch.float32)
-    return qweight, absmax
+def _fake(call: QuantizeCall) -> tuple[Tensor, Tensor]:
+    weight, numel = call.weight, call.weight.numel()
+    qweight = weight.new_empty((numel + 1) // 2, dtype=torch.uint8)
+    return qweight, weight.new_empty(block_count(numel, call.blocksize), dtype=torch.float32)
 
 
-register("nf4_quantize", "Tensor weight, int blocksize) -> (Tensor, Tensor)", _fake)
+register(spec.NF4_QUANTIZE, _fake, no_gradient("nf4_quantize", lambda call: (call.weight,)))

@@ -1,105 +1,253 @@
-"""The op library `pylora::` and the one way an op is registered in it."""
+"""The op library `pylora::`, the one way an op is registered in it, and the one way it is called.
+
+A call record runs in one of two ways, with the same bits. `run` goes straight to the backend's
+plan, through one autograd node if a gradient is needed, as long as nothing but plain autograd
+watches. Whatever else does (torch.compile, fake tensors, tensor subclasses, functorch, a dispatch
+mode) sees the registered op `torch.ops.pylora.<name>`, which is also what other frameworks call.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from pylora import dispatch
-
-# The arguments that describe an NF4 weight, in every schema that takes one.
-NF4_SCHEMA = (
-    "Tensor qweight, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, "
-    "int blocksize, int nested_blocksize"
-)
-
-# The same where the weight may also be dense: absmax is None then.
-WEIGHT_SCHEMA = NF4_SCHEMA.replace("Tensor qweight, Tensor absmax", "Tensor weight, Tensor? absmax")
+from pylora.backends.backend import Plan
+from pylora.calls import Call
+from pylora.ops.spec import Spec, flat_tensors, requested
 
 _LIBRARY = torch.library.Library("pylora", "DEF")
-
 _VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+_PLAIN = (Tensor, nn.Parameter)
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """How an op is differentiated.
+
+    inputs    record -> the tensors it is differentiable in, None for one that is absent; the data
+              of a weight is among them even if it is NF4, which has no gradient
+    spec      of the op that computes the gradient
+    record    (record, flat results) -> the record of that op, with the results in the place of
+              their gradients and nothing wanted; autograd keeps its other flat arguments
+    backward  (gradients of the results, flat arguments, which inputs want a gradient) -> the
+              gradients of the inputs, in their order, None for those that want none
+    outputs   record -> how many of the flat results are differentiable: the first ones
+    """
+
+    inputs: Callable[[Any], tuple[Tensor | None, ...]]
+    spec: Spec | None
+    record: Callable[[Any, list[Tensor]], Any]
+    backward: Callable[[Sequence[Any], list[Any], Sequence[bool]], Sequence[Tensor | None]]
+    outputs: Callable[[Any], int] = lambda call: 1
+
+    def save(self, call: Any, results: list[Tensor]) -> Sequence[Any]:
+        if self.spec is None:
+            return ()
+        _, *others = self.spec.flatten(self.record(call, results))
+        return (None, *others)
+
+
+def masked_backward(
+    spec: Spec, complete: Callable[[Any], Any] = lambda call: call, several: bool = False
+) -> Callable[..., Sequence[Tensor | None]]:
+    """The usual `Gradient.backward`: one op that takes a mask of the gradients to compute.
+
+    complete   changes the record before it runs
+    several    the op takes the gradients of all results as a list
+    """
+
+    def backward(
+        grads: Sequence[Any], saved: list[Any], wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        grad = list(grads) if several else grads[0]
+        call = complete(spec.read_with_gradient(grad, saved, list(wanted)))
+        return requested(flat_tensors(run(call)), wanted)
+
+    return backward
+
+
+@dataclass(frozen=True)
+class Op:
+    """A registered op.
+
+    fake      record -> empty results of the right shapes, in the op's schema
+    results   (record, what a backend returns for it) -> the results in the op's schema
+    overload  `torch.ops.pylora.<name>.default`
+    node      the autograd function, which raises if the op has no gradient
+    """
+
+    spec: Spec
+    fake: Callable[[Any], Any]
+    gradient: Gradient
+    results: Callable[[Any, Any], Any]
+    overload: Any
+    node: Any
+
+
+OPS: dict[Any, Op] = {}
 
 
 def register(
-    name: str,
-    schema: str,
-    fake: Callable[..., Any],
-    setup_context: Callable[..., None] | None = None,
-    backward: Callable[..., Any] | None = None,
+    spec: Spec,
+    fake: Callable[[Any], Any],
+    gradient: Gradient,
+    results: Callable[[Any, Any], Any] = lambda call, found: found,
 ) -> None:
-    """Defines `pylora::name`: dispatched implementation, fake function and autograd.
+    """Defines `pylora::<name>`: dispatched implementation, fake function and autograd.
 
-    Without a backward, an op that could be differentiated raises where its gradient is asked for:
-    torch alone would warn, and give zeros for what comes through it.
+    fake      record -> empty results of the right shapes, in the op's schema
+    gradient  `no_gradient(...)` for an op without one
+    results   see `Op`
     """
-    _LIBRARY.define(f"{name}({schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, partial(_call, name), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"pylora::{name}", fake, lib=_LIBRARY)
-    if setup_context is None or backward is None:
-        setup_context, backward = _save_nothing, partial(_refuse, name)
-    if "Tensor[]" in schema:  # torch's own knows how to go through lists of tensors
-        torch.library.register_autograd(
-            f"pylora::{name}", backward, setup_context=setup_context, lib=_LIBRARY
-        )
-    else:
-        kernel = _autograd_kernel(name, setup_context, backward)
-        _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+    name = spec.name
+    _LIBRARY.define(f"{name}{spec.schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    overload = getattr(torch.ops.pylora, name).default
+    op = Op(spec, fake, gradient, results, overload, _node(name, gradient))
+    OPS[spec.record] = op
+    _LIBRARY.impl(
+        name, lambda *flat: _run_backend(op, spec.read(flat)), "CompositeExplicitAutograd"
+    )
+    torch.library.register_fake(
+        f"pylora::{name}", lambda *flat: fake(spec.read(flat)), lib=_LIBRARY
+    )
+    _LIBRARY.impl(name, partial(_autograd_kernel, op), "Autograd", with_keyset=True)
 
 
-def _call(name: str, *args: Any) -> Any:
-    # What a backend returns may be a reshaped tensor of its own. Were it marked as a view, nobody
-    # could change a layer's output in place, as nn.ReLU(inplace=True) does.
+def run(call: Call) -> Any:
+    """The results of `call`, in the op's schema, with autograd."""
+    op = OPS[type(call)]
+    inputs = op.gradient.inputs(call)
+    if not _only_autograd_watches(inputs):
+        return op.overload(*op.spec.flatten(call))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _through_node(op, call, inputs, partial(_run_backend, op, call))
+    return _run_backend(op, call)
+
+
+def on_reference(call: Call) -> Any:
+    """What the reference makes of `call`, in the op's schema."""
+    op = OPS[type(call)]
+    plan = dispatch.BACKENDS["reference"].plan(call)
+    assert isinstance(plan, Plan)
+    return op.results(call, plan.run(call))
+
+
+def _only_autograd_watches(tensors: Sequence[Tensor | None]) -> bool:
+    """True if nothing but autograd would see the op on its way through torch's dispatcher."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._get_tracing_state()
+        and all(t is None or (type(t) in _PLAIN and not t.is_meta) for t in tensors)
+    )
+
+
+def _run_backend(op: Op, call: Any) -> Any:
+    # A backend may return a reshaped tensor. If it were marked as a view, nobody could change a
+    # layer's output in place, as nn.ReLU(inplace=True) does.
     with torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):
-        return dispatch.call(name, *args)
+        return op.results(call, dispatch.run(call))
 
 
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    pass
+def _autograd_kernel(op: Op, keys: torch._C.DispatchKeySet, *flat: Any) -> Any:
+    def below_autograd() -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.overload.redispatch(keys & torch._C._after_autograd_keyset, *flat)
+
+    if not torch.is_grad_enabled() or not torch._C._any_requires_grad(*flat):
+        return below_autograd()
+    call = op.spec.read(flat)
+    return _through_node(op, call, op.gradient.inputs(call), below_autograd)
 
 
-def _refuse(name: str, ctx: Any, *grads: Any) -> Any:
+def _through_node(
+    op: Op, call: Any, inputs: Sequence[Tensor | None], forward: Callable[[], Any]
+) -> Any:
+    """Runs `forward` under the op's autograd node; torch's nodes know no lists of results."""
+    shape: list[Any] = []
+    flat = op.node.apply(call, forward, shape, *inputs)
+    if not shape:
+        return flat
+    found = iter(flat)
+    return tuple(
+        next(found) if size is None else [next(found) for _ in range(size)] for size in shape
+    )
+
+
+def _node(name: str, gradient: Gradient) -> Any:
+    """The autograd function of an op.
+
+    `torch.library.register_autograd` makes one too, but looks for left-out defaults argument by
+    argument in every call that needs gradients: 80 us for the 18 arguments of lora_linear, more
+    than all else that such a call costs on the host.
+    """
+
+    def forward(
+        ctx: Any, call: Any, run: Callable[[], Any], shape: list[Any], *inputs: Tensor | None
+    ) -> Any:
+        results = run()
+        flat = [results] if isinstance(results, Tensor) else flat_tensors(results)
+        if not isinstance(results, Tensor):
+            shape += [len(one) if isinstance(one, (list, tuple)) else None for one in results]
+        tensors: list[Tensor] = []
+        ctx.others = [_without_tensors(value, tensors) for value in gradient.save(call, flat)]
+        ctx.save_for_backward(*tensors)
+        ctx.dtypes = [None if t is None else t.dtype for t in inputs]
+        ctx.outputs = gradient.outputs(call)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*flat[ctx.outputs :])
+        return results if isinstance(results, Tensor) else tuple(flat)
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        tensors = iter(ctx.saved_tensors)
+        saved = [_with_tensors(value, tensors) for value in ctx.others]
+        wanted = ctx.needs_input_grad[3:]
+        found = gradient.backward(grads[: ctx.outputs], saved, wanted)
+        cast = (
+            None if grad is None else grad.to(dtype)
+            for grad, dtype in zip(found, ctx.dtypes, strict=True)
+        )
+        return (None, None, None, *cast)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(f"{name}_autograd", (torch.autograd.Function,), members)
+
+
+class _Saved:
+    """Stands for a tensor that autograd keeps."""
+
+
+def _without_tensors(value: Any, tensors: list[Tensor]) -> Any:
+    """The value with its tensors, also those in lists, taken out into `tensors`."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return _Saved
+    return [_without_tensors(v, tensors) for v in value] if isinstance(value, list) else value
+
+
+def _with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """The inverse of `_without_tensors`."""
+    if value is _Saved:
+        return next(tensors)
+    return [_with_tensors(v, tensors) for v in value] if isinstance(value, list) else value
+
+
+def no_gradient(name: str, inputs: Callable[[Any], tuple[Tensor | None, ...]]) -> Gradient:
+    """For an op without a gradient: it raises if one is asked for, since torch alone would warn and
+    give zeros for what comes through it."""
     hint = ""
     if name.endswith("_backward"):
         hint = ": only nf4_linear can be differentiated twice; create_graph must be False"
-    raise NotImplementedError(f"pylora::{name} has no gradient{hint}")
 
+    def refuse(*_: Any) -> Any:
+        raise NotImplementedError(f"pylora::{name} has no gradient{hint}")
 
-def _autograd_kernel(
-    name: str, setup_context: Callable[..., None], backward: Callable[..., Any]
-) -> Callable[..., Any]:
-    """What `torch.library.register_autograd` makes, for an op whose schema has no defaults.
-
-    That one looks for defaults left out, argument by argument, in every call that needs gradients:
-    80 us for the 18 arguments of lora_linear, more than all else such a call costs on the host.
-    """
-    op = getattr(torch.ops.pylora, name).default
-
-    def below_autograd(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
-
-    def forward(ctx: Any, keys: torch._C.DispatchKeySet, *args: Any) -> Any:
-        result = below_autograd(keys, *args)
-        setup_context(ctx, args, result)
-        return result
-
-    # Behind the op's own arguments, whose positions `backward` knows, come the keys.
-    function: Any = type(
-        f"{name}_autograd",
-        (torch.autograd.Function,),
-        {
-            "forward": staticmethod(lambda ctx, *args: forward(ctx, args[-1], *args[:-1])),
-            "backward": staticmethod(lambda ctx, *grads: (*backward(ctx, *grads), None)),
-        },
-    )
-
-    def kernel(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return function.apply(*args, keys)
-        return below_autograd(keys, *args)
-
-    return kernel
+    every_result = 1 << 30  # whichever of them is differentiated, the refusal must be reached
+    return Gradient(inputs, None, lambda call, flat: None, refuse, lambda call: every_result)

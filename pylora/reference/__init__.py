@@ -5,11 +5,12 @@ from pylora.reference.lora_linear import lora_linear, lora_linear_backward
 from pylora.reference.lora_mlp import lora_mlp, lora_mlp_backward
 from pylora.reference.lora_qkv import lora_qkv, lora_qkv_backward
 from pylora.reference.multi_lora_linear import multi_lora_linear, multi_lora_linear_backward
-from pylora.reference.nf4_dequantize import nf4_dequantize
+from pylora.reference.nf4_dequantize import dense, nf4_dequantize
 from pylora.reference.nf4_linear import nf4_linear, nf4_linear_backward
 from pylora.reference.nf4_quantize import nf4_quantize
 
 __all__ = [
+    "dense",
     "dequantize_absmax",
     "lora_linear",
     "lora_linear_backward",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pylora.calls import Weight
 from pylora.nf4 import DEFAULT_NESTED_BLOCKSIZE, block_count, dynamic_code
 
 
@@ -35,16 +36,11 @@ def quantize_absmax(
     return codes.view(-1)[: absmax.numel()].clone(), nested_absmax, nested_code, offset
 
 
-def dequantize_absmax(
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: Tensor | None,
-    nested_blocksize: int,
-) -> Tensor:
-    """The fp32 absmax values, flat [blocks], from either form of storage."""
-    absmax = absmax.reshape(-1)
-    if nested_absmax is None or nested_code is None or offset is None:
+def dequantize_absmax(weight: Weight) -> Tensor:
+    """The fp32 absmax values of an NF4 weight, flat [blocks], from either form of storage."""
+    assert weight.absmax is not None
+    absmax = weight.absmax.reshape(-1)
+    if weight.nested_absmax is None or weight.nested_code is None or weight.offset is None:
         return absmax
-    scale = nested_absmax.repeat_interleave(nested_blocksize)[: absmax.numel()]
-    return nested_code[absmax.to(torch.int64)] * scale + offset
+    scale = weight.nested_absmax.repeat_interleave(weight.nested_blocksize)[: absmax.numel()]
+    return weight.nested_code[absmax.to(torch.int64)] * scale + weight.offset

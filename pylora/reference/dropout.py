@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pylora.calls import Dropout
+
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _MASK32 = 0xFFFFFFFF
@@ -47,8 +49,9 @@ def dropout_mask(shape: torch.Size, p: float, seed: Tensor) -> Tensor:
     return kept.view(shape)
 
 
-def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """x / (1 - p) where kept, else 0; x itself where p == 0."""
-    if p == 0.0 or seed is None:
+def dropout(x: Tensor, call: Dropout | None) -> Tensor:
+    """x / (1 - p) where kept, else 0; x itself without dropout."""
+    if call is None:
         return x
-    return torch.where(dropout_mask(x.shape, p, seed.to(x.device)), x * (1.0 / (1.0 - p)), 0.0)
+    mask = dropout_mask(x.shape, call.p, call.layer_seed.to(x.device))
+    return torch.where(mask, x * (1.0 / (1.0 - call.p)), 0.0)

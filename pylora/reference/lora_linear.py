@@ -14,99 +14,67 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from pylora.calls import Layer, LayerGradients, LoraLinearBackward, LoraLinearCall, Wanted
 from pylora.reference.activation import ACTIVATIONS
 from pylora.reference.dropout import dropout
-from pylora.reference.nf4_linear import nf4_linear, nf4_linear_backward
+from pylora.reference.nf4_linear import base_linear, base_linear_backward
 from pylora.reference.rows import as_rows
 
 
-def lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    nested_blocksize: int,
-    out_features: int,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    lora_A_bias: Tensor | None,
-    lora_B_bias: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    activation: str,
-) -> tuple[Tensor, Tensor]:
-    """Returns y [..., out_features] in x.dtype and h [..., r] in fp32 (float64 for float64
-    weights).
+def lora_linear(call: LoraLinearCall) -> tuple[Tensor, Tensor]:
+    """y [..., out_features] in x.dtype and h [..., r] in fp32 (float64 for float64 weights)."""
+    return layer_forward(call.x, call.layer)
+
+
+def lora_linear_backward(call: LoraLinearBackward) -> LayerGradients:
+    """The gradients that `call.wanted` asks for."""
+    return layer_backward(call.grad, call.x, call.h, call.layer, call.wanted)
+
+
+def layer_forward(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
+    """(y, h) of a layer with or without LoRA; h is empty [0] without.
 
     The low-rank path runs in the dtype of lora_A, as PEFT runs it.
     """
-    if absmax is None:
-        base = linear(x, weight, None if bias is None else bias.to(x.dtype))
-    else:
-        q = (weight, absmax, nested_absmax, nested_code, offset, blocksize, nested_blocksize)
-        base = nf4_linear(x, *q, out_features, bias)
-    h = linear(dropout(x.to(lora_A.dtype), dropout_p, seed), lora_A, lora_A_bias)
-    delta = linear(ACTIVATIONS[activation].forward(h), lora_B, lora_B_bias) * scaling
+    base, low = base_linear(x, layer.weight, layer.bias), layer.low_rank
+    if low is None:
+        return base, x.new_empty(0)
+    h = linear(dropout(x.to(low.A.dtype), low.dropout), low.A, low.A_bias)
+    delta = linear(ACTIVATIONS[low.activation].forward(h), low.B, low.B_bias) * low.scaling
     return (base + delta).to(x.dtype), h.to(torch.promote_types(h.dtype, torch.float32))
 
 
-def lora_linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    nested_blocksize: int,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    activation: str,
-    output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (x, weight, lora_A, lora_B, bias, lora_A_bias, lora_B_bias).
+def layer_backward(
+    grad: Tensor, x: Tensor, h: Tensor, layer: Layer, wanted: Wanted
+) -> LayerGradients:
+    """The gradients of a layer with or without LoRA.
 
     dlora_B = scaling grad^T act(h);  dh = (scaling grad @ lora_B) * act'(h);  dlora_A = dh^T xd;
-    dx = grad @ W + mask / (1 - p) * (dh @ lora_A). What `output_mask` leaves out is an empty tensor
-    [0].
+    dx = grad @ W + mask / (1 - p) * (dh @ lora_A). Only the shape and dtype of x are read if
+    neither dweight nor dlora_A is wanted.
     """
-    want_x, want_weight, want_A, want_B, want_bias, want_A_bias, want_B_bias = output_mask
-    act = ACTIVATIONS[activation]
-    flat_grad = as_rows(grad)
-    scaled = flat_grad.to(lora_A.dtype) * scaling
-    h = as_rows(h).to(lora_A.dtype)
-    dh = act.backward(scaled @ lora_B, h)
+    flat_grad, low = as_rows(grad), layer.low_rank
+    dx = base_linear_backward(grad, layer.weight) if wanted.x else None
+    dweight = flat_grad.t() @ as_rows(x) if wanted.weight else None
+    dbias = flat_grad.sum(0) if wanted.bias else None
+    if low is None or not wanted.any:
+        return LayerGradients(dx, dweight, bias=dbias)
 
-    # Tensors of their own: an op's results must not share memory, not even when empty.
-    dx, dweight, dlora_A, dlora_B, dbias, dA_bias, dB_bias = (x.new_empty(0) for _ in output_mask)
-    if want_A:
-        xd = as_rows(dropout(x.to(lora_A.dtype), dropout_p, seed))
-        dlora_A = dh.t() @ xd
-    if want_x:
-        if absmax is None:
-            base = grad @ weight
-        else:
-            q = (weight, absmax, nested_absmax, nested_code, offset, blocksize, nested_blocksize)
-            base = nf4_linear_backward(grad, *q, x.shape[-1])
-        dx = (base + dropout((dh @ lora_A).view(x.shape), dropout_p, seed)).to(x.dtype)
-    if want_weight:
-        dweight = flat_grad.t() @ as_rows(x)
-    if want_B:
-        dlora_B = scaled.t() @ act.forward(h)
-    if want_bias:
-        dbias = flat_grad.sum(0)
-    if want_A_bias:
-        dA_bias = dh.sum(0)
-    if want_B_bias:
-        dB_bias = scaled.sum(0)
-    return dx, dweight, dlora_A, dlora_B, dbias, dA_bias, dB_bias
+    act = ACTIVATIONS[low.activation]
+    scaled = flat_grad.to(low.A.dtype) * low.scaling
+    h = as_rows(h).to(low.A.dtype)
+    dh = act.backward(scaled @ low.B, h)
+    if dx is not None:
+        dx = (dx + dropout((dh @ low.A).view(x.shape), low.dropout)).to(x.dtype)
+    dlora_A = None
+    if wanted.A:
+        dlora_A = dh.t() @ as_rows(dropout(x.to(low.A.dtype), low.dropout))
+    return LayerGradients(
+        x=dx,
+        weight=dweight,
+        A=dlora_A,
+        B=scaled.t() @ act.forward(h) if wanted.B else None,
+        bias=dbias,
+        A_bias=dh.sum(0) if wanted.A_bias else None,
+        B_bias=scaled.sum(0) if wanted.B_bias else None,
+    )

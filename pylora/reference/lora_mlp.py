@@ -9,77 +9,54 @@ lora_linear; the dropout seeds of gate, up and down are seed, seed + 1 and seed 
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 from torch import Tensor
 
+from pylora.calls import LayerGradients, LoraMlpBackward, LoraMlpCall
 from pylora.reference.activation import GATED_ACTIVATIONS
-from pylora.reference.projections import (
-    REFERENCE_OPS,
-    Gradients,
-    LinearOps,
-    Projections,
-    collected,
-    project,
-    project_backward,
-    wanted_of,
-)
-
-GATE, UP, DOWN = 0, 1, 2
+from pylora.reference.layers import REFERENCE_LAYERS, LayerFunctions
 
 
 def lora_mlp(
-    x: Tensor, *args: Any, ops: LinearOps = REFERENCE_OPS
+    call: LoraMlpCall, run: LayerFunctions = REFERENCE_LAYERS
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Returns y [..., out_features], gate(x) and up(x) [..., intermediate], and the h's.
-
-    args    the parts of `Projections` (gate, up, down), then dropout_p, seed and activation
-    """
-    *parts, dropout_p, seed, activation = args
-    projections = Projections(*parts)
-    gate, gate_h = project(ops, x, projections, GATE, dropout_p, seed)
-    up, up_h = project(ops, x, projections, UP, dropout_p, seed)
-    hidden = GATED_ACTIVATIONS[activation].forward(gate).mul_(up)
-    y, down_h = project(ops, hidden, projections, DOWN, dropout_p, seed)
+    """y [..., out_features], gate(x) and up(x) [..., intermediate], and the h of each layer."""
+    gate_layer, up_layer, down_layer = call.layers
+    gate, gate_h = run.forward(call.x, gate_layer)
+    up, up_h = run.forward(call.x, up_layer)
+    hidden = GATED_ACTIVATIONS[call.activation].forward(gate).mul_(up)
+    y, down_h = run.forward(hidden, down_layer)
     return y, gate, up, [gate_h, up_h, down_h]
 
 
 def lora_mlp_backward(
-    grad: Tensor,
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    h: list[Tensor],
-    *args: Any,
-    ops: LinearOps = REFERENCE_OPS,
-) -> Gradients:
-    """(dx, dweight, dlora_A, dlora_B, dbias).
+    call: LoraMlpBackward, run: LayerFunctions = REFERENCE_LAYERS
+) -> tuple[Tensor | None, list[LayerGradients]]:
+    """(dx, gradients of gate, up and down).
 
     dhidden = down's dx;  dgate = dhidden * up * act'(gate);  dup = dhidden * act(gate);  dx is the
     sum of gate's and up's.
-
-    args    the parts of `Projections`, then dropout_p, seed, activation and output_mask: x, then
-            each weight, each lora_A, each lora_B, each bias. What it leaves out is empty [0].
     """
-    *parts, dropout_p, seed, activation, output_mask = args
-    projections = Projections(*parts)
-    act = GATED_ACTIVATIONS[activation]
-    wants_x = output_mask[0]
-    wanted = [wanted_of(output_mask, index, wants_x) for index in (GATE, UP)]
-    wants_hidden = any(map(any, wanted))
+    act = GATED_ACTIVATIONS[call.activation]
+    gate_layer, up_layer, down_layer = call.layers
+    gate_h, up_h, down_h = call.hs
+    wanted_gate, wanted_up, wanted_down = call.wanted
+    wants_hidden = wanted_gate.any or wanted_up.any
 
-    def backward(index: int, grad: Tensor, x: Tensor, wanted: list[bool]) -> list[Tensor]:
-        return project_backward(ops, grad, x, h[index], projections, index, dropout_p, seed, wanted)
-
-    activated = act.forward(gate)
-    down = backward(DOWN, grad, activated * up, wanted_of(output_mask, DOWN, wants_hidden))
-    if not wants_hidden:
-        frozen = [[x.new_empty(0) for _ in down] for _ in (GATE, UP)]
-        return collected(x.new_empty(0), [*frozen, down])
-    dup = down[0] * activated
+    activated = act.forward(call.gate)
+    hidden = activated * call.up
+    wanted_down = replace(wanted_down, x=wants_hidden)
+    down = run.backward(call.grad, hidden, down_h, down_layer, wanted_down)
+    del hidden
+    dhidden, down = down.x, down.with_x(None)
+    if dhidden is None:
+        return None, [LayerGradients(), LayerGradients(), down]
+    dup = dhidden * activated
     del activated
-    dgate = act.backward(down[0].mul_(up), gate)
-    down[0] = dgate  # lets go of dhidden, as large
-    found = [backward(GATE, dgate, x, wanted[GATE]), backward(UP, dup, x, wanted[UP]), down]
-    dx = found[GATE][0].add_(found[UP][0]) if wants_x else x.new_empty(0)
-    return collected(dx, found)
+    dgate = act.backward(dhidden.mul_(call.up), call.gate)
+    del dhidden
+    gate = run.backward(dgate, call.x, gate_h, gate_layer, wanted_gate)
+    up = run.backward(dup, call.x, up_h, up_layer, wanted_up)
+    dx = gate.x.add_(up.x) if gate.x is not None and up.x is not None else None
+    return dx, [gate.with_x(None), up.with_x(None), down]

@@ -12,14 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pylora.calls import LayerGradients, MultiLoraBackward, MultiLoraCall, Wanted
 from pylora.reference.adapter_groups import groups
-from pylora.reference.projections import (
-    REFERENCE_OPS,
-    LinearOps,
-    base_linear,
-    base_linear_backward,
-)
+from pylora.reference.layers import REFERENCE_LAYERS, LayerFunctions
 from pylora.reference.rows import as_rows
+
+_CONTIGUOUS = torch.contiguous_format
 
 
 def check_adapter_ids(adapter_ids: Tensor, adapters: int) -> None:
@@ -37,87 +35,52 @@ def check_adapter_ids(adapter_ids: Tensor, adapters: int) -> None:
 
 
 def multi_lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    nested_blocksize: int,
-    out_features: int,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    adapter_ids: Tensor,
-    scalings: Tensor,
-    bias: Tensor | None,
-    ops: LinearOps = REFERENCE_OPS,
+    call: MultiLoraCall, run: LayerFunctions = REFERENCE_LAYERS
 ) -> tuple[Tensor, Tensor]:
-    """Returns y [..., out_features] in x.dtype and h [..., r] in fp32 (float64 for float64
-    weights), which is zero where a row has no adapter."""
-    adapters, rank, _ = lora_A.shape
-    check_adapter_ids(adapter_ids, adapters)
-    q = (weight, absmax, nested_absmax, nested_code, offset, blocksize, nested_blocksize)
+    """y [..., out_features] in x.dtype and h [..., r] in fp32 (float64 for float64 weights), which
+    is zero in the rows without an adapter."""
+    x, adapters = call.x, call.adapters
+    check_adapter_ids(adapters.ids, adapters.count)
     flat_x = as_rows(x)
-    y = base_linear(ops, flat_x, q, out_features, bias)
-    hidden_dtype = torch.promote_types(lora_A.dtype, torch.float32)
-    h = x.new_zeros(y.shape[0], rank, dtype=hidden_dtype)
-    for group in groups(adapter_ids, adapters, rank):
-        projected = group.gathered(flat_x).to(lora_A.dtype) @ lora_A[group.adapter].mT
+    y, _ = run.forward(flat_x, call.layer)
+    hidden_dtype = torch.promote_types(adapters.A.dtype, torch.float32)
+    h = x.new_zeros(flat_x.shape[0], adapters.rank, dtype=hidden_dtype)
+    for group in groups(adapters.ids, adapters.count, adapters.rank):
+        A, B = adapters.A[group.adapter], adapters.B[group.adapter]
+        projected = group.gathered(flat_x).to(A.dtype) @ A.mT
         group.add_to(h, projected)
-        group.add_to(y, group.scaled(projected @ lora_B[group.adapter].mT, scalings))
-    return y.view(*x.shape[:-1], out_features), h.view(*x.shape[:-1], rank)
+        group.add_to(y, group.scaled(projected @ B.mT, adapters.scalings))
+    return y.view(*x.shape[:-1], y.shape[-1]), h.view(*x.shape[:-1], adapters.rank)
 
 
 def multi_lora_linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    nested_blocksize: int,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    adapter_ids: Tensor,
-    scalings: Tensor,
-    output_mask: list[bool],
-    ops: LinearOps = REFERENCE_OPS,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (x, weight, lora_A, lora_B, bias); an empty tensor [0] where `output_mask` is
-    False.
+    call: MultiLoraBackward, run: LayerFunctions = REFERENCE_LAYERS
+) -> LayerGradients:
+    """The gradients that `call.wanted` asks for; those of A and B are stacks.
 
     Over the rows m of adapter i: dlora_B[i] = scalings[i] grad^T h;  dh = scalings[i] grad @
     lora_B[i];  dlora_A[i] = dh^T x;  dx = grad @ W + dh @ lora_A[i].
     """
-    want_x, want_weight, want_A, want_B, want_bias = output_mask
-    adapters, rank, in_features = lora_A.shape
-    dx, dweight, dlora_A, dlora_B, dbias = (x.new_empty(0) for _ in output_mask)
-    flat_grad, flat_x, flat_h = map(as_rows, (grad, x, h))
-    if want_x:
-        q = (weight, absmax, nested_absmax, nested_code, offset, blocksize, nested_blocksize)
-        dx = base_linear_backward(ops, flat_grad, q, in_features)
-    # Zeros for the adapters that no row has.
-    if want_A:
-        dlora_A = lora_A.new_zeros(lora_A.shape)
-    if want_B:
-        dlora_B = lora_B.new_zeros(lora_B.shape)
-    for group in groups(adapter_ids, adapters, rank) if want_x or want_A or want_B else ():
-        gathered = group.gathered(flat_grad).to(lora_A.dtype)
-        scaled = group.scaled(gathered, scalings).to(lora_A.dtype)
-        dh = scaled @ lora_B[group.adapter]
-        summed = group.summed_dtype(lora_A.dtype)
-        if want_x:
-            group.add_to(dx, dh @ lora_A[group.adapter])
-        if want_A:
+    wanted, adapters = call.wanted, call.adapters
+    flat_grad, flat_x, flat_h = map(as_rows, (call.grad, call.x, call.h))
+    base = Wanted(x=wanted.x, weight=wanted.weight, bias=wanted.bias)
+    found = run.backward(flat_grad, flat_x, flat_x.new_empty(0), call.layer, base)
+    dx = found.x
+    # An adapter that no row has gets zeros.
+    dlora_A = torch.zeros_like(adapters.A, memory_format=_CONTIGUOUS) if wanted.A else None
+    dlora_B = torch.zeros_like(adapters.B, memory_format=_CONTIGUOUS) if wanted.B else None
+    needs_groups = wanted.x or wanted.A or wanted.B
+    for group in groups(adapters.ids, adapters.count, adapters.rank) if needs_groups else ():
+        A, B = adapters.A[group.adapter], adapters.B[group.adapter]
+        gathered = group.gathered(flat_grad).to(A.dtype)
+        scaled = group.scaled(gathered, adapters.scalings).to(A.dtype)
+        dh = scaled @ B
+        summed = group.summed_dtype(A.dtype)
+        if dx is not None:
+            group.add_to(dx, dh @ A)
+        if dlora_A is not None:
             group.put_sum(dlora_A, dh.to(summed).mT @ group.gathered(flat_x).to(summed))
-        if want_B:
+        if dlora_B is not None:
             group.put_sum(dlora_B, scaled.to(summed).mT @ group.gathered(flat_h).to(summed))
-    if want_weight:
-        dweight = flat_grad.t() @ flat_x
-    if want_bias:
-        dbias = flat_grad.sum(0)
-    return dx.view(x.shape) if want_x else dx, dweight, dlora_A, dlora_B, dbias
+    dx = None if dx is None else dx.view(call.x.shape)
+    return LayerGradients(dx, found.weight, dlora_A, dlora_B, found.bias)

@@ -1,4 +1,4 @@
-"""y = x @ dequantize(qweight)^T + bias in pure PyTorch, a panel of the weight at a time."""
+"""y = x @ W^T + bias over a base weight in pure PyTorch; NF4 is decoded a panel at a time."""
 
 from __future__ import annotations
 
@@ -6,46 +6,38 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from pylora.calls import Nf4LinearBackward, Nf4LinearCall, Weight
 from pylora.reference.nf4_dequantize import row_panels
 from pylora.reference.rows import as_rows
 
 
-def nf4_linear(
-    x: Tensor,
-    qweight: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    nested_blocksize: int,
-    out_features: int,
-    bias: Tensor | None,
-) -> Tensor:
+def nf4_linear(call: Nf4LinearCall) -> Tensor:
     """x [..., in_features] -> [..., out_features], computed in x.dtype as torch computes it."""
-    q = (qweight, absmax, nested_absmax, nested_code, offset, blocksize, nested_blocksize)
-    y = x.new_empty(*x.shape[:-1], out_features)
-    for rows, panel in row_panels(*q, out_features, x.shape[-1], x.dtype):
+    return base_linear(call.x, call.layer.weight, call.layer.bias)
+
+
+def nf4_linear_backward(call: Nf4LinearBackward) -> Tensor:
+    """dx = grad @ W: grad [..., out_features] -> [..., in_features]."""
+    return base_linear_backward(call.grad, call.weight)
+
+
+def base_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """x @ W^T + bias over a dense or an NF4 weight."""
+    if not weight.is_nf4:
+        return linear(x, weight.data, None if bias is None else bias.to(x.dtype))
+    y = x.new_empty(*x.shape[:-1], weight.out_features)
+    for rows, panel in row_panels(weight, x.dtype):
         y[..., rows] = linear(x, panel, None if bias is None else bias[rows].to(x.dtype))
     return y
 
 
-def nf4_linear_backward(
-    grad: Tensor,
-    qweight: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    nested_blocksize: int,
-    in_features: int,
-) -> Tensor:
-    """dx = grad @ W: grad [..., out_features] -> [..., in_features], panels summed in fp32."""
-    q = (qweight, absmax, nested_absmax, nested_code, offset, blocksize, nested_blocksize)
+def base_linear_backward(grad: Tensor, weight: Weight) -> Tensor:
+    """grad @ W over a dense or an NF4 weight, whose panels are summed in fp32."""
+    if not weight.is_nf4:
+        return grad @ weight.data
     compute = torch.promote_types(grad.dtype, torch.float32)
     flat = as_rows(grad)
-    dx = flat.new_zeros(flat.shape[0], in_features, dtype=compute)
-    for rows, panel in row_panels(*q, grad.shape[-1], in_features, grad.dtype):
+    dx = flat.new_zeros(flat.shape[0], weight.in_features, dtype=compute)
+    for rows, panel in row_panels(weight, grad.dtype):
         dx.addmm_(flat[:, rows].to(compute), panel.to(compute))
-    return dx.to(grad.dtype).view(*grad.shape[:-1], in_features)
+    return dx.to(grad.dtype).view(*grad.shape[:-1], weight.in_features)

@@ -5,20 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pylora.calls import QuantizeCall
 from pylora.nf4 import block_count, nf4_midpoints
 
 # bitsandbytes guards its division with this floor; it decides the codes of blocks of denormals.
 _SMALLEST_ABSMAX = 1e-38
 
 
-def nf4_quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+def nf4_quantize(call: QuantizeCall) -> tuple[Tensor, Tensor]:
     """weight [...] -> (qweight uint8 [ceil(n / 2)], absmax fp32 [ceil(n / blocksize)]), both flat.
 
     Per block: absmax = max |x|, s = x * (1 / absmax) in fp32, code = number of midpoints below s,
     so that ties go down. A short last block divides by absmax instead and stores its floor. An odd
     element count is padded with the code of zero.
     """
-    flat = weight.reshape(-1).to(torch.float32)
+    flat, blocksize = call.weight.reshape(-1).to(torch.float32), call.blocksize
     blocks = block_count(flat.numel(), blocksize)
     padded = flat.new_zeros(blocks * blocksize)
     padded[: flat.numel()] = flat

@@ -1,0 +1,555 @@
+"""Every op's schema, and the only code that turns call records into flat arguments and back.
+
+torch's operator schemas know tensors, numbers and lists, but no records. A `Spec` holds the schema
+of one op with the pair of functions that write a record in its order and read it back. Both go
+through the schema from left to right, so no argument is ever found by its position.
+
+An op of several layers takes one list per field of a layer, with one entry per layer. Autograd
+skips lists that hold None, so an absent tensor is an empty one [0] there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pylora.calls import (
+    Adapters,
+    DequantizeCall,
+    Dropout,
+    Layer,
+    LayerGradients,
+    LoraLinearBackward,
+    LoraLinearCall,
+    LoraMlpBackward,
+    LoraMlpCall,
+    LoraQkvBackward,
+    LoraQkvCall,
+    LowRank,
+    MultiLoraBackward,
+    MultiLoraCall,
+    Nf4LinearBackward,
+    Nf4LinearCall,
+    QuantizeCall,
+    Wanted,
+    Weight,
+)
+
+_ABSMAX = "Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, "
+_ABSMAX += "int blocksize, int nested_blocksize"
+_NF4 = f"Tensor qweight, Tensor absmax, {_ABSMAX}"
+_WEIGHT = f"Tensor weight, Tensor? absmax, {_ABSMAX}"
+_DROPOUT = "float dropout_p, Tensor? seed"
+_LAYERS = (
+    "Tensor[] weight, Tensor?[] absmax, Tensor?[] nested_absmax, Tensor?[] nested_code, "
+    "Tensor?[] offset, int[] blocksize, int[] nested_blocksize, SymInt[] out_features, "
+    "Tensor[] lora_A, Tensor[] lora_B, Tensor[] bias, float[] scaling"
+)
+_LAYER_GRADIENTS = (
+    "(Tensor dx, Tensor[] dweight, Tensor[] dlora_A, Tensor[] dlora_B, Tensor[] dbias)"
+)
+
+
+class Arguments:
+    """Flat arguments of an op, read from left to right."""
+
+    def __init__(self, flat: Sequence[Any]) -> None:
+        self._left: Iterator[Any] = iter(flat)
+
+    def one(self) -> Any:
+        return next(self._left)
+
+    def several(self, count: int) -> tuple[Any, ...]:
+        return tuple(islice(self._left, count))
+
+    def weight(self, out_features: int | None, in_features: int) -> Weight:
+        """`out_features` is read too if it is None: it then follows the weight."""
+        parts = self.several(7)
+        rows = self.one() if out_features is None else out_features
+        return Weight(*parts, shape=(rows, in_features))
+
+    def dropout(self) -> Dropout | None:
+        p, seed = self.several(2)
+        return None if seed is None or p == 0.0 else Dropout(p, seed)
+
+
+def _dropout_arguments(dropout: Dropout | None) -> tuple[float, Tensor | None]:
+    return (0.0, None) if dropout is None else (dropout.p, dropout.layer_seed)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The schema of the op of one record type.
+
+    record     the type of the record
+    schema     arguments and results, as torch.library takes them
+    flatten    record -> arguments in the order of the schema
+    unflatten  arguments -> record
+    """
+
+    record: Any
+    schema: str
+    flatten: Callable[[Any], tuple[Any, ...]]
+    unflatten: Callable[[Arguments], Any]
+
+    @property
+    def name(self) -> str:
+        return self.record.op
+
+    def read(self, flat: Sequence[Any]) -> Any:
+        return self.unflatten(Arguments(flat))
+
+    def read_with_gradient(self, grad: Any, flat: Sequence[Any], *mask: list[bool]) -> Any:
+        """Reads arguments whose first one is a placeholder for the gradient that arrives.
+
+        mask    takes the place of the last one: every backward but nf4_linear's ends with it
+        """
+        _, *others = flat
+        return self.read((grad, *others[: len(others) - len(mask)], *mask))
+
+
+# nf4_quantize and nf4_dequantize
+
+NF4_QUANTIZE = Spec(
+    QuantizeCall,
+    "(Tensor weight, int blocksize) -> (Tensor, Tensor)",
+    lambda call: (call.weight, call.blocksize),
+    lambda take: QuantizeCall(*take.several(2)),
+)
+
+
+def _read_dequantize(take: Arguments) -> DequantizeCall:
+    parts = take.several(7)
+    shape, dtype = take.several(2)
+    columns = shape[-1] if shape else 1
+    rows = 1
+    for size in shape[:-1]:
+        rows = rows * size
+    return DequantizeCall(Weight(*parts, shape=(rows, columns)), tuple(shape), dtype)
+
+
+NF4_DEQUANTIZE = Spec(
+    DequantizeCall,
+    f"({_NF4}, SymInt[] shape, ScalarType dtype) -> Tensor",
+    lambda call: (*call.weight.arguments, list(call.shape), call.dtype),
+    _read_dequantize,
+)
+
+
+# nf4_linear
+
+
+def _read_nf4_linear(take: Arguments) -> Nf4LinearCall:
+    x = take.one()
+    weight = take.weight(None, x.shape[-1])
+    return Nf4LinearCall(x, Layer(weight, take.one()))
+
+
+def _read_nf4_linear_backward(take: Arguments) -> Nf4LinearBackward:
+    grad = take.one()
+    parts = take.several(7)
+    return Nf4LinearBackward(grad, Weight(*parts, shape=(grad.shape[-1], take.one())))
+
+
+NF4_LINEAR = Spec(
+    Nf4LinearCall,
+    f"(Tensor x, {_NF4}, SymInt out_features, Tensor? bias) -> Tensor",
+    lambda call: (
+        call.x,
+        *call.layer.weight.arguments,
+        call.layer.weight.out_features,
+        call.layer.bias,
+    ),
+    _read_nf4_linear,
+)
+NF4_LINEAR_BACKWARD = Spec(
+    Nf4LinearBackward,
+    f"(Tensor grad, {_NF4}, SymInt in_features) -> Tensor",
+    lambda call: (call.grad, *call.weight.arguments, call.weight.in_features),
+    _read_nf4_linear_backward,
+)
+
+
+# lora_linear
+
+
+def _write_lora_linear(call: LoraLinearCall) -> tuple[Any, ...]:
+    layer, low = call.layer, call.layer.low_rank
+    assert low is not None
+    return (
+        call.x,
+        *layer.weight.arguments,
+        layer.weight.out_features,
+        low.A,
+        low.B,
+        layer.bias,
+        low.A_bias,
+        low.B_bias,
+        low.scaling,
+        *_dropout_arguments(low.dropout),
+        low.activation,
+    )
+
+
+def _read_lora_linear(take: Arguments) -> LoraLinearCall:
+    x = take.one()
+    weight = take.weight(None, x.shape[-1])
+    A, B, bias, A_bias, B_bias, scaling = take.several(6)
+    dropout = take.dropout()
+    low_rank = LowRank(A, B, A_bias, B_bias, scaling, take.one(), dropout)
+    return LoraLinearCall(x, Layer(weight, bias, low_rank))
+
+
+def _write_lora_linear_backward(call: LoraLinearBackward) -> tuple[Any, ...]:
+    low, wanted = call.layer.low_rank, call.wanted
+    assert low is not None
+    return (
+        call.grad,
+        call.x,
+        call.h,
+        *call.layer.weight.arguments,
+        low.A,
+        low.B,
+        low.scaling,
+        *_dropout_arguments(low.dropout),
+        low.activation,
+        [
+            wanted.x,
+            wanted.weight,
+            wanted.A,
+            wanted.B,
+            wanted.bias,
+            wanted.A_bias,
+            wanted.B_bias,
+        ],
+    )
+
+
+def _read_lora_linear_backward(take: Arguments) -> LoraLinearBackward:
+    grad, x, h = take.several(3)
+    weight = take.weight(grad.shape[-1], x.shape[-1])
+    A, B, scaling = take.several(3)
+    dropout = take.dropout()
+    low_rank = LowRank(A, B, None, None, scaling, take.one(), dropout)
+    return LoraLinearBackward(grad, x, h, Layer(weight, None, low_rank), Wanted(*take.one()))
+
+
+LORA_LINEAR = Spec(
+    LoraLinearCall,
+    f"(Tensor x, {_WEIGHT}, SymInt out_features, Tensor lora_A, Tensor lora_B, Tensor? bias, "
+    f"Tensor? lora_A_bias, Tensor? lora_B_bias, float scaling, {_DROPOUT}, str activation) "
+    "-> (Tensor y, Tensor h)",
+    _write_lora_linear,
+    _read_lora_linear,
+)
+LORA_LINEAR_BACKWARD = Spec(
+    LoraLinearBackward,
+    f"(Tensor grad, Tensor x, Tensor h, {_WEIGHT}, Tensor lora_A, Tensor lora_B, float scaling, "
+    f"{_DROPOUT}, str activation, bool[] output_mask) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _write_lora_linear_backward,
+    _read_lora_linear_backward,
+)
+
+
+# lora_qkv and lora_mlp: several layers
+
+
+def _write_layers(layers: Sequence[Layer], like: Tensor) -> tuple[list[Any], ...]:
+    """One list per field; `like` gives the dtype and device of the empty tensors."""
+
+    def or_empty(tensor: Tensor | None) -> Tensor:
+        return like.new_empty(0) if tensor is None else tensor
+
+    lows = [layer.low_rank for layer in layers]
+    weights = zip(*(layer.weight.arguments for layer in layers), strict=True)
+    return (
+        *map(list, weights),
+        [layer.weight.out_features for layer in layers],
+        [or_empty(None if low is None else low.A) for low in lows],
+        [or_empty(None if low is None else low.B) for low in lows],
+        [or_empty(layer.bias) for layer in layers],
+        [1.0 if low is None else low.scaling for low in lows],
+    )
+
+
+def _layers_dropout(layers: Sequence[Layer]) -> tuple[float, Tensor | None]:
+    """The probability and the seed of the call; the layers differ by their streams alone."""
+    for layer in layers:
+        if layer.low_rank is not None and layer.low_rank.dropout is not None:
+            return layer.low_rank.dropout.p, layer.low_rank.dropout.seed
+    return 0.0, None
+
+
+def _read_layers(
+    take: Arguments, in_features: int, down_follows: bool = False
+) -> tuple[Layer, ...]:
+    """The layers with their dropout.
+
+    in_features   of every layer, or of all but the last if `down_follows`: its input is as wide as
+                  the output of the one before
+    """
+    columns = take.several(12)
+    dropout = take.dropout()
+    layers = []
+    for stream, row in enumerate(zip(*columns, strict=True)):
+        fields = Arguments(row)
+        if down_follows and stream == 2:
+            in_features = layers[0].weight.out_features
+        weight = fields.weight(None, in_features)
+        A, B, bias, scaling = fields.several(4)
+        low_rank = None
+        if A.dim() == 2:
+            its_dropout = None if dropout is None else replace(dropout, stream=stream)
+            low_rank = LowRank(A, B, None, None, scaling, "identity", its_dropout)
+        layers.append(Layer(weight, bias if bias.numel() else None, low_rank))
+    return tuple(layers)
+
+
+def _write_wanted(wanted: Sequence[Wanted]) -> list[bool]:
+    """x, then each weight, each lora_A, each lora_B and each bias."""
+    return [
+        wanted[0].x,
+        *(one.weight for one in wanted),
+        *(one.A for one in wanted),
+        *(one.B for one in wanted),
+        *(one.bias for one in wanted),
+    ]
+
+
+def _read_wanted(mask: list[bool]) -> tuple[Wanted, ...]:
+    take = Arguments(mask)
+    x, count = take.one(), len(mask) // 4
+    columns = (take.several(count) for _ in range(4))
+    return tuple(Wanted(x, *row) for row in zip(*columns, strict=True))
+
+
+def _write_qkv(call: LoraQkvCall) -> tuple[Any, ...]:
+    return (call.x, *_write_layers(call.layers, call.x), *_layers_dropout(call.layers))
+
+
+def _read_qkv(take: Arguments) -> LoraQkvCall:
+    x = take.one()
+    return LoraQkvCall(x, _read_layers(take, x.shape[-1]))
+
+
+def _write_qkv_backward(call: LoraQkvBackward) -> tuple[Any, ...]:
+    layers = (*_write_layers(call.layers, call.x), *_layers_dropout(call.layers))
+    return (call.grads, call.x, call.hs, *layers, _write_wanted(call.wanted))
+
+
+def _read_qkv_backward(take: Arguments) -> LoraQkvBackward:
+    grads, x, hs = take.several(3)
+    layers = _read_layers(take, x.shape[-1])
+    return LoraQkvBackward(grads, x, hs, layers, _read_wanted(take.one()))
+
+
+def _write_mlp(call: LoraMlpCall) -> tuple[Any, ...]:
+    layers = (*_write_layers(call.layers, call.x), *_layers_dropout(call.layers))
+    return (call.x, *layers, call.activation)
+
+
+def _read_mlp(take: Arguments) -> LoraMlpCall:
+    x = take.one()
+    return LoraMlpCall(x, _read_layers(take, x.shape[-1], down_follows=True), take.one())
+
+
+def _write_mlp_backward(call: LoraMlpBackward) -> tuple[Any, ...]:
+    layers = (*_write_layers(call.layers, call.x), *_layers_dropout(call.layers))
+    last = (call.activation, _write_wanted(call.wanted))
+    return (call.grad, call.x, call.gate, call.up, call.hs, *layers, *last)
+
+
+def _read_mlp_backward(take: Arguments) -> LoraMlpBackward:
+    grad, x, gate, up, hs = take.several(5)
+    layers = _read_layers(take, x.shape[-1], down_follows=True)
+    activation, mask = take.several(2)
+    return LoraMlpBackward(grad, x, gate, up, hs, layers, activation, _read_wanted(mask))
+
+
+LORA_QKV = Spec(
+    LoraQkvCall,
+    f"(Tensor x, {_LAYERS}, {_DROPOUT}) -> (Tensor[] y, Tensor[] h)",
+    _write_qkv,
+    _read_qkv,
+)
+LORA_QKV_BACKWARD = Spec(
+    LoraQkvBackward,
+    f"(Tensor[] grad, Tensor x, Tensor[] h, {_LAYERS}, {_DROPOUT}, bool[] output_mask) "
+    f"-> {_LAYER_GRADIENTS}",
+    _write_qkv_backward,
+    _read_qkv_backward,
+)
+LORA_MLP = Spec(
+    LoraMlpCall,
+    f"(Tensor x, {_LAYERS}, {_DROPOUT}, str activation) "
+    "-> (Tensor y, Tensor gate, Tensor up, Tensor[] h)",
+    _write_mlp,
+    _read_mlp,
+)
+LORA_MLP_BACKWARD = Spec(
+    LoraMlpBackward,
+    f"(Tensor grad, Tensor x, Tensor gate, Tensor up, Tensor[] h, {_LAYERS}, {_DROPOUT}, "
+    f"str activation, bool[] output_mask) -> {_LAYER_GRADIENTS}",
+    _write_mlp_backward,
+    _read_mlp_backward,
+)
+
+
+# multi_lora_linear
+
+
+def _write_multi_lora(call: MultiLoraCall) -> tuple[Any, ...]:
+    weight, adapters = call.layer.weight, call.adapters
+    low_rank = (adapters.A, adapters.B, adapters.ids, adapters.scalings)
+    return (call.x, *weight.arguments, weight.out_features, *low_rank, call.layer.bias)
+
+
+def _read_multi_lora(take: Arguments) -> MultiLoraCall:
+    x = take.one()
+    weight = take.weight(None, x.shape[-1])
+    adapters = Adapters(*take.several(4))
+    return MultiLoraCall(x, Layer(weight, take.one()), adapters)
+
+
+def _write_multi_lora_backward(call: MultiLoraBackward) -> tuple[Any, ...]:
+    adapters, wanted = call.adapters, call.wanted
+    low_rank = (adapters.A, adapters.B, adapters.ids, adapters.scalings)
+    mask = [wanted.x, wanted.weight, wanted.A, wanted.B, wanted.bias]
+    return (call.grad, call.x, call.h, *call.layer.weight.arguments, *low_rank, mask)
+
+
+def _read_multi_lora_backward(take: Arguments) -> MultiLoraBackward:
+    grad, x, h = take.several(3)
+    weight = take.weight(grad.shape[-1], x.shape[-1])
+    adapters = Adapters(*take.several(4))
+    return MultiLoraBackward(grad, x, h, Layer(weight), adapters, Wanted(*take.one()))
+
+
+MULTI_LORA_LINEAR = Spec(
+    MultiLoraCall,
+    f"(Tensor x, {_WEIGHT}, SymInt out_features, Tensor lora_A, Tensor lora_B, "
+    "Tensor adapter_ids, Tensor scalings, Tensor? bias) -> (Tensor y, Tensor h)",
+    _write_multi_lora,
+    _read_multi_lora,
+)
+MULTI_LORA_LINEAR_BACKWARD = Spec(
+    MultiLoraBackward,
+    f"(Tensor grad, Tensor x, Tensor h, {_WEIGHT}, Tensor lora_A, Tensor lora_B, "
+    "Tensor adapter_ids, Tensor scalings, bool[] output_mask) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _write_multi_lora_backward,
+    _read_multi_lora_backward,
+)
+
+SPECS: dict[str, Spec] = {
+    spec.name: spec
+    for spec in (
+        NF4_QUANTIZE,
+        NF4_DEQUANTIZE,
+        NF4_LINEAR_BACKWARD,
+        NF4_LINEAR,
+        LORA_LINEAR_BACKWARD,
+        LORA_LINEAR,
+        LORA_QKV_BACKWARD,
+        LORA_QKV,
+        LORA_MLP_BACKWARD,
+        LORA_MLP,
+        MULTI_LORA_LINEAR_BACKWARD,
+        MULTI_LORA_LINEAR,
+    )
+}
+
+
+# Differentiable inputs, and the results of a backward in the same order
+
+
+def layer_inputs(x: Tensor, layer: Layer) -> tuple[Tensor | None, ...]:
+    """What lora_linear is differentiable in, in the order of `Wanted`."""
+    low = layer.low_rank
+    assert low is not None
+    return (x, layer.weight.data, low.A, low.B, layer.bias, low.A_bias, low.B_bias)
+
+
+def layers_inputs(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor | None, ...]:
+    """What an op of several layers is differentiable in: x, then one field after the other."""
+    lows = [layer.low_rank for layer in layers]
+    return (
+        x,
+        *(layer.weight.data for layer in layers),
+        *(None if low is None else low.A for low in lows),
+        *(None if low is None else low.B for low in lows),
+        *(layer.bias for layer in layers),
+    )
+
+
+def layer_results(gradients: LayerGradients, like: Tensor) -> tuple[Tensor, ...]:
+    """The results of lora_linear_backward; an empty tensor [0] stands for None."""
+    g = gradients
+    found = (g.x, g.weight, g.A, g.B, g.bias, g.A_bias, g.B_bias)
+    return tuple(like.new_empty(0) if one is None else one for one in found)
+
+
+def layers_results(
+    dx: Tensor | None, gradients: Sequence[LayerGradients], like: Tensor
+) -> tuple[Any, ...]:
+    """The results of a backward of several layers; an empty tensor [0] stands for None."""
+
+    def column(name: str) -> list[Tensor]:
+        found = (getattr(one, name) for one in gradients)
+        return [like.new_empty(0) if one is None else one for one in found]
+
+    columns = map(column, ("weight", "A", "B", "bias"))
+    return (like.new_empty(0) if dx is None else dx, *columns)
+
+
+def adapters_results(gradients: LayerGradients, like: Tensor) -> tuple[Tensor, ...]:
+    """The results of multi_lora_linear_backward; an empty tensor [0] stands for None."""
+    g = gradients
+    found = (g.x, g.weight, g.A, g.B, g.bias)
+    return tuple(like.new_empty(0) if one is None else one for one in found)
+
+
+def requested(results: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """The results of a backward with None in place of the empty tensors."""
+    return tuple(one if want else None for one, want in zip(results, wanted, strict=True))
+
+
+def empty_h(x: Tensor, layer: Layer) -> Tensor:
+    """h [..., r] of a layer for a fake function; empty [0] without LoRA."""
+    if layer.low_rank is None:
+        return x.new_empty(0)
+    dtype = torch.promote_types(layer.low_rank.A.dtype, torch.float32)
+    return x.new_empty(*x.shape[:-1], layer.low_rank.rank, dtype=dtype)
+
+
+def empty_layers_results(
+    x: Tensor, layers: Sequence[Layer], wanted: Sequence[Wanted]
+) -> tuple[Any, ...]:
+    """The results of a backward of several layers for a fake function."""
+
+    def like(tensor: Tensor | None, want: bool) -> Tensor | None:
+        return tensor.new_empty(tensor.shape) if want and tensor is not None else None
+
+    gradients = []
+    for layer, one in zip(layers, wanted, strict=True):
+        low = layer.low_rank
+        gradients.append(
+            LayerGradients(
+                weight=like(layer.weight.data, one.weight),
+                A=like(None if low is None else low.A, one.A),
+                B=like(None if low is None else low.B, one.B),
+                bias=like(layer.bias, one.bias),
+            )
+        )
+    return layers_results(like(x, wanted[0].x), gradients, x)
+
+
+def flat_tensors(results: Sequence[Any]) -> list[Tensor]:
+    """The tensors of an op's results, lists among them opened."""
+    return list(chain(*(one if isinstance(one, (list, tuple)) else [one] for one in results)))

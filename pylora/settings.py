@@ -1,0 +1,44 @@
+"""The environment variables that steer pylora, read once; `pylora.refresh()` reads them again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+BACKEND = "PYLORA_BACKEND"
+HOPPER = "PYLORA_HOPPER"
+AUTOTUNE = "PYLORA_AUTOTUNE"
+
+_forget: list[Callable[[], None]] = []
+
+
+@dataclass(frozen=True)
+class Settings:
+    """backend: the backend asked for by name, "" if none was. hopper, autotune: switches."""
+
+    backend: str
+    hopper: bool
+    autotune: bool
+
+
+@lru_cache(maxsize=1)
+def current() -> Settings:
+    return Settings(
+        backend=os.environ.get(BACKEND, ""),
+        hopper=os.environ.get(HOPPER) == "1",
+        autotune=os.environ.get(AUTOTUNE, "0") not in ("", "0"),
+    )
+
+
+def forgotten_on_refresh(forget: Callable[[], None]) -> None:
+    """Registers a function that drops what was derived from the settings."""
+    _forget.append(forget)
+
+
+def refresh() -> None:
+    """Reads the environment variables again, after a program has changed them."""
+    current.cache_clear()
+    for forget in _forget:
+        forget()
