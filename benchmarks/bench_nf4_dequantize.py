@@ -11,7 +11,7 @@ from benchmarks.contender import NF4_BITS, Bench, Contender, Layer, Work
 from benchmarks.contenders_torch import explained, on_reference
 from benchmarks.operands import Operands
 from benchmarks.shapes import Cell
-from pylora import reference
+from pylora.ops.registration import reference_op
 
 
 def _pylora(operands: Operands) -> Layer:
@@ -31,7 +31,7 @@ def _bitsandbytes(operands: Operands) -> Layer:
 
 def _oracle(operands: Operands, *_: Any) -> tuple[Any, tuple[Any, ...]]:
     w = operands.nf4()
-    return reference.nf4_dequantize, (*w.op_arguments(), list(w.shape), w.dtype)
+    return reference_op("nf4_dequantize"), (*w.op_arguments(), list(w.shape), w.dtype)
 
 
 def _work(cell: Cell, contender: Contender) -> Work:

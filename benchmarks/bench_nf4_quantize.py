@@ -11,7 +11,7 @@ from benchmarks.contender import NF4_BITS, Bench, Contender, Layer, Work
 from benchmarks.contenders_torch import explained, on_reference
 from benchmarks.operands import Operands
 from benchmarks.shapes import FORWARD, Cell
-from pylora import reference
+from pylora.ops.registration import reference_op
 
 
 def _pylora(operands: Operands) -> Layer:
@@ -36,7 +36,7 @@ def _bitsandbytes(operands: Operands) -> Layer:
 
 def _oracle(operands: Operands, *_: Any) -> tuple[Any, tuple[Any, ...]]:
     def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(t.view(-1) for t in reference.nf4_quantize(weight, 64))
+        return tuple(t.view(-1) for t in reference_op("nf4_quantize")(weight, 64))
 
     return quantize, (operands.source(),)
 

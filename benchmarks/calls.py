@@ -14,7 +14,7 @@ from benchmarks.contender import Contender, Layer
 from benchmarks.operands import Operands
 from benchmarks.shapes import BACKWARD, FORWARD, Cell
 from benchmarks.timing import Call
-from pylora import dispatch
+from pylora import dispatch, refresh
 
 
 def bind(
@@ -38,7 +38,12 @@ def bind(
         with contextlib.ExitStack() as stack:
             if layer.backend is not None:
                 stack.enter_context(dispatch.use_backend(layer.backend))
-            stack.enter_context(mock.patch.dict(os.environ, layer.environment))
+            if layer.environment:
+                stack.callback(refresh)
+                stack.enter_context(mock.patch.dict(os.environ, layer.environment))
+                refresh()
+            stack.callback(refresh)
+            refresh()
             stack.enter_context(torch.set_grad_enabled(cell.mode != FORWARD))
             yield
 

@@ -14,8 +14,8 @@ import pylora.functional as F
 from benchmarks.contender import Contender, Layer, installed
 from benchmarks.operands import Operands
 from benchmarks.shapes import MODES, Cell
-from pylora import dispatch
-from pylora.backends import cuda, cuda_hopper, cuda_products
+from pylora import dispatch, settings
+from pylora.backends import limits
 
 
 def explained(op: str, *args: Any) -> str:
@@ -47,8 +47,8 @@ def on_reference(layer: Layer) -> Layer:
 def _hopper_why_not(cell: Cell, device: torch.device) -> str | None:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return "needs a GPU of compute capability 9.0"
-    if cell.rows < cuda_hopper.MIN_M:
-        return f"takes {cuda_hopper.MIN_M} rows or more"
+    if cell.rows < limits.CUDA_HOPPER_FROM:
+        return f"takes {limits.CUDA_HOPPER_FROM} rows or more"
     return None
 
 
@@ -56,7 +56,7 @@ def _hopper(build: Callable[[Operands], Layer], has_lora: bool) -> Contender:
     """The kernel that is off by default, until it has been measured."""
     return Contender(
         "pylora, Hopper kernel",
-        lambda operands: replace(build(operands), environment={cuda_hopper.SWITCH: "1"}),
+        lambda operands: replace(build(operands), environment={settings.HOPPER: "1"}),
         ("pylora-kernels",),
         has_lora=has_lora,
         modes=MODES[:1],
@@ -67,7 +67,7 @@ def _hopper(build: Callable[[Operands], Layer], has_lora: bool) -> Contender:
 def _triton_why_not(cell: Cell, device: torch.device) -> str | None:
     if device.type != "cuda":
         return "needs a GPU"
-    if cuda.MAX_SMALL_M < cell.rows < cuda_products.MIN_M:
+    if limits.CUDA_FEW_ROWS < cell.rows < limits.CUDA_PRODUCT_FROM:
         return "is what pylora runs there"
     return dispatch.BACKENDS["triton"].unavailable()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks.operands import Operands
-from pylora import reference
+from pylora.ops.registration import reference_op
 
 
 def linear_oracle(
@@ -40,11 +40,11 @@ def over(
             y = linear(x, dense)
             return (y,) if grad is None else (y, grad @ dense)
         base, last = (dense, *[None] * 4, 0, 0), (scaling, 0.0, None, "identity")
-        y, h = reference.lora_linear(x, *base, dense.shape[0], *lora, None, None, None, *last)
+        y, h = reference_op("lora_linear")(x, *base, dense.shape[0], *lora, None, None, None, *last)
         if grad is None:
             return (y,)
         wanted = [True, False, True, True, False, False, False]
-        grads = reference.lora_linear_backward(grad, x, h, *base, *lora, *last, wanted)
+        grads = reference_op("lora_linear_backward")(grad, x, h, *base, *lora, *last, wanted)
         return (y, grads[0], grads[2], grads[3])
 
     return compute, (x, grad, *lora)

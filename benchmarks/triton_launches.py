@@ -18,8 +18,10 @@ import triton
 from torch import Tensor
 
 import pylora
-from pylora.backends.triton import BACKEND
+from pylora.backends import triton_runs
 from pylora.kernels import launch
+from pylora.ops.registration import OPS
+from pylora.ops.spec import SPECS
 
 _TYPES = {
     torch.float32: "*fp32",
@@ -149,7 +151,9 @@ def _weight(out_features: int, in_features: int, blocksize: int, nested: bool) -
 
 
 def _call(op: str, *args: Any) -> Any:
-    return BACKEND.ops[op].run(*args)
+    """Runs an op, given its flat arguments, with the launches of the triton backend."""
+    call = SPECS[op].read(args)
+    return OPS[type(call)].results(call, getattr(triton_runs, op)(call))
 
 
 def _lora_step(

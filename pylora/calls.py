@@ -56,6 +56,13 @@ class Weight:
         object.__setattr__(self, "arguments", arguments)
 
     @classmethod
+    def of(cls, arguments: tuple[Any, ...], shape: tuple[int, int]) -> Weight:
+        """From the seven arguments of an op."""
+        data, absmax, nested_absmax, nested_code, offset, blocksize, nested_blocksize = arguments
+        nested = (nested_absmax, nested_code, offset)
+        return cls(data, absmax, *nested, blocksize, nested_blocksize, shape)
+
+    @classmethod
     def dense(cls, data: Tensor) -> Weight:
         return cls(data, None, None, None, None, 0, 0, (data.shape[0], data.shape[1]))
 

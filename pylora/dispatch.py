@@ -1,6 +1,6 @@
 """The only place a backend is chosen.
 
-`plan` asks each backend, fastest first, and takes the first plan; the reference takes everything.
+`choose` asks each backend, fastest first, and takes the first plan; the reference takes everything.
 `use_backend` or the environment variable PYLORA_BACKEND asks for one backend by name: what it does
 not take goes to the reference, and `pylora.explain` says so.
 """
@@ -92,15 +92,16 @@ def ask(backend: Backend, call: Any) -> Plan | Refusal:
     return backend.plan(call) if reason is None else Refusal(reason)
 
 
-def plan(call: Any) -> Plan:
-    """The plan of the fastest backend that takes `call`."""
+def choose(call: Any) -> tuple[Backend, Plan]:
+    """The fastest backend that takes `call`, and its plan."""
     for backend in _usable():
-        found = backend.plan(call)
-        if isinstance(found, Plan):
-            return found
+        plan = backend.plan(call)
+        if isinstance(plan, Plan):
+            return backend, plan
     raise AssertionError(f"the reference must take every op, but did not take {call.op}")
 
 
 def run(call: Any) -> Any:
     """What the fastest backend that takes `call` makes of it."""
-    return plan(call).run(call)
+    _, plan = choose(call)
+    return plan.run(call)

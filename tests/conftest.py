@@ -24,19 +24,19 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != ROOT]
 
 
-def _load(name: str, folder: Path) -> None:
-    """A package without its parent on sys.path: in the root kernels/ must not be found."""
-    spec = importlib.util.spec_from_file_location(
-        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
+def _load(name: str, path: Path) -> None:
+    """A module without its folder on sys.path: in the root kernels/ must not be found."""
+    folders = [str(path.parent)] if path.stem == "__init__" else None
+    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=folders)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
 
 
-_load("benchmarks", ROOT / "benchmarks")
-_load("host_cuda", ROOT / "tests" / "host_cuda")
+_load("benchmarks", ROOT / "benchmarks" / "__init__.py")
+_load("flat_calls", ROOT / "tests" / "flat_calls.py")
+_load("host_cuda", ROOT / "tests" / "host_cuda" / "__init__.py")
 
 VARIANTS = [("reference", "pure PyTorch", None), *variants()]
 
@@ -49,6 +49,7 @@ def poisoned_buffers() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+    pylora.refresh()  # a test may have changed the environment, which is as it was by now
 
 
 def _parameter(variant: tuple[str, str, str | None]) -> Any:

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from flat_calls import reference_op
 from torch import Tensor
 
 import pylora
-from pylora import reference
 from pylora.testing import assert_as_accurate_as_torch
 
 _C = pytest.importorskip("pylora._C", exc_type=ImportError)
@@ -93,14 +93,14 @@ def lora(
             torch.randn(out_features).to(lora_dtype),
         )
     forward = (x, *q, out_features, lora_A, lora_B, *biases, *last)
-    h = reference.lora_linear(*forward)[1]
+    h = reference_op("lora_linear")(*forward)[1]
     return forward, (grad, x, h, *q, lora_A, lora_B, *last, GRADIENTS)
 
 
 def check_lora(forward: tuple, backward: tuple) -> None:
-    assert_as_accurate_as_torch(ops.lora_linear(*forward), reference.lora_linear, *forward)
+    assert_as_accurate_as_torch(ops.lora_linear(*forward), reference_op("lora_linear"), *forward)
     assert_as_accurate_as_torch(
-        ops.lora_linear_backward(*backward), reference.lora_linear_backward, *backward
+        ops.lora_linear_backward(*backward), reference_op("lora_linear_backward"), *backward
     )
 
 
@@ -115,10 +115,10 @@ def test_nf4_linear(isa: str, shape: tuple, dtype: torch.dtype) -> None:
     )
     bias = torch.randn(out_features).to(dtype)
     forward = (x, *q, out_features, bias)
-    assert_as_accurate_as_torch(ops.nf4_linear(*forward), reference.nf4_linear, *forward)
+    assert_as_accurate_as_torch(ops.nf4_linear(*forward), reference_op("nf4_linear"), *forward)
     backward = (grad, *q, in_features)
     assert_as_accurate_as_torch(
-        ops.nf4_linear_backward(*backward), reference.nf4_linear_backward, *backward
+        ops.nf4_linear_backward(*backward), reference_op("nf4_linear_backward"), *backward
     )
 
 
@@ -127,7 +127,7 @@ def test_every_blocksize(isa: str, blocksize: int) -> None:
     q = nf4(20, 512, blocksize, nested=True)
     for tokens, dtype in ((4, BF16), (4, FP32), (20, BF16)):
         args = (torch.randn(tokens, 512).to(dtype), *q, 20, None)
-        assert_as_accurate_as_torch(ops.nf4_linear(*args), reference.nf4_linear, *args)
+        assert_as_accurate_as_torch(ops.nf4_linear(*args), reference_op("nf4_linear"), *args)
 
 
 @pytest.mark.parametrize(

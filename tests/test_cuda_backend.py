@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from flat_calls import refusal_of, run_on
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pylora import dispatch, nf4
@@ -60,7 +62,7 @@ def linear(
         ({"rows": 66}, "x has 66 rows; the kernel for few rows takes up to 64"),
         (
             {"rows": 18, "blocksize": 32},
-            "x has 18 rows; the kernel for few rows takes up to 16 where the blocksize is 32",
+            "x has 18 rows; the kernel for few rows takes up to 16 if the blocksize is 32",
         ),
         ({"shape": (96, 96)}, "in_features is 96, no multiple of the blocksize 64"),
         ({"shape": (0, 64)}, "the weight has no elements"),
@@ -69,7 +71,7 @@ def linear(
     ],
 )
 def test_nf4_linear(change: dict[str, Any], reason: str | None):
-    assert cuda.BACKEND.ops["nf4_linear"].why_not(*linear(**change)) == reason
+    assert refusal_of(cuda.BACKEND, "nf4_linear", *linear(**change)) == reason
 
 
 @pytest.mark.parametrize(
@@ -88,7 +90,7 @@ def test_nf4_linear(change: dict[str, Any], reason: str | None):
 def test_nf4_linear_backward(change: dict[str, Any], reason: str | None):
     x, *q, out_features, _ = linear(**change)
     grad = x.new_empty(*x.shape[:-1], out_features)
-    why_not = cuda.BACKEND.ops["nf4_linear_backward"].why_not
+    why_not = partial(refusal_of, cuda.BACKEND, "nf4_linear_backward")
     assert why_not(grad, *q, x.shape[-1]) == reason
 
 
@@ -128,7 +130,7 @@ def test_lora_linear(change: dict[str, Any], reason: str | None):
     last = (bias, None, None, 1.0, 0.0, None, "identity")
     absmax = None if dense else absmax
     args = (x, qweight, absmax, *q, out_features, lora_A, lora_B, *last)
-    got = cuda.BACKEND.ops["lora_linear"].why_not(*args)
+    got = refusal_of(cuda.BACKEND, "lora_linear", *args)
     assert (got is None) == (reason is None) and (got or "").startswith(reason or "")
 
 
@@ -155,7 +157,7 @@ def test_multi_lora_linear(change: dict[str, Any], reason: str | None):
     ids = torch.empty(x.shape[:-1].numel(), dtype=torch.int64, device=ids_device)
     last = (ids, torch.empty(3, device="cuda"), bias)
     args = (x, qweight, None if dense else absmax, *q, out_features, lora_A, lora_B, *last)
-    got = cuda.BACKEND.ops["multi_lora_linear"].why_not(*args)
+    got = refusal_of(cuda.BACKEND, "multi_lora_linear", *args)
     assert (got is None) == (reason is None) and (got or "").startswith(reason or "")
 
 
@@ -186,7 +188,7 @@ def test_lora_qkv(change: dict[str, Any], reason: str | None):
     args = projections(**change)
     if dense:
         args[2][1] = None
-    got = cuda.BACKEND.ops["lora_qkv"].why_not(*args)
+    got = refusal_of(cuda.BACKEND, "lora_qkv", *args)
     assert (got is None) == (reason is None) and (got or "").startswith(reason or "")
 
 
@@ -206,7 +208,7 @@ def test_lora_qkv_runs_on_the_kernels_of_one_layer():
         library.impl("lora_linear", lora_linear, "Meta")
         library.impl("nf4_linear", nf4_linear, "Meta")
         args = projections()
-        y, h = cuda.BACKEND.ops["lora_qkv"].run(*args)
+        y, h = run_on(cuda.BACKEND, "lora_qkv", *args)
     assert called == ["lora_linear", "lora_linear", "nf4_linear"]
     assert [t.shape for t in y] == [(2, 2, 96)] * 3
     assert [t.shape for t in h] == [(2, 2, 8)] * 2 + [(0,)]
@@ -214,7 +216,7 @@ def test_lora_qkv_runs_on_the_kernels_of_one_layer():
 
 
 def test_nf4_quantize():
-    why_not = cuda.BACKEND.ops["nf4_quantize"].why_not
+    why_not = partial(refusal_of, cuda.BACKEND, "nf4_quantize")
     assert why_not(torch.empty(64, device="cuda"), 64) is None
     assert why_not(torch.empty(64), 64) == "weight is on cpu, not on a cuda device"
     double = torch.empty(64, device="cuda", dtype=torch.float64)
@@ -222,15 +224,15 @@ def test_nf4_quantize():
 
 
 def test_a_gpu_with_little_shared_memory(monkeypatch: pytest.MonkeyPatch):
-    why_not = cuda.BACKEND.ops["nf4_linear"].why_not
+    why_not = partial(refusal_of, cuda.BACKEND, "nf4_linear")
     monkeypatch.setattr(cuda, "_shared_memory", lambda device: 99 << 10)
     assert why_not(*linear(rows=32)) is None
-    reason = why_not(*linear(rows=34)) or ""
-    assert reason.startswith("x has 34 rows; the kernel for few rows takes up to 32 on this GPU")
+    refusal = why_not(*linear(rows=34)) or ""
+    assert refusal.startswith("x has 34 rows; the kernel for few rows takes up to 32 on this GPU")
 
 
 def test_an_old_gpu_and_an_odd_address(monkeypatch: pytest.MonkeyPatch):
-    why_not = cuda.BACKEND.ops["nf4_linear"].why_not
+    why_not = partial(refusal_of, cuda.BACKEND, "nf4_linear")
     monkeypatch.setattr(cuda, "_is_aligned", lambda tensor: False)
     assert why_not(*linear()) == "qweight is not aligned to 16 bytes"
     monkeypatch.setattr(cuda, "_has_matrix_instructions", lambda device: False)

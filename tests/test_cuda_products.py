@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from flat_calls import call_of, chosen, reference_op
 from torch import Tensor
 
 import pylora
 from pylora import dispatch, reference
-from pylora.backends import cuda, cuda_products, extension
+from pylora.backends import cuda_products, extension, limits
+from pylora.calls import Dropout
 from pylora.testing import assert_as_accurate_as_torch
 
-ROWS = cuda_products.MIN_M
+ROWS = limits.CUDA_PRODUCT_FROM
 
 NO_GPU = dispatch.BACKENDS["cuda"].unavailable()
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(NO_GPU is not None, reason=NO_GPU or "")]
@@ -39,7 +41,8 @@ def lora_extend(
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     """([x | scaling * act(h) | 0], h), with as many zeros as make whole 16 bytes."""
-    dropped = reference.dropout.dropout(x, dropout_p, seed).float()
+    drop = None if seed is None else Dropout(dropout_p, seed)
+    dropped = reference.dropout.dropout(x, drop).float()
     h = torch.nn.functional.linear(dropped, lora_A.float(), None if bias is None else bias.float())
     low = scaling * reference.activation.ACTIVATIONS[activation].forward(h)
     wide = torch.cat([x, low.to(x.dtype)], dim=1)
@@ -48,7 +51,7 @@ def lora_extend(
 
 def nf4_dequantize_into(*args: Any) -> None:
     *q, out = args
-    out.copy_(reference.nf4_dequantize(*q, tuple(out.shape), out.dtype))
+    out.copy_(reference_op("nf4_dequantize")(*q, list(out.shape), out.dtype))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=ON_GPU)])
@@ -64,12 +67,17 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         yield "cpu"
 
 
+def by_products(op: str, *args: Any) -> Any:
+    """The backend's dense products, run past its planner, which refuses CPU tensors."""
+    return getattr(cuda_products, op)(call_of(op, *args))
+
+
 def check(op: str, args: tuple[Any, ...]) -> None:
     """The result by the numerics rule; where there is a GPU, this backend is the one that runs."""
     if args[0].is_cuda:
-        assert dispatch.select(op, args).name == "cuda"
-    result = cuda.BACKEND.ops[op].run(*args)
-    assert_as_accurate_as_torch(result, getattr(reference, op), *args)
+        assert chosen(op, *args) == "cuda"
+    result = by_products(op, *args)
+    assert_as_accurate_as_torch(result, reference_op(op), *args)
 
 
 def weight(
@@ -123,9 +131,9 @@ def test_autocast_does_not_reach_into_it(device):
     x = torch.randn(ROWS, 64, device=device).to(torch.bfloat16)
     args = (x, *weight((40, 64), device), 40, None)
     with torch.autocast(device, dtype=torch.float16):
-        y = cuda.BACKEND.ops["nf4_linear"].run(*args)
+        y = by_products("nf4_linear", *args)
     assert y.dtype == torch.bfloat16
-    assert torch.equal(y, cuda.BACKEND.ops["nf4_linear"].run(*args))
+    assert torch.equal(y, by_products("nf4_linear", *args))
 
 
 def test_the_ops_refuse_a_cpu_tensor():
@@ -165,7 +173,7 @@ def test_nf4_dequantize_into(shape, columns, dtype):
     q = weight(shape, "cuda", 32, nested=True)
     out = torch.full((shape[0], columns), -3.0, dtype=dtype, device="cuda")
     torch.ops.pylora_C.nf4_dequantize_into(*q, out[:, : shape[1]])
-    assert torch.equal(out[:, : shape[1]], reference.nf4_dequantize(*q, shape, dtype))
+    assert torch.equal(out[:, : shape[1]], reference_op("nf4_dequantize")(*q, list(shape), dtype))
     assert (out[:, shape[1] :] == -3.0).all()
 
 

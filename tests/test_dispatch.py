@@ -61,9 +61,9 @@ def test_environment_chooses_the_backend() -> None:
 @pytest.mark.skipif(util.find_spec("triton") is None, reason="triton is not installed")
 def test_triton_runs_on_the_cpu_only_when_asked_for() -> None:
     result = python("-c", EXPLAIN_NF4_LINEAR, PYLORA_BACKEND="triton", TRITON_INTERPRET="1")
-    assert result.stdout.startswith("nf4_linear: triton (interpreter)"), result.stderr
+    assert result.stdout.startswith("nf4_linear: triton (fused tiles; interpreter)"), result.stderr
     result = python("-c", EXPLAIN_NF4_LINEAR, TRITON_INTERPRET="1")
-    assert "not triton: Triton's interpreter runs only where it is asked for" in result.stdout
+    assert "not triton: Triton's interpreter runs only if it is asked for" in result.stdout
     late = "import os, triton; os.environ['TRITON_INTERPRET'] = '1'; "
     result = python("-c", late + EXPLAIN_NF4_LINEAR, PYLORA_BACKEND="triton", TRITON_INTERPRET="0")
     assert "TRITON_INTERPRET=1 was set after triton was imported" in result.stderr
@@ -121,15 +121,16 @@ def test_info_and_check() -> None:
 def test_check_fails_on_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check must be able to fail: one weight in a thousand off by one percent is seen."""
     from pylora import selfcheck
-    from pylora.backends.backend import Backend, Op
+    from pylora.backends.backend import Backend, Plan
+    from pylora.calls import Nf4LinearCall
+    from pylora.reference import nf4_linear
 
-    def wrong(*args: object) -> torch.Tensor:
-        y = dispatch.BACKENDS["reference"].ops["nf4_linear"].run(*args)
+    def wrong(call: Nf4LinearCall) -> torch.Tensor:
+        y = nf4_linear(call)
         return y * (1 + 0.01 * (torch.arange(y.numel()) % 1000 == 0).view(y.shape))
 
-    backend = Backend(
-        "cuda", {"nf4_linear": Op(wrong, lambda *_: None)}, lambda: None, str, lambda: "cpu"
-    )
+    planners = {Nf4LinearCall: lambda call: Plan("wrong", wrong)}
+    backend = Backend("cuda", planners, lambda: None, str, lambda: "cpu")
     monkeypatch.setitem(dispatch.BACKENDS, "cuda", backend)
     monkeypatch.setattr(selfcheck, "variants", lambda: iter([("cuda", "", None)]))
     outcomes = list(selfcheck.run())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from flat_calls import reference_op
 from safetensors.torch import load_file
 
 from pylora import reference
@@ -20,7 +21,7 @@ NF4 = sorted(
 @pytest.mark.parametrize("prefix", NF4)
 def test_nf4(prefix: str) -> None:
     weight = GOLDEN[prefix + "weight"]
-    qweight, absmax = reference.nf4_quantize(weight, 32)
+    qweight, absmax = reference_op("nf4_quantize")(weight, 32)
     assert torch.equal(qweight, GOLDEN[prefix + "packed"])
     nested = (None, None, None)
     if "nested" in prefix:
@@ -31,7 +32,7 @@ def test_nf4(prefix: str) -> None:
         nested = (nested_absmax, nested_code, offset)
     assert torch.equal(absmax, GOLDEN[prefix + "absmax"])
     if prefix + "dequantized" in GOLDEN:
-        dense = reference.nf4_dequantize(
+        dense = reference_op("nf4_dequantize")(
             qweight, absmax, *nested, 32, 256, weight.shape, weight.dtype
         )
         assert torch.equal(dense, GOLDEN[prefix + "dequantized"])
@@ -43,7 +44,7 @@ def test_lora(name: str) -> None:
     g = {k.removeprefix(f"lora.{name}."): v for k, v in GOLDEN.items() if f"lora.{name}." in k}
     base = (g["weight"], None, None, None, None, 0, 0)
     scaling = g["scaling"].item()
-    y, h = reference.lora_linear(
+    y, h = reference_op("lora_linear")(
         g["x"],
         *base,
         20,
@@ -58,7 +59,7 @@ def test_lora(name: str) -> None:
         "identity",
     )
     mask = [True, False, True, True, False, False, "dlora_B_bias" in g]
-    dx, _, dlora_A, dlora_B, _, _, dlora_B_bias = reference.lora_linear_backward(
+    dx, _, dlora_A, dlora_B, _, _, dlora_B_bias = reference_op("lora_linear_backward")(
         g["grad"], g["x"], h, *base, g["lora_A"], g["lora_B"], scaling, 0.0, None, "identity", mask
     )
     actual = {"y": y, "dx": dx, "dlora_A": dlora_A, "dlora_B": dlora_B}

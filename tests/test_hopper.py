@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from flat_calls import chosen, reference_op, refusal_of
 from torch import Tensor
 
 import pylora
-from pylora import dispatch, reference
+from pylora import dispatch
 from pylora.backends import cuda, cuda_hopper, extension
 from pylora.testing import assert_as_accurate_as_torch
 
@@ -38,15 +39,16 @@ def on_hopper(test: Callable[..., None]) -> Callable[..., None]:
 @pytest.fixture
 def turned_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("PYLORA_HOPPER", "1")
+    pylora.refresh()
     with dispatch.use_backend("cuda"):
         yield
 
 
 def run(op: str, args: tuple[Any, ...]) -> Any:
     """The op's result from the kernel, judged by the numerics rule; again, it is the same."""
-    assert dispatch.select(op, args).name == "cuda"
+    assert chosen(op, *args) == "cuda"
     result = getattr(torch.ops.pylora, op)(*args)
-    assert_as_accurate_as_torch(result, getattr(reference, op), *args)
+    assert_as_accurate_as_torch(result, reference_op(op), *args)
     again = getattr(torch.ops.pylora, op)(*args)
     results, others = ((r if isinstance(r, tuple) else (r,)) for r in (result, again))
     assert all(map(torch.equal, results, others))
@@ -128,6 +130,7 @@ def why_not(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str | Non
     monkeypatch.setattr(cuda_hopper, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(cuda_hopper, "_is_compiled", lambda: True)
     monkeypatch.setenv("PYLORA_HOPPER", "1")
+    pylora.refresh()
 
     def ask(rows: int = 128, columns: int = 192, blocksize: int = 64) -> str | None:
         numel = 96 * columns
@@ -135,7 +138,7 @@ def why_not(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str | Non
         absmax = torch.empty(-(-numel // blocksize), device="cuda")
         x = torch.empty(rows, columns, dtype=torch.bfloat16, device="cuda")
         args: tuple[Tensor | int | None, ...] = (x, qweight, absmax, None, None, None)
-        return cuda.BACKEND.ops["nf4_linear"].why_not(*args, blocksize, 256, 96, None)
+        return refusal_of(cuda.BACKEND, "nf4_linear", *args, blocksize, 256, 96, None)
 
     with torch._subclasses.fake_tensor.FakeTensorMode():
         yield ask
@@ -159,8 +162,10 @@ def test_limits_in_words(why_not: Callable[..., str | None], monkeypatch: pytest
 def test_off_by_default(why_not, monkeypatch: pytest.MonkeyPatch, value: str | None):
     if value is None:
         monkeypatch.delenv("PYLORA_HOPPER")
+        pylora.refresh()
     else:
         monkeypatch.setenv("PYLORA_HOPPER", value)
+        pylora.refresh()
     reason = why_not()
     assert reason is not None and "has not been measured" in reason and "PYLORA_HOPPER=1" in reason
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from flat_calls import reference_op
 from host_cuda import DTYPES, SEEDS, run
 from host_cuda.linear import ADAPTERS, SHARED, check_linear
 from torch import Tensor
 
 import pylora
-from pylora import nf4, reference
+from pylora import nf4
 from pylora.reference.activation import ACTIVATIONS
 from pylora.testing import assert_as_accurate_as_torch
 
@@ -69,7 +70,7 @@ def test_dequantize_is_the_reference(
     header = [rows, cols, stride, blocksize, nested_blocksize, nested, DTYPES.index(dtype)]
 
     arguments = (nested_absmax, nested_code, offset, blocksize, nested_blocksize, shape, dtype)
-    expected = reference.nf4_dequantize(qweight, absmax, *arguments)
+    expected = reference_op("nf4_dequantize")(qweight, absmax, *arguments)
     for seed in SEEDS:
         tensors = [torch.tensor([*header, misalign]), qweight, *arrays]
         stdout, _ = run(nf4_dequantize, tensors, seed)
@@ -90,7 +91,7 @@ def nf4_quantize(compiled) -> Path:
 def assert_quantizes(program: Path, weight: Tensor, blocksize: int, misalign: int = 0) -> None:
     """Bit for bit the reference, which is bit for bit bitsandbytes (tests/test_nf4_quantize.py)."""
     header = [weight.numel(), blocksize, DTYPES.index(weight.dtype), misalign]
-    codes, absmax = reference.nf4_quantize(weight, blocksize)
+    codes, absmax = reference_op("nf4_quantize")(weight, blocksize)
     for seed in SEEDS:
         stdout, _ = run(program, [torch.tensor(header), weight], seed)
         assert torch.equal(torch.frombuffer(stdout[: codes.numel()], dtype=torch.uint8), codes)
@@ -257,7 +258,7 @@ def check_linear_backward(
     stdout, stderr = run(program, [torch.tensor(header), grad, *weights], seed)
     dx = torch.frombuffer(stdout, dtype=dtype).view(M, K)
     arguments = (grad, *w.op_arguments(), K)
-    assert_as_accurate_as_torch(dx, reference.nf4_linear_backward, *arguments)
+    assert_as_accurate_as_torch(dx, reference_op("nf4_linear_backward"), *arguments)
     return dx, int(re.findall(r"slices (\d+)", stderr)[-1])
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from flat_calls import reference_op
 from host_cuda import DTYPES, SEEDS, run, start
 from host_cuda.linear import check_linear
 from torch import Tensor
 
 import pylora
-from pylora import reference
 from pylora.reference.activation import ACTIVATIONS
 from pylora.testing import assert_as_accurate_as_torch
 
@@ -144,6 +144,6 @@ def test_extend(lora_extend, tokens, cols, rank, activation, dropout_p, dtype: t
         assert not wide[:, cols + rank :].any()
         right = torch.cat([pylora.dequantize_nf4(w, dtype), lora_B], dim=1)
         y = (wide[:, : cols + rank].float() @ right.float().t()).to(dtype)
-        assert_as_accurate_as_torch((y, h), reference.lora_linear, *arguments)
+        assert_as_accurate_as_torch((y, h), reference_op("lora_linear"), *arguments)
         results.append(wide)
     assert torch.equal(*results)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from flat_calls import flat_of
 from torch import Tensor, nn
 
 import pylora
@@ -221,7 +222,7 @@ def test_gradcheck(make_projection: Make, activation: str) -> None:
 
 def test_opcheck(backend: str, small: Any) -> None:
     x, mlp = small
-    _, args = F.OP_ARGUMENTS["lora_mlp"](x, *mlp, "gelu_tanh", 0.25, 5)
+    args = flat_of(F.CALLS["lora_mlp"](x, *mlp, "gelu_tanh", 0.25, 5))
     torch.library.opcheck(torch.ops.pylora.lora_mlp.default, args)
     detached = [
         [t.detach() if isinstance(t, Tensor) else t for t in arg] if isinstance(arg, list) else arg

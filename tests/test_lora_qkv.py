@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from flat_calls import flat_of
 from torch import Tensor
 
 import pylora
@@ -223,7 +224,7 @@ def test_gradcheck(make_projection: Make) -> None:
 
 def test_opcheck(backend: str, grouped: Any) -> None:
     x, qkv = grouped
-    _, args = F.OP_ARGUMENTS["lora_qkv"](x, *qkv, 0.25, 5)
+    args = flat_of(F.CALLS["lora_qkv"](x, *qkv, 0.25, 5))
     torch.library.opcheck(torch.ops.pylora.lora_qkv.default, args)
     detached = [
         [t.detach() if isinstance(t, Tensor) else t for t in arg] if isinstance(arg, list) else arg
@@ -242,7 +243,7 @@ def test_opcheck(backend: str, grouped: Any) -> None:
 
 def test_direct_op_call_has_gradients(backend: str, grouped: Any, tensors_of: TensorsOf) -> None:
     x, qkv = grouped
-    _, args = F.OP_ARGUMENTS["lora_qkv"](x, *qkv)
+    args = flat_of(F.CALLS["lora_qkv"](x, *qkv))
     y, h = torch.ops.pylora.lora_qkv(*args)
     assert all(t.requires_grad for t in y) and not any(t.requires_grad for t in h)
     sum(t.sum() for t in y).backward()

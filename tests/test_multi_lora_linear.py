@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from flat_calls import flat_of, reference_op
 from torch import Tensor
 
 import pylora
@@ -305,10 +306,10 @@ def test_reference_never_waits_for_a_gpu() -> None:
     """Meta tensors have no data: whatever asks a device for a value raises."""
     t = make(7, 48, 96, 3, 4, "dense")
     arguments = {name: value.detach().to("meta") for name, value in t.items()}
-    _, (x, *args) = F.OP_ARGUMENTS["multi_lora_linear"](**arguments)
-    y, h = reference.multi_lora_linear(x, *args)
+    (x, *args) = flat_of(F.CALLS["multi_lora_linear"](**arguments))
+    y, h = reference_op("multi_lora_linear")(x, *args)
     backward = (*args[:7], *args[8:-1], [True] * 5)
-    results = reference.multi_lora_linear_backward(y, x, h, *backward)
+    results = reference_op("multi_lora_linear_backward")(y, x, h, *backward)
     shapes = [(7, 96), (48, 96), (3, 4, 96), (3, 48, 4), (48,)]
     assert [tuple(result.shape) for result in results] == shapes
     with pytest.raises(RuntimeError):
@@ -343,7 +344,7 @@ def test_opcheck_of_a_dense_base() -> None:
 
 
 def run_opcheck(t: dict[str, Any], is_dense: bool) -> None:
-    _, args = F.OP_ARGUMENTS["multi_lora_linear"](**t)
+    args = flat_of(F.CALLS["multi_lora_linear"](**t))
     torch.library.opcheck(torch.ops.pylora.multi_lora_linear.default, args)
     x, *rest = (a.detach() if isinstance(a, Tensor) else a for a in args)
     y, h = torch.ops.pylora.multi_lora_linear(x, *rest)
@@ -355,7 +356,7 @@ def run_opcheck(t: dict[str, Any], is_dense: bool) -> None:
 
 def test_direct_op_call_has_gradients(backend: str, device: str) -> None:
     t = make(5, 48, 96, 3, 4, device=device)
-    _, args = F.OP_ARGUMENTS["multi_lora_linear"](**t)
+    args = flat_of(F.CALLS["multi_lora_linear"](**t))
     y, h = torch.ops.pylora.multi_lora_linear(*args)
     assert y.requires_grad and not h.requires_grad
     y.sum().backward()

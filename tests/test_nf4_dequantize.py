@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
+from flat_calls import reference_op
 
 import pylora
-from pylora import reference
-from pylora.nf4 import NF4Weight
+from pylora.nf4_weight import NF4Weight
 from pylora.reference.nf4_dequantize import row_panels
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -29,7 +29,7 @@ def test_equals_reference(
     dtype: torch.dtype,
 ) -> None:
     w = pylora.quantize_nf4(torch.randn(shape), blocksize, double_quant)
-    expected = reference.nf4_dequantize(*w.op_arguments(), shape, dtype)
+    expected = reference_op("nf4_dequantize")(*w.op_arguments(), shape, dtype)
     actual = pylora.dequantize_nf4(w.to(device), dtype)
     assert actual.dtype == dtype and torch.equal(actual.cpu(), expected)
 
@@ -53,7 +53,7 @@ def test_row_panels_cover_the_weight(
     module = sys.modules["pylora.reference.nf4_dequantize"]
     monkeypatch.setattr(module, "PANEL_ELEMENTS", 3 * shape[1])
     w = pylora.quantize_nf4(torch.randn(shape), blocksize, double_quant=True)
-    panels = list(row_panels(*w.op_arguments(), *shape, torch.float32))
+    panels = list(row_panels(w.record, torch.float32))
     assert all(panel.shape[0] <= 3 for _, panel in panels) and len(panels) > 1
     assert torch.equal(torch.cat([panel for _, panel in panels]), w.dequantize())
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from flat_calls import chosen, reference_op
 from torch import Tensor
 
 import pylora
@@ -82,14 +83,14 @@ def check_lora(
     seed = torch.tensor(2**40 + 12345, device=DEVICE) if p else None
     last = (0.75, p, seed, activation)
     forward = (x, *base, out_features, A, B, *vectors, *last)
-    backend = pylora.dispatch.select("lora_linear", forward)
-    assert backend.name == "triton"
-    assert_as_accurate_as_torch(ops.lora_linear(*forward), reference.lora_linear, *forward)
-    h = reference.lora_linear(*forward)[1]
+    backend = chosen("lora_linear", *forward)
+    assert backend == "triton"
+    assert_as_accurate_as_torch(ops.lora_linear(*forward), reference_op("lora_linear"), *forward)
+    h = reference_op("lora_linear")(*forward)[1]
     mask = [True, False, True, True, biases, biases, biases]
     backward = (grad, x, h, *base, A, B, *last, mask)
     assert_as_accurate_as_torch(
-        ops.lora_linear_backward(*backward), reference.lora_linear_backward, *backward
+        ops.lora_linear_backward(*backward), reference_op("lora_linear_backward"), *backward
     )
 
 
@@ -107,10 +108,10 @@ def test_large_m(
     check_lora(rows, 48, 128, 20, dtype, base, lora_dtype, p, "silu", biases)
     x = normal(rows, 128, dtype=dtype)
     args = (x, *base, 48, normal(48, dtype=dtype))
-    assert_as_accurate_as_torch(ops.nf4_linear(*args), reference.nf4_linear, *args)
+    assert_as_accurate_as_torch(ops.nf4_linear(*args), reference_op("nf4_linear"), *args)
     args = (normal(rows, 48, dtype=dtype), *base, 128)
     assert_as_accurate_as_torch(
-        ops.nf4_linear_backward(*args), reference.nf4_linear_backward, *args
+        ops.nf4_linear_backward(*args), reference_op("nf4_linear_backward"), *args
     )
 
 
@@ -150,10 +151,10 @@ def test_weight_shapes(out_features: int, in_features: int, blocksize: int, nest
     for rows in (1, 37):
         x = normal(rows, in_features, dtype=FP16)
         forward = (x, *q, out_features, normal(out_features, dtype=FP16))
-        assert_as_accurate_as_torch(ops.nf4_linear(*forward), reference.nf4_linear, *forward)
+        assert_as_accurate_as_torch(ops.nf4_linear(*forward), reference_op("nf4_linear"), *forward)
         backward = (normal(rows, out_features, dtype=FP16), *q, in_features)
         assert_as_accurate_as_torch(
-            ops.nf4_linear_backward(*backward), reference.nf4_linear_backward, *backward
+            ops.nf4_linear_backward(*backward), reference_op("nf4_linear_backward"), *backward
         )
 
 
@@ -175,10 +176,10 @@ def test_other_nested_blocksize_and_unaligned_bytes() -> None:
     q = (parts[0][3:].view(24, 128), *parts[1:], 64, 32)
     x = normal(9, 256)
     assert_as_accurate_as_torch(
-        ops.nf4_linear(x, *q, 24, None), reference.nf4_linear, x, *q, 24, None
+        ops.nf4_linear(x, *q, 24, None), reference_op("nf4_linear"), x, *q, 24, None
     )
     dense = ops.nf4_dequantize(*q, [24, 256], FP32)
-    assert torch.equal(dense, reference.nf4_dequantize(*q, [24, 256], FP32))
+    assert torch.equal(dense, reference_op("nf4_dequantize")(*q, [24, 256], FP32))
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
@@ -189,11 +190,11 @@ def test_strided_rows(dtype: torch.dtype) -> None:
     for x in (wide[..., 100:228], wide[:, ::2, :128], wide.transpose(0, 1)[..., :128]):
         assert not x.is_contiguous()
         args = (x, *q, 24, None)
-        assert_as_accurate_as_torch(ops.nf4_linear(*args), reference.nf4_linear, *args)
+        assert_as_accurate_as_torch(ops.nf4_linear(*args), reference_op("nf4_linear"), *args)
     grad = normal(1, dtype=dtype).expand(5, 24)
     args = (grad, *q, 128)
     assert_as_accurate_as_torch(
-        ops.nf4_linear_backward(*args), reference.nf4_linear_backward, *args
+        ops.nf4_linear_backward(*args), reference_op("nf4_linear_backward"), *args
     )
 
 
@@ -273,7 +274,7 @@ def test_fp16_keeps_the_range_of_fp32_lora_weights() -> None:
         args = (x, *q, 16, A, B, None, None, None, 1.0, 0.0, None, "identity")
         y, h = ops.lora_linear(*args)
         assert h.max() > 65504 and y.isfinite().all()
-        assert_as_accurate_as_torch((y, h), reference.lora_linear, *args)
+        assert_as_accurate_as_torch((y, h), reference_op("lora_linear"), *args)
 
 
 def test_autocast_changes_nothing_inside_an_op() -> None:
@@ -324,4 +325,4 @@ def test_second_device() -> None:
     q = [t.to("cuda:1") if isinstance(t, Tensor) else t for t in quantized(64, 128, 64, True)]
     x = normal(5, 128).to("cuda:1")
     args = (x, *q, 64, None)
-    assert_as_accurate_as_torch(ops.nf4_linear(*args), reference.nf4_linear, *args)
+    assert_as_accurate_as_torch(ops.nf4_linear(*args), reference_op("nf4_linear"), *args)

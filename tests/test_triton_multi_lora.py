@@ -6,15 +6,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from flat_calls import chosen, flat_of, reference_op, refusal_of
 from torch import Tensor
 
 import pylora
 import pylora.functional as F
-from pylora import dispatch, reference
 from pylora.backends.triton import BACKEND
 from pylora.testing import assert_as_accurate_as_torch
 
@@ -65,7 +66,7 @@ def arguments(
     x, bias = normal(len(ids), in_features, dtype=dtype), normal(out_features, dtype=dtype)
     scalings = (torch.rand(adapters) + 0.5).to(DEVICE)
     ours = (x, weight, *stacks, ids.to(DEVICE), scalings, bias)
-    return F.OP_ARGUMENTS["multi_lora_linear"](*ours)[1]
+    return flat_of(F.CALLS["multi_lora_linear"](*ours))
 
 
 def backward_arguments(forward: tuple[Any, ...], h: Tensor) -> tuple[Any, ...]:
@@ -75,14 +76,16 @@ def backward_arguments(forward: tuple[Any, ...], h: Tensor) -> tuple[Any, ...]:
 
 
 def check(forward: tuple[Any, ...]) -> None:
-    assert dispatch.select("multi_lora_linear", forward).name == "triton"
+    assert chosen("multi_lora_linear", *forward) == "triton"
     assert_as_accurate_as_torch(
-        ops.multi_lora_linear(*forward), reference.multi_lora_linear, *forward
+        ops.multi_lora_linear(*forward), reference_op("multi_lora_linear"), *forward
     )
-    backward = backward_arguments(forward, reference.multi_lora_linear(*forward)[1])
-    assert dispatch.select("multi_lora_linear_backward", backward).name == "triton"
+    backward = backward_arguments(forward, reference_op("multi_lora_linear")(*forward)[1])
+    assert chosen("multi_lora_linear_backward", *backward) == "triton"
     assert_as_accurate_as_torch(
-        ops.multi_lora_linear_backward(*backward), reference.multi_lora_linear_backward, *backward
+        ops.multi_lora_linear_backward(*backward),
+        reference_op("multi_lora_linear_backward"),
+        *backward,
     )
 
 
@@ -221,7 +224,7 @@ def test_only_some_gradients_strided_rows_and_repeats() -> None:
 
 def test_what_the_kernels_do_not_take_is_said() -> None:
     forward = arguments(torch.tensor([0, 1]), 40, 128, 2, 8, FP32)
-    why_not = BACKEND.ops["multi_lora_linear"].why_not
+    why_not = partial(refusal_of, BACKEND, "multi_lora_linear")
     assert why_not(*forward) is None
     assert "x is torch.float64" in why_not(forward[0].double(), *forward[1:])
     empty = (*forward[:9], forward[9][:0], forward[10][:0], *forward[11:])

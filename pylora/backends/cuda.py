@@ -73,11 +73,19 @@ def _has_matrix_instructions(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def _has_little_shared_memory(device: torch.device) -> bool:
+    return _shared_memory(device) < limits.CUDA_LITTLE_SHARED_MEMORY
+
+
 @lru_cache
 def _shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a kernel may ask for; 0 if torch does not say."""
     properties = torch.cuda.get_device_properties(device)
     return getattr(properties, "shared_memory_per_block_optin", 0)
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    return tensor.data_ptr() % _ALIGNMENT == 0
 
 
 def _rows(x: Tensor) -> int:
@@ -117,7 +125,7 @@ def _decoder_reason(weight: Weight) -> Reason:
     out_features, in_features = weight.shape
     if in_features * out_features >= _MAX_ELEMENTS:
         return f"the weight has 2^35 elements or more: {out_features} x {in_features}"
-    if weight.data.data_ptr() % _ALIGNMENT:
+    if not _is_aligned(weight.data):
         return f"qweight is not aligned to {_ALIGNMENT} bytes"
     return None
 
@@ -131,12 +139,13 @@ def _few_rows_reason(name: str, x: Tensor, rows: int, weight: Weight) -> Reason:
         return (
             f"in_features is {weight.in_features}, no multiple of the blocksize {weight.blocksize}"
         )
-    little = _shared_memory(x.device) < limits.CUDA_LITTLE_SHARED_MEMORY
     if weight.blocksize == 32 and rows > _MAX_FEW_ROWS_OF_BLOCK_32:
         most = f"{_MAX_FEW_ROWS_OF_BLOCK_32} if the blocksize is 32"
     elif rows > limits.CUDA_FEW_ROWS:
         most = f"{limits.CUDA_FEW_ROWS}"
-    elif rows > limits.CUDA_FEW_ROWS_OF_LITTLE_SHARED_MEMORY and little:
+    elif rows > limits.CUDA_FEW_ROWS_OF_LITTLE_SHARED_MEMORY and _has_little_shared_memory(
+        x.device
+    ):
         most = f"{limits.CUDA_FEW_ROWS_OF_LITTLE_SHARED_MEMORY} on this GPU, for its shared memory"
     else:
         return None

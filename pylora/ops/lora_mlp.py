@@ -45,7 +45,7 @@ register(
     spec.LORA_MLP_BACKWARD,
     _backward_fake,
     no_gradient("lora_mlp_backward", _backward_inputs),
-    lambda call, found: spec.layers_results(*found, call.x),
+    lambda call, found: spec.layers_results(found, call.x),
 )
 _BACKWARD = spec.LORA_MLP_BACKWARD
 register(

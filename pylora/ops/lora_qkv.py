@@ -53,7 +53,7 @@ register(
     spec.LORA_QKV_BACKWARD,
     _backward_fake,
     no_gradient("lora_qkv_backward", _backward_inputs),
-    lambda call, found: spec.layers_results(*found, call.x),
+    lambda call, found: spec.layers_results(found, call.x),
 )
 _BACKWARD = spec.LORA_QKV_BACKWARD
 register(

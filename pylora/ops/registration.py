@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pylora import dispatch
 from pylora.backends.backend import Plan
 from pylora.calls import Call
-from pylora.ops.spec import Spec, flat_tensors, requested
+from pylora.ops.spec import SPECS, Spec, flat_tensors, requested
 
 _LIBRARY = torch.library.Library("pylora", "DEF")
 _VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
@@ -138,6 +138,11 @@ def on_reference(call: Call) -> Any:
     return op.results(call, plan.run(call))
 
 
+def reference_op(name: str) -> Callable[..., Any]:
+    """The reference of an op as a function of its flat arguments, for tests and benchmarks."""
+    return lambda *flat: on_reference(SPECS[name].read(flat))
+
+
 def _only_autograd_watches(tensors: Sequence[Tensor | None]) -> bool:
     """True if nothing but autograd would see the op on its way through torch's dispatcher."""
     return (
@@ -209,6 +214,8 @@ def _node(name: str, gradient: Gradient) -> Any:
         tensors = iter(ctx.saved_tensors)
         saved = [_with_tensors(value, tensors) for value in ctx.others]
         wanted = ctx.needs_input_grad[3:]
+        if all(grad is None for grad in grads[: ctx.outputs]):
+            return (None,) * (3 + len(wanted))
         found = gradient.backward(grads[: ctx.outputs], saved, wanted)
         cast = (
             None if grad is None else grad.to(dtype)

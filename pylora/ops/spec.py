@@ -71,7 +71,7 @@ class Arguments:
         """`out_features` is read too if it is None: it then follows the weight."""
         parts = self.several(7)
         rows = self.one() if out_features is None else out_features
-        return Weight(*parts, shape=(rows, in_features))
+        return Weight.of(parts, (rows, in_features))
 
     def dropout(self) -> Dropout | None:
         p, seed = self.several(2)
@@ -130,7 +130,7 @@ def _read_dequantize(take: Arguments) -> DequantizeCall:
     rows = 1
     for size in shape[:-1]:
         rows = rows * size
-    return DequantizeCall(Weight(*parts, shape=(rows, columns)), tuple(shape), dtype)
+    return DequantizeCall(Weight.of(parts, (rows, columns)), tuple(shape), dtype)
 
 
 NF4_DEQUANTIZE = Spec(
@@ -153,7 +153,7 @@ def _read_nf4_linear(take: Arguments) -> Nf4LinearCall:
 def _read_nf4_linear_backward(take: Arguments) -> Nf4LinearBackward:
     grad = take.one()
     parts = take.several(7)
-    return Nf4LinearBackward(grad, Weight(*parts, shape=(grad.shape[-1], take.one())))
+    return Nf4LinearBackward(grad, Weight.of(parts, (grad.shape[-1], take.one())))
 
 
 NF4_LINEAR = Spec(
@@ -296,7 +296,7 @@ def _read_layers(
     """
     columns = take.several(12)
     dropout = take.dropout()
-    layers = []
+    layers: list[Layer] = []
     for stream, row in enumerate(zip(*columns, strict=True)):
         fields = Arguments(row)
         if down_follows and stream == 2:
@@ -496,13 +496,14 @@ def layer_results(gradients: LayerGradients, like: Tensor) -> tuple[Tensor, ...]
 
 
 def layers_results(
-    dx: Tensor | None, gradients: Sequence[LayerGradients], like: Tensor
+    found: tuple[Tensor | None, Sequence[LayerGradients]], like: Tensor
 ) -> tuple[Any, ...]:
     """The results of a backward of several layers; an empty tensor [0] stands for None."""
+    dx, gradients = found
 
     def column(name: str) -> list[Tensor]:
-        found = (getattr(one, name) for one in gradients)
-        return [like.new_empty(0) if one is None else one for one in found]
+        tensors = (getattr(one, name) for one in gradients)
+        return [like.new_empty(0) if one is None else one for one in tensors]
 
     columns = map(column, ("weight", "A", "B", "bias"))
     return (like.new_empty(0) if dx is None else dx, *columns)
@@ -547,7 +548,7 @@ def empty_layers_results(
                 bias=like(layer.bias, one.bias),
             )
         )
-    return layers_results(like(x, wanted[0].x), gradients, x)
+    return layers_results((like(x, wanted[0].x), gradients), x)
 
 
 def flat_tensors(results: Sequence[Any]) -> list[Tensor]:

@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import torch
+from flat_calls import reference_op
 from torch import Tensor
 
 import pylora
 from host_cuda import DTYPES, run
-from pylora import reference
 from pylora.reference.activation import ACTIVATIONS
 from pylora.testing import assert_as_accurate_as_torch
 
@@ -77,16 +77,16 @@ def check_linear(
     y = torch.frombuffer(stdout[: 2 * M * N], dtype=dtype).view(M, N)
     if not rank:
         arguments = (x, *w.op_arguments(), N, bias)
-        assert_as_accurate_as_torch(y, reference.nf4_linear, *arguments)
+        assert_as_accurate_as_torch(y, reference_op("nf4_linear"), *arguments)
     else:
         h = torch.frombuffer(stdout[2 * M * N :], dtype=torch.float32).view(M, rank)
         arguments = (x, *w.op_arguments(), N, *lora[:2])
         if adapter_ids is not None:
             inside = (adapter_ids >= 0) & (adapter_ids < ADAPTERS)
             arguments += (torch.where(inside, adapter_ids, -1), adapters[1], bias)
-            assert_as_accurate_as_torch((y, h), reference.multi_lora_linear, *arguments)
+            assert_as_accurate_as_torch((y, h), reference_op("multi_lora_linear"), *arguments)
             assert not h[~inside].any()
         else:
             arguments += (bias, *lora[2:], scaling, dropout_p, dropout_seed, activation)
-            assert_as_accurate_as_torch((y, h), reference.lora_linear, *arguments)
+            assert_as_accurate_as_torch((y, h), reference_op("lora_linear"), *arguments)
     return y, {name: int(n) for name, n in re.findall(r"(\w+) (\d+)", stderr.splitlines()[-1])}
