@@ -10,7 +10,7 @@ export PYTHONSAFEPATH := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test asan check bench gpu kernels lint format clean
+.PHONY: help install demo test asan check headers bench gpu kernels lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -49,6 +49,9 @@ asan: $(INSTALLED) ## the CPU kernels' tests under AddressSanitizer and UBSan
 
 check: $(INSTALLED) ## every kernel that can run here against the reference
 	cd $(VENV) && bin/python -m pylora check
+
+headers: $(INSTALLED) ## the files that include torch compile against every torch that pylora promises (fetches headers)
+	env -u PYTHONSAFEPATH $(PY) -m tools.torch_headers
 
 bench: $(INSTALLED) ## the quick benchmark suite on this CPU and its report, in build/bench (OP=… for one op)
 	env -u PYTHONSAFEPATH $(PY) -m benchmarks run --suite quick --device cpu $(if $(OP),--op $(OP)) --out build/bench

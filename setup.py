@@ -158,8 +158,9 @@ def extension_or_reason() -> tuple[list[Extension], str | None]:
         return [], f"the extension is built on Linux alone, and this is {sys.platform}"
     if torch_folder() is None:
         return [], "torch is not installed where this build runs"
-    if tuple(map(int, importlib.metadata.version("torch").split(".")[:2])) < TORCH_TARGET:
-        return [], f"torch is {importlib.metadata.version('torch')}, and the extension needs 2.10"
+    torch_version = importlib.metadata.version("torch")
+    if tuple(map(int, torch_version.split(".")[:2])) < TORCH_TARGET:
+        return [], "torch is {}, and the extension needs {}.{}".format(torch_version, *TORCH_TARGET)
     if importlib.util.find_spec("pybind11") is None:
         return [], "pybind11 is not installed where this build runs"
     compiler = find_compiler()
@@ -169,6 +170,64 @@ def extension_or_reason() -> tuple[list[Extension], str | None]:
     files = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.*"))]
     sources = [file for file in files if file.endswith((".cpp", ".cu"))]
     return [Extension("pylora._C", sources, depends=files)], None
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """How each source is compiled. tools/torch_headers.py runs the same commands."""
+
+    compiler: list[str]
+    torch_include: Path
+    cuda: Cuda | None
+    version: str
+
+    def command(self, path: Path) -> list[str] | None:
+        """The command without input and output; None if this build leaves the source out."""
+        on_gpu = path.parts[1] == "cuda"
+        if on_gpu and self.cuda is None:
+            return None
+        if path.suffix == ".cu":
+            return [
+                str(self.cuda.nvcc), "-std=c++20", "-O3", "-DNDEBUG", "-Icsrc",
+                *self.cuda.gencode(), "-ccbin", self.compiler[-1],
+                "-Xcompiler", "-fPIC,-fvisibility=hidden", "-t", str(max_jobs()),
+            ]  # fmt: skip
+        isa = isa_flags(path.stem)
+        if path.suffix != ".cpp" or isa is None:
+            return None
+        command = [*self.compiler, *CXX_FLAGS, "-Icsrc", *isa]
+        if path.name == "bindings.cpp":
+            command += self._python_flags()  # before torch's, which may hold a pybind11 of its own
+        if is_torch_facing(path):
+            command += self._torch_flags()
+        if on_gpu:
+            command += ["-isystem", f"{self.cuda.home}/include"]
+        return command
+
+    def _torch_flags(self) -> list[str]:
+        target = "0x{:02x}{:02x}000000000000".format(*TORCH_TARGET)
+        # -isystem keeps warnings about torch's own headers out.
+        return ["-isystem", str(self.torch_include), f"-DTORCH_TARGET_VERSION={target}"]
+
+    def _python_flags(self) -> list[str]:
+        import pybind11
+
+        flags = [
+            "-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include(),
+            f'-DPYLORA_VERSION="{self.version}"',
+            f'-DPYLORA_TORCH_TARGET="{TORCH_TARGET[0]}.{TORCH_TARGET[1]}"',
+        ]  # fmt: skip
+        if self.cuda is not None:
+            flags += [
+                f'-DPYLORA_CUDA_VERSION="{self.cuda.version}"',
+                "-DPYLORA_CUDA_ARCHS=" + ",".join(f'"{arch}"' for arch in self.cuda.archs),
+            ]
+        return flags
+
+
+def is_torch_facing(path: Path) -> bool:
+    """Only bindings.cpp and the bind files see torch's headers; kernels take raw pointers."""
+    return path.suffix == ".cpp" and path.name.startswith("bind")
 
 
 class BuildExtension(build_ext):
@@ -187,7 +246,10 @@ class BuildExtension(build_ext):
             say("nvcc was not found (CUDA_HOME, PATH): building without the GPU kernels")
         else:
             say(f"GPU kernels with CUDA {cuda.version} for {', '.join(cuda.archs)}")
-        steps = self._compile_steps(objects, cuda)
+        torch_include = torch_folder() / "include"
+        version = self.distribution.get_version()
+        compilation = Compilation(find_compiler(), torch_include, cuda, version)
+        steps = self._compile_steps(objects, compilation)
         built = objects / "_C.so"
         steps.append(self._link_step(built, [step.output for step in steps], cuda))
         run_steps(objects, steps)
@@ -197,54 +259,14 @@ class BuildExtension(build_ext):
         target.unlink(missing_ok=True)
         shutil.copy2(built, target)
 
-    def _compile_steps(self, objects: Path, cuda: Cuda | None) -> list[Step]:
-        import pybind11
-
-        compiler = find_compiler()
-        torch_target = "0x{:02x}{:02x}000000000000".format(*TORCH_TARGET)
-        # Only bindings.cpp and the bind files include these; -isystem keeps their warnings out.
-        torch_flags = [
-            "-isystem",
-            f"{torch_folder()}/include",
-            f"-DTORCH_TARGET_VERSION={torch_target}",
-        ]
-        python_flags = [
-            "-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include(),
-            f'-DPYLORA_VERSION="{self.distribution.get_version()}"',
-            f'-DPYLORA_TORCH_TARGET="{TORCH_TARGET[0]}.{TORCH_TARGET[1]}"',
-        ]  # fmt: skip
-        if cuda is not None:
-            python_flags += [
-                f'-DPYLORA_CUDA_VERSION="{cuda.version}"',
-                "-DPYLORA_CUDA_ARCHS=" + ",".join(f'"{arch}"' for arch in cuda.archs),
-            ]
-
+    def _compile_steps(self, objects: Path, compilation: Compilation) -> list[Step]:
         steps = []
         for source in sorted((ROOT / "csrc").glob("**/*.c*")):
             path = source.relative_to(ROOT)
             output = objects / path.with_suffix(f"{path.suffix}.o")
             depfile = Path(f"{output}.d")
-            on_gpu = path.parts[1] == "cuda"
-            if on_gpu and cuda is None:
-                continue
-            if path.suffix == ".cu":
-                command = [
-                    str(cuda.nvcc), "-std=c++20", "-O3", "-DNDEBUG", "-Icsrc", *cuda.gencode(),
-                    "-ccbin", compiler[-1], "-Xcompiler", "-fPIC,-fvisibility=hidden",
-                    "-t", str(max_jobs()),
-                ]  # fmt: skip
-            elif path.suffix == ".cpp":
-                isa = isa_flags(path.stem)
-                if isa is None:
-                    continue
-                command = [*compiler, *CXX_FLAGS, "-Icsrc", *isa]
-                if path.name == "bindings.cpp":
-                    command += torch_flags + python_flags
-                elif path.name.startswith("bind"):
-                    command += torch_flags
-                if on_gpu:
-                    command += ["-isystem", f"{cuda.home}/include"]
-            else:
+            command = compilation.command(path)
+            if command is None:
                 continue
             command += ["-MD", "-MF", str(depfile), "-c", str(path), "-o", str(output)]
             steps.append(Step(output, [source], command, depfile))
@@ -272,7 +294,7 @@ class BuildExtension(build_ext):
 
 
 def isa_flags(stem: str) -> list[str] | None:
-    """Flags for a C++ file by the end of its name; None where the file is for other processors."""
+    """Flags for a C++ file by the end of its name; None if it is for another kind of processor."""
     for suffix in sorted(ISA_FLAGS, key=len, reverse=True):
         if stem.endswith(suffix):
             return ISA_FLAGS[suffix] if platform.machine() in ("x86_64", "AMD64") else None
@@ -284,7 +306,7 @@ def max_jobs() -> int:
 
 
 def run_steps(folder: Path, steps: list[Step]) -> None:
-    """Run what is out of date, or everything where there is no ninja. The last step is the link."""
+    """Run what is out of date, or everything if there is no ninja. The last step is the link."""
     for step in steps:
         step.output.parent.mkdir(parents=True, exist_ok=True)
     # The wheel of ninja puts it beside this Python, which need not be on PATH.
@@ -324,7 +346,12 @@ def run_without_ninja(steps: list[Step]) -> None:
     run(steps[-1])
 
 
-extensions, reason = extension_or_reason()
-if reason is not None:
-    say(f"{reason}: installing without the extension; pylora will run on PyTorch alone")
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension})
+def main() -> None:
+    extensions, reason = extension_or_reason()
+    if reason is not None:
+        say(f"{reason}: installing without the extension; pylora will run on PyTorch alone")
+    setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension})
+
+
+if __name__ == "__main__":  # pip's builds come here too
+    main()
