@@ -123,7 +123,7 @@ def commit() -> dict[str, Any] | None:
     """{"hash", "dirty"} of the checkout this runs from; None if nothing tells.
 
     A copy without git is told by PYLORA_COMMIT; "-dirty" at its end says that files differ from
-    the commit, as in the output of `git describe --always --abbrev=40 --dirty`.
+    the commit, as in the output of `git describe --always --abbrev=40 --dirty --exclude '*'`.
     """
     told = os.environ.get("PYLORA_COMMIT")
     if told:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,12 @@ def pack(work: Path) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=6) as archive:
         for path in _files(work):
-            content = _content(path)
+            try:
+                content = _content(path)
+            except FileNotFoundError:  # the step that runs has just removed it
+                continue
             entry = tarfile.TarInfo(str(path.relative_to(work)))
-            entry.size, entry.mtime = len(content), int(path.stat().st_mtime)
+            entry.size, entry.mtime = len(content), int(time.time())
             archive.addfile(entry, io.BytesIO(content))
     return buffer.getvalue()
 
@@ -68,9 +72,18 @@ def _json_in(work: Path) -> dict[str, str]:
     described = {}
     for path in _files(work):
         if path.suffix == ".json":
-            content = json.loads(path.read_text())
-            text = f"{path.stat().st_size} bytes"
-            if isinstance(content, dict) and content.get("cells_left"):
-                text += f", {content['cells_left']} cells were not measured"
-            described[str(path.relative_to(work))] = text
+            described[str(path.relative_to(work))] = _described(path)
     return described
+
+
+def _described(path: Path) -> str:
+    try:
+        text = path.read_text()
+        content = json.loads(text)
+    except FileNotFoundError:
+        return "removed while this was written"
+    except ValueError as error:
+        return f"not whole: {error}"
+    if isinstance(content, dict) and content.get("cells_left"):
+        return f"{len(text)} characters, {content['cells_left']} cells were not measured"
+    return f"{len(text)} characters"
