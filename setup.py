@@ -4,6 +4,7 @@
     CXX                 the C++ compiler (default: c++, g++ or clang++)
     CUDA_HOME           the CUDA toolkit (default: that of the nvcc on PATH); empty: no GPU kernels
     PYLORA_CUDA_ARCHS   narrows the GPU architectures, such as "80;90a;100+PTX"
+    PYLORA_EXTENSION    a compiled extension to install as it is, instead of compiling
     PYLORA_SANITIZE     builds with -fsanitize=..., such as "address,undefined" (see `make asan`)
 
 What is missing is left out with one line that says so: without nvcc the GPU kernels, without a
@@ -12,6 +13,7 @@ compiler or torch the whole extension (pylora then runs on PyTorch alone). No GP
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -140,6 +142,15 @@ class Cuda:
         )
 
 
+def source_digest() -> str:
+    """The same for the same sources and flags; a compiled extension says from which it was made."""
+    digest = hashlib.sha256()
+    for path in [ROOT / "setup.py", *sorted((ROOT / "csrc").glob("**/*.[ch]*"))]:
+        digest.update(f"{path.relative_to(ROOT)} {path.stat().st_size}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def torch_folder() -> Path | None:
     """Where torch is installed. Its version and headers are files: importing it takes seconds."""
     spec = importlib.util.find_spec("torch")
@@ -200,6 +211,8 @@ class Compilation:
             command += self._python_flags()  # before torch's, which may hold a pybind11 of its own
         if is_torch_facing(path):
             command += self._torch_flags()
+        if path.name == "source_digest.cpp":
+            command += [f'-DPYLORA_SOURCE_DIGEST="{source_digest()}"']
         if on_gpu:
             command += ["-isystem", f"{self.cuda.home}/include"]
         return command
@@ -238,6 +251,11 @@ class BuildExtension(build_ext):
     """
 
     def build_extension(self, ext: Extension) -> None:
+        given = os.environ.get("PYLORA_EXTENSION")
+        if given:
+            say(f"the extension is {given}, and nothing is compiled")
+            self._put(Path(given), ext)
+            return
         tag = "-".join([sys.implementation.cache_tag, *SANITIZE.split(",")]).rstrip("-")
         objects = ROOT / "build" / tag
         objects.mkdir(parents=True, exist_ok=True)
@@ -253,11 +271,15 @@ class BuildExtension(build_ext):
         built = objects / "_C.so"
         steps.append(self._link_step(built, [step.output for step in steps], cuda))
         run_steps(objects, steps)
+        self._put(built, ext)
+
+    def _put(self, built: Path, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Removed first: to write into a file that a running Python has mapped would crash it.
-        target.unlink(missing_ok=True)
-        shutil.copy2(built, target)
+        # Renamed: to write into a file that a running Python has mapped would crash it.
+        copy = target.with_name(f".{target.name}-{os.getpid()}")
+        shutil.copy2(built, copy)
+        os.replace(copy, target)
 
     def _compile_steps(self, objects: Path, compilation: Compilation) -> list[Step]:
         steps = []

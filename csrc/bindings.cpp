@@ -31,6 +31,12 @@ STABLE_TORCH_LIBRARY(pylora_C, m) {
 }
 // clang-format on
 
+namespace pylora {
+
+const char* source_digest();
+
+}  // namespace pylora
+
 namespace {
 
 namespace py = pybind11;
@@ -43,6 +49,7 @@ py::dict build_info() {
 #else
   info["compiler"] = "gcc " __VERSION__;
 #endif
+  info["sources"] = pylora::source_digest();
   info["torch_target"] = PYLORA_TORCH_TARGET;
 #if defined(PYLORA_CUDA_VERSION)
   info["cuda"] = true;
