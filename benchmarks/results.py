@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
 NUMBER = (int, float)
 OPTIONAL_NUMBER = (int, float, type(None))
 
@@ -63,6 +63,8 @@ _RESULT: dict[str, Any] = {
     "samples": int,
     "rotation_bytes": int,
     "extra_memory_bytes": OPTIONAL_NUMBER,
+    "host_s": OPTIONAL_NUMBER,  # to issue an eager call to a GPU; null elsewhere
+    "timing_note": str,  # what a reader of the times must know
     **dict.fromkeys(
         ("median_s", "p20_s", "p80_s", "bytes_per_s", "flop_per_s", "of_roofline"), OPTIONAL_NUMBER
     ),
@@ -99,6 +101,7 @@ def load(path: Path) -> dict[str, Any]:
         raise InvalidResults(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise InvalidResults(f"{path} is not JSON: {error}") from error
+    _upgrade(run, str(path))
     _check_run(run, str(path))
     return run
 
@@ -117,6 +120,27 @@ def load_all(paths: Iterable[Path]) -> list[dict[str, Any]]:
             )
         runs += [load(file) for file in files]
     return runs
+
+
+def _upgrade(run: Any, where: str) -> None:
+    """Gives a run of schema 1 the fields that came with schema 2, in place.
+
+    Times on a GPU meant something else before: with launches in them, and after writes to the L2.
+    """
+    if not isinstance(run, dict) or run.get("schema") != 1:
+        return
+    _check_fields(run, _RUN, where)
+    if run["machine"].get("device") != "cpu":
+        raise InvalidResults(
+            f"{where} has schema 1, whose times on a GPU cannot be compared with those of schema "
+            f"{SCHEMA}; run the benchmark again"
+        )
+    run["schema"] = SCHEMA
+    for cell in run["cells"]:
+        for result in cell.get("results", ()) if isinstance(cell, dict) else ():
+            if isinstance(result, dict):
+                result.setdefault("host_s", None)
+                result.setdefault("timing_note", "")
 
 
 def _check_run(run: Any, where: str) -> None:
