@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from benchmarks import goals, plots
+from benchmarks import cuda_goals, goals, plots
 from benchmarks.results import result_of, write_atomically
 from benchmarks.shapes import QUICK_SHAPES, layers_named
 from benchmarks.statistics import BUSY, CONTROL_TOLERANCE
@@ -108,6 +108,7 @@ def _facts(run: Run) -> str:
 
 
 def _goals(runs: Sequence[Run]) -> Iterator[str]:
+    yield from _cuda_goals(runs)
     found = goals.outcomes(runs)
     if all(outcome.met is None for outcome in found):
         return
@@ -126,6 +127,22 @@ def _goals(runs: Sequence[Run]) -> Iterator[str]:
         )
     yield f'<section><table><tr><th class="l">goal</th>{head}<th></th></tr>{"".join(rows)}</table>'
     yield "</section>"
+
+
+def _cuda_goals(runs: Sequence[Run]) -> Iterator[str]:
+    found = cuda_goals.outcomes(runs)
+    if not found:
+        return
+    yield f"<h2>Goals on a GPU: {cuda_goals.title(found)}</h2>"
+    yield "<p>The worst cell that each goal was measured in decides.</p>"
+    head = "".join(f'<th class="l">{escape(column)}</th>' for column in cuda_goals.HEAD)
+    rows = []
+    for outcome in found:
+        *cells, verdict = map(escape, cuda_goals.row(outcome))
+        style = {True: "win", False: "lose", None: "none"}[outcome.met]
+        columns = "".join(f'<td class="l">{text}</td>' for text in cells)
+        rows.append(f'<tr>{columns}<td class="l"><span class="tag {style}">{verdict}</span></td>')
+    yield f"<section><table><tr>{head}</tr>{'</tr>'.join(rows)}</tr></table></section>"
 
 
 def _goal_cell(goal: goals.Goal, value: float | None) -> str:

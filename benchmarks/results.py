@@ -129,7 +129,7 @@ def _upgrade(run: Any, where: str) -> None:
     """
     if not isinstance(run, dict) or run.get("schema") != 1:
         return
-    _check_fields(run, _RUN, where)
+    check_fields(run, _RUN, where)
     if run["machine"].get("device") != "cpu":
         raise InvalidResults(
             f"{where} has schema 1, whose times on a GPU cannot be compared with those of schema "
@@ -148,17 +148,18 @@ def _check_run(run: Any, where: str) -> None:
         raise InvalidResults(f"{where} holds {type(run).__name__}; it must hold an object")
     if run.get("schema") != SCHEMA:
         raise InvalidResults(f"{where} has schema {run.get('schema')!r}; it must be {SCHEMA}")
-    _check_fields(run, _RUN, where)
-    _check_fields(run["machine"], _MACHINE, f"{where}, machine")
-    _check_fields(run["roofline"], _ROOFLINE, f"{where}, roofline")
+    check_fields(run, _RUN, where)
+    check_fields(run["machine"], _MACHINE, f"{where}, machine")
+    check_fields(run["roofline"], _ROOFLINE, f"{where}, roofline")
     for i, cell in enumerate(run["cells"]):
         here = f"{where}, cells[{i}]"
-        _check_fields(cell, _CELL, here)
+        check_fields(cell, _CELL, here)
         for j, result in enumerate(cell["results"]):
-            _check_fields(result, _RESULT, f"{here}.results[{j}]")
+            check_fields(result, _RESULT, f"{here}.results[{j}]")
 
 
-def _check_fields(value: Any, fields: Mapping[str, Any], where: str) -> None:
+def check_fields(value: Any, fields: Mapping[str, Any], where: str) -> None:
+    """Raises InvalidResults unless `value` has each of the fields, of its type."""
     if not isinstance(value, Mapping):
         raise InvalidResults(f"{where} is {type(value).__name__}; it must be an object")
     for name, types in fields.items():
