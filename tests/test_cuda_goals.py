@@ -41,7 +41,7 @@ def _cell(
 
 
 def _run(*cells: dict[str, Any], device: str = "cuda", op: str = "lora_linear") -> dict[str, Any]:
-    return {"op": op, "machine": {"device": device, "flags": []}, "cells": list(cells)}
+    return {"op": op, "machine": {"device": device, "flags": ["amx_bf16"]}, "cells": list(cells)}
 
 
 def _outcome(run: dict[str, Any], goal: CudaGoal) -> cuda_goals.Outcome:

@@ -238,6 +238,30 @@ def test_only_a_refusal_of_the_plan_is_one(monkeypatch: pytest.MonkeyPatch) -> N
         forward(torch.empty(1, 64), operand, {"slices": 2, "grid": 3})
 
 
+@pytest.mark.parametrize(
+    ("op", "first"), [("lora_linear", "output_warps"), ("lora_linear_hopper", "tile_tokens")]
+)
+def test_ops_with_a_chosen_plan_take_the_arguments_of_lora_linear(op: str, first: str) -> None:
+    """And the plan behind them, in the order of the numbers that the rule's plan comes in."""
+    from pylora.backends import extension
+
+    if extension.load()[0] is None:
+        pytest.skip("the extension is not built")
+    ops = torch.ops.pylora_C
+
+    def arguments(name: str) -> list[tuple[str, str]]:
+        schema = getattr(ops, name).default._schema
+        return [(argument.name, str(argument.type)) for argument in schema.arguments]
+
+    choice = [first, "slices", "grid"]
+    assert arguments(f"{op}_planned") == arguments(op) + [(name, "int") for name in choice]
+    returned = getattr(ops, f"{op}_plan").default._schema.returns
+    assert [result.name for result in returned] == choice
+    operand = _operand()
+    with pytest.raises(NotImplementedError, match="CPU"):
+        getattr(ops, f"{op}_planned")(torch.randn(1, 64), *operand.arguments(), 1, 1, 1)
+
+
 # What is measured
 
 
