@@ -100,6 +100,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
+        facts["caches"] = {**cache_bytes(), "GPU L2": cuda_l2_bytes()}
         facts["gpu"] = f"{properties.name}, {properties.total_memory >> 30} GiB"
         facts["driver"] = _output(
             "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"

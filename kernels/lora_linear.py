@@ -240,23 +240,42 @@ def _epilogue(x: Tensor, layers: Sequence[Layer], terms: Sequence[LowRank | None
 def _by_tiles(x: Tensor, layers: Sequence[Layer], terms: Sequence[LowRank | None]) -> list[Tensor]:
     """Small and middle M: the fused tiles of layers of one kind in one launch."""
     M, K = x.shape
-    sizes = [layer.out_features for layer in layers]
-    weights = [layer.weight for layer in layers]
-    blocksize = weights[0].blocksize if isinstance(weights[0], NF4Base) else 0
+    sizes, weight = [layer.out_features for layer in layers], layers[0].weight
+    blocksize = weight.blocksize if isinstance(weight, NF4Base) else 0
     rule = configs.forward_plan(M, sizes, K, x.element_size(), blocksize, facts(x))
 
     def run(plan: configs.TilePlan) -> list[Tensor]:
-        outputs = [x.new_empty(M, size) for size in sizes]
-        if plan.splits == 1:
-            launch_nf4_linear(x, weights, outputs, plan, _epilogue(x, layers, terms))
-            return outputs
-        workspaces = [x.new_empty(plan.splits, M, size, dtype=torch.float32) for size in sizes]
-        launch_nf4_linear(x, weights, workspaces, plan, Epilogue())
-        for workspace, y, layer, term in zip(workspaces, outputs, layers, terms, strict=True):
-            linear_expand(workspace, y, _epilogue(x, [layer], [term]))
-        return outputs
+        return _run_tiles(x, layers, terms, plan)
 
     return run(tuned("nf4_linear", x, (*sizes, K), layers[0].kind, rule, K, run))
+
+
+def _run_tiles(
+    x: Tensor,
+    layers: Sequence[Layer],
+    terms: Sequence[LowRank | None],
+    plan: configs.TilePlan,
+) -> list[Tensor]:
+    M, sizes = x.shape[0], [layer.out_features for layer in layers]
+    weights = [layer.weight for layer in layers]
+    outputs = [x.new_empty(M, size) for size in sizes]
+    if plan.splits == 1:
+        launch_nf4_linear(x, weights, outputs, plan, _epilogue(x, layers, terms))
+        return outputs
+    workspaces = [x.new_empty(plan.splits, M, size, dtype=torch.float32) for size in sizes]
+    launch_nf4_linear(x, weights, workspaces, plan, Epilogue())
+    for workspace, y, layer, term in zip(workspaces, outputs, layers, terms, strict=True):
+        linear_expand(workspace, y, _epilogue(x, [layer], [term]))
+    return outputs
+
+
+def lora_linear_by_tiles(x: Tensor, layer: Layer, plan: configs.TilePlan) -> Tensor:
+    """y of one layer by the fused tiles, with a plan of the caller's: for measurements.
+
+    x [M, K] has a row or more, and no block of the weight straddles two rows.
+    """
+    x, parts = _shrink(x, [layer], None, None)
+    return _run_tiles(x, [layer], [_term(layer.lora, parts.get(0))], plan)[0]
 
 
 def _by_products(

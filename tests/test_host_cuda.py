@@ -198,6 +198,45 @@ def test_many_adapters(lora_linear, lora_dtype: torch.dtype, M: int, rank: int):
 
 
 @pytest.mark.parametrize(
+    ("M", "plan"),
+    [
+        (3, (4, 1, 1)),  # one CTA does it all
+        (3, (1, 5, 25)),  # a chunk and 16 rows for each CTA
+        (3, (2, 3, 1)),  # one CTA takes all slices; the last has a chunk less
+        (64, (1, 5, 7)),
+        (64, (4, 2, 3)),
+    ],
+)
+def test_a_chosen_plan_is_right(lora_linear, M: int, plan: tuple[int, int, int]):
+    """The extremes of the plans that a sweep measures, with 5 chunks of columns."""
+    results = []
+    for seed in SEEDS:
+        y, ran = check_linear(lora_linear, (M, 70, 576), rank=8, plan=plan, seed=seed)
+        assert (ran["warps"], ran["slices"], ran["grid"]) == plan
+        results.append(y)
+    assert torch.equal(results[0], results[1])
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ((3, 1, 1), "output_warps must be 1, 2 or 4"),
+        ((8, 1, 1), "output_warps must be"),
+        ((4, 0, 1), "slices must be 1 to the chunks"),
+        ((4, 17, 1), "slices must be 1 to the chunks"),
+        ((4, 9, 1), "slices must not leave one empty"),
+        ((4, 1, 1), "a slice of x fits shared memory"),
+        ((4, 4, 0), "grid must be 1 to the tiles"),
+        ((4, 4, 9), "grid must be 1 to the tiles"),
+    ],
+)
+def test_a_plan_that_cannot_run_is_refused(lora_linear, plan, message: str):
+    """64 tokens of 16 chunks are more than shared memory holds; 70 rows are 2 tiles of 64."""
+    with pytest.raises(AssertionError, match=message):
+        check_linear(lora_linear, (64, 70, 2048), plan=plan)
+
+
+@pytest.mark.parametrize(
     ("shape", "gpu", "processors", "slices"),
     [
         ((1, 16, 4096), "H200", 8, 4),  # fewer tiles than CTAs

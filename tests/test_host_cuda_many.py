@@ -59,6 +59,30 @@ def test_hopper_slices_of_a_wide_tile(hopper):
     assert (plan["tokens"], plan["tiles"], plan["slices"]) == (256, 1, 3)
 
 
+@pytest.mark.parametrize("plan", [(128, 17, 34), (128, 1, 1), (256, 9, 4)])
+def test_hopper_with_a_chosen_plan(hopper, plan: tuple[int, int, int]):
+    """The extremes of the plans that a sweep measures: 17 blocks of columns, 2 tiles or 1."""
+    for seed in SEEDS:
+        _, ran = check_linear(hopper, (130, 70, 1088), rank=4, plan=plan, seed=seed)
+        assert (ran["tokens"], ran["slices"], ran["grid"]) == plan
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ((64, 1, 1), "tile_tokens must be 128 or 256"),
+        ((128, 0, 1), "slices must be 1 to the blocks"),
+        ((128, 18, 1), "slices must be 1 to the blocks"),
+        ((128, 10, 1), "slices must not leave one empty"),
+        ((128, 1, 3), "grid must be 1 to the tiles"),
+        ((256, 1, 0), "grid must be 1 to the tiles"),
+    ],
+)
+def test_hopper_refuses_a_plan_it_cannot_run(hopper, plan, message: str):
+    with pytest.raises(AssertionError, match=message):
+        check_linear(hopper, (130, 70, 1088), plan=plan)
+
+
 @pytest.mark.parametrize(
     ("blocksize", "nested", "K"), [(64, True, 576), (128, False, 320), (4096, True, 448)]
 )

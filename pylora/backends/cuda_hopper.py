@@ -36,6 +36,15 @@ def _is_compiled() -> bool:
     return module is not None and "90a" in module.build_info()["cuda_archs"]
 
 
+def device_why_not(device: torch.device) -> Reason:
+    """None if the kernel can run on this CUDA device, else the reason in words."""
+    if _capability(device) != (9, 0):
+        return "the Hopper kernel needs a GPU of compute capability 9.0"
+    if not _is_compiled():
+        return "the Hopper kernel was not compiled: PYLORA_CUDA_ARCHS had no 90a"
+    return None
+
+
 def why_not(x: Tensor, rows: int, blocksize: int) -> Reason:
     """None where the kernel takes x over a weight of this blocksize, else the reason in words.
 
@@ -46,10 +55,9 @@ def why_not(x: Tensor, rows: int, blocksize: int) -> Reason:
             "the Hopper kernel for many rows has not been measured against dequantize and matmul; "
             f"{SWITCH}=1 turns it on"
         )
-    if _capability(x.device) != (9, 0):
-        return "the Hopper kernel needs a GPU of compute capability 9.0"
-    if not _is_compiled():
-        return "the Hopper kernel was not compiled: PYLORA_CUDA_ARCHS had no 90a"
+    reason = device_why_not(x.device)
+    if reason is not None:
+        return reason
     if rows > _MAX_M:
         return f"x has {rows} rows; the Hopper kernel takes up to {_MAX_M}"
     if x.shape[-1] % _COLUMNS:

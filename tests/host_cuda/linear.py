@@ -33,11 +33,14 @@ def check_linear(
     adapter_ids: Tensor | None = None,
     processors: int = 2,
     gpu: str = "H200",
+    plan: tuple[int, int, int] = (0, 0, 0),
     seed: int = 0,
 ) -> tuple[Tensor, dict[str, int]]:
     """Runs x [M, K] on W [N, K] and judges y, and h where there is LoRA, by the numerics rule.
 
     adapter_ids    of a stack of three adapters, the second of which is NaN: multi_lora_linear
+    plan           a choice in place of the rule's plan: warps beside each other or tokens of a
+                   tile, slices, CTAs
 
     Returns y and the plan: slices of K, warps beside each other, CTAs.
     """
@@ -69,6 +72,7 @@ def check_linear(
         *(DTYPES.index(dtype) if biases else -1, rank, DTYPES.index(lora_dtype), biases),
         *(list(ACTIVATIONS).index(activation), dropout_p > 0, processors, SHARED[gpu] << 10),
         len(adapters) and ADAPTERS,
+        *plan,
     ]
     tensors = [torch.tensor(header), torch.tensor([scaling, dropout_p], dtype=torch.float64), x]
     tensors += [t.reshape(-1) for t in w.tensors().values()]
