@@ -5,8 +5,8 @@
     python -m benchmarks.primitives --list                           the experiments
     python -m benchmarks.primitives --build --arch 90a               compile only; needs no GPU
 
-A program that does not build, and an experiment that fails, hangs or gives a wrong result, is told in
-the file and in the table; the others go on. The exit code is 1 if there was one.
+The file and the table tell of a program that does not build, and of an experiment that fails, hangs
+or gives a wrong result; the others go on. The exit code is 1 if there was one.
 Cycles are those of an SM's clock64, and a sample is that of the slowest CTA.
 """
 
@@ -115,7 +115,9 @@ def _programs(groups: Sequence[str], arch: str) -> tuple[dict[str, runner.Progra
         elif group in PYTHON_GROUPS:
             library = str(paths.get(build.EMPTY_LAUNCH.name, ""))
             module = [sys.executable, "-m", "benchmarks.primitives", "serve"]
-            programs[group] = runner.Program(group, [*module, group, library])
+            # On a CPU a second thread would only add its start to a call on tiny tensors.
+            environment = {"OMP_NUM_THREADS": "1"} if group == "host" else {}
+            programs[group] = runner.Program(group, [*module, group, library], environment)
     return programs, problems
 
 

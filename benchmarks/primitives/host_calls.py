@@ -22,6 +22,7 @@ from pylora.backends import extension
 
 _FEATURES, _RANK = 64, 8
 _SAMPLES, _CALLS, _WARM_UP = 25, 40, 20
+_WITH_GRADIENTS = "lora_linear_grad"  # every other call has none
 
 
 def host_microseconds(call: Callable[[], object], device: torch.device) -> Measured:
@@ -45,12 +46,16 @@ def experiments(device: torch.device, empty_launch: Path | None) -> list[Experim
         ("python_call", "an empty Python function", lambda: lambda: None),
         ("torch_empty", "torch.empty(64)", lambda: partial(torch.empty, 64, device=device)),
         ("add_", "x.add_(1.0)", lambda: partial(torch.zeros(64, device=device).add_, 1.0)),
-        ("linear", "F.linear of torch, no gradients", partial(_torch_linear, device)),
+        ("linear", "F.linear of torch", partial(_torch_linear, device)),
         ("c_op", "torch.ops.pylora_C.nf4_dequantize", partial(_c_op, device)),
-        ("op", "torch.ops.pylora.nf4_linear, no gradients", partial(_op, device)),
-        ("nf4_linear", "pylora.functional.nf4_linear, no gradients", partial(_nf4_linear, device)),
-        ("lora_linear", "nn.LoRALinear, no gradients", partial(_lora_linear, device, False)),
-        ("lora_linear_grad", "nn.LoRALinear, forward", partial(_lora_linear, device, True)),
+        ("op", "torch.ops.pylora.nf4_linear", partial(_op, device)),
+        ("nf4_linear", "pylora.functional.nf4_linear", partial(_nf4_linear, device)),
+        ("lora_linear", "nn.LoRALinear", partial(_lora_linear, device)),
+        (
+            _WITH_GRADIENTS,
+            "nn.LoRALinear, forward with gradients to come",
+            partial(_lora_linear, device),
+        ),
     ]
     if device.type == "cuda":
         makers.append(("triton_launch", "an empty Triton kernel, warm", _triton_launch))
@@ -62,24 +67,23 @@ def experiments(device: torch.device, empty_launch: Path | None) -> list[Experim
             f"host_{name}",
             {"device": device.type, "features": _FEATURES, "rank": _RANK},
             "us per call",
-            partial(_measure, make, device),
+            partial(_measure, make, device, name == _WITH_GRADIENTS),
             note,
         )
         for name, note, make in makers
     ]
 
 
-def _measure(make: Callable[[], Callable[[], object]], device: torch.device) -> Measured:
-    return host_microseconds(make(), device)
+def _measure(
+    make: Callable[[], Callable[[], object]], device: torch.device, gradients: bool
+) -> Measured:
+    with torch.set_grad_enabled(gradients):
+        return host_microseconds(make(), device)
 
 
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def _without_gradients(call: Callable[[], object]) -> Callable[[], object]:
-    return torch.no_grad()(call)
 
 
 def _input(device: torch.device) -> Tensor:
@@ -93,7 +97,7 @@ def _weight(device: torch.device) -> pylora.NF4Weight:
 
 def _torch_linear(device: torch.device) -> Callable[[], object]:
     weight = torch.randn(_FEATURES, _FEATURES, device=device, dtype=torch.bfloat16)
-    return _without_gradients(partial(torch.nn.functional.linear, _input(device), weight))
+    return partial(torch.nn.functional.linear, _input(device), weight)
 
 
 def _c_op(device: torch.device) -> Callable[[], object]:
@@ -109,18 +113,17 @@ def _c_op(device: torch.device) -> Callable[[], object]:
 def _op(device: torch.device) -> Callable[[], object]:
     op = torch.ops.pylora.nf4_linear
     arguments = (_input(device), *_weight(device).op_arguments(), _FEATURES, None)
-    return _without_gradients(partial(op, *arguments))
+    return partial(op, *arguments)
 
 
 def _nf4_linear(device: torch.device) -> Callable[[], object]:
-    return _without_gradients(partial(F.nf4_linear, _input(device), _weight(device)))
+    return partial(F.nf4_linear, _input(device), _weight(device))
 
 
-def _lora_linear(device: torch.device, gradients: bool) -> Callable[[], object]:
+def _lora_linear(device: torch.device) -> Callable[[], object]:
     linear = torch.nn.Linear(_FEATURES, _FEATURES, bias=False, dtype=torch.bfloat16, device=device)
     layer = pylora.nn.LoRALinear(pylora.nn.NF4Linear.from_linear(linear), r=_RANK)
-    call = partial(layer, _input(device).requires_grad_(gradients))
-    return call if gradients else _without_gradients(call)
+    return partial(layer, _input(device))
 
 
 def _triton_launch() -> Callable[[], object]:

@@ -41,6 +41,12 @@ __device__ __forceinline__ int64_t place(int64_t copy, int lane) {
 
 __device__ __forceinline__ uint32_t sum_of(const uint4& v) { return v.x + v.y + v.z + v.w; }
 
+// Whole warp.
+__device__ __forceinline__ void add_to(uint32_t* total, uint32_t sum) {
+  sum = __reduce_add_sync(0xFFFFFFFFu, sum);
+  if (threadIdx.x % 32 == 0) atomicAdd(total, sum);
+}
+
 // kDepth loads of a thread at a time.
 template <int kDepth, Order kOrder>
 __global__ void __launch_bounds__(512)
@@ -61,7 +67,7 @@ __global__ void __launch_bounds__(512)
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) sum += sum_of(loaded[i]);
   }
-  atomicAdd(total, sum);
+  add_to(total, sum);
 }
 
 // Every thread keeps kStages copies of 16 bytes under way; it reads what it has copied itself.
@@ -96,7 +102,7 @@ __global__ void __launch_bounds__(512)
     }
   }
   copy_async_wait<0>();
-  atomicAdd(total, sum);
+  add_to(total, sum);
 }
 
 struct BulkProblem {
@@ -159,7 +165,7 @@ __global__ void __launch_bounds__(32 * kBulkWarps)
       parity ^= 1;
     }
   }
-  atomicAdd(total, sum);
+  add_to(total, sum);
 #else
   __trap();
 #endif
