@@ -33,30 +33,19 @@ __device__ __forceinline__ void copy_bulk_to(void* shared, const void* global, i
       : "memory");
 }
 
-// Arrives at the barrier that lies in CTA `cta` of the cluster where `barrier` lies in this one.
+// Arrives at the barrier that lies in CTA `cta` of the cluster where `barrier` lies in this one. What
+// this thread wrote is not made visible there (that would take a fence of the whole GPU): it says no
+// more than that a place may be overwritten by copies.
 __device__ __forceinline__ void barrier_arrive_at(Barrier* barrier, uint32_t cta) {
   asm volatile(
       "{\n"
       ".reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
       "}" ::"r"(shared_address(barrier)),
       "r"(cta)
       : "memory");
 }
-// barrier_wait for a barrier at which threads of other CTAs arrive.
-__device__ __forceinline__ void barrier_wait_for_cluster(Barrier* barrier, int parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred complete;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 complete, [%0], %1;\n"
-      "@!complete bra again;\n"
-      "}" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
-}
-
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));

@@ -6,10 +6,10 @@
 namespace primitives {
 namespace {
 
-constexpr int kTileBytes = 16 << 10;
+constexpr int kTileBytes = 32 << 10;
 constexpr int kStages = 4;
-constexpr int kTilesInL2 = 512;  // 8 MiB: they stay in L2
-constexpr int kTiles = 2048;     // that each CTA takes
+constexpr int kTilesInL2 = 256;  // 8 MiB: they stay in L2
+constexpr int kTiles = 1024;     // that each CTA takes
 constexpr int kThreads = 128;
 
 // The number of the tile that is `number`-th in a cluster: the same for all its CTAs, while clusters
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 1
     for (int number = 0; number < kTiles + kStages - 1; ++number) {
       if (number < kTiles) {
-        barrier_wait_for_cluster(empty + stage, parity ^ 1);
+        barrier_wait(empty + stage, parity ^ 1);
         barrier_arrive_expect(full + stage, kTileBytes);
         const uint8_t* tile = data + tile_of(cluster, number) * kTileBytes;
         uint8_t* shared = stages + stage * kTileBytes;
