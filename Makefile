@@ -87,13 +87,13 @@ kernels: $(INSTALLED) $(OLDEST_TRITON) ## resources of the compiled CUDA and Tri
 lint: $(INSTALLED) ## ruff, clang-format, mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'benchmarks/*.cu' 'benchmarks/*.cuh')
 	$(PY) -m mypy
 
 format: $(INSTALLED) ## rewrite the sources as ruff and clang-format want them
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'benchmarks/*.cu' 'benchmarks/*.cuh')
 
 clean: ## remove what was built, and keep .venv
 	rm -rf build dist *.egg-info pylora/*.so
