@@ -80,9 +80,9 @@ $(OLDEST_TRITON): $(INSTALLED)
 	mv $@.part $@
 
 kernels: $(INSTALLED) $(OLDEST_TRITON) ## resources of the compiled CUDA and Triton kernels, compared with the committed tables
-	$(PY) benchmarks/kernel_resources.py
-	env -u PYTHONSAFEPATH $(PY) -m benchmarks.triton_resources
-	env -u PYTHONSAFEPATH PYTHONPATH=$(OLDEST_TRITON) $(PY) -m benchmarks.triton_resources
+	env -u PYTHONSAFEPATH $(PY) -m benchmarks.resources.cuda
+	env -u PYTHONSAFEPATH $(PY) -m benchmarks.resources.triton
+	env -u PYTHONSAFEPATH PYTHONPATH=$(OLDEST_TRITON) $(PY) -m benchmarks.resources.triton
 
 lint: $(INSTALLED) ## ruff, clang-format, mypy
 	$(PY) -m ruff check .
