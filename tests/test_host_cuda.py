@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 import torch
 from host_cuda import DTYPES, SEEDS, run
-from host_cuda.linear import ADAPTERS, SHARED, check_linear
+from host_cuda.linear import ADAPTERS, check_linear, check_linear_backward
 from torch import Tensor
 
-import pylora
 from pylora import nf4, reference
 from pylora.reference.activation import ACTIVATIONS
-from pylora.testing import assert_as_accurate_as_torch
 
 DEQUANTIZE_CTA = 8 * 1024  # elements
 QUANTIZE_TILE = 4096
@@ -266,38 +263,6 @@ def test_linear_plans(lora_linear, shape, gpu: str, processors: int, slices: int
 @pytest.fixture(scope="module")
 def nf4_linear_backward(compiled) -> Path:
     return compiled("nf4_linear_backward", "nf4_linear_backward", "lora_plan")
-
-
-def check_linear_backward(
-    program: Path,
-    shape: tuple[int, int, int],
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    blocksize: int = 64,
-    nested: bool = False,
-    misalign: int = 0,
-    scale: float = 1.0,
-    processors: int = 2,
-    gpu: str = "H200",
-    seed: int = 0,
-) -> tuple[Tensor, int]:
-    """Runs grad [M, N] on W [N, K] and judges dx by the numerics rule.
-
-    Returns dx and the number of slices of N.
-    """
-    M, N, K = shape
-    generator = torch.Generator().manual_seed(M + N + K)
-    weight = torch.randn(N, K, generator=generator) / K**0.5
-    w = pylora.quantize_nf4(weight, blocksize, nested)
-    grad = (torch.randn(M, N, generator=generator) * scale).to(dtype)
-    header = [M, N, K, DTYPES.index(dtype), blocksize, w.nested_blocksize, nested]
-    header += [misalign, processors, SHARED[gpu] << 10]
-    weights = [t.reshape(-1) for t in w.tensors().values()]
-    stdout, stderr = run(program, [torch.tensor(header), grad, *weights], seed)
-    dx = torch.frombuffer(stdout, dtype=dtype).view(M, K)
-    arguments = (grad, *w.op_arguments(), K)
-    assert_as_accurate_as_torch(dx, reference.nf4_linear_backward, *arguments)
-    return dx, int(re.findall(r"slices (\d+)", stderr)[-1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from host_cuda import DTYPES, SEEDS, run, start
+from host_cuda import DRIVER, DTYPES, HOPPER_KERNELS, SEEDS, run, start
 from host_cuda.linear import check_linear
 from torch import Tensor
 
@@ -20,9 +20,7 @@ from pylora.testing import assert_as_accurate_as_torch
 
 @pytest.fixture(scope="module")
 def hopper(compiled) -> Path:
-    twins = ["tests/host_cuda/tensor_map.cpp"]
-    kernels = ("nf4_linear_hopper", "hopper_plan", "lora_hidden_many")
-    return compiled("nf4_linear_hopper", *kernels, twins=twins)
+    return compiled("nf4_linear_hopper", *HOPPER_KERNELS, twins=DRIVER)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

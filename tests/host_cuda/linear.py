@@ -94,3 +94,35 @@ def check_linear(
             arguments += (bias, *lora[2:], scaling, dropout_p, dropout_seed, activation)
             assert_as_accurate_as_torch((y, h), reference.lora_linear, *arguments)
     return y, {name: int(n) for name, n in re.findall(r"(\w+) (\d+)", stderr.splitlines()[-1])}
+
+
+def check_linear_backward(
+    program: Path,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    blocksize: int = 64,
+    nested: bool = False,
+    misalign: int = 0,
+    scale: float = 1.0,
+    processors: int = 2,
+    gpu: str = "H200",
+    seed: int = 0,
+) -> tuple[Tensor, int]:
+    """Runs grad [M, N] on W [N, K] and judges dx by the numerics rule.
+
+    Returns dx and the number of slices of N.
+    """
+    M, N, K = shape
+    generator = torch.Generator().manual_seed(M + N + K)
+    weight = torch.randn(N, K, generator=generator) / K**0.5
+    w = pylora.quantize_nf4(weight, blocksize, nested)
+    grad = (torch.randn(M, N, generator=generator) * scale).to(dtype)
+    header = [M, N, K, DTYPES.index(dtype), blocksize, w.nested_blocksize, nested]
+    header += [misalign, processors, SHARED[gpu] << 10]
+    weights = [t.reshape(-1) for t in w.tensors().values()]
+    stdout, stderr = run(program, [torch.tensor(header), grad, *weights], seed)
+    dx = torch.frombuffer(stdout, dtype=dtype).view(M, K)
+    arguments = (grad, *w.op_arguments(), K)
+    assert_as_accurate_as_torch(dx, reference.nf4_linear_backward, *arguments)
+    return dx, int(re.findall(r"slices (\d+)", stderr)[-1])
