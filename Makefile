@@ -10,11 +10,11 @@ export PYTHONSAFEPATH := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test asan check bench gpu kernels lint format clean
+.PHONY: help install demo test asan check headers bench gpu gpu-extension gpu-wheels kernels lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -50,13 +50,29 @@ asan: $(INSTALLED) ## the CPU kernels' tests under AddressSanitizer and UBSan
 check: $(INSTALLED) ## every kernel that can run here against the reference
 	cd $(VENV) && bin/python -m pylora check
 
+headers: $(INSTALLED) ## the files that include torch compile against every torch that pylora promises (fetches headers)
+	env -u PYTHONSAFEPATH $(PY) -m tools.torch_headers
+
 bench: $(INSTALLED) ## the quick benchmark suite on this CPU and its report, in build/bench (OP=… for one op)
 	env -u PYTHONSAFEPATH $(PY) -m benchmarks run --suite quick --device cpu $(if $(OP),--op $(OP)) --out build/bench
 	env -u PYTHONSAFEPATH $(PY) -m benchmarks report build/bench
 
-# Made for a bare machine without a network: any Python that has torch will do.
-gpu: ## all that needs a GPU, in under ten minutes; results in build/gpu (OUT=…, WHEELS=…, STEPS=…; DRY=1: without launches)
-	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) benchmarks/gpu.py $(if $(OUT),--out $(OUT)) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(STEPS),--steps $(STEPS)) $(if $(DRY),--dry)
+# Made for a bare machine without a network: any Python that has torch will do. PYTHON=… names it; without,
+# it is that of .venv if there is one.
+GPU_PYTHON = $(if $(and $(filter file,$(origin PYTHON)),$(wildcard $(PY))),$(PY),$(PYTHON))
+gpu: ## what needs a GPU, see docs/gpu-run.md (CALL=1…4 or STEPS=…; OUT=… WHEELS=… BUDGET=seconds; DRY=1: without a GPU)
+	env -u PYTHONSAFEPATH $(GPU_PYTHON) -m benchmarks.gpu $(if $(CALL),--call $(CALL)) $(if $(STEPS),--steps $(STEPS)) \
+		$(if $(OUT),--out $(OUT)) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(BUDGET),--budget $(BUDGET)) $(if $(DRY),--dry)
+
+# What is carried to such a machine is made for its version of Python.
+GPU_PYTHON_VERSION ?= 3.12
+gpu-wheels: $(INSTALLED) ## small wheels to carry to a GPU machine, in build/gpu-wheels (GPU_PYTHON_VERSION=3.12 HAVE="peft …")
+	env -u PYTHONSAFEPATH $(PY) -m benchmarks.gpu.wheels --python $(GPU_PYTHON_VERSION) $(if $(HAVE),--have $(HAVE))
+
+# Another Python compiles with the headers and libraries in .venv, none of which depends on its version.
+gpu-extension: $(INSTALLED) ## the extension to carry to a GPU machine, in pylora/ (GPU_PYTHON_VERSION=3.12 PYLORA_CUDA_ARCHS=90a)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHONPATH="$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+		PYLORA_CUDA_ARCHS="$${PYLORA_CUDA_ARCHS-90a}" python$(GPU_PYTHON_VERSION) setup.py --quiet build_ext --inplace
 
 $(OLDEST_TRITON): $(INSTALLED)
 	rm -rf $@ $@.part
@@ -64,20 +80,20 @@ $(OLDEST_TRITON): $(INSTALLED)
 	mv $@.part $@
 
 kernels: $(INSTALLED) $(OLDEST_TRITON) ## resources of the compiled CUDA and Triton kernels, compared with the committed tables
-	$(PY) benchmarks/kernel_resources.py
-	env -u PYTHONSAFEPATH $(PY) -m benchmarks.triton_resources
-	env -u PYTHONSAFEPATH PYTHONPATH=$(OLDEST_TRITON) $(PY) -m benchmarks.triton_resources
+	env -u PYTHONSAFEPATH $(PY) -m benchmarks.resources.cuda
+	env -u PYTHONSAFEPATH $(PY) -m benchmarks.resources.triton
+	env -u PYTHONSAFEPATH PYTHONPATH=$(OLDEST_TRITON) $(PY) -m benchmarks.resources.triton
 
 lint: $(INSTALLED) ## ruff, clang-format, mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'benchmarks/*.cu' 'benchmarks/*.cuh')
 	$(PY) -m mypy
 
 format: $(INSTALLED) ## rewrite the sources as ruff and clang-format want them
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'benchmarks/*.cu' 'benchmarks/*.cuh')
 
 clean: ## remove what was built, and keep .venv
 	rm -rf build dist *.egg-info pylora/*.so

@@ -4,6 +4,7 @@
     CXX                 the C++ compiler (default: c++, g++ or clang++)
     CUDA_HOME           the CUDA toolkit (default: that of the nvcc on PATH); empty: no GPU kernels
     PYLORA_CUDA_ARCHS   narrows the GPU architectures, such as "80;90a;100+PTX"
+    PYLORA_EXTENSION    a compiled extension to install as it is, instead of compiling
     PYLORA_SANITIZE     builds with -fsanitize=..., such as "address,undefined" (see `make asan`)
 
 What is missing is left out with one line that says so: without nvcc the GPU kernels, without a
@@ -12,6 +13,7 @@ compiler or torch the whole extension (pylora then runs on PyTorch alone). No GP
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -140,6 +142,15 @@ class Cuda:
         )
 
 
+def source_digest() -> str:
+    """The same for the same sources and flags; a compiled extension says from which it was made."""
+    digest = hashlib.sha256()
+    for path in [ROOT / "setup.py", *sorted((ROOT / "csrc").glob("**/*.[ch]*"))]:
+        digest.update(f"{path.relative_to(ROOT)} {path.stat().st_size}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def torch_folder() -> Path | None:
     """Where torch is installed. Its version and headers are files: importing it takes seconds."""
     spec = importlib.util.find_spec("torch")
@@ -158,8 +169,9 @@ def extension_or_reason() -> tuple[list[Extension], str | None]:
         return [], f"the extension is built on Linux alone, and this is {sys.platform}"
     if torch_folder() is None:
         return [], "torch is not installed where this build runs"
-    if tuple(map(int, importlib.metadata.version("torch").split(".")[:2])) < TORCH_TARGET:
-        return [], f"torch is {importlib.metadata.version('torch')}, and the extension needs 2.10"
+    torch_version = importlib.metadata.version("torch")
+    if tuple(map(int, torch_version.split(".")[:2])) < TORCH_TARGET:
+        return [], "torch is {}, and the extension needs {}.{}".format(torch_version, *TORCH_TARGET)
     if importlib.util.find_spec("pybind11") is None:
         return [], "pybind11 is not installed where this build runs"
     compiler = find_compiler()
@@ -171,6 +183,66 @@ def extension_or_reason() -> tuple[list[Extension], str | None]:
     return [Extension("pylora._C", sources, depends=files)], None
 
 
+@dataclass(frozen=True)
+class Compilation:
+    """How each source is compiled. tools/torch_headers.py runs the same commands."""
+
+    compiler: list[str]
+    torch_include: Path
+    cuda: Cuda | None
+    version: str
+
+    def command(self, path: Path) -> list[str] | None:
+        """The command without input and output; None if this build leaves the source out."""
+        on_gpu = path.parts[1] == "cuda"
+        if on_gpu and self.cuda is None:
+            return None
+        if path.suffix == ".cu":
+            return [
+                str(self.cuda.nvcc), "-std=c++20", "-O3", "-DNDEBUG", "-Icsrc",
+                *self.cuda.gencode(), "-ccbin", self.compiler[-1],
+                "-Xcompiler", "-fPIC,-fvisibility=hidden", "-t", str(max_jobs()),
+            ]  # fmt: skip
+        isa = isa_flags(path.stem)
+        if path.suffix != ".cpp" or isa is None:
+            return None
+        command = [*self.compiler, *CXX_FLAGS, "-Icsrc", *isa]
+        if path.name == "bindings.cpp":
+            command += self._python_flags()  # before torch's, which may hold a pybind11 of its own
+        if is_torch_facing(path):
+            command += self._torch_flags()
+        if path.name == "source_digest.cpp":
+            command += [f'-DPYLORA_SOURCE_DIGEST="{source_digest()}"']
+        if on_gpu:
+            command += ["-isystem", f"{self.cuda.home}/include"]
+        return command
+
+    def _torch_flags(self) -> list[str]:
+        target = "0x{:02x}{:02x}000000000000".format(*TORCH_TARGET)
+        # -isystem keeps warnings about torch's own headers out.
+        return ["-isystem", str(self.torch_include), f"-DTORCH_TARGET_VERSION={target}"]
+
+    def _python_flags(self) -> list[str]:
+        import pybind11
+
+        flags = [
+            "-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include(),
+            f'-DPYLORA_VERSION="{self.version}"',
+            f'-DPYLORA_TORCH_TARGET="{TORCH_TARGET[0]}.{TORCH_TARGET[1]}"',
+        ]  # fmt: skip
+        if self.cuda is not None:
+            flags += [
+                f'-DPYLORA_CUDA_VERSION="{self.cuda.version}"',
+                "-DPYLORA_CUDA_ARCHS=" + ",".join(f'"{arch}"' for arch in self.cuda.archs),
+            ]
+        return flags
+
+
+def is_torch_facing(path: Path) -> bool:
+    """Only bindings.cpp and the bind files see torch's headers; kernels take raw pointers."""
+    return path.suffix == ".cpp" and path.name.startswith("bind")
+
+
 class BuildExtension(build_ext):
     """Compiles file by file, with flags by file name, which setuptools' own compiler cannot do.
 
@@ -179,6 +251,11 @@ class BuildExtension(build_ext):
     """
 
     def build_extension(self, ext: Extension) -> None:
+        given = os.environ.get("PYLORA_EXTENSION")
+        if given:
+            say(f"the extension is {given}, and nothing is compiled")
+            self._put(Path(given), ext)
+            return
         tag = "-".join([sys.implementation.cache_tag, *SANITIZE.split(",")]).rstrip("-")
         objects = ROOT / "build" / tag
         objects.mkdir(parents=True, exist_ok=True)
@@ -187,64 +264,31 @@ class BuildExtension(build_ext):
             say("nvcc was not found (CUDA_HOME, PATH): building without the GPU kernels")
         else:
             say(f"GPU kernels with CUDA {cuda.version} for {', '.join(cuda.archs)}")
-        steps = self._compile_steps(objects, cuda)
+        torch_include = torch_folder() / "include"
+        version = self.distribution.get_version()
+        compilation = Compilation(find_compiler(), torch_include, cuda, version)
+        steps = self._compile_steps(objects, compilation)
         built = objects / "_C.so"
         steps.append(self._link_step(built, [step.output for step in steps], cuda))
         run_steps(objects, steps)
+        self._put(built, ext)
+
+    def _put(self, built: Path, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Removed first: to write into a file that a running Python has mapped would crash it.
-        target.unlink(missing_ok=True)
-        shutil.copy2(built, target)
+        # Renamed: to write into a file that a running Python has mapped would crash it.
+        copy = target.with_name(f".{target.name}-{os.getpid()}")
+        shutil.copy2(built, copy)
+        os.replace(copy, target)
 
-    def _compile_steps(self, objects: Path, cuda: Cuda | None) -> list[Step]:
-        import pybind11
-
-        compiler = find_compiler()
-        torch_target = "0x{:02x}{:02x}000000000000".format(*TORCH_TARGET)
-        # Only bindings.cpp and the bind files include these; -isystem keeps their warnings out.
-        torch_flags = [
-            "-isystem",
-            f"{torch_folder()}/include",
-            f"-DTORCH_TARGET_VERSION={torch_target}",
-        ]
-        python_flags = [
-            "-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include(),
-            f'-DPYLORA_VERSION="{self.distribution.get_version()}"',
-            f'-DPYLORA_TORCH_TARGET="{TORCH_TARGET[0]}.{TORCH_TARGET[1]}"',
-        ]  # fmt: skip
-        if cuda is not None:
-            python_flags += [
-                f'-DPYLORA_CUDA_VERSION="{cuda.version}"',
-                "-DPYLORA_CUDA_ARCHS=" + ",".join(f'"{arch}"' for arch in cuda.archs),
-            ]
-
+    def _compile_steps(self, objects: Path, compilation: Compilation) -> list[Step]:
         steps = []
         for source in sorted((ROOT / "csrc").glob("**/*.c*")):
             path = source.relative_to(ROOT)
             output = objects / path.with_suffix(f"{path.suffix}.o")
             depfile = Path(f"{output}.d")
-            on_gpu = path.parts[1] == "cuda"
-            if on_gpu and cuda is None:
-                continue
-            if path.suffix == ".cu":
-                command = [
-                    str(cuda.nvcc), "-std=c++20", "-O3", "-DNDEBUG", "-Icsrc", *cuda.gencode(),
-                    "-ccbin", compiler[-1], "-Xcompiler", "-fPIC,-fvisibility=hidden",
-                    "-t", str(max_jobs()),
-                ]  # fmt: skip
-            elif path.suffix == ".cpp":
-                isa = isa_flags(path.stem)
-                if isa is None:
-                    continue
-                command = [*compiler, *CXX_FLAGS, "-Icsrc", *isa]
-                if path.name == "bindings.cpp":
-                    command += torch_flags + python_flags
-                elif path.name.startswith("bind"):
-                    command += torch_flags
-                if on_gpu:
-                    command += ["-isystem", f"{cuda.home}/include"]
-            else:
+            command = compilation.command(path)
+            if command is None:
                 continue
             command += ["-MD", "-MF", str(depfile), "-c", str(path), "-o", str(output)]
             steps.append(Step(output, [source], command, depfile))
@@ -272,7 +316,7 @@ class BuildExtension(build_ext):
 
 
 def isa_flags(stem: str) -> list[str] | None:
-    """Flags for a C++ file by the end of its name; None where the file is for other processors."""
+    """Flags for a C++ file by the end of its name; None if it is for another kind of processor."""
     for suffix in sorted(ISA_FLAGS, key=len, reverse=True):
         if stem.endswith(suffix):
             return ISA_FLAGS[suffix] if platform.machine() in ("x86_64", "AMD64") else None
@@ -284,7 +328,7 @@ def max_jobs() -> int:
 
 
 def run_steps(folder: Path, steps: list[Step]) -> None:
-    """Run what is out of date, or everything where there is no ninja. The last step is the link."""
+    """Run what is out of date, or everything if there is no ninja. The last step is the link."""
     for step in steps:
         step.output.parent.mkdir(parents=True, exist_ok=True)
     # The wheel of ninja puts it beside this Python, which need not be on PATH.
@@ -324,7 +368,12 @@ def run_without_ninja(steps: list[Step]) -> None:
     run(steps[-1])
 
 
-extensions, reason = extension_or_reason()
-if reason is not None:
-    say(f"{reason}: installing without the extension; pylora will run on PyTorch alone")
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension})
+def main() -> None:
+    extensions, reason = extension_or_reason()
+    if reason is not None:
+        say(f"{reason}: installing without the extension; pylora will run on PyTorch alone")
+    setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension})
+
+
+if __name__ == "__main__":  # pip's builds come here too
+    main()

@@ -1,4 +1,4 @@
-"""The command line: list, run, compare, report."""
+"""The command line: list, run, sweep, compare, report."""
 
 from __future__ import annotations
 
@@ -45,6 +45,15 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--seconds", type=float, help="time to spend on each cell; 0: a dry run")
     run.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
 
+    sweep = commands.add_parser("sweep", help="time every plan of the GPU kernels into one JSON")
+    sweep.add_argument("--device", choices=("cuda",), default="cuda")
+    sweep.add_argument("--out", type=Path, required=True, help="the file; a sweep in it is resumed")
+    sweep.add_argument("--seconds", type=float, default=300.0, help="time for this call in all")
+    sweep.add_argument("--kernels", type=_words, help="some of small,hopper,triton,product")
+    sweep.add_argument("--shape", type=_shape, action="append", help="OUTxIN instead of the four")
+    sweep.add_argument("--rows", type=_numbers, help="values of M instead of 1 to 8192: 1,16,...")
+    sweep.add_argument("--seed", type=int, default=0, help="seed of the random data")
+
     compare = commands.add_parser("compare", help="what changed between two runs of one op")
     compare.add_argument("before", type=Path)
     compare.add_argument("after", type=Path)
@@ -87,6 +96,12 @@ def _list(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     from benchmarks.runner import run
+
+    return run(arguments)
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from benchmarks.sweep import run
 
     return run(arguments)
 

@@ -156,7 +156,3 @@ class Bench:
     outputs: int = 1
     shapes: tuple[tuple[int, int], ...] = ()
     in_quick: bool = True
-
-    def weight_bytes(self, cell: Cell, contender: Contender) -> float:
-        """Bytes of all base weights of a cell as this contender holds them."""
-        return sum(weight_bytes(layer, contender) for layer in self.layers(cell))

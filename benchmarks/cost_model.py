@@ -5,7 +5,7 @@
 Arithmetic, not a measurement: the rules of `pylora.kernels.configs` say which launches a layer
 takes, each is charged what it must read, write, multiply and, over NF4, decode. A launch is as slow
 as the slowest of the three; the launches of a layer follow each other. The defaults are an H200's
-data sheet; instructions come from the committed table of `benchmarks.triton_resources`.
+data sheet; instructions come from the committed table of `benchmarks.resources.triton`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import argparse
 import json
 from dataclasses import dataclass
 
+from benchmarks.resources.triton import TABLE
 from benchmarks.shapes import MODELS
-from benchmarks.triton_resources import TABLE
 from pylora.kernels import configs
 from pylora.kernels.launch import Facts
 

@@ -1,4 +1,5 @@
 """The speeds this project aims at on a CPU, as data, and what runs measured against them.
+Those on a GPU are in cuda_goals.py.
 
 Every goal counts LoRA r=16 on our side and none on the other. "Best mode" of bitsandbytes is the
 faster of its train and eval modes in the same cell. A goal is met where it is met for every shape.
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import cuda_goals
 from benchmarks.results import result_of
 from benchmarks.shapes import FORWARD, QUICK_SHAPES, TRAINING
 from benchmarks.tables import BASE_ONLY, OURS, aligned
@@ -149,7 +151,15 @@ def verdict(outcome: Outcome) -> str:
 
 
 def goals_table(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Goals that these runs say something about; "" where none does."""
+    """Goals on a CPU that the CPU runs among these say something about, and all goals on a GPU if
+    there is a GPU run."""
+    tables = [cuda_goals.goals_table(runs)]
+    if any(run["machine"]["device"] == "cpu" for run in runs):
+        tables.insert(0, _cpu_table(runs))
+    return "\n\n".join(table for table in tables if table)
+
+
+def _cpu_table(runs: Sequence[Mapping[str, Any]]) -> str:
     found = [o for o in outcomes(runs) if o.met is not None or o.note.startswith("this")]
     if not found:
         return "no CPU goal was measured"

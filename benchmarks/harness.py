@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -15,15 +16,19 @@ from benchmarks import memory, roofline
 from benchmarks.accuracy import Oracles, Verdict
 from benchmarks.calls import bind, comparable, draw
 from benchmarks.contender import Bench, Contender, Layer
+from benchmarks.cuda_timing import GraphTimer, eager_timer
 from benchmarks.machine import last_level_cache
 from benchmarks.operands import Operands
 from benchmarks.shapes import BACKWARD, Cell
 from benchmarks.statistics import rounds, sample_counts, summarize
-from benchmarks.timing import EAGER, GRAPH, Call, captured
+from benchmarks.timing import EAGER, GRAPH, Call, Timer
 
 CONTROL = "pylora (control)"
-# Inputs rotate over this many times the last-level cache, in at most so many copies of a layer.
+# The calls of a rotation move this many times the bytes of the last-level cache, over at most so
+# many copies of a layer.
 CACHES, MOST_LAYERS = 3, 256
+# A graph holds this many calls, or as many as take this many seconds: its launch is lost in either.
+GRAPH_CALLS, GRAPH_SECONDS = 32, 2e-3
 LEAST_SAMPLES, MOST_SAMPLES = 5, 60
 _SHAPES_REMEMBERED = 3
 _QUICK_CALL = 0.05  # seconds
@@ -38,12 +43,15 @@ class Entry:
     """One contender in one cell, on its way through check, timing and memory."""
 
     contender: Contender
-    calls: list[Call] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)  # one for each of the layers
     layers: list[Layer] = field(default_factory=list)
+    judge: Callable[[Layer, Any], Verdict] | None = None  # of the raw result of a layer's call
     path: str = ""
     status: str = OK
     note: str = ""
+    timer: Timer | None = None
     samples: list[float] = field(default_factory=list)
+    host_samples: list[float] = field(default_factory=list)
 
     @property
     def runs(self) -> bool:
@@ -85,7 +93,12 @@ class Harness:
         self._check(bench, cell, entries)
         reports = []
         for timing in self._timings(cell):
-            timed = [e if timing == EAGER else _as_graph(e) for e in entries]
+            timed = entries
+            if timing == GRAPH:
+                timed = [_as_graph(entry) for entry in entries]
+            else:
+                for entry in entries:
+                    entry.timer = eager_timer(entry.calls, self.device)
             self._time(timed)
             for entry in timed:
                 if entry.samples:
@@ -116,17 +129,17 @@ class Harness:
         return f"left out, since a call with M={rows} took {seconds:.2g} s"
 
     def _rotation(self, bench: Bench, contender: Contender, cell: Cell) -> list[Layer]:
-        """As many layers, each over memory of its own, as exceed the cache several times."""
+        """As many layers, each over memory of its own, as move several times what the cache
+        holds."""
         shape = (bench.op, cell.out_features, cell.in_features, cell.dtype)
         if shape != self._layers_of:
             self._layers, self._layers_of = {}, shape
-        if contender.name not in self._layers:
-            operands = self.operands(cell)
-            needed = CACHES * last_level_cache(self.device) / bench.weight_bytes(cell, contender)
-            # Zero seconds is a dry run: it checks everything, and its times mean nothing.
-            count = max(2, min(MOST_LAYERS, math.ceil(needed))) if self.seconds else 2
-            self._layers[contender.name] = [contender.build(operands) for _ in range(count)]
-        return self._layers[contender.name]
+        needed = CACHES * last_level_cache(self.device) / bench.work(cell, contender).bytes
+        # Zero seconds is a dry run: it checks everything, and its times mean nothing.
+        count = max(2, min(MOST_LAYERS, math.ceil(needed))) if self.seconds else 2
+        layers = self._layers.setdefault(contender.name, [])
+        layers += [contender.build(self.operands(cell)) for _ in range(count - len(layers))]
+        return layers[:count]
 
     def operands(self, cell: Cell) -> Operands:
         """The operands of a shape; those of the last few shapes are kept for the next op."""
@@ -142,48 +155,49 @@ class Harness:
         """Binds every call, and judges each contender's first result: ours is refused where it is
         wrong, a peer's is timed and marked."""
         operands = self.operands(cell)
-        inputs: list[Any] = []
+        inputs = draw(cell, operands)  # the values of all calls; each has a copy of its own
         oracles = Oracles(bench, operands, cell.mode)
         for entry in entries:
             if not entry.runs:
                 continue
             with _recorded(entry):
                 for index, layer in enumerate(entry.layers):
-                    while len(inputs) <= index:
-                        inputs.append(draw(cell, operands))
-                    call, x, grad = bind(cell, entry.contender, layer, operands, inputs[index])
+                    call, x, grad = bind(cell, entry.contender, layer, operands, inputs)
                     entry.calls.append(call)
                     if index == 0:
-                        result = comparable(cell, layer, call.once())
-                        verdict = oracles.check(entry.contender, layer, x, grad, result)
-                        _judge(entry, verdict)
+                        entry.judge = _judging(oracles, cell, entry.contender, x, grad)
+                        _judge(entry, entry.judge(layer, call.once()))
                         entry.path = _path(layer, call, x)
-                        del result
 
     def _time(self, entries: list[Entry]) -> None:
         """Round-robin over contenders, each over its own rotation of inputs."""
         running = {e.contender.name: e for e in entries if e.runs}
         for entry in list(running.values()):
             with _recorded(entry):
-                estimate = entry.calls[0].seconds(self.device)
-                if estimate < _QUICK_CALL:  # the first calls may still have set something up
-                    estimate = min(call.seconds(self.device) for call in entry.calls[:2])
-                entry.samples = [estimate]
+                _sample(entry, 0)
+                if entry.samples[0] < _QUICK_CALL:  # the first calls may still set something up
+                    entry.samples.clear()
+                    entry.host_samples.clear()
+                    for turn in range(2):
+                        _sample(entry, turn)
             if not entry.runs:
                 del running[entry.contender.name]
         if not running:
             return
-        estimates = {name: entry.samples[0] for name, entry in running.items()}
+        estimates = {
+            name: min(entry.samples) * entry.timer.calls_a_sample
+            for name, entry in running.items()
+            if entry.timer is not None
+        }
         counts = sample_counts(estimates, self.seconds, LEAST_SAMPLES, MOST_SAMPLES)
         for name in [name for name, count in counts.items() if count > 1]:
             running[name].samples.clear()
+            running[name].host_samples.clear()
         counts = {name: count for name, count in counts.items() if count > 1}
         with _no_garbage_collection():
             for turn in rounds(counts, self.seed):
                 for name in turn:
-                    entry = running[name]
-                    call = entry.calls[len(entry.samples) % len(entry.calls)]
-                    entry.samples.append(call.seconds(self.device))
+                    _sample(running[name], len(running[name].samples))
 
     def _report(
         self, bench: Bench, cell: Cell, timing: str, entries: list[Entry]
@@ -219,8 +233,10 @@ class Harness:
             "status": entry.status,
             "note": entry.note,
             "samples": len(entry.samples),
-            "rotation_bytes": int(len(entry.layers) * bench.weight_bytes(cell, contender)),
+            "rotation_bytes": int(len(entry.layers) * bench.work(cell, contender).bytes),
             "extra_memory_bytes": None,
+            "host_s": median(entry.host_samples) if entry.host_samples else None,
+            "timing_note": "",
         }
         names = ("median_s", "p20_s", "p80_s", "bytes_per_s", "flop_per_s", "of_roofline")
         result |= dict.fromkeys(names)
@@ -235,9 +251,22 @@ class Harness:
                 "flop_per_s": work.flop / summary.median,
                 "of_roofline": floor / summary.median,
             }
+            result["timing_note"] = self._timing_note(timing, entry, result["rotation_bytes"])
             if self.device.type == "cuda" and timing == EAGER:
                 result["extra_memory_bytes"] = memory.cuda_extra(entry.calls[0].once)
         return result
+
+    def _timing_note(self, timing: str, entry: Entry, rotation_bytes: int) -> str:
+        """What a reader of the times must know, "" if nothing."""
+        notes = [entry.timer.note] if entry.timer is not None and entry.timer.note else []
+        cache = last_level_cache(self.device)
+        flushed = self.device.type == "cuda" and timing == EAGER
+        if rotation_bytes < CACHES * cache and not flushed:
+            notes.append(
+                f"the rotation moves {rotation_bytes / 2**20:.1f} MiB, less than {CACHES} times "
+                f"the last-level cache of {cache / 2**20:.1f} MiB: some of it may come from there"
+            )
+        return "; ".join(notes)
 
 
 def _kind(contender: Contender, cell: Cell) -> tuple[Any, ...]:
@@ -255,13 +284,47 @@ def _path(layer: Layer, call: Call, x: Any) -> str:
         return layer.path(x)
 
 
+def _judging(
+    oracles: Oracles, cell: Cell, contender: Contender, x: Any, grad: Any
+) -> Callable[[Layer, Any], Verdict]:
+    """Judges the raw results of a contender's layers for these x and grad."""
+
+    def judge(layer: Layer, raw: Any) -> Verdict:
+        return oracles.check(contender, layer, x, grad, comparable(cell, layer, raw))
+
+    return judge
+
+
+def _sample(entry: Entry, turn: int) -> None:
+    assert entry.timer is not None
+    sample = entry.timer.sample(turn)
+    entry.samples.append(sample.seconds)
+    if sample.host is not None:
+        entry.host_samples.append(sample.host)
+
+
 def _as_graph(entry: Entry) -> Entry:
-    """The same contender with each call captured, or the reason why it cannot be."""
-    graphed = replace(entry, calls=[], samples=[])
-    if entry.runs:
-        with _recorded(graphed):
-            graphed.calls = [captured(call) for call in entry.calls]
+    """The same contender with its whole rotation in one graph, each call of which is checked, or
+    the reason why it cannot be captured."""
+    graphed = replace(entry, timer=None, samples=[], host_samples=[])
+    if not entry.runs:
+        return graphed
+    with _recorded(graphed):
+        timer = GraphTimer(entry.calls, passes_of(len(entry.calls), min(entry.samples)))
+        assert entry.judge is not None
+        for layer, raw in zip(entry.layers, timer.replayed(), strict=True):
+            verdict = entry.judge(layer, raw)
+            if not verdict.passes:
+                _judge(graphed, verdict)
+                break
+        graphed.timer = timer
     return graphed
+
+
+def passes_of(calls: int, seconds: float) -> int:
+    """How often a graph repeats a rotation of so many calls, each of which takes so long."""
+    enough = min(GRAPH_CALLS, GRAPH_SECONDS / seconds)
+    return max(1, math.ceil(enough / calls))
 
 
 @contextmanager

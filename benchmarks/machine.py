@@ -100,6 +100,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
+        facts["caches"] = {**cache_bytes(), "GPU L2": cuda_l2_bytes()}
         facts["gpu"] = f"{properties.name}, {properties.total_memory >> 30} GiB"
         facts["driver"] = _output(
             "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
@@ -120,7 +121,14 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> dict[str, Any] | None:
-    """{"hash", "dirty"} of the checkout this runs from; None where it is no git checkout."""
+    """{"hash", "dirty"} of the checkout this runs from; None if nothing tells.
+
+    A copy without git is told by PYLORA_COMMIT; "-dirty" at its end says that files differ from
+    the commit, as in the output of `git describe --always --abbrev=40 --dirty --exclude '*'`.
+    """
+    told = os.environ.get("PYLORA_COMMIT")
+    if told:
+        return {"hash": told.removesuffix("-dirty"), "dirty": told.endswith("-dirty")}
     revision = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
     if not revision:
         return None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from benchmarks import goals, plots
+from benchmarks import cuda_goals, goals, plots
 from benchmarks.results import result_of, write_atomically
 from benchmarks.shapes import QUICK_SHAPES, layers_named
 from benchmarks.statistics import BUSY, CONTROL_TOLERANCE
@@ -16,8 +16,11 @@ from benchmarks.tables import (
     CONTROL,
     OURS,
     contenders_of,
+    device_seconds,
     duration,
+    has_host_times,
     ratio_to_ours,
+    seconds_as_called,
     shape_name,
     size,
 )
@@ -44,13 +47,16 @@ svg { max-width: 100%; height: auto; }
 """
 
 _EXPLANATION = f"""<p>Medians of single calls, contenders in random order in each round, inputs
-rotated past the last-level cache, every result first checked against float64. A ratio is a
-contender's time over pylora's: above 1 pylora is faster, below 1 it loses. The control is pylora
-against itself; beyond ±{CONTROL_TOLERANCE:.0%} the ratios beside it are in doubt. The limit is the
-bytes and FLOP that the contender's own format needs at least, at the speeds measured in the same
-run. <sup>!</sup> marks a peer whose result fails the numerics rule.</p>"""
+rotated past the last-level cache, every result first checked against float64. On a GPU they are
+times of the device alone; "host" is the time that Python and the driver need to issue a call, and
+many calls from Python take the slower of the two. A ratio is a contender's time over pylora's:
+above 1 pylora is faster, below 1 it loses. The control is pylora against itself; beyond
+±{CONTROL_TOLERANCE:.0%} the ratios beside it are in doubt. The limit is the bytes and FLOP that
+the contender's own format needs at least, at the speeds measured in the same run. <sup>!</sup>
+marks a peer whose result fails the numerics rule.</p>"""
 
 Run = Mapping[str, Any]
+Seconds = Callable[[Run], float]
 
 
 def write_report(runs: Sequence[Run], out: Path) -> list[Path]:
@@ -102,6 +108,7 @@ def _facts(run: Run) -> str:
 
 
 def _goals(runs: Sequence[Run]) -> Iterator[str]:
+    yield from _cuda_goals(runs)
     found = goals.outcomes(runs)
     if all(outcome.met is None for outcome in found):
         return
@@ -122,6 +129,22 @@ def _goals(runs: Sequence[Run]) -> Iterator[str]:
     yield "</section>"
 
 
+def _cuda_goals(runs: Sequence[Run]) -> Iterator[str]:
+    found = cuda_goals.outcomes(runs)
+    if not found:
+        return
+    yield f"<h2>Goals on a GPU: {cuda_goals.title(found)}</h2>"
+    yield "<p>The worst cell that each goal was measured in decides.</p>"
+    head = "".join(f'<th class="l">{escape(column)}</th>' for column in cuda_goals.HEAD)
+    rows = []
+    for outcome in found:
+        *cells, verdict = map(escape, cuda_goals.row(outcome))
+        style = {True: "win", False: "lose", None: "none"}[outcome.met]
+        columns = "".join(f'<td class="l">{text}</td>' for text in cells)
+        rows.append(f'<tr>{columns}<td class="l"><span class="tag {style}">{verdict}</span></td>')
+    yield f"<section><table><tr>{head}</tr>{'</tr>'.join(rows)}</tr></table></section>"
+
+
 def _goal_cell(goal: goals.Goal, value: float | None) -> str:
     if value is None:
         return '<td class="none">-</td>'
@@ -135,6 +158,9 @@ def _op(run: Run, figures: dict[str, bytes]) -> Iterator[str]:
         title = mode if timing == "eager" else f"{mode}, {timing}"
         yield f"<h3>{title}: how many times faster pylora is</h3>"
         yield _ratio_table(cells)
+        if any(map(has_host_times, cells)):
+            yield f"<h3>{title}, as called from Python: how many times faster pylora is</h3>"
+            yield _ratio_table(cells, seconds_as_called)
         what = f"{run['op']} {title}"
         pictures = {
             "speedup": plots.speedup(cells, f"{what}: how many times faster pylora is"),
@@ -151,9 +177,10 @@ def _op(run: Run, figures: dict[str, bytes]) -> Iterator[str]:
     yield _details(run)
 
 
-def _ratio_table(cells: Sequence[Run]) -> str:
-    names = contenders_of(cells)
-    head = "".join(f"<th>{escape(name)}</th>" for name in ("pylora", "of limit", *names, "control"))
+def _ratio_table(cells: Sequence[Run], seconds: Seconds = device_seconds) -> str:
+    names, with_host = contenders_of(cells), any(map(has_host_times, cells))
+    columns = ("pylora", *(["host"] if with_host else []), "of limit", *names, "control")
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     rows, last = [], None
     for cell in cells:
         ours, control = result_of(cell, OURS), cell["control_ratio"]
@@ -166,8 +193,9 @@ def _ratio_table(cells: Sequence[Run]) -> str:
             f"{opening}{first}"
             f"<td>{cell['rows'] or ''}</td>"
             f'<td class="ours">{duration(ours["median_s"]) if ours else "-"}</td>'
-            f"<td>{format(ours['of_roofline'], '.0%') if ours else '-'}</td>"
-            + "".join(_ratio_cell(cell, name) for name in names)
+            + (f"<td>{_host(ours)}</td>" if with_host else "")
+            + f"<td>{format(ours['of_roofline'], '.0%') if ours else '-'}</td>"
+            + "".join(_ratio_cell(cell, name, seconds) for name in names)
             + f'<td class="{"lose" if off else "none"}">'
             f"{format(control - 1, '+.1%') if control else '-'}</td></tr>"
         )
@@ -178,8 +206,12 @@ def _ratio_table(cells: Sequence[Run]) -> str:
     )
 
 
-def _ratio_cell(cell: Run, name: str) -> str:
-    ratio, result = ratio_to_ours(cell, name), result_of(cell, name)
+def _host(result: Run | None) -> str:
+    return duration(result["host_s"]) if result and result["host_s"] is not None else "-"
+
+
+def _ratio_cell(cell: Run, name: str, seconds: Seconds) -> str:
+    ratio, result = ratio_to_ours(cell, name, seconds), result_of(cell, name)
     if ratio is None:
         return '<td class="none">-</td>'
     style = "" if name == BASE_ONLY else "win" if ratio >= 1 else "lose"
@@ -189,7 +221,8 @@ def _ratio_cell(cell: Run, name: str) -> str:
 
 def _details(run: Run) -> str:
     """Every number of every contender, those that were not timed with the reason."""
-    columns = ("median", "p20", "p80", "samples", "GB/s", "GFLOP/s", "of limit", "extra memory")
+    columns = ("median", "p20", "p80", "samples", "host", "GB/s", "GFLOP/s", "of limit")
+    columns += ("extra memory",)
     head = "".join(f"<th>{column}</th>" for column in columns)
     rows = []
     for cell in run["cells"]:
@@ -212,16 +245,18 @@ def _details(run: Run) -> str:
 
 
 def _numbers(result: Run) -> str:
-    note = escape(f"{result['path']}. {result['note']}" if result["path"] else result["note"])
+    notes = (result["path"], result["note"], result["timing_note"])
+    note = escape(". ".join(text for text in notes if text))
     if result["median_s"] is None:
         return (
-            f'<td class="l none" colspan="8">{result["status"]}</td><td class="l path">{note}</td>'
+            f'<td class="l none" colspan="9">{result["status"]}</td><td class="l path">{note}</td>'
         )
     values = (
         duration(result["median_s"]),
         duration(result["p20_s"]),
         duration(result["p80_s"]),
         str(result["samples"]),
+        _host(result),
         f"{result['bytes_per_s'] / 1e9:.1f}",
         f"{result['flop_per_s'] / 1e9:.0f}",
         f"{result['of_roofline']:.0%}",

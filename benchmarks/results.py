@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
 NUMBER = (int, float)
 OPTIONAL_NUMBER = (int, float, type(None))
 
@@ -63,6 +63,8 @@ _RESULT: dict[str, Any] = {
     "samples": int,
     "rotation_bytes": int,
     "extra_memory_bytes": OPTIONAL_NUMBER,
+    "host_s": OPTIONAL_NUMBER,  # to issue an eager call to a GPU; null elsewhere
+    "timing_note": str,  # what a reader of the times must know
     **dict.fromkeys(
         ("median_s", "p20_s", "p80_s", "bytes_per_s", "flop_per_s", "of_roofline"), OPTIONAL_NUMBER
     ),
@@ -99,6 +101,7 @@ def load(path: Path) -> dict[str, Any]:
         raise InvalidResults(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise InvalidResults(f"{path} is not JSON: {error}") from error
+    _upgrade(run, str(path))
     _check_run(run, str(path))
     return run
 
@@ -119,22 +122,44 @@ def load_all(paths: Iterable[Path]) -> list[dict[str, Any]]:
     return runs
 
 
+def _upgrade(run: Any, where: str) -> None:
+    """Gives a run of schema 1 the fields that came with schema 2, in place.
+
+    Times on a GPU meant something else before: with launches in them, and after writes to the L2.
+    """
+    if not isinstance(run, dict) or run.get("schema") != 1:
+        return
+    check_fields(run, _RUN, where)
+    if run["machine"].get("device") != "cpu":
+        raise InvalidResults(
+            f"{where} has schema 1, whose times on a GPU cannot be compared with those of schema "
+            f"{SCHEMA}; run the benchmark again"
+        )
+    run["schema"] = SCHEMA
+    for cell in run["cells"]:
+        for result in cell.get("results", ()) if isinstance(cell, dict) else ():
+            if isinstance(result, dict):
+                result.setdefault("host_s", None)
+                result.setdefault("timing_note", "")
+
+
 def _check_run(run: Any, where: str) -> None:
     if not isinstance(run, Mapping):
         raise InvalidResults(f"{where} holds {type(run).__name__}; it must hold an object")
     if run.get("schema") != SCHEMA:
         raise InvalidResults(f"{where} has schema {run.get('schema')!r}; it must be {SCHEMA}")
-    _check_fields(run, _RUN, where)
-    _check_fields(run["machine"], _MACHINE, f"{where}, machine")
-    _check_fields(run["roofline"], _ROOFLINE, f"{where}, roofline")
+    check_fields(run, _RUN, where)
+    check_fields(run["machine"], _MACHINE, f"{where}, machine")
+    check_fields(run["roofline"], _ROOFLINE, f"{where}, roofline")
     for i, cell in enumerate(run["cells"]):
         here = f"{where}, cells[{i}]"
-        _check_fields(cell, _CELL, here)
+        check_fields(cell, _CELL, here)
         for j, result in enumerate(cell["results"]):
-            _check_fields(result, _RESULT, f"{here}.results[{j}]")
+            check_fields(result, _RESULT, f"{here}.results[{j}]")
 
 
-def _check_fields(value: Any, fields: Mapping[str, Any], where: str) -> None:
+def check_fields(value: Any, fields: Mapping[str, Any], where: str) -> None:
+    """Raises InvalidResults unless `value` has each of the fields, of its type."""
     if not isinstance(value, Mapping):
         raise InvalidResults(f"{where} is {type(value).__name__}; it must be an object")
     for name, types in fields.items():

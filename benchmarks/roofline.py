@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.contender import Work
+from benchmarks.cuda_timing import eager_timer
 from benchmarks.machine import last_level_cache
 from benchmarks.timing import Call
 
@@ -15,7 +16,8 @@ CUDA_MATMUL_SHAPES = ((8192, 8192, 8192),)
 
 def _best(call: Call, device: torch.device, times: int = 7) -> float:
     call.once()
-    return min(call.seconds(device) for _ in range(times))
+    timer = eager_timer([call], device)
+    return min(timer.sample(turn).seconds for turn in range(times))
 
 
 def measure(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:

@@ -52,7 +52,6 @@ def run(arguments: argparse.Namespace) -> int:
                 harness, bench, plan[bench.op], suite, arguments, facts, bar
             )
             runs.append(finished)
-            results.save(arguments.out / f"{bench.op}.json", finished)
             to_measure += [pair for pair in reports if _has_memory(pair[0], suite)]
     if device.type == "cpu" and suite.memory_rows:
         print("measuring peak memory, a process for each contender")
@@ -132,26 +131,37 @@ def _run_bench(
     facts: dict[str, Any],
     bar: Any,
 ) -> tuple[dict[str, Any], list[tuple[Cell, dict[str, Any]]]]:
-    """(the run of one op as JSON, its cells with their reports inside that JSON)."""
+    """(the run of one op as JSON, its cells with their reports inside that JSON).
+
+    The file is replaced after each cell, so that a run that is cut off keeps what it measured.
+    """
     begin = time.perf_counter()
     harness.measure_limits()
     contenders = selected(bench, arguments.against, suite.few_contenders)
     reports = []
-    for cell in cells:
-        bar.set_description(str(cell))
-        for report in harness.run(bench, contenders, cell):
-            reports.append((cell, report))
-            bar.write(cell_table(bench.op, report) + "\n")
-        bar.update()
-    finished = {
+    finished: dict[str, Any] = {
         "schema": results.SCHEMA,
         "op": bench.op,
         "suite": arguments.suite,
-        "date": machine.now(),
         "seed": harness.seed,
-        "seconds": round(time.perf_counter() - begin, 1),
         **facts,
-        "roofline": dict(harness.roofline),
-        "cells": [report for _, report in reports],
+        "cells": [],
     }
+
+    def save(cells_left: int) -> None:
+        finished["date"] = machine.now()
+        finished["seconds"] = round(time.perf_counter() - begin, 1)
+        finished["roofline"] = dict(harness.roofline)
+        finished["cells_left"] = cells_left
+        results.save(arguments.out / f"{bench.op}.json", finished)
+
+    save(len(cells))
+    for done, cell in enumerate(cells, 1):
+        bar.set_description(str(cell))
+        for report in harness.run(bench, contenders, cell):
+            reports.append((cell, report))
+            finished["cells"].append(report)
+            bar.write(cell_table(bench.op, report) + "\n")
+        save(len(cells) - done)
+        bar.update()
     return finished, reports

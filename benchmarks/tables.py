@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.results import CELL_KEY, cell_key, result_of
@@ -26,10 +26,37 @@ def size(count: float | None) -> str:
     return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
 
 
-def ratio_to_ours(cell: Mapping[str, Any], contender: str) -> float | None:
-    """How many times faster than the contender ours is; None where either was not timed."""
+def device_seconds(result: Mapping[str, Any]) -> float:
+    """The median time of one call; on a GPU, that of the device alone."""
+    return result["median_s"]
+
+
+def seconds_as_called(result: Mapping[str, Any]) -> float:
+    """What each of many calls from Python takes: the host issues the next call while the device
+    computes this one, so the slower of the two decides."""
+    return max(result["median_s"], result["host_s"] or 0.0)
+
+
+def has_host_times(cell: Mapping[str, Any]) -> bool:
+    return any(result["host_s"] is not None for result in cell["results"])
+
+
+def ratio_to_ours(
+    cell: Mapping[str, Any],
+    contender: str,
+    seconds: Callable[[Mapping[str, Any]], float] = device_seconds,
+) -> float | None:
+    """How many times faster than the contender ours is; None if either was not timed."""
     ours, other = result_of(cell, OURS), result_of(cell, contender)
-    return other["median_s"] / ours["median_s"] if ours and other else None
+    return seconds(other) / seconds(ours) if ours and other else None
+
+
+def times_faster(ratio: float | None, contender: str) -> str:
+    """The ratio in a table of one cell; a peer that is faster than ours is marked."""
+    if ratio is None or contender == OURS:
+        return ""
+    loses = ratio < 1 and contender not in (CONTROL, BASE_ONLY)
+    return f"{ratio:.2f}x{' LOSES' if loses else ''}"
 
 
 def cell_title(cell: Mapping[str, Any]) -> str:
@@ -45,26 +72,32 @@ def shape_name(cell: Mapping[str, Any]) -> str:
 
 def cell_table(op: str, cell: Mapping[str, Any]) -> str:
     """Every contender of one cell, losing ones marked, absent ones with the reason."""
-    rows = [("", "median", "p20..p80", "n", "pylora is", "GB/s", "GFLOP/s", "of limit", "path")]
+    with_host = has_host_times(cell)
+    host_columns = ("host", "as called") if with_host else ()
+    titles = ("median", "p20..p80", "n", "pylora is", *host_columns, "GB/s", "GFLOP/s", "of limit")
+    rows: list[tuple[str, ...]] = [("", *titles, "path")]
     remarks = []
     for result in cell["results"]:
         name = result["contender"]
         if result["median_s"] is None:
             remarks.append(f"    {name}: {result['status']}: {result['note']}")
             continue
-        ratio = ratio_to_ours(cell, name)
-        verdict = "" if name == OURS or ratio is None else f"{ratio:.2f}x"
-        if ratio is not None and ratio < 1 and name not in (OURS, CONTROL, BASE_ONLY):
-            verdict += " LOSES"
         if result["status"] != "ok":
             remarks.append(f"    {name} {result['status']}: {result['note']}")
+        if result["timing_note"]:
+            remarks.append(f"    {name}: {result['timing_note']}")
+        host: tuple[str, ...] = ()
+        if with_host:
+            as_called = times_faster(ratio_to_ours(cell, name, seconds_as_called), name)
+            host = ("-" if result["host_s"] is None else duration(result["host_s"]), as_called)
         rows.append(
             (
                 name + ("" if result["status"] == "ok" else " !"),
                 duration(result["median_s"]),
                 f"{duration(result['p20_s'])}..{duration(result['p80_s'])}",
                 str(result["samples"]),
-                verdict,
+                times_faster(ratio_to_ours(cell, name), name),
+                *host,
                 f"{result['bytes_per_s'] / 1e9:.1f}",
                 f"{result['flop_per_s'] / 1e9:.0f}",
                 f"{result['of_roofline']:.0%}",
@@ -108,25 +141,38 @@ def marked(ratio: float | None, contender: str) -> str:
 
 
 def summary_table(run: Mapping[str, Any]) -> str:
-    """One line a cell: our time, and how many times faster it is than each contender."""
-    names = contenders_of(run["cells"])
-    rows = [("", "pylora", "of limit", "control", *names, "")]
-    for cell in run["cells"]:
-        ours = result_of(cell, OURS)
-        ratios = [ratio_to_ours(cell, name) for name in names]
-        control = cell["control_ratio"]
+    """One line a cell: our time, and how many times faster it is than each contender. If the host's
+    time is known, a second table has the ratios of calls from Python."""
+    note = "how many times faster pylora is; * marks a cell it loses, - what was not timed"
+    lines = [f"{run['op']}: {note}", *_ratio_lines(run["cells"], device_seconds)]
+    with_host = [cell for cell in run["cells"] if has_host_times(cell)]
+    if with_host:
+        lines.append(f"{run['op']} as called from Python: the slower of host and device")
+        lines += _ratio_lines(with_host, seconds_as_called)
+    return "\n".join(lines)
+
+
+def _ratio_lines(
+    cells: Sequence[Mapping[str, Any]], seconds: Callable[[Mapping[str, Any]], float]
+) -> list[str]:
+    names, with_host = contenders_of(cells), any(map(has_host_times, cells))
+    head = ("", "pylora", *(["host"] if with_host else []), "of limit", "control")
+    rows = [(*head, *names, "")]
+    for cell in cells:
+        ours, control = result_of(cell, OURS), cell["control_ratio"]
+        host = duration(ours["host_s"]) if ours and ours["host_s"] is not None else "-"
         rows.append(
             (
                 cell_title(cell),
                 duration(ours["median_s"]) if ours else "-",
+                *([host] if with_host else []),
                 f"{ours['of_roofline']:.0%}" if ours else "-",
                 f"{control - 1:+.1%}" if control else "-",
-                *map(marked, ratios, names),
+                *(marked(ratio_to_ours(cell, name, seconds), name) for name in names),
                 "",
             )
         )
-    note = "how many times faster pylora is; * marks a cell it loses, - what was not timed"
-    return "\n".join([f"{run['op']}: {note}", *(f"  {line}" for line in aligned(rows))])
+    return [f"  {line}" for line in aligned(rows)]
 
 
 def _summary(result: Mapping[str, Any]) -> Summary:

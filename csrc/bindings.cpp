@@ -15,6 +15,7 @@
 #define NF4 "Tensor qweight, Tensor absmax, " NF4_ABSMAX
 #define LORA_BASE "Tensor weight, Tensor? absmax, " NF4_ABSMAX
 #define LORA_OPTIONS "float scaling, float dropout_p, Tensor? seed, str activation"
+#define LORA_FORWARD LORA_BASE ", int out_features, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? lora_A_bias, Tensor? lora_B_bias, " LORA_OPTIONS
 
 STABLE_TORCH_LIBRARY(pylora_C, m) {
   m.def("nf4_quantize(Tensor weight, int blocksize) -> (Tensor qweight, Tensor absmax)");
@@ -23,13 +24,24 @@ STABLE_TORCH_LIBRARY(pylora_C, m) {
   m.def("nf4_linear(Tensor x, " NF4 ", int out_features, Tensor? bias) -> Tensor");
   m.def("nf4_linear_hopper(Tensor x, " NF4 ", int out_features, Tensor? bias) -> Tensor");
   m.def("nf4_linear_backward(Tensor grad, " NF4 ", int in_features) -> Tensor");
-  m.def("lora_linear(Tensor x, " LORA_BASE ", int out_features, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? lora_A_bias, Tensor? lora_B_bias, " LORA_OPTIONS ") -> (Tensor y, Tensor h)");
-  m.def("lora_linear_hopper(Tensor x, " LORA_BASE ", int out_features, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? lora_A_bias, Tensor? lora_B_bias, " LORA_OPTIONS ") -> (Tensor y, Tensor h)");
+  m.def("lora_linear(Tensor x, " LORA_FORWARD ") -> (Tensor y, Tensor h)");
+  m.def("lora_linear_hopper(Tensor x, " LORA_FORWARD ") -> (Tensor y, Tensor h)");
+  // For measurements alone: lora_linear with another plan than the rule's, and the rule's own.
+  m.def("lora_linear_planned(Tensor x, " LORA_FORWARD ", int output_warps, int slices, int grid) -> (Tensor y, Tensor h)");
+  m.def("lora_linear_hopper_planned(Tensor x, " LORA_FORWARD ", int tile_tokens, int slices, int grid) -> (Tensor y, Tensor h)");
+  m.def("lora_linear_plan(Tensor x, int out_features) -> (int output_warps, int slices, int grid)");
+  m.def("lora_linear_hopper_plan(Tensor x, int out_features) -> (int tile_tokens, int slices, int grid)");
   m.def("lora_extend(Tensor x, Tensor lora_A, Tensor? lora_A_bias, " LORA_OPTIONS ") -> (Tensor wide, Tensor h)");
   m.def("multi_lora_linear(Tensor x, " NF4 ", int out_features, Tensor lora_A, Tensor lora_B, Tensor adapter_ids, Tensor scalings, Tensor? bias) -> (Tensor y, Tensor h)");
   m.def("lora_linear_backward(Tensor grad, Tensor x, Tensor h, " LORA_BASE ", Tensor lora_A, Tensor lora_B, " LORA_OPTIONS ", bool[] output_mask) -> (Tensor dx, Tensor dweight, Tensor dlora_A, Tensor dlora_B, Tensor dbias, Tensor dlora_A_bias, Tensor dlora_B_bias)");
 }
 // clang-format on
+
+namespace pylora {
+
+const char* source_digest();
+
+}  // namespace pylora
 
 namespace {
 
@@ -43,6 +55,7 @@ py::dict build_info() {
 #else
   info["compiler"] = "gcc " __VERSION__;
 #endif
+  info["sources"] = pylora::source_digest();
   info["torch_target"] = PYLORA_TORCH_TARGET;
 #if defined(PYLORA_CUDA_VERSION)
   info["cuda"] = true;

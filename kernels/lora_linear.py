@@ -151,23 +151,42 @@ def _epilogue(x: Tensor, layers: Sequence[Layer], terms: Sequence[Term | None]) 
 def _by_tiles(x: Tensor, layers: Sequence[Layer], terms: Sequence[Term | None]) -> list[Tensor]:
     """Small and middle M: the fused tiles of layers of one kind in one launch."""
     M, K = x.shape
-    weights = [layer.weight for layer in layers]
-    sizes = [weight.out_features for weight in weights]
-    blocksize = weights[0].blocksize
+    sizes = [layer.weight.out_features for layer in layers]
+    blocksize = layers[0].weight.blocksize
     rule = configs.forward_plan(M, sizes, K, x.element_size(), blocksize, facts(x))
 
     def run(plan: configs.TilePlan) -> list[Tensor]:
-        outputs = [x.new_empty(M, size) for size in sizes]
-        if plan.splits == 1:
-            launch_nf4_linear(x, weights, outputs, plan, _epilogue(x, layers, terms))
-            return outputs
-        workspaces = [x.new_empty(plan.splits, M, size, dtype=torch.float32) for size in sizes]
-        launch_nf4_linear(x, weights, workspaces, plan, Epilogue())
-        for workspace, y, layer, term in zip(workspaces, outputs, layers, terms, strict=True):
-            linear_expand(workspace, y, _epilogue(x, [layer], [term]))
-        return outputs
+        return _run_tiles(x, layers, terms, plan)
 
     return run(tuned("nf4_linear", x, (*sizes, K), layer_kind(layers[0]), rule, K, run))
+
+
+def _run_tiles(
+    x: Tensor,
+    layers: Sequence[Layer],
+    terms: Sequence[Term | None],
+    plan: configs.TilePlan,
+) -> list[Tensor]:
+    weights = [layer.weight for layer in layers]
+    M, sizes = x.shape[0], [weight.out_features for weight in weights]
+    outputs = [x.new_empty(M, size) for size in sizes]
+    if plan.splits == 1:
+        launch_nf4_linear(x, weights, outputs, plan, _epilogue(x, layers, terms))
+        return outputs
+    workspaces = [x.new_empty(plan.splits, M, size, dtype=torch.float32) for size in sizes]
+    launch_nf4_linear(x, weights, workspaces, plan, Epilogue())
+    for workspace, y, layer, term in zip(workspaces, outputs, layers, terms, strict=True):
+        linear_expand(workspace, y, _epilogue(x, [layer], [term]))
+    return outputs
+
+
+def lora_linear_by_tiles(x: Tensor, layer: Layer, plan: configs.TilePlan) -> Tensor:
+    """y of one layer by the fused tiles, with a plan of the caller's: for measurements.
+
+    x [M, K] has a row or more, and no block of the weight straddles two rows.
+    """
+    x, parts = _shrink(x, [layer], None, None)
+    return _run_tiles(x, [layer], [_term(layer.low_rank, parts.get(0))], plan)[0]
 
 
 def _by_products(x: Tensor, layers: Sequence[Layer], terms: Sequence[Term | None]) -> list[Tensor]:

@@ -125,8 +125,8 @@ def _milliseconds(run: Callable[[TilePlan], Any], plan: TilePlan) -> float:
 def fastest(rule: TilePlan, length: int, milliseconds: Callable[[TilePlan], float]) -> TilePlan:
     """The best plan found from the rule's on, one parameter after the other."""
     best, time = rule, milliseconds(rule)
-    for neighbours in (_tiles, _warps, _stages, _splits):
-        for plan in neighbours(best, length):
+    for changed in _PARAMETERS:
+        for plan in changed(best, length):
             found = milliseconds(plan)
             if found < _WORTHWHILE * time:
                 best, time = plan, found
@@ -162,3 +162,11 @@ def _splits(plan: TilePlan, length: int) -> Iterator[TilePlan]:
         changed = _with_splits(plan, splits, length)
         if changed.splits != plan.splits:
             yield changed
+
+
+_PARAMETERS = (_tiles, _warps, _stages, _splits)
+
+
+def neighbours(plan: TilePlan, length: int) -> list[TilePlan]:
+    """The plans that differ from this one in one parameter, for a sum of this length."""
+    return [near for changed in _PARAMETERS for near in changed(plan, length)]

@@ -6,6 +6,7 @@ import argparse
 import platform
 import sys
 from collections import defaultdict
+from collections.abc import Collection, Sequence
 from importlib import metadata
 
 import torch
@@ -52,11 +53,23 @@ def info() -> int:
     return 0
 
 
-def check(seed: int, only: str | None) -> int:
-    """Prints a table of every variant and op, or those of the backend `only`, against the
-    reference; returns 1 on any miss, and where there was nothing to ask of `only`."""
+def check(
+    seed: int,
+    only: str | None = None,
+    ops: Sequence[str] = (),
+    row_counts: Collection[int] | None = None,
+) -> int:
+    """Prints a table of every variant and op against the reference; returns 1 on any miss.
+
+    The last three narrow it to a backend, to some ops and to shapes with so many rows of x. It also
+    returns 1 if they leave nothing to run.
+    """
     table: dict[tuple[str, str, str], list[selfcheck.Outcome]] = defaultdict(list)
-    for outcome in selfcheck.run(seed, backend=only):
+
+    def chosen(case: selfcheck.Case) -> bool:
+        return not ops or case.op in ops
+
+    for outcome in selfcheck.run(seed, chosen, only, row_counts):
         table[outcome.backend, outcome.path, outcome.case.op].append(outcome)
     failures = [o for outcomes in table.values() for o in outcomes if o.failure is not None]
     print(f"{'backend':8} {'path':24} {'op':27} {'cases':>5} {'wrong':>5}  error allowed and used")
@@ -74,7 +87,19 @@ def check(seed: int, only: str | None) -> int:
             print(f"not run: {backend_.name}: {backend_.unavailable()}")
     total = sum(map(len, table.values()))
     print(f"{total - len(failures)} of {total} right by the numerics rule (seed {seed})")
-    return 1 if failures or (only is not None and total == 0) else 0
+    is_narrowed = only is not None or bool(ops) or row_counts is not None
+    return 1 if failures or (is_narrowed and total == 0) else 0
+
+
+def _row_counts(text: str) -> tuple[int, ...]:
+    """Of "--rows 128,300". Raises ArgumentTypeError for what no shape of the check has."""
+    known = sorted({str(rows) for rows, *_ in selfcheck.SHAPES}, key=int)
+    for word in text.split(","):
+        if word not in known:
+            raise argparse.ArgumentTypeError(
+                f"{word!r} is no row count of the check; there are {', '.join(known)}"
+            )
+    return tuple(map(int, text.split(",")))
 
 
 def main() -> int:
@@ -85,12 +110,21 @@ def main() -> int:
     check_parser.add_argument("--seed", type=int, default=0, help="seed of the random data")
     names = [name for name in dispatch.BACKENDS if name != "reference"]
     check_parser.add_argument("--backend", choices=names, help="only this one's kernels")
+    ops = list(dispatch.BACKENDS["reference"].ops)
+    check_parser.add_argument(
+        "--op", choices=ops, action="append", default=[], help="only this op (may be repeated)"
+    )
+    check_parser.add_argument(
+        "--rows", type=_row_counts, help="only the shapes with so many rows of x: 128,300"
+    )
     arguments = parser.parse_args()
     try:
         dispatch.forced_backend()
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
-    return info() if arguments.command == "info" else check(arguments.seed, arguments.backend)
+    if arguments.command == "info":
+        return info()
+    return check(arguments.seed, arguments.backend, arguments.op, arguments.rows)
 
 
 if __name__ == "__main__":

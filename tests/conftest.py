@@ -66,7 +66,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield name
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Builds a program of host_cuda/ with the kernels it runs."""
     from host_cuda import compiler

@@ -256,7 +256,7 @@ def test_a_contender_that_would_take_minutes_is_left_out(monkeypatch: pytest.Mon
     ("change", "message"),
     [
         (lambda run: run.pop("seed"), "has no 'seed'"),
-        (lambda run: run.update(schema=99), "schema 99; it must be 1"),
+        (lambda run: run.update(schema=99), "schema 99; it must be 2"),
         (
             lambda run: run["machine"].update(threads="two"),
             "threads = 'two'; it must be an integer",
@@ -279,6 +279,25 @@ def test_invalid_results(run: dict[str, Any], tmp_path: Path, change: Any, messa
     with pytest.raises(results.InvalidResults, match=message):
         results.save(tmp_path / "other.json", run)
     assert not (tmp_path / "other.json").exists()
+
+
+def test_results_of_the_schema_before(run: dict[str, Any], tmp_path: Path) -> None:
+    """A CPU's are read as they were meant; a GPU's times were others."""
+    path, old = tmp_path / "run.json", copy.deepcopy(run)
+    old["schema"] = 1
+    for cell in old["cells"]:
+        for result in cell["results"]:
+            del result["host_s"], result["timing_note"]
+    path.write_text(json.dumps(old))
+    found = results.load(path)
+    assert {r["host_s"] for c in found["cells"] for r in c["results"]} == {None}
+    tables.summary_table(found)
+    old["machine"]["device"] = "cuda"
+    path.write_text(json.dumps(old))
+    with pytest.raises(results.InvalidResults, match="schema 1, whose times on a GPU"):
+        results.load(path)
+    for committed in (ROOT / "benchmarks" / "results").glob("*/*.json"):
+        results.load(committed)
 
 
 def test_unreadable_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

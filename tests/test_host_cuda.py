@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 import torch
 from flat_calls import reference_op
 from host_cuda import DTYPES, SEEDS, run
-from host_cuda.linear import ADAPTERS, SHARED, check_linear
+from host_cuda.linear import ADAPTERS, check_linear, check_linear_backward
 from torch import Tensor
 
-import pylora
 from pylora import nf4
 from pylora.reference.activation import ACTIVATIONS
-from pylora.testing import assert_as_accurate_as_torch
 
 DEQUANTIZE_CTA = 8 * 1024  # elements
 QUANTIZE_TILE = 4096
@@ -199,6 +196,45 @@ def test_many_adapters(lora_linear, lora_dtype: torch.dtype, M: int, rank: int):
 
 
 @pytest.mark.parametrize(
+    ("M", "plan"),
+    [
+        (3, (4, 1, 1)),  # one CTA does it all
+        (3, (1, 5, 25)),  # a chunk and 16 rows for each CTA
+        (3, (2, 3, 1)),  # one CTA takes all slices; the last has a chunk less
+        (64, (1, 5, 7)),
+        (64, (4, 2, 3)),
+    ],
+)
+def test_a_chosen_plan_is_right(lora_linear, M: int, plan: tuple[int, int, int]):
+    """The extremes of the plans that a sweep measures, with 5 chunks of columns."""
+    results = []
+    for seed in SEEDS:
+        y, ran = check_linear(lora_linear, (M, 70, 576), rank=8, plan=plan, seed=seed)
+        assert (ran["warps"], ran["slices"], ran["grid"]) == plan
+        results.append(y)
+    assert torch.equal(results[0], results[1])
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ((3, 1, 1), "output_warps must be 1, 2 or 4"),
+        ((8, 1, 1), "output_warps must be"),
+        ((4, 0, 1), "slices must be 1 to the chunks"),
+        ((4, 17, 1), "slices must be 1 to the chunks"),
+        ((4, 9, 1), "slices must not leave one empty"),
+        ((4, 1, 1), "a slice of x fits shared memory"),
+        ((4, 4, 0), "grid must be 1 to the tiles"),
+        ((4, 4, 9), "grid must be 1 to the tiles"),
+    ],
+)
+def test_a_plan_that_cannot_run_is_refused(lora_linear, plan, message: str):
+    """64 tokens of 16 chunks are more than shared memory holds; 70 rows are 2 tiles of 64."""
+    with pytest.raises(AssertionError, match=message):
+        check_linear(lora_linear, (64, 70, 2048), plan=plan)
+
+
+@pytest.mark.parametrize(
     ("shape", "gpu", "processors", "slices"),
     [
         ((1, 16, 4096), "H200", 8, 4),  # fewer tiles than CTAs
@@ -228,38 +264,6 @@ def test_linear_plans(lora_linear, shape, gpu: str, processors: int, slices: int
 @pytest.fixture(scope="module")
 def nf4_linear_backward(compiled) -> Path:
     return compiled("nf4_linear_backward", "nf4_linear_backward", "lora_plan")
-
-
-def check_linear_backward(
-    program: Path,
-    shape: tuple[int, int, int],
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    blocksize: int = 64,
-    nested: bool = False,
-    misalign: int = 0,
-    scale: float = 1.0,
-    processors: int = 2,
-    gpu: str = "H200",
-    seed: int = 0,
-) -> tuple[Tensor, int]:
-    """Runs grad [M, N] on W [N, K] and judges dx by the numerics rule.
-
-    Returns dx and the number of slices of N.
-    """
-    M, N, K = shape
-    generator = torch.Generator().manual_seed(M + N + K)
-    weight = torch.randn(N, K, generator=generator) / K**0.5
-    w = pylora.quantize_nf4(weight, blocksize, nested)
-    grad = (torch.randn(M, N, generator=generator) * scale).to(dtype)
-    header = [M, N, K, DTYPES.index(dtype), blocksize, w.nested_blocksize, nested]
-    header += [misalign, processors, SHARED[gpu] << 10]
-    weights = [t.reshape(-1) for t in w.tensors().values()]
-    stdout, stderr = run(program, [torch.tensor(header), grad, *weights], seed)
-    dx = torch.frombuffer(stdout, dtype=dtype).view(M, K)
-    arguments = (grad, *w.op_arguments(), K)
-    assert_as_accurate_as_torch(dx, reference_op("nf4_linear_backward"), *arguments)
-    return dx, int(re.findall(r"slices (\d+)", stderr)[-1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from flat_calls import reference_op
-from host_cuda import DTYPES, SEEDS, run, start
+from host_cuda import DRIVER, DTYPES, HOPPER_KERNELS, SEEDS, run, start
 from host_cuda.linear import check_linear
 from torch import Tensor
 
@@ -20,9 +20,7 @@ from pylora.testing import assert_as_accurate_as_torch
 
 @pytest.fixture(scope="module")
 def hopper(compiled) -> Path:
-    twins = ["tests/host_cuda/tensor_map.cpp"]
-    kernels = ("nf4_linear_hopper", "hopper_plan", "lora_hidden_many")
-    return compiled("nf4_linear_hopper", *kernels, twins=twins)
+    return compiled("nf4_linear_hopper", *HOPPER_KERNELS, twins=DRIVER)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -57,6 +55,30 @@ def test_hopper_slices_in_any_order(hopper):
 def test_hopper_slices_of_a_wide_tile(hopper):
     _, plan = check_linear(hopper, (250, 70, 2816), rank=4, processors=3)
     assert (plan["tokens"], plan["tiles"], plan["slices"]) == (256, 1, 3)
+
+
+@pytest.mark.parametrize("plan", [(128, 17, 34), (128, 1, 1), (256, 9, 4)])
+def test_hopper_with_a_chosen_plan(hopper, plan: tuple[int, int, int]):
+    """The extremes of the plans that a sweep measures: 17 blocks of columns, 2 tiles or 1."""
+    for seed in SEEDS:
+        _, ran = check_linear(hopper, (130, 70, 1088), rank=4, plan=plan, seed=seed)
+        assert (ran["tokens"], ran["slices"], ran["grid"]) == plan
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ((64, 1, 1), "tile_tokens must be 128 or 256"),
+        ((128, 0, 1), "slices must be 1 to the blocks"),
+        ((128, 18, 1), "slices must be 1 to the blocks"),
+        ((128, 10, 1), "slices must not leave one empty"),
+        ((128, 1, 3), "grid must be 1 to the tiles"),
+        ((256, 1, 0), "grid must be 1 to the tiles"),
+    ],
+)
+def test_hopper_refuses_a_plan_it_cannot_run(hopper, plan, message: str):
+    with pytest.raises(AssertionError, match=message):
+        check_linear(hopper, (130, 70, 1088), plan=plan)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from host_cuda import SEEDS, start
+from host_cuda import DRIVER, SEEDS, start
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_the_executor_sees_a_bug_of_each_kind(mutants: Path, bug: str):
 
 @pytest.fixture(scope="module")
 def mutants_hopper(compiled) -> Path:
-    return compiled("mutants_hopper", twins=["tests/host_cuda/tensor_map.cpp"])
+    return compiled("mutants_hopper", "tensor_map", twins=DRIVER)
 
 
 DEADLOCK = "deadlock: threads wait for others that do not come"
@@ -73,3 +73,33 @@ def test_the_executor_sees_a_bug_of_each_kind_on_hopper(mutants_hopper: Path, bu
         assert ran.returncode != 2
         assert (ran.returncode == 0) == (bug == "none"), f"seed {seed}: {stderr}"
         assert HOPPER_BUGS.get(bug, "") in stderr
+
+
+@pytest.fixture(scope="module")
+def mutants_proxy(compiled) -> Path:
+    return compiled("mutants_proxy", "tensor_map", twins=DRIVER)
+
+
+NO_FENCE = "has written without a fence.proxy.async after it"
+PROXY_BUGS = {
+    "no fence": f"wgmma reads byte 0 of shared memory, which thread 0 {NO_FENCE}",
+    "fence of one thread": NO_FENCE,
+    "fence of all threads but one": f"thread 77 {NO_FENCE}",
+    "fence before the stores": NO_FENCE,
+    "fence behind the barrier": NO_FENCE,
+    "a store behind the fence": f"thread 5 {NO_FENCE}",
+    "plain stores": "a plain store has written: only store_shared() says whose",
+    "no fence after stmatrix": NO_FENCE,
+    "no fence after cp.async": NO_FENCE,
+    "no fence before a copy to the same place": "a copy writes over byte 0 of shared memory",
+}
+
+
+@pytest.mark.parametrize("bug", ["none", *PROXY_BUGS])
+def test_the_async_proxy_sees_no_store_without_a_fence(mutants_proxy: Path, bug: str):
+    for seed in SEEDS:
+        ran = start(mutants_proxy, bug, seed=seed)
+        stderr = ran.stderr.decode()
+        assert ran.returncode != 2
+        assert (ran.returncode == 0) == (bug == "none"), f"seed {seed}: {stderr}"
+        assert PROXY_BUGS.get(bug, "") in stderr

@@ -93,8 +93,8 @@ def test_absmax_is_decoded_with_two_roundings() -> None:
     """The product and the sum of double quantization must not become one FMA."""
     if decode.INTERPRETED.value:
         pytest.skip("the interpreter compiles nothing")
+    from benchmarks.resources.triton import compile_variant
     from benchmarks.triton_launches import launches
-    from benchmarks.triton_resources import compile_variant
 
     variants = [v for v in launches(90) if v.kernel == "nf4_dequantize"]
     nested = [v for v in variants if "nested" in str(v)]

@@ -12,9 +12,9 @@ pytest.importorskip("triton")
 if interpreted():
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from benchmarks import triton_resources as resources
+from benchmarks.resources import triton as resources
+from benchmarks.resources.triton import Instruction
 from benchmarks.triton_launches import launches
-from benchmarks.triton_resources import Instruction
 
 
 @pytest.mark.parametrize("capability", resources.SHARED)

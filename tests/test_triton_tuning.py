@@ -87,6 +87,46 @@ def test_every_plan_around_a_rule_covers_the_sum() -> None:
             assert (plan.splits - 1) * plan.per_split < length <= plan.splits * plan.per_split
 
 
+def test_neighbours_change_one_parameter() -> None:
+    near = tuning.neighbours(RULE, 1024)
+    assert RULE not in near and len(near) == len(set(near)) > 5
+    for plan in near:
+        tile, of_rule = plan.tile, RULE.tile
+        changed = [
+            (tile.block_m, tile.block_n) != (of_rule.block_m, of_rule.block_n),
+            tile.num_warps != of_rule.num_warps,
+            tile.num_stages != of_rule.num_stages,
+            plan.splits != RULE.splits,
+        ]
+        assert sum(changed) == 1 and tile.block_k == of_rule.block_k
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        TilePlan(TileConfig(16, 64, 64, 4, 2), splits=1, per_split=512),
+        TilePlan(TileConfig(32, 128, 64, 8, 3), splits=4, per_split=128),
+    ],
+)
+def test_a_chosen_plan_is_right(plan: TilePlan) -> None:
+    """Two plans that the rule takes for no such call, with LoRA."""
+    from pylora.backends.triton_projections import base
+    from pylora.kernels.lora_linear import Layer, LoRA, lora_linear_by_tiles
+    from pylora.kernels.philox import seeded_dropout
+
+    x, *q, out_features, bias = call()
+    A = torch.randn(4, 512, device=DEVICE) / 512**0.5
+    B = torch.randn(out_features, 4, device=DEVICE)
+    lora = LoRA(A, B, None, None, 0.5, seeded_dropout(0.0, None), "identity")
+    layer = Layer(base(tuple(q)), out_features, bias, lora)
+
+    def expected(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        last = (bias, None, None, 0.5, 0.0, None, "identity")
+        return reference_op("lora_linear")(x, *q, out_features, A, B, *last)[0]
+
+    assert_as_accurate_as_torch(lora_linear_by_tiles(x, layer, plan), expected, x, A, B)
+
+
 def test_nothing_is_measured_unless_asked_for(measured: list[TilePlan], folder: Path) -> None:
     args = call()
     torch.ops.pylora.nf4_linear(*args)

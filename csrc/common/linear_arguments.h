@@ -1,6 +1,8 @@
 // Checks of the arguments that the linear ops have beside the NF4 weight.
 #pragma once
 
+#include <torch/headeronly/util/shim_utils.h>
+
 #include <optional>
 #include <string>
 
@@ -46,10 +48,10 @@ inline void check_vector(const char* name, const Tensor& tensor, int64_t size) {
 inline Activation to_activation(StringHandle handle) {
   size_t length = 0;
   const char* data = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
   const std::string name(data, length);
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
   static constexpr const char* kNames[] = {"identity", "relu", "gelu",   "gelu_tanh",
                                            "silu",     "tanh", "sigmoid"};
   for (int i = 0; i < 7; ++i) {

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <optional>
 #include <tuple>
@@ -17,7 +18,7 @@ namespace pylora {
 
 void parallel_ranges(int64_t begin, int64_t end, int64_t grain, RangeBody body, void* context) {
   if (begin >= end) return;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
 }
 
 int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }

@@ -2,6 +2,7 @@
 #include "cuda/bind.h"
 
 #include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <optional>
 #include <tuple>
@@ -22,7 +23,7 @@ cudaStream_t current_stream(int32_t device_index) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                   "a CUDA tensor needs a torch built with CUDA, got one without");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 

@@ -173,8 +173,10 @@ void check_shared_memory(const char* name, const SmallPlan& plan, const DeviceLi
 }
 
 // y; the launch takes what else it needs from the caching allocator, so that calls on different
-// streams and in CUDA graphs keep apart.
-Tensor run_small(const char* name, const LoraLinear& base, const Tensor& x) {
+// streams and in CUDA graphs keep apart. make_plan(op, limits) gives the plan.
+template <class MakePlan>
+Tensor run_small(const char* name, const LoraLinear& base, const Tensor& x,
+                 const MakePlan& make_plan) {
   LoraLinearSmall op;
   static_cast<LoraLinear&>(op) = base;
   const int64_t rows = op.weight.rows;
@@ -182,7 +184,7 @@ Tensor run_small(const char* name, const LoraLinear& base, const Tensor& x) {
   Tensor y = torch::stable::new_empty(x, {op.tokens, rows});
   if (op.tokens == 0) return y;
   const DeviceLimits limits = current_limits(name);
-  const SmallPlan plan = plan_small(op.tokens, rows, op.weight.cols, limits);
+  const SmallPlan plan = make_plan(op, limits);
   check_shared_memory(name, plan, limits);
   const int64_t low = static_cast<int64_t>(op.tokens) * op.hidden.rank;
   const int64_t partials = plan.partial_floats(op.tokens, rows);
@@ -198,7 +200,9 @@ Tensor run_small(const char* name, const LoraLinear& base, const Tensor& x) {
 }
 
 // The same for many tokens.
-Tensor run_hopper(const char* name, const LoraLinear& base, const Tensor& x) {
+template <class MakePlan>
+Tensor run_hopper(const char* name, const LoraLinear& base, const Tensor& x,
+                  const MakePlan& make_plan) {
   LoraLinearHopper op;
   static_cast<LoraLinear&>(op) = base;
   const NF4Matrix& weight = op.weight;
@@ -211,7 +215,7 @@ Tensor run_hopper(const char* name, const LoraLinear& base, const Tensor& x) {
   const DeviceLimits limits = current_limits(name);
   STD_TORCH_CHECK(limits.major == 9 && limits.minor == 0, name,
                   " needs a GPU of compute capability 9.0, got ", limits.major, ".", limits.minor);
-  const HopperPlan plan = plan_hopper(op.tokens, weight.rows, weight.cols, limits.processors);
+  const HopperPlan plan = make_plan(op, limits);
   const int64_t low = op.tokens * low_pitch(op.hidden.rank);  // a multiple of 16 bytes
   const int64_t partials = plan.partial_floats();
   Tensor workspace =
@@ -224,28 +228,66 @@ Tensor run_hopper(const char* name, const LoraLinear& base, const Tensor& x) {
   return y;
 }
 
-// How a call is run, and the most tokens it takes at a blocksize.
+// How a call is run, the plan of the rule, and the most tokens it takes at a blocksize.
 struct FewTokens {
   static int64_t most(int64_t blocksize) {
     return blocksize == 32 ? kMaxSmallTokensOfBlock32 : kMaxSmallTokens;
   }
-  static Tensor run(const char* name, const LoraLinear& op, const Tensor& x) {
-    return run_small(name, op, x);
+  static SmallPlan plan(const LoraLinear& op, const DeviceLimits& limits) {
+    return plan_small(op.tokens, op.weight.rows, op.weight.cols, limits);
+  }
+  static int64_t first(const SmallPlan& plan) { return plan.output_warps; }
+  template <class MakePlan>
+  static Tensor run(const char* name, const LoraLinear& op, const Tensor& x,
+                    const MakePlan& make_plan) {
+    return run_small(name, op, x, make_plan);
   }
 };
 struct ManyTokens {
   static int64_t most(int64_t) { return kMaxManyTokens; }
-  static Tensor run(const char* name, const LoraLinear& op, const Tensor& x) {
-    return run_hopper(name, op, x);
+  static HopperPlan plan(const LoraLinear& op, const DeviceLimits& limits) {
+    return plan_hopper(op.tokens, op.weight.rows, op.weight.cols, limits.processors);
+  }
+  static int64_t first(const HopperPlan& plan) { return plan.tile_tokens; }
+  template <class MakePlan>
+  static Tensor run(const char* name, const LoraLinear& op, const Tensor& x,
+                    const MakePlan& make_plan) {
+    return run_hopper(name, op, x, make_plan);
   }
 };
 
-template <class Tokens>
-std::tuple<Tensor, Tensor> run_lora(const char* name, LoraLinear& op, const Tensor& x) {
+// The same with a plan that a caller has chosen, for measurements: the first number is the warps
+// beside each other here, and the tokens of a tile for many tokens.
+struct ChosenFewTokens : FewTokens {
+  static SmallPlan chosen(const LoraLinear& op, const DeviceLimits& limits, int64_t output_warps,
+                          int64_t slices, int64_t grid) {
+    SmallPlan plan;
+    const char* wrong = choose_small({output_warps, slices, grid}, op.tokens, op.weight.rows,
+                                     op.weight.cols, limits, &plan);
+    STD_TORCH_CHECK(wrong == nullptr, "the kernel cannot run this plan: ", wrong,
+                    "; got output_warps ", output_warps, ", slices ", slices, ", grid ", grid);
+    return plan;
+  }
+};
+struct ChosenManyTokens : ManyTokens {
+  static HopperPlan chosen(const LoraLinear& op, const DeviceLimits&, int64_t tile_tokens,
+                           int64_t slices, int64_t grid) {
+    HopperPlan plan;
+    const char* wrong = choose_hopper({tile_tokens, slices, grid}, op.tokens, op.weight.rows,
+                                      op.weight.cols, &plan);
+    STD_TORCH_CHECK(wrong == nullptr, "the kernel cannot run this plan: ", wrong,
+                    "; got tile_tokens ", tile_tokens, ", slices ", slices, ", grid ", grid);
+    return plan;
+  }
+};
+
+template <class Tokens, class MakePlan>
+std::tuple<Tensor, Tensor> run_lora(const char* name, LoraLinear& op, const Tensor& x,
+                                    const MakePlan& make_plan) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor h = torch::stable::new_empty(x, {x.size(0), op.hidden.rank}, ScalarType::Float);
   op.hidden.h = h.mutable_data_ptr<float>();
-  return {Tokens::run(name, op, x), h};
+  return {Tokens::run(name, op, x, make_plan), h};
 }
 
 template <class Tokens>
@@ -258,7 +300,7 @@ Tensor nf4_linear_cuda(const Tensor& x, const Tensor& qweight, const Tensor& abs
   LoraLinear op = to_base(x, qweight, absmax, nested_absmax, nested_code, offset, blocksize,
                           nested_blocksize, out_features, bias, Tokens::most(blocksize));
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  return Tokens::run("nf4_linear", op, x);
+  return Tokens::run("nf4_linear", op, x, Tokens::plan);
 }
 
 Tensor nf4_linear_backward_cuda(const Tensor& grad, const Tensor& qweight, const Tensor& absmax,
@@ -298,6 +340,22 @@ Tensor nf4_linear_backward_cuda(const Tensor& grad, const Tensor& qweight, const
 }
 
 template <class Tokens>
+LoraLinear to_lora(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& absmax,
+                   const std::optional<Tensor>& nested_absmax,
+                   const std::optional<Tensor>& nested_code, const std::optional<Tensor>& offset,
+                   int64_t blocksize, int64_t nested_blocksize, int64_t out_features,
+                   const Tensor& lora_A, const Tensor& lora_B, const std::optional<Tensor>& bias,
+                   const std::optional<Tensor>& lora_A_bias,
+                   const std::optional<Tensor>& lora_B_bias, double scaling, double dropout_p,
+                   const std::optional<Tensor>& seed, StringHandle activation) {
+  STD_TORCH_CHECK(absmax.has_value(), "absmax must be given: this op takes NF4 weights only");
+  LoraLinear op = to_base(x, weight, *absmax, nested_absmax, nested_code, offset, blocksize,
+                          nested_blocksize, out_features, bias, Tokens::most(blocksize));
+  set_lora(op, x, lora_A, lora_B, lora_A_bias, lora_B_bias, scaling, dropout_p, seed, activation);
+  return op;
+}
+
+template <class Tokens>
 std::tuple<Tensor, Tensor> lora_linear_cuda(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& absmax,
     const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
@@ -306,11 +364,48 @@ std::tuple<Tensor, Tensor> lora_linear_cuda(
     const std::optional<Tensor>& bias, const std::optional<Tensor>& lora_A_bias,
     const std::optional<Tensor>& lora_B_bias, double scaling, double dropout_p,
     const std::optional<Tensor>& seed, StringHandle activation) {
-  STD_TORCH_CHECK(absmax.has_value(), "absmax must be given: this op takes NF4 weights only");
-  LoraLinear op = to_base(x, weight, *absmax, nested_absmax, nested_code, offset, blocksize,
-                          nested_blocksize, out_features, bias, Tokens::most(blocksize));
-  set_lora(op, x, lora_A, lora_B, lora_A_bias, lora_B_bias, scaling, dropout_p, seed, activation);
-  return run_lora<Tokens>("lora_linear", op, x);
+  LoraLinear op = to_lora<Tokens>(x, weight, absmax, nested_absmax, nested_code, offset, blocksize,
+                                  nested_blocksize, out_features, lora_A, lora_B, bias, lora_A_bias,
+                                  lora_B_bias, scaling, dropout_p, seed, activation);
+  return run_lora<Tokens>("lora_linear", op, x, Tokens::plan);
+}
+
+// lora_linear with a plan of the caller's choice; Tokens is one of the Chosen ones.
+template <class Tokens>
+std::tuple<Tensor, Tensor> lora_linear_planned(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& absmax,
+    const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
+    const std::optional<Tensor>& offset, int64_t blocksize, int64_t nested_blocksize,
+    int64_t out_features, const Tensor& lora_A, const Tensor& lora_B,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& lora_A_bias,
+    const std::optional<Tensor>& lora_B_bias, double scaling, double dropout_p,
+    const std::optional<Tensor>& seed, StringHandle activation, int64_t first, int64_t slices,
+    int64_t grid) {
+  LoraLinear op = to_lora<Tokens>(x, weight, absmax, nested_absmax, nested_code, offset, blocksize,
+                                  nested_blocksize, out_features, lora_A, lora_B, bias, lora_A_bias,
+                                  lora_B_bias, scaling, dropout_p, seed, activation);
+  return run_lora<Tokens>("lora_linear", op, x,
+                          [&](const LoraLinear& of, const DeviceLimits& limits) {
+                            return Tokens::chosen(of, limits, first, slices, grid);
+                          });
+}
+
+// The rule's plans on x's device, in the numbers that a caller may choose.
+template <class Tokens>
+std::tuple<int64_t, int64_t, int64_t> rule_plan(const Tensor& x, int64_t out_features) {
+  check_on_cuda("x", x);
+  check_matrix("x", x);
+  STD_TORCH_CHECK(x.size(0) > 0 && out_features > 0 && x.size(1) >= kHopperColumns,
+                  "a plan needs rows of x with ", kHopperColumns,
+                  " columns or more and outputs, got ", to_string(x.sizes()), " and ",
+                  out_features);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  LoraLinear op;
+  op.tokens = static_cast<int>(x.size(0));
+  op.weight.rows = out_features;
+  op.weight.cols = x.size(1);
+  const auto plan = Tokens::plan(op, current_limits("rule_plan"));
+  return {Tokens::first(plan), plan.slices, plan.grid};
 }
 
 // ([x | scaling * act(h) | 0], of whole vectors a row; h)
@@ -350,13 +445,15 @@ std::tuple<Tensor, Tensor> multi_lora_linear_cuda(
   LoraLinear op = to_base(x, qweight, absmax, nested_absmax, nested_code, offset, blocksize,
                           nested_blocksize, out_features, bias, FewTokens::most(blocksize));
   set_adapters(op, x, lora_A, lora_B, adapter_ids, scalings);
-  return run_lora<FewTokens>("multi_lora_linear", op, x);
+  return run_lora<FewTokens>("multi_lora_linear", op, x, FewTokens::plan);
 }
 
 }  // namespace
 }  // namespace pylora
 
 STABLE_TORCH_LIBRARY_IMPL(pylora_C, CUDA, m) {
+  using pylora::ChosenFewTokens;
+  using pylora::ChosenManyTokens;
   using pylora::FewTokens;
   using pylora::ManyTokens;
   m.impl("nf4_linear", TORCH_BOX(&pylora::nf4_linear_cuda<FewTokens>));
@@ -364,6 +461,10 @@ STABLE_TORCH_LIBRARY_IMPL(pylora_C, CUDA, m) {
   m.impl("nf4_linear_backward", TORCH_BOX(&pylora::nf4_linear_backward_cuda));
   m.impl("lora_linear", TORCH_BOX(&pylora::lora_linear_cuda<FewTokens>));
   m.impl("lora_linear_hopper", TORCH_BOX(&pylora::lora_linear_cuda<ManyTokens>));
+  m.impl("lora_linear_planned", TORCH_BOX(&pylora::lora_linear_planned<ChosenFewTokens>));
+  m.impl("lora_linear_hopper_planned", TORCH_BOX(&pylora::lora_linear_planned<ChosenManyTokens>));
+  m.impl("lora_linear_plan", TORCH_BOX(&pylora::rule_plan<FewTokens>));
+  m.impl("lora_linear_hopper_plan", TORCH_BOX(&pylora::rule_plan<ManyTokens>));
   m.impl("lora_extend", TORCH_BOX(&pylora::lora_extend));
   m.impl("multi_lora_linear", TORCH_BOX(&pylora::multi_lora_linear_cuda));
 }

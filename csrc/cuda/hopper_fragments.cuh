@@ -36,7 +36,7 @@ __device__ __forceinline__ void decode_block(uint32_t (&fragments)[kSteps][4], c
 #pragma unroll
     for (int unit = 0; unit < 2; ++unit) {
       const int offset = packed_offset(fragment_row(thread, half), unit);
-      units[half][unit] = *reinterpret_cast<const uint4*>(packed + offset);
+      units[half][unit] = load_shared(reinterpret_cast<const uint4*>(packed + offset));
     }
   }
 #pragma unroll

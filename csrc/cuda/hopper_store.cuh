@@ -115,7 +115,7 @@ __device__ __forceinline__ void store_turn(const LoraLinear& op, uint8_t* pairs,
     T* y = static_cast<T*>(op.y) + m * N + n;
     const uint8_t* staged = place(token, unit);
     if (N % Chunk<T>::kElements == 0) {
-      *reinterpret_cast<uint4*>(y) = *reinterpret_cast<const uint4*>(staged);
+      *reinterpret_cast<uint4*>(y) = load_shared(reinterpret_cast<const uint4*>(staged));
     } else {
       for (int j = 0; j < Chunk<T>::kElements && n + j < N; ++j) {
         y[j] = reinterpret_cast<const T*>(staged)[j];

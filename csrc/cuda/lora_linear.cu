@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
           const T* source = static_cast<const T*>(op.x) + static_cast<int64_t>(i % M) * K + column;
           value = __ldg(reinterpret_cast<const uint4*>(source));
         }
-        staged_x[i / M * pitch + i % M] = value;
+        store_shared(&staged_x[i / M * pitch + i % M], value);
       }
       staged_slice = slice;
       __syncthreads();
@@ -116,8 +116,8 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
           for (int n8 = 0; n8 < kTokenTiles; ++n8) {
             // Beyond the last token, in one of the last two tiles, the results are not used.
             const int token = 8 * n8 + group;
-            tokens[n8] =
-                staged_x[column * pitch + (n8 + 2 < kTokenTiles ? token : min(token, M - 1))];
+            const int valid = n8 + 2 < kTokenTiles ? token : min(token, M - 1);
+            tokens[n8] = load_shared(&staged_x[column * pitch + valid]);
           }
           // 4.
 #pragma unroll
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
       const auto sum_of_warps = [&](int token, int row) {
         float sum = 0.0f;
         for (int w = row / kWarpRows; w < kWarps; w += plan.output_warps) {
-          sum += sums[sum_index(kPassTiles, w, token - first, row % kWarpRows)];
+          sum += load_shared(&sums[sum_index(kPassTiles, w, token - first, row % kWarpRows)]);
         }
         return sum;
       };
@@ -176,7 +176,8 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int token = 8 * (n8 % kPassTiles) + 2 * quarter + i % 2;
-            sums[sum_index(kPassTiles, warp, token, group + i / 2 * 8)] = total[n8][i];
+            store_shared(&sums[sum_index(kPassTiles, warp, token, group + i / 2 * 8)],
+                         total[n8][i]);
           }
         }
         __syncthreads();

@@ -80,6 +80,15 @@ struct SmallPlan {
 
 SmallPlan plan_small(int64_t tokens, int64_t rows, int64_t cols, const DeviceLimits& limits);
 
+// What a caller who measures other plans than the rule's decides; the rest of a plan follows.
+struct SmallChoice {
+  int64_t output_warps = 0, slices = 0, grid = 0;
+};
+
+// Makes the chosen plan and returns null, or returns why the kernel cannot run it.
+const char* choose_small(const SmallChoice& choice, int64_t tokens, int64_t rows, int64_t cols,
+                         const DeviceLimits& limits, SmallPlan* plan);
+
 // A vector of any dtype, or nothing.
 struct Vector {
   const void* data = nullptr;

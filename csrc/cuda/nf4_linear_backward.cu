@@ -118,7 +118,7 @@ __device__ __forceinline__ void stage_grad(const BackwardProblem& problem, int t
       const int word = 4 * i + quarter / 2;
       return permute_bytes(words[word], words[word + 2], quarter % 2 == 0 ? 0x5410u : 0x7632u);
     };
-    staged[quarter * pitch] = {pair(0), pair(1), pair(2), pair(3)};
+    store_shared(staged + quarter * pitch, uint4{pair(0), pair(1), pair(2), pair(3)});
   }
 }
 
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
         // Beyond the last token, in one of the last two tiles, the results are not used.
         const int token = 8 * n8 + group;
         const int valid = n8 + 2 < kTokenTiles ? token : min(token, M - 1);
-        tokens[n8] = staged_grad[(chunk * 4 + quarter) * pitch + valid];
+        tokens[n8] = load_shared(&staged_grad[(chunk * 4 + quarter) * pitch + valid]);
       }
 
 #pragma unroll
@@ -230,7 +230,8 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const uint8_t* hole = used + (4 * half + i) * kPairRow;
-          words[i] = *reinterpret_cast<const uint32_t*>(hole + 32 * quarter + 4 * group);
+          const uint8_t* word = hole + 32 * quarter + 4 * group;
+          words[i] = load_shared(reinterpret_cast<const uint32_t*>(word));
         }
         uint32_t even[2], odd[2];  // columns, of rows 8 apart: byte j has columns 2j, or 2j + 1
         uint32_t absmax[2];
@@ -270,12 +271,16 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
     for (int n8 = 0; n8 < kTokenTiles; ++n8) {
       if (sum_warp == 1) {
 #pragma unroll
-        for (int i = 0; i < 4 * kFragments; ++i) mine[i * kLanes] = total[i / 4][n8][i % 4];
+        for (int i = 0; i < 4 * kFragments; ++i) {
+          store_shared(mine + i * kLanes, total[i / 4][n8][i % 4]);
+        }
       }
       __syncthreads();
       if (sum_warp == 0) {
 #pragma unroll
-        for (int i = 0; i < 4 * kFragments; ++i) total[i / 4][n8][i % 4] += mine[i * kLanes];
+        for (int i = 0; i < 4 * kFragments; ++i) {
+          total[i / 4][n8][i % 4] += load_shared(mine + i * kLanes);
+        }
 #pragma unroll
         for (int odd = 0; odd < 2; ++odd) {
           const int token = 8 * n8 + 2 * quarter + odd;

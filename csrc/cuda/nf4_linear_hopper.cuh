@@ -84,6 +84,15 @@ struct HopperPlan {
 
 HopperPlan plan_hopper(int64_t tokens, int64_t rows, int64_t cols, int processors);
 
+// What a caller who measures other plans than the rule's decides; the rest of a plan follows.
+struct HopperChoice {
+  int64_t tile_tokens = 0, slices = 0, grid = 0;
+};
+
+// Makes the chosen plan and returns null, or returns why the kernel cannot run it.
+const char* choose_hopper(const HopperChoice& choice, int64_t tokens, int64_t rows, int64_t cols,
+                          HopperPlan* plan);
+
 // Floats from one row of low to the next: the copy engine wants a multiple of 16 bytes.
 constexpr int64_t low_pitch(int64_t rank) { return ceil_div(rank, 4) * 4; }
 

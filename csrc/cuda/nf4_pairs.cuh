@@ -31,7 +31,8 @@ __device__ __forceinline__ void fill_pairs(uint8_t* pairs, int entry) {
   for (int i = 0; i < kStores; ++i) {
     // Turned by the entry's number: eight neighbours write to different banks.
     const int store = (i + entry) % kStores;
-    *reinterpret_cast<uint4*>(pairs + entry * kPairRow + store * kVectorBytes) = copies;
+    uint8_t* place = pairs + entry * kPairRow + store * kVectorBytes;
+    store_shared(reinterpret_cast<uint4*>(place), copies);
   }
 }
 

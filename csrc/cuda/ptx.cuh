@@ -34,6 +34,17 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// A load from shared memory, and a store to it. They compile to the plain access; on the host they
+// tell the executor which bank each lane wants, and which thread wrote a byte.
+template <class T>
+__device__ __forceinline__ T load_shared(const T* pointer) {
+  return *pointer;
+}
+template <class T>
+__device__ __forceinline__ void store_shared(T* pointer, T value) {
+  *pointer = value;
+}
+
 // `base` is the same in every lane: it then sits in a uniform register, and `offset` is the
 // address.
 __device__ __forceinline__ uint32_t load_shared(const void* base, uint32_t offset) {

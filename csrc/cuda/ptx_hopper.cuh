@@ -8,6 +8,7 @@
 
 #include <type_traits>
 
+#include "common/nf4.h"
 #include "cuda/ptx.cuh"
 
 // Whether this pass of the compiler has these instructions: kernels have no body where it has not.
@@ -24,6 +25,25 @@ enum class Swizzle { k32, k128 };  // bytes; which 16-byte units of a tile chang
 // Describes a matrix in global memory and the tile that one copy brings: tensor_map.cuh fills it.
 struct alignas(128) TensorMap {
   uint64_t opaque[16];
+};
+
+// A tile in shared memory as B of a product: tokens of 128 bytes along k, swizzled by 128 bytes as
+// copy_tile leaves them, aligned to 1024 bytes. This is the PTX ISA's matrix descriptor.
+struct SharedOperand {
+  uint64_t descriptor;
+
+  // `address` is in the shared window.
+  static PYLORA_HOST_DEVICE constexpr SharedOperand at(uint32_t address) {
+    constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+    constexpr uint64_t kEightTokens = uint64_t{1024 >> 4} << 32;  // to the next group of 8
+    constexpr uint64_t kLeading = uint64_t{1} << 16;              // not used with this swizzle
+    return {kSwizzle128 | kEightTokens | kLeading | (address & 0x3FFFF) >> 4};
+  }
+
+  // `bytes` further along k, a multiple of 16.
+  PYLORA_HOST_DEVICE constexpr SharedOperand behind(int bytes) const {
+    return {descriptor + (bytes >> 4)};
+  }
 };
 
 // Completes a phase when so many threads have arrived, and so many bytes have come, as it expects.
@@ -113,6 +133,13 @@ __device__ __forceinline__ void copy_tile(void* shared, const TensorMap& map, in
       : "memory");
 }
 
+// Each thread that has written shared memory with ordinary stores (stmatrix and cp.async count as
+// such), before the barrier behind which the copy engine or a product reaches those bytes: their
+// path to shared memory is another one, on which the stores become visible only now.
+__device__ __forceinline__ void fence_async_proxy() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // Whole warp. The inverse of load_matrices_transposed: lane l gives the address of row l % 8 of
 // matrix l / 8, and holds in register i the elements 2 * (l % 4) and the next of column l / 4 of
 // matrix i.
@@ -153,21 +180,8 @@ __device__ __forceinline__ uint32_t fma_pair<__nv_bfloat16>(uint32_t a, uint32_t
   return sum;
 }
 
-// B of a product, in shared memory: columns of 128 bytes along k, swizzled by 128 bytes as
-// copy_tile leaves them. The tile is aligned to 1024 bytes.
-struct SharedOperand {
-  uint64_t descriptor;
-
-  // `bytes` further along k, a multiple of 16.
-  __device__ __forceinline__ SharedOperand behind(int bytes) const {
-    return {descriptor + (bytes >> 4)};
-  }
-};
 __device__ __forceinline__ SharedOperand shared_operand(const void* tile) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  constexpr uint64_t kEightColumns = uint64_t{1024 >> 4} << 32;  // from one group of 8 to the next
-  constexpr uint64_t kLeading = uint64_t{1} << 16;               // not used with this swizzle
-  return {kSwizzle128 | kEightColumns | kLeading | (shared_address(tile) & 0x3FFFF) >> 4};
+  return SharedOperand::at(shared_address(tile));
 }
 
 // Whole warpgroup. Before the first product, and between any other access to the registers of one

@@ -29,6 +29,15 @@ def _is_compiled() -> bool:
     return module is not None and "90a" in module.build_info()["cuda_archs"]
 
 
+def device_reason(device: torch.device) -> Reason:
+    """None if the kernel can run on this CUDA device, else the reason in words."""
+    if _capability(device) != (9, 0):
+        return "the Hopper kernel needs a GPU of compute capability 9.0"
+    if not _is_compiled():
+        return "the Hopper kernel was not compiled: PYLORA_CUDA_ARCHS had no 90a"
+    return None
+
+
 def reason(x: Tensor, rows: int, weight: Weight) -> Reason:
     """None if the kernel runs x [rows, in_features] over this weight, else the reason in words.
 
@@ -41,10 +50,9 @@ def reason(x: Tensor, rows: int, weight: Weight) -> Reason:
             "the Hopper kernel for many rows has not been measured against dequantize and matmul; "
             f"{settings.HOPPER}=1 turns it on"
         )
-    if _capability(x.device) != (9, 0):
-        return "the Hopper kernel needs a GPU of compute capability 9.0"
-    if not _is_compiled():
-        return "the Hopper kernel was not compiled: PYLORA_CUDA_ARCHS had no 90a"
+    refused = device_reason(x.device)
+    if refused is not None:
+        return refused
     if rows > _MAX_M:
         return f"x has {rows} rows; the Hopper kernel takes up to {_MAX_M}"
     if x.shape[-1] % _COLUMNS:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,16 +15,19 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # in the order of the C++ enum
+HOPPER_KERNELS = ("nf4_linear_hopper", "hopper_plan", "lora_hidden_many", "tensor_map")
+DRIVER = ("tests/host_cuda/driver.cpp",)  # stands in for it, where there are tensor maps
 SEEDS = range(2)  # of the order in which threads run
 
 
 def compiler(folder: Path) -> Callable[..., Path]:
-    """Builds a program into `folder` with the kernels it runs."""
+    """Builds a program into `folder` with the kernels it runs, once."""
     command_name = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if command_name is None:
         pytest.skip("no C++ compiler")
 
-    def compiled(stem: str, *kernels: str, twins: Sequence[str] = ()) -> Path:
+    @functools.cache
+    def compiled(stem: str, *kernels: str, twins: tuple[str, ...] = ()) -> Path:
         sources = " ".join([*(f"csrc/cuda/{kernel}.cu" for kernel in kernels), *twins])
         command = f"""{command_name} -std=c++20 -O1 -Wall -Wextra -Werror -ffp-contract=off
             -Wno-unknown-pragmas -Wno-maybe-uninitialized -fsanitize=address,undefined

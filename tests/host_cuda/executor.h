@@ -22,6 +22,9 @@
 #include <random>
 #include <vector>
 
+#include "async_proxy.h"
+#include "bank_conflicts.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -56,6 +59,7 @@ struct Warp {
   Barrier barrier;
   std::vector<unsigned> ready;  // fibers
   uint32_t priority = 0;
+  WarpAccesses accesses;  // to shared memory
   // What each lane shows the others in an operation of the whole warp.
   struct Lane {
     uint64_t value;
@@ -83,6 +87,8 @@ struct Cta {
   std::vector<unsigned> fibers;
   std::unique_ptr<uint8_t, void (*)(void*)> static_memory{nullptr, std::free};
   std::unique_ptr<uint8_t, void (*)(void*)> dynamic_memory{nullptr, std::free};
+  size_t static_bytes = 0;
+  std::unique_ptr<AsyncProxy> async_proxy;  // of kernels that ask for tiled_shared_memory()
 };
 
 // A launched kernel.
@@ -153,6 +159,30 @@ inline Warp& warp_of(unsigned number) {
 inline Warp& warp() { return warp_of(executor.running); }
 inline unsigned lane() { return executor.current().thread % kLanes; }
 
+// A lane's access to shared memory by one of the wrappers of ptx.cuh, at `where` in a kernel.
+inline void access_shared(const void* pointer, unsigned bytes, const char* operation,
+                          const std::source_location& where) {
+  const Cta& cta = *executor.current().cta;
+  const auto inside = [&](const auto& memory, size_t size) {
+    const auto offset = reinterpret_cast<uintptr_t>(pointer) - reinterpret_cast<uintptr_t>(memory);
+    return memory != nullptr && offset < size;
+  };
+  if (!inside(cta.static_memory.get(), cta.static_bytes) &&
+      !inside(cta.dynamic_memory.get(), cta.grid->dynamic_bytes)) {
+    std::fprintf(stderr, "host_cuda: %s in %s\n", operation, where.function_name());
+    fail("an access to shared memory has an address outside it");
+  }
+  if (!report.wanted()) return;
+  warp().accesses.add(report.site_of(where, operation, bytes), lane(), pointer);
+}
+
+// An ordinary store of this thread, after it.
+inline void has_stored(const void* pointer, size_t bytes) {
+  const Fiber& fiber = executor.current();
+  if (fiber.cta->async_proxy != nullptr)
+    fiber.cta->async_proxy->store(fiber.thread, pointer, bytes);
+}
+
 inline void to_scheduler(bool forever) {
   Fiber& fiber = executor.current();
 #if defined(__SANITIZE_ADDRESS__)
@@ -189,7 +219,10 @@ inline unsigned take_ready() {
 
 inline void release_if_complete(Barrier& barrier) {
   if (barrier.waiting.empty() || barrier.waiting.size() < barrier.live) return;
-  for (const unsigned number : barrier.waiting) make_ready(number);
+  for (const unsigned number : barrier.waiting) {
+    warp_of(number).accesses.count();  // its lanes have met
+    make_ready(number);
+  }
   barrier.waiting.clear();
 }
 
@@ -264,6 +297,7 @@ inline void replace_ctas(Grid& grid) {
   for (auto& cta : grid.resident) {
     if (cta->barrier.live > 0) continue;
     if (!cta->bulk_copies.empty()) fail("a bulk copy is under way while its CTA ends");
+    for (Warp& warp : cta->warps) warp.accesses.count();
     executor.idle.insert(executor.idle.end(), cta->fibers.begin(), cta->fibers.end());
     cta = nullptr;
   }

@@ -33,11 +33,14 @@ def check_linear(
     adapter_ids: Tensor | None = None,
     processors: int = 2,
     gpu: str = "H200",
+    plan: tuple[int, int, int] = (0, 0, 0),
     seed: int = 0,
 ) -> tuple[Tensor, dict[str, int]]:
     """Runs x [M, K] on W [N, K] and judges y, and h where there is LoRA, by the numerics rule.
 
     adapter_ids    of a stack of three adapters, the second of which is NaN: multi_lora_linear
+    plan           a choice in place of the rule's plan: warps beside each other or tokens of a
+                   tile, slices, CTAs
 
     Returns y and the plan: slices of K, warps beside each other, CTAs.
     """
@@ -69,6 +72,7 @@ def check_linear(
         *(DTYPES.index(dtype) if biases else -1, rank, DTYPES.index(lora_dtype), biases),
         *(list(ACTIVATIONS).index(activation), dropout_p > 0, processors, SHARED[gpu] << 10),
         len(adapters) and ADAPTERS,
+        *plan,
     ]
     tensors = [torch.tensor(header), torch.tensor([scaling, dropout_p], dtype=torch.float64), x]
     tensors += [t.reshape(-1) for t in w.tensors().values()]
@@ -90,3 +94,35 @@ def check_linear(
             arguments += (bias, *lora[2:], scaling, dropout_p, dropout_seed, activation)
             assert_as_accurate_as_torch((y, h), reference_op("lora_linear"), *arguments)
     return y, {name: int(n) for name, n in re.findall(r"(\w+) (\d+)", stderr.splitlines()[-1])}
+
+
+def check_linear_backward(
+    program: Path,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    blocksize: int = 64,
+    nested: bool = False,
+    misalign: int = 0,
+    scale: float = 1.0,
+    processors: int = 2,
+    gpu: str = "H200",
+    seed: int = 0,
+) -> tuple[Tensor, int]:
+    """Runs grad [M, N] on W [N, K] and judges dx by the numerics rule.
+
+    Returns dx and the number of slices of N.
+    """
+    M, N, K = shape
+    generator = torch.Generator().manual_seed(M + N + K)
+    weight = torch.randn(N, K, generator=generator) / K**0.5
+    w = pylora.quantize_nf4(weight, blocksize, nested)
+    grad = (torch.randn(M, N, generator=generator) * scale).to(dtype)
+    header = [M, N, K, DTYPES.index(dtype), blocksize, w.nested_blocksize, nested]
+    header += [misalign, processors, SHARED[gpu] << 10]
+    weights = [t.reshape(-1) for t in w.tensors().values()]
+    stdout, stderr = run(program, [torch.tensor(header), grad, *weights], seed)
+    dx = torch.frombuffer(stdout, dtype=dtype).view(M, K)
+    arguments = (grad, *w.op_arguments(), K)
+    assert_as_accurate_as_torch(dx, reference_op("nf4_linear_backward"), *arguments)
+    return dx, int(re.findall(r"slices (\d+)", stderr)[-1])

@@ -23,7 +23,11 @@ inline void read_dropout(pylora::LoraHidden& hidden, double p) {
 struct LinearHeader {
   int64_t tokens, rows, cols, dtype, blocksize, nested_blocksize, nested, bias_dtype, rank,
       lora_dtype, biases, activation, dropout, processors, shared_per_sm, adapters;
+  int64_t plan[3];  // that the caller chooses, all 0 for the rule's
 };
+
+// A program ends with this code where the kernel cannot run the plan that was chosen.
+inline constexpr int kRefused = 3;
 
 // Reads all there is.
 inline LinearHeader read_linear(pylora::LoraLinear& op) {

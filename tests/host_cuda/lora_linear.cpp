@@ -5,7 +5,12 @@ int main() {
   pylora::LoraLinearSmall op;
   const LinearHeader in = read_linear(op);
   const pylora::DeviceLimits limits = limits_of(in);
-  const pylora::SmallPlan plan = pylora::plan_small(in.tokens, in.rows, in.cols, limits);
+  pylora::SmallPlan plan = pylora::plan_small(in.tokens, in.rows, in.cols, limits);
+  if (in.plan[0] != 0) {
+    const pylora::SmallChoice choice = {in.plan[0], in.plan[1], in.plan[2]};
+    const char* wrong = choose_small(choice, in.tokens, in.rows, in.cols, limits, &plan);
+    if (wrong != nullptr) return std::fprintf(stderr, "%s\n", wrong), kRefused;
+  }
   if (plan.shared_bytes > limits.shared_per_cta) return 2;
   op.partials = static_cast<float*>(make_output(4 * plan.partial_floats(in.tokens, in.rows)));
   op.counters = static_cast<unsigned*>(make_output(4 * plan.counters()));

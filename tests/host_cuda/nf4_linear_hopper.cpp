@@ -7,8 +7,13 @@
 int main() {
   pylora::LoraLinearHopper op;
   const LinearHeader in = read_linear(op);
-  const pylora::HopperPlan plan =
+  pylora::HopperPlan plan =
       pylora::plan_hopper(in.tokens, in.rows, in.cols, static_cast<int>(in.processors));
+  if (in.plan[0] != 0) {
+    const pylora::HopperChoice choice = {in.plan[0], in.plan[1], in.plan[2]};
+    const char* wrong = choose_hopper(choice, in.tokens, in.rows, in.cols, &plan);
+    if (wrong != nullptr) return std::fprintf(stderr, "%s\n", wrong), kRefused;
+  }
   op.partials = static_cast<float*>(make_output(4 * plan.partial_floats()));
   op.counters = static_cast<unsigned*>(make_output(4 * plan.counters()));
   const LinearOutput out = make_outputs(op, pylora::low_pitch(in.rank));

@@ -24,9 +24,21 @@ static_assert(sizeof(HostTensorMap) <= sizeof(TensorMap));
 inline uint8_t* tiled_shared_memory() {
   host_cuda::Cta& cta = *host_cuda::executor.current().cta;
   auto& memory = cta.dynamic_memory;
-  if (memory == nullptr) memory.reset(host_cuda::poisoned(cta.grid->dynamic_bytes, 1024));
+  if (memory == nullptr) {
+    memory.reset(host_cuda::poisoned(cta.grid->dynamic_bytes, 1024));
+    cta.async_proxy =
+        std::make_unique<host_cuda::AsyncProxy>(memory.get(), cta.grid->dynamic_bytes);
+  }
   return memory.get();
 }
+
+// The async proxy's view of the CTA's shared memory.
+inline host_cuda::AsyncProxy& async_proxy() {
+  const host_cuda::Cta& cta = *host_cuda::executor.current().cta;
+  if (cta.async_proxy == nullptr) host_cuda::fail("not the memory of tiled_shared_memory()");
+  return *cta.async_proxy;
+}
+inline void fence_async_proxy() { async_proxy().fence(host_cuda::executor.current().thread); }
 
 template <int kRegisters>
 void take_registers() {}
@@ -136,8 +148,12 @@ inline void copy_tile(void* shared, const TensorMap& tensor_map, int row, int co
   }
   const auto tile = static_cast<uint8_t*>(shared);
   const int bytes = map.box_rows * row_bytes;
-  std::memset(tile, 0xFF, static_cast<size_t>(bytes));
-  const auto land = [=] {
+  const auto size = static_cast<size_t>(bytes);
+  host_cuda::AsyncProxy& proxy = async_proxy();
+  proxy.start_write("a copy", tile, size);
+  std::memset(tile, 0xFF, size);
+  proxy.written(tile, size);
+  const auto land = [=, &proxy] {
     for (int i = 0; i < bytes; ++i) {
       const int64_t r = row + i / row_bytes;
       const int64_t c = column + i % row_bytes / map.item;
@@ -145,6 +161,7 @@ inline void copy_tile(void* shared, const TensorMap& tensor_map, int row, int co
       const int64_t offset = r * map.pitch + c * map.item + i % map.item;
       *swizzled(tile + i, map.swizzle) = inside ? map.base[offset] : uint8_t{0};
     }
+    proxy.written(tile, size);
     host_barrier(barrier).bytes -= bytes;
     complete_if_ready(barrier);
   };
@@ -155,10 +172,12 @@ inline void copy_tile(void* shared, const TensorMap& tensor_map, int row, int co
   }
 }
 
-inline void store_matrices_transposed(void* row, const uint32_t (&in)[4]) {
+inline void store_matrices_transposed(void* row, const uint32_t (&in)[4],
+                                      const Where& where = Where::current()) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) {
     host_cuda::fail("stmatrix of a row whose address is no multiple of 16");
   }
+  host_cuda::access_shared(row, 16, "stmatrix", where);
   for (unsigned matrix = 0; matrix < 4; ++matrix) {
     host_cuda::Warp& warp = host_cuda::warp();
     const unsigned lane = host_cuda::lane();
@@ -169,7 +188,10 @@ inline void store_matrices_transposed(void* row, const uint32_t (&in)[4]) {
       const uint64_t pair = warp.lanes[4 * column + lane % 8 / 2].value;
       values[column] = static_cast<uint16_t>(pair >> 16 * (lane % 2));
     }
-    if (lane / 8 == matrix) std::memcpy(row, values, sizeof(values));
+    if (lane / 8 == matrix) {
+      std::memcpy(row, values, sizeof(values));
+      host_cuda::has_stored(row, sizeof(values));
+    }
     host_cuda::wait_at(warp.barrier, "stmatrix");
   }
 }
@@ -201,17 +223,32 @@ uint32_t multiply_pair(uint32_t a, uint32_t b) {
   return fma_pair<T>(a, b, 0x80008000u);  // -0: the sign of a product that is 0 stays
 }
 
-struct SharedOperand {
-  const uint8_t* start;
-
-  SharedOperand behind(int bytes) const { return {start + bytes}; }
-};
-inline SharedOperand shared_operand(const void* tile) {
-  if (reinterpret_cast<uintptr_t>(tile) % 1024 != 0) {
-    host_cuda::fail("B of a product is not aligned to 1024 bytes");
-  }
-  return {static_cast<const uint8_t*>(tile)};
+// A tile's address in the shared window: where the CTA's memory begins there is arbitrary.
+inline uint32_t shared_address(const void* pointer) {
+  constexpr uint32_t kFirst = 1024;
+  const auto* byte = static_cast<const uint8_t*>(pointer);
+  return kFirst + static_cast<uint32_t>(byte - tiled_shared_memory());
 }
+inline const uint8_t* shared_pointer(uint32_t address) {
+  return tiled_shared_memory() + (address - shared_address(tiled_shared_memory()));
+}
+
+inline SharedOperand shared_operand(const void* tile) {
+  return SharedOperand::at(shared_address(tile));
+}
+
+// The fields of a matrix descriptor that a K-major operand with a swizzle of 128 bytes uses.
+struct MatrixDescriptor {
+  uint32_t start, stride;  // bytes; from one group of 8 rows to the next
+
+  explicit MatrixDescriptor(uint64_t bits)
+      : start(static_cast<uint32_t>(bits & 0x3FFF) << 4),
+        stride(static_cast<uint32_t>(bits >> 32 & 0x3FFF) << 4) {
+    if (start % 1024 >= 128) host_cuda::fail("B of a product is not aligned to 1024 bytes");
+    if (bits >> 62 != 1) host_cuda::fail("a descriptor's layout is not the swizzle of 128 bytes");
+    if ((bits >> 49 & 7) != 0) host_cuda::fail("a descriptor has a base offset");
+  }
+};
 
 inline void multiply_fence() { host_cuda::executor.current().multiply_fenced = true; }
 inline void multiply_commit() {
@@ -247,6 +284,21 @@ void unpack(uint32_t word, float (&out)[4 / sizeof(T)]) {
 template <class T, int kTokens>
 void multiply(float (&d)[kTokens / 2], const uint32_t (&a)[4], SharedOperand b, int add) {
   if (!host_cuda::executor.current().multiply_fenced) host_cuda::fail("wgmma without a fence");
+  const MatrixDescriptor descriptor(b.descriptor);
+  const uint8_t* const start = shared_pointer(descriptor.start);
+  const size_t stride = descriptor.stride;
+  // The 16 bytes that hold word `word` of a token's 8 in this step, as the swizzle has placed them.
+  const auto unit_of = [=](unsigned token, unsigned word) {
+    const uint8_t* line = start + token / 8 * stride + token % 8 * 128;
+    return swizzled(const_cast<uint8_t*>(line) + word / 4 * 16, Swizzle::k128);
+  };
+  if (host_cuda::lane() == 0) {  // the earliest that a GPU may read it
+    for (unsigned token = 0; token < kTokens; ++token) {
+      for (unsigned word = 0; word < 8; word += 4) {
+        async_proxy().read("wgmma", unit_of(token, word), 16);
+      }
+    }
+  }
   float* const out = d;
   const uint32_t* const in = a;
   host_cuda::executor.current().multiplies.back().push_back([=] {
@@ -269,11 +321,10 @@ void multiply(float (&d)[kTokens / 2], const uint32_t (&a)[4], SharedOperand b, 
       }
     }
     for (unsigned token = 2 * (lane % 4); token < kTokens; token += token % 2 == 0 ? 1 : 7) {
-      const uint8_t* line = b.start + token / 8 * 1024 + token % 8 * 128;
       double sums[2] = {};
       for (unsigned word = 0; word < 8; ++word) {
         uint32_t bits;
-        std::memcpy(&bits, swizzled(const_cast<uint8_t*>(line) + 4 * word, Swizzle::k128), 4);
+        std::memcpy(&bits, unit_of(token, word) + word % 4 * 4, 4);
         float values[kOfWord];
         unpack<T>(bits, values);
         for (unsigned i = 0; i < kOfWord; ++i) {

@@ -5,16 +5,22 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <source_location>
 
 #include "common/float16.h"
 #include "cuda_runtime_api.h"
 
 namespace pylora {
 
+// Where a kernel calls a function that reaches shared memory: the address decides its bank.
+using Where = std::source_location;
+
 template <class T>
 T& shared_memory() {
-  auto& memory = host_cuda::executor.current().cta->static_memory;
+  host_cuda::Cta& cta = *host_cuda::executor.current().cta;
+  auto& memory = cta.static_memory;
   if (memory == nullptr) memory.reset(host_cuda::poisoned(sizeof(T), 256));
+  cta.static_bytes = sizeof(T);
   return *std::launder(reinterpret_cast<T*>(memory.get()));
 }
 
@@ -25,10 +31,21 @@ inline uint8_t* dynamic_shared_memory() {
   return memory.get();
 }
 
-inline uint32_t load_shared(const void* base, uint32_t offset) {
-  uint32_t value;
-  std::memcpy(&value, static_cast<const uint8_t*>(base) + offset, sizeof(value));
-  return value;
+template <class T>
+T load_shared(const T* pointer, const Where& where = Where::current()) {
+  host_cuda::access_shared(pointer, sizeof(T), "load", where);
+  return *pointer;
+}
+inline uint32_t load_shared(const void* base, uint32_t offset,
+                            const Where& where = Where::current()) {
+  const uint8_t* pointer = static_cast<const uint8_t*>(base) + offset;
+  return load_shared(reinterpret_cast<const uint32_t*>(pointer), where);
+}
+template <class T>
+void store_shared(T* pointer, const T& value, const Where& where = Where::current()) {
+  host_cuda::access_shared(pointer, sizeof(T), "store", where);
+  *pointer = value;
+  host_cuda::has_stored(pointer, sizeof(T));
 }
 
 inline uint4 load_streaming(const uint4* pointer) { return *pointer; }
@@ -85,11 +102,13 @@ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
 inline uint64_t evict_first_policy() { return 0; }
 
 // A copy lands as late as it may: when its thread waits for it.
-inline void copy_async_16(void* shared, const void* global, uint64_t /*policy*/) {
+inline void copy_async_16(void* shared, const void* global, uint64_t /*policy*/,
+                          const Where& where = Where::current()) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 ||
       reinterpret_cast<uintptr_t>(global) % 16 != 0) {
     host_cuda::fail("cp.async of 16 bytes from or to an address that is no multiple of 16");
   }
+  host_cuda::access_shared(shared, 16, "cp.async", where);
   host_cuda::executor.current().groups.back().push_back({shared, global});
 }
 inline void copy_async_commit() { host_cuda::executor.current().groups.emplace_back(); }
@@ -99,18 +118,21 @@ void copy_async_wait() {
   while (groups.size() > kPending + 1) {  // the open group is not waited for
     for (const host_cuda::AsyncCopy& copy : groups.front()) {
       std::memcpy(copy.shared, copy.global, 16);
+      host_cuda::has_stored(copy.shared, 16);
     }
     groups.erase(groups.begin());
   }
 }
 
 // A lane reads its row when it comes: what others have not made sure is there by then is missing.
-inline void load_matrices(uint32_t (&out)[4], const void* row, bool transposed = false) {
+inline void load_matrices(uint32_t (&out)[4], const void* row, bool transposed,
+                          const Where& where) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) {
     host_cuda::fail("ldmatrix of a row whose address is no multiple of 16");
   }
   host_cuda::Warp& warp = host_cuda::warp();
   const unsigned lane = host_cuda::lane();
+  host_cuda::access_shared(row, 16, "ldmatrix", where);
   std::memcpy(warp.lanes[lane].row, row, 16);
   host_cuda::wait_at(warp.barrier, "ldmatrix");
   const unsigned group = lane / 4;
@@ -125,8 +147,13 @@ inline void load_matrices(uint32_t (&out)[4], const void* row, bool transposed =
   }
   host_cuda::wait_at(warp.barrier, "ldmatrix");
 }
-inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
-  load_matrices(out, row, true);
+inline void load_matrices(uint32_t (&out)[4], const void* row,
+                          const Where& where = Where::current()) {
+  load_matrices(out, row, false, where);
+}
+inline void load_matrices_transposed(uint32_t (&out)[4], const void* row,
+                                     const Where& where = Where::current()) {
+  load_matrices(out, row, true, where);
 }
 
 template <class T>

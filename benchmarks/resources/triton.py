@@ -1,7 +1,7 @@
 """Registers, shared memory, spills and instructions of the Triton kernels, by architecture.
 
-    python -m benchmarks.triton_resources            compare with the table, exit 1 if worse
-    python -m benchmarks.triton_resources --write    replace the table
+    python -m benchmarks.resources.triton            compare with the table, exit 1 if worse
+    python -m benchmarks.resources.triton --write    replace the table
 
 No GPU is needed: every variant that the backend launches (`benchmarks.triton_launches`) is compiled
 ahead of time and disassembled with the tools of the Triton wheel. Whatever the version of Triton, a
@@ -30,7 +30,7 @@ from triton.compiler import ASTSource
 
 from benchmarks.triton_launches import Variant, launches
 
-TABLE = Path(__file__).parent / "results" / "triton_resources.json"
+TABLE = Path(__file__).parents[1] / "results" / "triton_resources.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Shared memory of a program, and the matrix instructions of tiles of 64 rows and more.
 # What runs on 8.0 runs on 8.6 and 8.9 as well, which have less of it.
@@ -187,7 +187,7 @@ def show(name: str, numbers: Numbers) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.triton_resources")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.resources.triton")
     parser.add_argument("--write", action="store_true", help="replace the committed table")
     arguments = parser.parse_args()
     committed = json.loads(TABLE.read_text()) if TABLE.exists() else {"triton": None}

@@ -1,0 +1,178 @@
+"""Timers for CUDA: the device's time of single calls and of calls in a graph, and the host's time.
+
+Launch latency and gaps between launches never count as the device's time: all work is queued
+behind a kernel that only waits, and each sample proves that the queue was full in time. What the
+timers need from torch is passed in as `cuda`, so that their logic is tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from benchmarks.machine import cuda_l2_bytes
+from benchmarks.timing import Call, ClockTimer, Sample, Timer
+
+# Cycles of the GPU's clock for which the device is kept busy: at 1.9 GHz 70 us and 35 ms.
+SHORTEST_WAIT, LONGEST_WAIT = 1 << 17, 1 << 26
+
+NOT_COVERED = (
+    "the host was not done issuing the call while the device was kept busy (the call waits for the "
+    "device, or makes too many launches): the device's time includes the host's"
+)
+
+
+class CacheReader:
+    """Pushes everything else out of the L2 cache by reading a buffer of twice its size.
+
+    Reading leaves clean lines behind. Lines that were written would have to go back to memory
+    while the next call is timed, and would double the traffic of a small weight.
+    """
+
+    _ROW_BYTES = 32 << 10
+
+    def __init__(self, cache_bytes: int, device: torch.device | str) -> None:
+        rows = -(-2 * cache_bytes // self._ROW_BYTES)
+        self.buffer = torch.ones(rows, self._ROW_BYTES // 4, device=device)
+        self.sums = torch.empty(rows, device=device)
+
+    def __call__(self) -> None:
+        """One kernel. It stores the sum of each row, so that no read can be left out; there are so
+        many rows that torch does not split one over several CTAs, which would be more launches."""
+        torch.sum(self.buffer, dim=1, out=self.sums)
+
+
+@lru_cache(maxsize=1)
+def _cache_reader() -> CacheReader:
+    return CacheReader(cuda_l2_bytes(), "cuda")
+
+
+class BusyQueue:
+    """Measures a function that launches kernels: the device's time without the host's share.
+
+    1. A kernel that only waits is launched. 2. The first event, the kernels of the function and
+    the second event are queued behind it. 3. If the first event has not completed when the last
+    launch has returned, the device found all kernels in its queue and never waited for the host.
+    Otherwise the wait is doubled, for this sample and those that follow, and the function is
+    measured again. If even the longest wait is too short, the events are recorded on an idle device
+    and `note` says so.
+    """
+
+    def __init__(self, cuda: Any = torch.cuda, clock: Callable[[], float] | None = None) -> None:
+        self._cuda, self._clock = cuda, clock or time.perf_counter
+        self.cycles = SHORTEST_WAIT
+        self.note = ""
+
+    def sample(self, prepare: Callable[[], Callable[[], Any]]) -> Sample:
+        """`prepare` makes everything ready and returns the function to measure."""
+        while self.cycles <= LONGEST_WAIT:
+            found, covered = self._between_events(prepare(), self.cycles)
+            if covered:
+                return found
+            self.cycles *= 2
+        self.note = NOT_COVERED
+        return self._between_events(prepare(), None)[0]
+
+    def _between_events(self, run: Callable[[], Any], cycles: int | None) -> tuple[Sample, bool]:
+        """(the sample, the host was done before the device began)."""
+        begin, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
+        self._cuda.synchronize()  # the queue has room for all launches
+        if cycles is not None:
+            self._cuda._sleep(cycles)
+        begin.record()
+        start = self._clock()
+        result = run()
+        host = self._clock() - start
+        end.record()
+        covered = not begin.query()
+        end.synchronize()
+        del result
+        return Sample(begin.elapsed_time(end) / 1e3, host), covered
+
+
+class EagerTimer:
+    """Times one call after the other, each with a cold L2: the device's time and the host's."""
+
+    calls_a_sample = 1
+
+    def __init__(
+        self,
+        calls: Sequence[Call],
+        flush: Callable[[], None] | None = None,
+        queue: BusyQueue | None = None,
+    ) -> None:
+        self._calls, self._queue = calls, queue or BusyQueue()
+        self._flush = flush or _cache_reader()
+
+    @property
+    def note(self) -> str:
+        return self._queue.note
+
+    def sample(self, turn: int) -> Sample:
+        call = self._calls[turn % len(self._calls)]
+
+        def prepare() -> Callable[[], Any]:
+            prepared = call.prepare()
+            self._flush()
+            return lambda: call.run(prepared)
+
+        with call.around():
+            return self._queue.sample(prepare)
+
+
+class GraphTimer:
+    """Captures all calls in one CUDA graph, several times over, and divides its time by their
+    number: neither launches nor the resolution of events count.
+
+    The calls follow each other without a flush. Their weights come from memory if all calls
+    together move several times the bytes of the L2 cache. The results of the last pass are kept:
+    each has memory of its own in the graph's pool, and can be checked after a replay.
+    """
+
+    def __init__(
+        self,
+        calls: Sequence[Call],
+        passes: int = 1,
+        cuda: Any = torch.cuda,
+        queue: BusyQueue | None = None,
+    ) -> None:
+        """Raises RuntimeError if a call cannot be captured. A call with something to prepare before
+        every run (a backward needs a new forward) must not come here."""
+        self._cuda, self._queue = cuda, queue or BusyQueue(cuda)
+        self.calls_a_sample = passes * len(calls)
+        side = cuda.Stream()
+        side.wait_stream(cuda.current_stream())
+        with cuda.stream(side):
+            for call in (calls[0], calls[0], *calls):  # what a first call sets up stays outside
+                call.once()
+        cuda.current_stream().wait_stream(side)
+        self._graph = cuda.CUDAGraph()
+        self._results: list[Any] = []
+        with cuda.graph(self._graph):
+            for _ in range(passes):
+                self._results = []  # before the next pass: its results take the same memory
+                for call in calls:
+                    with call.around():
+                        self._results.append(call.run(None))
+
+    @property
+    def note(self) -> str:
+        return self._queue.note
+
+    def replayed(self) -> list[Any]:
+        """The raw result of each call, as the graph computes it."""
+        self._graph.replay()
+        self._cuda.synchronize()
+        return self._results
+
+    def sample(self, turn: int) -> Sample:
+        found = self._queue.sample(lambda: self._graph.replay)
+        return Sample(found.seconds / self.calls_a_sample)
+
+
+def eager_timer(calls: Sequence[Call], device: torch.device) -> Timer:
+    return EagerTimer(calls) if device.type == "cuda" else ClockTimer(calls)

@@ -1,0 +1,122 @@
+"""`python -m benchmarks.gpu`, started in the repository root with the Python that holds torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import stand_ins
+from benchmarks.gpu.install import find_cuda_home
+from benchmarks.gpu.run import Runner
+from benchmarks.gpu.steps import BUDGET_S, CALLS, ROOT, Target, chosen
+from benchmarks.results import write_atomically
+
+BUILD = ROOT / "build"
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
+        description="Runs what needs a GPU; docs/gpu-run.md says in which order.",
+    )
+    top.add_argument("--call", help=f"one of {', '.join(CALLS)}; default: all, as far as they fit")
+    top.add_argument("--steps", nargs="*", default=[], metavar="NAME[=SECONDS]")
+    top.add_argument(
+        "--out",
+        type=Path,
+        default=Path(os.environ.get("OUT") or BUILD / "gpu"),
+        help="a folder; results.tgz and summary.json go into a folder in it, named after the call",
+    )
+    top.add_argument("--work", type=Path, default=BUILD / "gpu-work", help="for what is unpacked")
+    top.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for the whole call")
+    top.add_argument("--wheels", type=Path, help="a folder of wheels to install")
+    top.add_argument("--dry", action="store_true", help="the same steps, small and without a GPU")
+    return top
+
+
+def environment_of(work: Path, site: Path, has_wheels: bool) -> dict[str, str]:
+    """What all steps see: nvcc, one Triton cache, the wheels, and Python's output as it comes."""
+    environment = dict(os.environ)
+    home = find_cuda_home()
+    if shutil.which("nvcc") is None and not environment.get("CUDA_HOME") and home is not None:
+        environment["CUDA_HOME"] = str(home)
+    if environment.get("CUDA_HOME"):
+        # compute-sanitizer is there too.
+        environment["PATH"] += f"{os.pathsep}{environment['CUDA_HOME']}/bin"
+    if has_wheels:
+        others = environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = os.pathsep.join([str(site), *([others] if others else [])])
+    environment |= {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    return environment | {"TRITON_CACHE_DIR": str(work / "triton-cache")}
+
+
+def facts_of(environment: dict[str, str]) -> dict[str, Any]:
+    """Raises ValueError if this Python cannot say what the machine is: it has no torch."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu.facts"],
+        cwd=ROOT,
+        env=environment | {"PYTHONSAFEPATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        raise ValueError(
+            f"{sys.executable} must be a Python that has torch (PYTHON=... names another): "
+            f"{done.stderr.strip().splitlines()[-1]}"
+        )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run(arguments: argparse.Namespace) -> int:
+    wheels: tuple[Path, ...] = ()
+    if arguments.wheels is not None:
+        wheels = tuple(sorted(arguments.wheels.resolve().glob("*.whl")))
+        if not wheels:
+            raise ValueError(f"--wheels is {arguments.wheels}; it must be a folder with wheels")
+    name = f"call-{arguments.call}" if arguments.call else "steps" if arguments.steps else "all"
+    base, out = arguments.work.resolve(), arguments.out.resolve() / name
+    work, site = base / name, base / "site"
+    environment = environment_of(base, site, bool(wheels))
+    facts = facts_of(environment)
+    if not facts["arch"] and not arguments.dry:
+        raise ValueError("torch finds no CUDA device; --dry does what can be done without one")
+    arch = "" if arguments.dry else facts["arch"]
+    target = Target(sys.executable, arch, work, site, facts["cores"], wheels, arguments.dry)
+    steps = chosen(target, arguments.call, arguments.steps)
+    # The results of an earlier call of this name are not those of this one.
+    shutil.rmtree(work, ignore_errors=True)
+    (work / "results").mkdir(parents=True)
+    write_atomically(work / "machine.json", json.dumps(facts, indent=1) + "\n")
+    if arguments.dry:
+        folder = stand_ins.write(base / "stand-ins", work)
+        environment["PATH"] = f"{folder}{os.pathsep}{environment['PATH']}"
+    shown = {key: value for key, value in facts.items() if key != "packages"} | {"call": name}
+    runner = Runner(steps, out, work, arguments.budget, environment, shown, arguments.dry)
+    succeeded = runner.run()
+    for entry in runner.entries:
+        note = f": {entry['note']}" if "note" in entry else ""
+        print(f"{entry['step']:17} {entry['seconds']:>7} s  {entry['status']}{note}")
+    print(f"results: {out}")
+    return 0 if succeeded else 1
+
+
+def main() -> int:
+    # Both end the step that runs and pack what there is.
+    for signal_ in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signal_, lambda number, frame: sys.exit(128 + number))
+    top = parser()
+    try:
+        return run(top.parse_args())
+    except ValueError as error:
+        top.error(str(error))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""The steps of a GPU run, their time limits, and the calls that group them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# A borrowed machine may kill a command after 600 s; what is left is for starting and packing.
+BUDGET_S = 540
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the run.
+
+    seconds      its time limit: it is ended when it runs longer, and not started if less is left
+    environment  variables set for it alone
+    needs        Python packages without which it is not started
+    arch         it is only for a GPU of this architecture; None: for every GPU
+    is_vital     if it fails, the steps after it are not started
+    """
+
+    name: str
+    command: tuple[str, ...]
+    seconds: int
+    environment: Mapping[str, str] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    arch: str | None = None
+    is_vital: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the steps run.
+
+    python  the interpreter that holds torch
+    arch    the architecture of the GPU, such as "90a"; "" in a dry run
+    work    the folder for the logs and results of this call
+    site    the folder into which `wheels` are installed; it is on PYTHONPATH
+    cores   the cores that this process may use
+    is_dry  nothing may be launched on a GPU: the same steps run small on the CPU
+    """
+
+    python: str
+    arch: str
+    work: Path
+    site: Path
+    cores: int
+    wheels: tuple[Path, ...] = ()
+    is_dry: bool = False
+
+
+# A dry run must not fail on a slow or busy machine.
+DRY_PATIENCE = 5
+
+# Each call begins with the steps of FIRST. The limits of the first call, which has to compile, add
+# up to less than the budget. The others find the build of the first on a machine that was kept,
+# and leave some time for it on another one.
+FIRST = ("wheels", "build")
+CALLS: dict[str, tuple[str, ...]] = {
+    "1": ("machine", "info", "check", "tests"),
+    "2": ("primitives", "hopper-check", "hopper-tests"),
+    "3": ("sweep", "hopper-racecheck"),
+    "4": ("goals", "memcheck-cuda", "memcheck-triton"),
+}
+# The rows of x of the three shapes of `pylora check` that are for the Hopper kernel alone.
+HOPPER_ROWS = "128,131,300"
+
+
+def steps(target: Target) -> dict[str, Step]:
+    """All steps by name, in the order in which they run."""
+    python, is_dry = target.python, target.is_dry
+    pip = (python, "-m", "pip", "--disable-pip-version-check", "install")
+    pylora = (python, "-m", "pylora")
+    pytest = (python, "-m", "pytest", "-v", "-m", "gpu")
+    bench = (python, "-m", "benchmarks")
+    # `python -m benchmarks` is found in the root of the repository, the folder the steps run in.
+    from_root = {"PYTHONSAFEPATH": ""}
+    hopper = {"PYLORA_HOPPER": "1"}
+    results = target.work / "results"
+
+    def sanitized(tool: str, backend: str, *options: str) -> tuple[str, ...]:
+        check = ("check", "--backend", "cpu" if is_dry else backend, *options)
+        return ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *pylora, *check)
+
+    # One shape for each kernel: the sanitizers are slow, and so is a CPU in a dry run.
+    few_rows = ("--rows", "9,131" if is_dry else "1,9,63,131,513")
+    hopper_ops = ("--op", "nf4_linear", "--op", "lora_linear", "--rows", HOPPER_ROWS)
+    goals = ("run", "--suite", "quick", "--device", "cuda")
+    if is_dry:
+        small = "--device cpu --op lora_linear --shape 32x64 --rows 2 --against dense,reference"
+        goals = ("run", *small.split(), "--threads", "1", "--seconds", "0")
+    # Torch's allocator hands out parts of one block; without it every tensor has bounds.
+    no_cache = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    workers = str(max(1, target.cores * 3 // 4))
+
+    site = ("--no-index", "--no-deps", "--upgrade", "--target", str(target.site))
+    install = (python, "-m", "benchmarks.gpu.install", *(["--arch", target.arch] * (not is_dry)))
+    primitives = ("--out", str(results / "primitives.json"), "--total", "230")
+    sweep = ("--out", str(results / "sweep.json"), "--seconds", "340")
+    if is_dry:  # both measure nothing but a GPU
+        primitives = ("--list", "--only", "products", "--only", "host")
+        sweep += ("--help",)
+    listed = [
+        Step("wheels", (*pip, *site, *map(str, target.wheels)), 30),
+        Step("build", install, 200, from_root, is_vital=True),
+        Step("machine", ("nvidia-smi",), 15),
+        Step("info", (*pylora, "info"), 25),
+        Step("check", (*pylora, "check", *(few_rows * is_dry)), 110),
+        Step(
+            "tests",
+            (*pytest, "-n", workers, str(ROOT / "tests")),
+            175,
+            {"OMP_NUM_THREADS": "1"},
+            needs=("pytest", "xdist", "pytest_timeout"),
+        ),
+        Step(
+            "primitives",
+            (python, "-m", "benchmarks.primitives", *primitives),
+            290,  # it compiles before its 230 s begin
+            from_root,
+        ),
+        Step("hopper-check", (*pylora, "check", *hopper_ops), 60, hopper, arch="90a"),
+        Step(
+            "hopper-tests",
+            (*pytest, str(ROOT / "tests" / "test_hopper.py")),
+            90,
+            hopper,
+            needs=("pytest", "pytest_timeout"),
+            arch="90a",
+        ),
+        Step("sweep", (*bench, "sweep", *sweep), 400, from_root, needs=("tqdm",)),
+        Step(
+            "hopper-racecheck",
+            sanitized("racecheck", "cuda", *hopper_ops),
+            90,
+            hopper,
+            arch="90a",
+        ),
+        Step("goals", (*bench, *goals, "--out", str(results)), 300, from_root, needs=("tqdm",)),
+        Step("memcheck-cuda", sanitized("memcheck", "cuda", *few_rows), 95, no_cache),
+        Step("memcheck-triton", sanitized("memcheck", "triton", *few_rows), 95, no_cache),
+        Step("racecheck-cuda", sanitized("racecheck", "cuda"), 300),
+        Step("initcheck-cuda", sanitized("initcheck", "cuda"), 300, no_cache),
+    ]
+    patience = DRY_PATIENCE if is_dry else 1
+    return {step.name: replace(step, seconds=step.seconds * patience) for step in listed}
+
+
+def chosen(target: Target, call: str | None, names: Sequence[str]) -> list[Step]:
+    """The steps of a call, or those of `names` ("tests", or "tests=400" with a limit in seconds),
+    or without either those of all calls; before them those of FIRST.
+
+    Raises ValueError for a call or a step that there is not.
+    """
+    known = steps(target)
+    if call is not None and names:
+        raise ValueError(f"a call ({call}) and steps ({', '.join(names)}) are given; give one")
+    if call is not None and call not in CALLS:
+        raise ValueError(f"the call is {call!r}; it must be one of {', '.join(CALLS)}")
+    limits: dict[str, int] = {}
+    for word in names:
+        name, _, seconds = word.partition("=")
+        if name not in known:
+            raise ValueError(f"the step is {name!r}; it must be one of {', '.join(known)}")
+        if seconds and not (seconds.isdigit() and int(seconds)):
+            raise ValueError(f"the limit of {name} is {seconds!r}; it must be whole seconds")
+        limits[name] = int(seconds) if seconds else known[name].seconds
+    if not names:
+        of_calls = CALLS.values() if call is None else [CALLS[call]]
+        limits = {name: known[name].seconds for call_ in of_calls for name in call_}
+    first = [name for name in FIRST if name not in limits and (name != "wheels" or target.wheels)]
+    limits = {name: known[name].seconds for name in first} | limits
+    return [replace(known[name], seconds=limits[name]) for name in known if name in limits]

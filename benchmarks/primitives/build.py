@@ -1,0 +1,108 @@
+"""Compiles the programs in cuda/, each into one file that needs neither torch nor this Python."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.machine import ROOT
+
+SOURCES = Path(__file__).parent / "cuda"
+FOLDER = ROOT / "build" / "primitives"
+# Where the toolkit lies if neither CUDA_HOME nor PATH knows.
+_USUAL_HOME = Path("/usr/local/cuda")
+_SECONDS = 300
+
+
+class BuildError(RuntimeError):
+    """Names the program and gives the compiler's first error."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """`sources` beside the .cu file of that name; a library for ctypes or a program to run."""
+
+    name: str
+    sources: tuple[Path, ...] = ()
+    library: bool = False
+
+
+TENSOR_MAP = ROOT / "csrc" / "cuda" / "tensor_map.cu"
+PROGRAMS = {
+    target.name: target
+    for target in (
+        Target("shared_memory"),
+        Target("tensor_cores"),
+        Target("arithmetic"),
+        Target("l2_copies"),
+        Target("dram", (TENSOR_MAP,)),
+        Target("launches"),
+    )
+}
+EMPTY_LAUNCH = Target("empty_launch", library=True)
+
+
+def find_nvcc() -> Path | None:
+    home = os.environ.get("CUDA_HOME")
+    places = [f"{home}/bin"] if home else []
+    places += [os.environ.get("PATH", ""), str(_USUAL_HOME / "bin")]
+    found = shutil.which("nvcc", path=os.pathsep.join(places))
+    return Path(found) if found else None
+
+
+def command(nvcc: Path, target: Target, arch: str, output: Path, *flags: str) -> list[str]:
+    """`flags` such as -cubin may change what is made."""
+    shape = ["-shared", "-Xcompiler", "-fPIC"] if target.library else []
+    include = [f"-I{ROOT / 'csrc'}", f"-I{SOURCES}"]
+    sources = [SOURCES / f"{target.name}.cu"]
+    if "-cubin" not in flags:
+        sources += target.sources
+    options = ["-std=c++20", "-O3", f"-arch=sm_{arch}", *shape, *flags, *include]
+    return [str(part) for part in (nvcc, *options, "-o", output, *sources)]
+
+
+def built(target: Target, arch: str, folder: Path = FOLDER) -> Path:
+    """The compiled program, from `folder` if it was made there from the same sources.
+
+    A folder that comes from another machine is used as well. Raises BuildError.
+    """
+    suffix = ".so" if target.library else ""
+    output = folder / f"{target.name}-sm_{arch}-{_fingerprint()}{suffix}"
+    if output.exists():
+        return output
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise BuildError(f"{target.name}: there is no nvcc, and no {output.name} in {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}-{os.getpid()}{suffix}")
+    try:
+        done = subprocess.run(
+            command(nvcc, target, arch, temporary),
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+        )
+        if done.returncode != 0:
+            lines = (done.stderr + done.stdout).splitlines()
+            errors = [line for line in lines if "error" in line or "fatal" in line] or lines[-1:]
+            raise BuildError(f"{target.name}: nvcc failed: {errors[0] if errors else ''}")
+        os.replace(temporary, output)
+    except subprocess.TimeoutExpired as error:
+        raise BuildError(f"{target.name}: nvcc took over {_SECONDS} s") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return output
+
+
+def _fingerprint() -> str:
+    """Of all sources that a program may include."""
+    digest = hashlib.sha256()
+    folders = (SOURCES, ROOT / "csrc" / "cuda", ROOT / "csrc" / "common")
+    files = [path for folder in folders for path in folder.iterdir() if path.is_file()]
+    for path in sorted(files):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,309 @@
+"""Registers, shared memory, spills, load widths and cycles of the compiled CUDA kernels.
+
+    python -m benchmarks.resources.cuda             compare with the table, exit 1 if worse
+    python -m benchmarks.resources.cuda --write     replace the table
+    python -m benchmarks.resources.cuda --explain "lora_linear_small<bf16, 1, false>" sm_90a
+                                                    what keeps the SM busy in a main loop
+
+No GPU is needed: the numbers are read from the machine code in `pylora._C` by cuobjdump, which
+comes with the Triton wheel. Worse means a spill, a kernel gone, more registers or shared memory,
+fewer 16-byte accesses or matrix instructions than the table says, or more cycles of the slowest
+part of the SM (`cycle_model`). A change that means it updates the table in the same commit. Shared
+memory is the static one. Registers count as the hardware hands them out, in eights: below that, two
+builds of the same source differ, since ptxas orders some of its work by where the heap lies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.resources import cycle_model, sass
+from benchmarks.resources.cycle_model import Loop
+
+TABLE = Path(__file__).parents[1] / "results" / "kernel_resources.json"
+# The column is checked in this direction: +1 where more is worse, -1 where less is.
+WORSE = {
+    "registers": 1,
+    "shared": 1,
+    "stack": 1,
+    "local": 1,
+    "loads_16": -1,
+    "stores_16": -1,
+    "matrix": -1,
+}
+# What a warp's registers are allocated in, for each of its threads.
+REGISTER_UNIT = 8
+LANES = 32
+
+# arch -> kernel -> column. "cycles" is a mapping of its own, the others are numbers and "binds".
+Table = dict[str, dict[str, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """How the machine code of a kernel tells how many weights its main loop decodes.
+
+    marker          begins the opcode of an instruction of which the number is known
+    weights         that a lane decodes for each of them
+    per_token_tile  there is such an instruction for each of the kernel's token tiles, which are the
+                    first number among its template arguments
+    tile            weights of the CTA's tile in one turn of the loop, if the copy engine feeds it
+    tile_bytes      bytes of qweight that are copied for it,
+    token_bytes     and bytes of x for each token
+    passes          see `cycle_model.Loop`
+    """
+
+    marker: str
+    weights: int
+    per_token_tile: bool = False
+    tile: int = 0
+    tile_bytes: int = 0
+    token_bytes: int = 0
+    passes: Mapping[str, float] = field(default_factory=dict)
+
+    def loop(self, kernel: str, code: sass.Code) -> Loop | None:
+        """The main loop of the kernel; None without one."""
+        match = re.search(r"<\w+, (\d+)", kernel)
+        tokens = int(match[1]) if match else 1
+
+        def decoded(turn: sass.Code) -> float:
+            tiles = tokens if self.per_token_tile else 1
+            return LANES * self.weights * sass.count(turn, self.marker) / tiles
+
+        body = sass.main_loop(code, decoded)
+        if not body:
+            return None
+        copied = (self.tile_bytes + self.token_bytes * tokens) / self.tile if self.tile else 0.0
+        return Loop(body, decoded(body), copied=copied, passes=self.passes)
+
+
+DECODERS = {
+    # One ldmatrix.x4 brings a lane 16 bytes of qweight.
+    "lora_linear_small": Decoder("LDSM", 32),
+    # A lane has 8 weights of the fragment of a mma.m16n8k16.
+    "nf4_linear_backward_small": Decoder("HMMA", 8, per_token_tile=True),
+    # A lane decodes a quarter of the 16 bytes that it loads. The four lanes of a quad load the same
+    # ones: with equal addresses in pairs of lanes a load of 16 bytes takes two passes, not four
+    # (NVIDIA for compute capability 7.x, https://forums.developer.nvidia.com/t/77228; assumed to
+    # hold for 9.0). The copy engine writes 64 columns of the tile's 128 rows and of its tokens.
+    "nf4_linear_hopper": Decoder(
+        "LDS.128",
+        8,
+        tile=128 * 64,
+        tile_bytes=128 * 32,
+        token_bytes=128,
+        passes={"LDS.128": 2.0},
+    ),
+}
+# Kernels that multiply without decoding NF4, and so have no cycles for a number of weights.
+WITHOUT_WEIGHTS = ("lora_hidden_many",)
+
+
+def find_extension() -> Path:
+    import pylora
+
+    modules = list(Path(pylora.__file__).parent.glob("_C.*.so"))
+    if not modules:
+        raise SystemExit("pylora._C is not built")
+    return modules[0]
+
+
+def short_name(mangled: str) -> str:
+    """`lora_linear_small<bf16, 1, false>` of a mangled kernel name."""
+    position, names = 3, []
+    # Itanium mangling: _ZN, then each enclosing name behind its length.
+    while match := re.match(r"\d+", mangled[position:]):
+        start = position + match.end()
+        position = start + int(match[0])
+        names.append(mangled[start:position])
+    arguments = []
+    if mangled[position : position + 1] == "I":
+        position += 1
+        while match := re.match(r"f|6__half|13__nv_bfloat16|S\w*?_|L[ib]\d+E", mangled[position:]):
+            position += match.end()
+            arguments.append(_template_argument(match[0], arguments))
+    name = names[-1] if names else mangled
+    return f"{name}<{', '.join(arguments)}>" if arguments else name
+
+
+def _template_argument(code: str, before: list[str]) -> str:
+    if code.startswith("S"):  # one that was named before
+        return before[-1]
+    if code.startswith("Lb"):
+        return "true" if code == "Lb1E" else "false"
+    return {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}.get(code, code[2:-1])
+
+
+def base_name(kernel: str) -> str:
+    """The kernel's name without its template arguments."""
+    return kernel.split("<")[0]
+
+
+def machine_code(module: Path, arch: str) -> dict[str, sass.Code]:
+    listing = sass.parse(sass.cuobjdump(module, "-sass", "-arch", arch))
+    return {short_name(mangled): code for mangled, code in listing.items()}
+
+
+def measure(module: Path) -> Table:
+    """The columns of every kernel in the module."""
+    table: Table = {}
+    arch = ""
+    mangled = ""
+    for line in sass.cuobjdump(module, "-res-usage").splitlines():
+        if match := re.match(r"\s*arch = (sm_\w+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s*Function (\S+):", line):
+            mangled = match[1]
+        elif match := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            keys = ("registers", "stack", "shared", "local")
+            numbers = dict(zip(keys, map(int, match.groups()), strict=True))
+            table.setdefault(arch, {})[short_name(mangled)] = numbers
+
+    def add_code(arch: str) -> None:
+        for kernel, code in machine_code(module, arch).items():
+            table[arch][kernel] |= numbers_of(kernel, code, arch)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # most of the time is cuobjdump's
+        list(pool.map(add_code, table))
+    return table
+
+
+def numbers_of(kernel: str, code: sass.Code, arch: str) -> dict[str, Any]:
+    """The columns that come from a kernel's machine code."""
+    names = [instruction.opcode for instruction in code]
+    numbers: dict[str, Any] = {
+        "instructions": len(code) - sass.count(code, "NOP"),
+        "loads_16": sum(bool(re.match(r"LDG.*\.128", name)) for name in names),
+        "stores_16": sum(bool(re.match(r"STG.*\.128", name)) for name in names),
+        "matrix": sass.count(code, *sass.MATRIX),
+    }
+    decoder = DECODERS.get(base_name(kernel))
+    loop = decoder.loop(kernel, code) if decoder else None
+    if loop is not None:
+        columns = cycle_model.cycles(loop, cycle_model.ARCHS[arch])
+        numbers |= {"cycles": columns, "binds": cycle_model.binds(columns)}
+    return numbers
+
+
+def problems(measured: Table, committed: Table) -> list[str]:
+    """Sentences for what is worse than the committed table, or wrong whatever that says."""
+    found = []
+    for arch, kernels in measured.items():
+        for name, numbers in kernels.items():
+            if numbers["local"] or numbers["stack"]:
+                found.append(f"{arch} {name} spills: {numbers}")
+            multiplies = numbers["matrix"] and base_name(name) not in WITHOUT_WEIGHTS
+            if multiplies and "cycles" not in numbers:
+                found.append(f"{arch} {name}: no main loop found, see DECODERS")
+    for arch, kernels in committed.items():
+        for name, before in kernels.items():
+            after = measured.get(arch, {}).get(name)
+            if after is None:
+                found.append(f"{arch} {name} is gone")
+                continue
+            found += [
+                f"{arch} {name}: {key} {before[key]} -> {after[key]}"
+                for key, sign in WORSE.items()
+                if sign * (_compared(key, after) - _compared(key, before)) > 0
+            ]
+            if "cycles" in before and "cycles" in after:
+                slower = cycle_model.problem(after["cycles"], before["cycles"])
+                found += [f"{arch} {name}: {slower}"] if slower else []
+    return found
+
+
+def _compared(key: str, numbers: dict[str, int]) -> int:
+    return -(-numbers[key] // REGISTER_UNIT) if key == "registers" else numbers[key]
+
+
+def show(table: Table) -> None:
+    columns = ("registers", "shared", "instructions", "loads_16", "stores_16", "matrix")
+    print(f"{'':47}{'':10}cycles of an SM for {cycle_model.UNIT} weights")
+    titles = "".join(f"{column:>13}" for column in (*cycle_model.COLUMNS, *columns))
+    print(f"{'arch':8} {'kernel':38}{'binds':>11}{titles}")
+    for arch, kernels in table.items():
+        for name, numbers in sorted(kernels.items()):
+            cycles = numbers.get("cycles", {})
+            values = [cycles.get(column, "") for column in cycle_model.COLUMNS]
+            values += [numbers[column] for column in columns]
+            cells = "".join(f"{value:>13}" for value in values)
+            print(f"{arch:8} {name:38}{numbers.get('binds', ''):>11}{cells}")
+
+
+def explain(module: Path, kernel: str, arch: str) -> str:
+    if arch not in cycle_model.ARCHS:
+        raise SystemExit(f"--explain: {arch} must be one of {', '.join(cycle_model.ARCHS)}")
+    found = machine_code(module, arch)
+    if kernel not in found:
+        raise SystemExit(f"--explain: no {kernel} for {arch}; there are {', '.join(sorted(found))}")
+    decoder = DECODERS.get(base_name(kernel))
+    loop = decoder.loop(kernel, found[kernel]) if decoder else None
+    if loop is None:
+        raise SystemExit(f"--explain: {kernel} has no main loop that decodes weights for {arch}")
+    return cycle_model.explain(loop, cycle_model.ARCHS[arch])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.resources.cuda")
+    parser.add_argument("--write", action="store_true", help="replace the committed table")
+    parser.add_argument("--module", type=Path, help="a built _C.*.so; default: pylora's own")
+    parser.add_argument("--explain", nargs=2, metavar=("KERNEL", "ARCH"))
+    parser.add_argument("--clock", type=float, help="GHz, in place of each device's")
+    parser.add_argument("--bandwidth", type=float, help="TB/s, in place of each device's")
+    arguments = parser.parse_args()
+    given = {key: getattr(arguments, key) for key in ("clock", "bandwidth")}
+    given = {key: value for key, value in given.items() if value is not None}
+    if given and arguments.write:
+        parser.error("the table is of the devices' own clocks and bandwidths")
+    for name, arch in cycle_model.ARCHS.items():
+        cycle_model.ARCHS[name] = dataclasses.replace(arch, **given)
+    from pylora import _C
+
+    if not _C.build_info()["cuda"] and arguments.module is None:
+        print("pylora._C was built without nvcc: there are no CUDA kernels to look at")
+        return 0
+    module = arguments.module or find_extension()
+    if arguments.explain:
+        print(explain(module, *arguments.explain))
+        return 0
+    measured = measure(module)
+    show(measured)
+    if arguments.write:
+        document = {"cuda": _C.build_info()["cuda_version"], "kernels": measured}
+        write_json(TABLE, document)
+        return 0
+    if not TABLE.exists():
+        print(f"{TABLE} is missing; --write makes it")
+        return 1
+    committed = json.loads(TABLE.read_text())
+    if committed["cuda"] != _C.build_info()["cuda_version"]:
+        print(f"the table is of CUDA {committed['cuda']}: it is not compared")
+        committed = {"kernels": {}}
+    found = problems(measured, committed["kernels"])
+    for line in found:
+        print(f"WORSE {line}")
+    print(f"{sum(map(len, measured.values()))} kernels, {len(found)} problems")
+    return 1 if found else 0
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Replaces the file in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+    part.replace(path)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,261 @@
+"""Cycles of a streaming multiprocessor (SM) for 2,048 decoded weights, and what binds.
+
+Every column is the time that one part of the SM is busy if nothing else held it up. The slowest
+part is the lower limit of the loop, and `binds` names it.
+
+    issue       warp instructions / 4: each of four schedulers issues one a cycle
+    arithmetic  the busiest arithmetic pipe, see `PIPES`
+    shared      passes over the 32 banks of shared memory, which moves 128 bytes a cycle
+    tensor      multiply-adds of the tensor cores / their dense 16-bit rate
+    memory      bytes of the weights and their absmax (4.5 bit a weight) at the DRAM's rate
+
+What is documented
+    Rates of instructions: CUDA C++ Programming Guide, "Throughput of Native Arithmetic
+    Instructions". Which pipe runs what: Nsight Compute, Kernel Profiling Guide, "Pipelines".
+    Multiply-adds, clocks, SMs and bandwidths: NVIDIA's data sheets and architecture white papers.
+
+What is assumed, since no document says it
+    - Shared memory has no bank conflict. A load of 4 bytes a lane takes one pass, of 8 two, of 16
+      four, whatever the addresses; a kernel that knows better says so (`Loop.passes`).
+    - Global loads and stores return or send a register of a warp a pass, over the same path.
+      cp.async (LDGSTS) takes only the passes of its write. A shuffle or an mbarrier takes one pass.
+    - A product of a warpgroup (HGMMA) reads its operands in shared memory once, not once for each
+      of the four tensor cores.
+    - Both sides of a predicate count. Spinning at a barrier does not.
+    - mma.sync (HMMA) reaches the share `Arch.mma_share` of the peak.
+    - DRAM delivers 90 % of the data sheet's bandwidth.
+    - Instructions of no known pipe, uniform ones and branches cost their issue slot alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from benchmarks.resources.sass import Code, Instruction
+
+UNIT = 2048  # weights
+SCHEDULERS = 4
+PASS_BYTES = 128
+BITS = 4.5  # of a weight, with an absmax of 32 bits for 64 weights
+DRAM_SHARE = 0.9
+COLUMNS = ("issue", "arithmetic", "shared", "tensor", "memory")
+
+
+@dataclass(frozen=True)
+class Arch:
+    """Rates of an architecture, and the device whose clock and memory it is compared with.
+
+    macs       dense 16-bit multiply-adds an SM a cycle, summed in fp32
+    mma_share  how much of it mma.sync reaches
+    slow       cycles of a scheduler for a warp instruction where they differ from `PIPES`
+    """
+
+    device: str
+    multiprocessors: int
+    clock: float  # GHz
+    bandwidth: float  # TB/s
+    macs: int
+    mma_share: float = 1.0
+    slow: Mapping[str, float] = field(default_factory=dict)
+
+    def memory_cycles(self) -> float:
+        """Until the DRAM has delivered `UNIT` weights to each SM."""
+        bytes_a_cycle = DRAM_SHARE * self.bandwidth * 1e3 / (self.multiprocessors * self.clock)
+        return UNIT * BITS / 8 / bytes_a_cycle
+
+
+# Consumer devices do 128 results of packed 16-bit arithmetic a cycle: half the rate of 8.0 and 9.0.
+_PACKED = {"half": 2.0}
+ARCHS = {
+    # bf16 has half the rate of fp16 outside of the tensor cores, which the model charges to both.
+    "sm_80": Arch("A100 SXM 80 GB", 108, 1.41, 2.039, 1024, slow={"fp32": 2.0, "half": 2.0}),
+    "sm_86": Arch("A40", 84, 1.74, 0.696, 512, slow=_PACKED),
+    "sm_89": Arch("L40S", 142, 2.52, 0.864, 512, slow=_PACKED),
+    # mma.sync: about 62 % of wgmma in "Benchmarking and Dissecting the Nvidia Hopper GPU
+    # Architecture via Microbenchmarking", arXiv:2402.13499.
+    "sm_90": Arch("H200 SXM", 132, 1.83, 4.8, 2048, mma_share=0.62),
+    # mma.sync at the rate of sm_80: assumed, without a source.
+    "sm_100": Arch("B200", 148, 1.85, 8.0, 4096, mma_share=0.25),
+    "sm_120": Arch("RTX PRO 6000", 188, 2.617, 1.792, 512, slow=_PACKED),
+}
+ARCHS["sm_90a"] = ARCHS["sm_90"]
+
+# Pipe: cycles of a scheduler for a warp instruction, and the names of its instructions. The integer
+# and logic pipe has 16 lanes a scheduler (64 results an SM a cycle), so has the integer
+# multiply-add; special functions and most conversions have 4.
+PIPES: dict[str, tuple[float, str]] = {
+    "alu": (
+        2.0,
+        "IADD3 IADD VIADD LEA LOP3 LOP SHF SHL SHR PRMT ISETP SEL VIMNMX VIMNMX3 IMNMX VIADDMNMX "
+        "MOV FSETP FSEL FMNMX FMNMX3 PLOP3 P2R R2P F2FP IABS BMSK SGXT VABSDIFF CSEL HSETP2 HMNMX2",
+    ),
+    "imad": (2.0, "IMAD IMUL IDP"),
+    "fp32": (1.0, "FFMA FADD FMUL FFMA2 FADD2 FMUL2"),
+    "half": (1.0, "HFMA2 HMUL2 HADD2"),
+    "special": (8.0, "MUFU F2F F2I I2F I2FP FRND POPC FLO BREV"),
+}
+_PIPE_OF = {name: pipe for pipe, (_, names) in PIPES.items() for name in names.split()}
+_MEMORY = ("LDS", "STS", "LDG", "STG", "LDGSTS", "LD", "ST", "ATOMS")
+_MATRICES = ("LDSM", "STSM")  # of 8 x 8 elements of 16 bits: 128 bytes
+_ONE_PASS = ("SHFL", "SYNCS", "REDUX")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Once round the main loop of a kernel.
+
+    code     of one warp
+    weights  that this warp decodes in it, all lanes together
+    copied   bytes a weight that other warps or the copy engine write to shared memory
+    read     bytes a weight that tcgen05 products (UTCHMMA) read from it
+    macs     multiply-adds a weight of UTCHMMA, whose machine code does not name its shape
+    passes   over shared memory of an instruction whose opcode begins so, in place of the rule
+    """
+
+    code: Code
+    weights: float
+    copied: float = 0.0
+    read: float = 0.0
+    macs: float = 0.0
+    passes: Mapping[str, float] = field(default_factory=dict)
+
+
+def pipe_of(instruction: Instruction) -> str:
+    """The arithmetic pipe, or "shared", "tensor" or "other" (its issue slot alone)."""
+    name = instruction.name
+    if name in _PIPE_OF:
+        return _PIPE_OF[name]
+    if name in ("HMMA", "HGMMA", "UTCHMMA"):
+        return "tensor"
+    return "shared" if name in (*_MEMORY, *_MATRICES, *_ONE_PASS) else "other"
+
+
+def passes(instruction: Instruction, instead: Mapping[str, float]) -> float:
+    """Passes over shared memory that a warp's instruction takes, those of HGMMA included."""
+    opcode = instruction.opcode
+    if instruction.never_runs:
+        return 0.0
+    for prefix, number in instead.items():
+        if opcode.startswith(prefix):
+            return number
+    if instruction.name in _MATRICES:
+        return next((n for n in (4.0, 2.0) if opcode.endswith(f".{n:.0f}")), 1.0)
+    if instruction.name in _MEMORY:
+        return 4.0 if ".128" in opcode else 2.0 if ".64" in opcode else 1.0
+    if instruction.name == "HGMMA":
+        rows, columns = _shape(opcode)
+        in_registers = re.match(r"R\d+, R\d+", instruction.operands) is not None
+        # 32 bytes along k; a quarter is each warp's.
+        return 32 * (columns + (0 if in_registers else rows)) / PASS_BYTES / 4
+    return 1.0 if instruction.name in _ONE_PASS else 0.0
+
+
+def _shape(opcode: str) -> tuple[int, int]:
+    match = re.match(r"HGMMA\.(?:SP\.)?(\d+)x(\d+)x\d+", opcode)
+    if match is None:
+        raise ValueError(f"{opcode} has no shape such as HGMMA.64x128x16")
+    return int(match[1]), int(match[2])
+
+
+def tensor_cycles(instruction: Instruction, arch: Arch) -> float:
+    """Of the SM's tensor cores, for a warp's instruction; TF32 takes twice a 16-bit product's."""
+    if instruction.name == "HGMMA":
+        rows, columns = _shape(instruction.opcode)
+        return rows * columns * 16 / 4 / arch.macs
+    if instruction.name == "HMMA":
+        # .16816: rows, columns and depth. The depth of a 16-bit product is 16 or 8, of TF32 8 or 4.
+        match = re.match(r"HMMA\.168(\d+)\.", instruction.opcode)
+        if match is None:
+            raise ValueError(f"{instruction.opcode} has no shape such as HMMA.16816")
+        depth = int(match[1]) * (2 if "TF32" in instruction.opcode else 1)
+        return 16 * 8 * depth / (arch.macs * arch.mma_share)
+    return 0.0
+
+
+def pipe_cycles(loop: Loop, arch: Arch) -> dict[str, float]:
+    """Of each arithmetic pipe, for `UNIT` weights."""
+    numbers = Counter(pipe_of(instruction) for instruction in loop.code)
+    return {
+        pipe: numbers[pipe] * arch.slow.get(pipe, cost) / SCHEDULERS * UNIT / loop.weights
+        for pipe, (cost, _) in PIPES.items()
+    }
+
+
+def cycles(loop: Loop, arch: Arch) -> dict[str, float]:
+    """The columns, for `UNIT` weights."""
+    turns = UNIT / loop.weights
+    shared = turns * sum(passes(instruction, loop.passes) for instruction in loop.code)
+    tensor = turns * sum(tensor_cycles(instruction, arch) for instruction in loop.code)
+    found = {
+        "issue": turns * len(loop.code) / SCHEDULERS,
+        "arithmetic": max(pipe_cycles(loop, arch).values()),
+        "shared": shared + UNIT * (loop.copied + loop.read) / PASS_BYTES,
+        "tensor": tensor + UNIT * loop.macs / arch.macs,
+        "memory": arch.memory_cycles(),
+    }
+    return {column: round(found[column], 1) for column in COLUMNS}
+
+
+def binds(columns: Mapping[str, float]) -> str:
+    return max(COLUMNS, key=lambda column: columns[column])
+
+
+def slowest_on_chip(columns: Mapping[str, float]) -> str:
+    """What binds if the DRAM does not: this is what the code of a kernel can change."""
+    return max(COLUMNS[:-1], key=lambda column: columns[column])
+
+
+def problem(measured: Mapping[str, float], committed: Mapping[str, float]) -> str | None:
+    """A sentence if the slowest part of the SM has become slower, else None.
+
+    Work that moves from the slowest part to another is no problem, though the other one's column
+    grows. Half a cycle is left to differences between two builds of the same source.
+    """
+    column = slowest_on_chip(measured)
+    before, after = committed[slowest_on_chip(committed)], measured[column]
+    if after <= before + 0.5:
+        return None
+    was = slowest_on_chip(committed)
+    return f"{was} {before:g} -> {column} {after:g} cycles for {UNIT} weights"
+
+
+def explain(loop: Loop, arch: Arch) -> str:
+    """The instructions of a loop by the part of the SM that they keep busy."""
+    found = cycles(loop, arch)
+    lines = [
+        f"{len(loop.code)} warp instructions for {loop.weights:g} weights; cycles of an SM for "
+        f"{UNIT} weights on {arch.device} ({arch.clock:g} GHz):",
+        "  " + "  ".join(f"{column} {number:g}" for column, number in found.items()),
+        f"  {binds(found)} binds",
+        "",
+    ]
+    groups: dict[str, Counter[str]] = defaultdict(Counter)
+    for instruction in loop.code:
+        kind = pipe_of(instruction)
+        groups[kind][instruction.opcode if kind in ("shared", "tensor") else instruction.name] += 1
+    turns = UNIT / loop.weights
+    busy = pipe_cycles(loop, arch)
+    shared: Counter[str] = Counter()
+    for instruction in loop.code:
+        shared[instruction.opcode] += passes(instruction, loop.passes)
+    for kind in (*PIPES, "shared", "tensor", "other"):
+        number = sum(groups[kind].values())
+        if kind == "shared":
+            note = f"{found['shared']:.1f} cycles, those of products and copies included"
+        elif kind == "tensor":
+            note = f"{found['tensor']:.1f} cycles"
+        else:
+            note = "" if kind == "other" else f"{busy[kind]:.1f} cycles"
+        lines.append(f"{kind:8}{turns * number:7.1f} instructions  {note}")
+        for opcode, times in groups[kind].most_common():
+            took = f"{turns * shared[opcode]:8.1f} passes" if shared[opcode] else ""
+            lines.append(f"    {opcode:34}{turns * times:7.1f}{took}")
+    if loop.copied or loop.read:
+        lines.append(f"    {'copies into shared memory':41}{UNIT * loop.copied / 128:8.1f} passes")
+        lines.append(
+            f"    {'products out of shared memory':41}{UNIT * loop.read / 128:8.1f} passes"
+        )
+    return "\n".join(lines)

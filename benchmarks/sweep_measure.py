@@ -1,0 +1,112 @@
+"""One point of a sweep: checked against float64, then timed on the GPU as a graph of many calls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.accuracy import Oracle
+from benchmarks.contender import linear_work
+from benchmarks.contenders_torch import LORA
+from benchmarks.cuda_timing import EagerTimer, GraphTimer
+from benchmarks.harness import CACHES, MOST_LAYERS, passes_of
+from benchmarks.linear_oracle import linear_oracle
+from benchmarks.machine import last_level_cache
+from benchmarks.operands import Operands
+from benchmarks.shapes import FORWARD, Cell
+from benchmarks.statistics import summarize
+from benchmarks.sweep import Point
+from benchmarks.sweep_kernels import Kernel, Operand
+from benchmarks.timing import Call
+
+SECONDS_A_POINT = 10e-3
+LEAST_SAMPLES, MOST_SAMPLES = 5, 20
+
+
+class SweepMeasurer:
+    """Keeps the operands of all shapes, and the oracle of the last shape and M."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        seed: int,
+        kernels: Mapping[str, Kernel],
+        eager: Callable[..., Any] = EagerTimer,
+        graph: Callable[..., Any] = GraphTimer,
+    ) -> None:
+        self._device, self._seed, self._kernels = device, seed, kernels
+        self._eager, self._graph = eager, graph
+        self._operands: dict[tuple[int, int], Operands] = {}
+        self._layers: dict[tuple[int, int], list[Operand]] = {}
+        self._judged: tuple[Cell, Tensor, Oracle] | None = None
+
+    def __call__(self, point: Point) -> dict[str, Any]:
+        cell = Cell(
+            "lora_linear", FORWARD, point.out_features, point.in_features, point.rows, rank=16
+        )
+        operands = self._operands_of(cell)
+        x, oracle = self._oracle_of(cell, operands)
+        # A rotation as in the harness: its calls move several times what the cache holds.
+        bytes_a_call = linear_work(cell, LORA[0]).bytes
+        cache = last_level_cache(self._device)
+        count = max(2, min(MOST_LAYERS, math.ceil(CACHES * cache / bytes_a_call)))
+        calls = [self._call(point, x.clone(), layer) for layer in self._rotation(cell, count)]
+        verdict = oracle.check((calls[0].once(),))
+        if not verdict.passes:
+            return {"status": "fails the rule", "note": verdict.text}
+        seconds = self._eager(calls).sample(0).seconds
+        timer = self._graph(calls, passes_of(count, seconds))
+        for y in timer.replayed():
+            in_graph = oracle.check((y,))
+            if not in_graph.passes:
+                return {"status": "fails the rule", "note": f"in a graph: {in_graph.text}"}
+        first = timer.sample(0).seconds
+        number = int(SECONDS_A_POINT / (first * timer.calls_a_sample))
+        number = max(LEAST_SAMPLES, min(MOST_SAMPLES, number))
+        summary = summarize([timer.sample(turn).seconds for turn in range(number)])
+        return {
+            "status": "ok",
+            "note": verdict.text,
+            "timing_note": timer.note,
+            "median_s": summary.median,
+            "p20_s": summary.p20,
+            "p80_s": summary.p80,
+            "samples": summary.samples,
+            "calls_a_sample": timer.calls_a_sample,
+            "rotation_bytes": int(count * bytes_a_call),
+        }
+
+    def device_works(self) -> bool:
+        try:
+            torch.cuda.synchronize(self._device)
+        except RuntimeError:
+            return False
+        return True
+
+    def _operands_of(self, cell: Cell) -> Operands:
+        shape = (cell.out_features, cell.in_features)
+        if shape not in self._operands:
+            self._operands[shape] = Operands(cell, self._device, self._seed)
+        return self._operands[shape]
+
+    def _oracle_of(self, cell: Cell, operands: Operands) -> tuple[Tensor, Oracle]:
+        if self._judged is None or self._judged[0] != cell:
+            self._judged = None  # before the next one: those of many rows are large
+            x = operands.normal(cell.rows, cell.in_features)
+            self._judged = (cell, x, Oracle(*linear_oracle(operands, x, None, True)))
+        return self._judged[1:]
+
+    def _rotation(self, cell: Cell, count: int) -> list[Operand]:
+        operands = self._operands_of(cell)
+        layers = self._layers.setdefault((cell.out_features, cell.in_features), [])
+        while len(layers) < count:
+            layers.append(Operand(operands.nf4(), *(t.detach() for t in operands.lora())))
+        return layers[:count]
+
+    def _call(self, point: Point, x: Tensor, layer: Operand) -> Call:
+        forward, plan = self._kernels[point.kernel].forward, point.chosen
+        return Call(lambda _: forward(x, layer, plan), around=torch.no_grad)

@@ -1,0 +1,149 @@
+"""The cycle model: main loops are found in machine code, and each part of the SM is counted."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.resources import cycle_model, sass
+from benchmarks.resources.cycle_model import ARCHS, Loop
+from benchmarks.resources.sass import Code, Instruction
+
+HOPPER = ARCHS["sm_90a"]
+
+
+def code(*lines: str) -> Code:
+    """Instructions, 16 bytes each, in cuobjdump's form."""
+    rows = [f"        /*{16 * i:04x}*/   {line} ;  /* 0x00 */" for i, line in enumerate(lines)]
+    return sass.parse("\n".join(["Function : kernel", *rows]))["kernel"]
+
+
+def one(line: str) -> Instruction:
+    return code(line)[0]
+
+
+def test_listing_is_parsed() -> None:
+    jump = code("NOP", "@!UP0 BRA.U P1, 0x20")[1]
+    assert jump == Instruction(16, "BRA.U", "P1, 0x20", "@!UP0", 32)
+    assert one("HGMMA.64x128x16.F32.BF16 R24, R120, gdesc[UR16], R24").name == "HGMMA"
+    assert one("@!PT LDS RZ, [RZ]").never_runs
+
+
+LOOP = (
+    "MOV R0, R1",  # 00
+    "LDG.E R2, [R0]",  # 10: the loop over tiles begins
+    "LDSM.16.M88.4 R4, [R0]",  # 20: the main loop begins
+    "@P0 BRA 0x60",  # 30: what only the last turn leaves out
+    "LDGSTS.E.128 [R0], [R2]",  # 40
+    "BSSY B0, 0x90",  # 50
+    "@!P1 BRA 0x90",  # 60: what only some turns do
+    "IMAD R9, R9, R9, R9",  # 70
+    "BSYNC B0",  # 80
+    "HMMA.16816.F32.BF16 R4, R8, R12, R4",  # 90
+    "@!P2 BRA 0xf0",  # a0: a wait that failed
+    "@P3 BRA 0x20",  # b0
+    "STG.E [R0], R4",  # c0
+    "@P4 BRA 0x10",  # d0
+    "EXIT",  # e0
+    "SYNCS.PHASECHK.TRANS64.TRYWAIT P2, [UR4], R5",  # f0: waits again, and goes on in the loop
+    "@!P2 BRA 0xf0",  # 100
+    "BRA 0xb0",  # 110
+    "BRA 0x120",  # 120
+)
+
+
+def test_main_loop_is_the_innermost_one_on_its_hot_path() -> None:
+    (loop,) = sass.matrix_loops(code(*LOOP))
+    assert [i.address for i in loop] == [0x20, 0x30, 0x40, 0x50, 0x60, 0x90, 0xA0, 0xB0]
+    assert sass.matrix_loops(code("MOV R0, R1", "EXIT")) == []
+
+
+def test_main_loop_is_the_one_that_decodes_most() -> None:
+    """The rank's loop has more products here, and decodes nothing."""
+    lines = (
+        "PRMT R0, R0, R0, R0",
+        "HMMA.16816.F32 R0, R0, R0, R0",
+        "@P0 BRA 0x0",
+        "HMMA.16816.F32 R0, R0, R0, R0",
+        "HMMA.16816.F32 R0, R0, R0, R0",
+        "@P0 BRA 0x30",
+        "EXIT",
+    )
+
+    def decoded(turn: Code) -> float:
+        return float(sass.count(turn, "PRMT"))
+
+    assert [i.address for i in sass.main_loop(code(*lines), decoded)] == [0, 16, 32]
+    assert sass.main_loop(code(*lines[3:]), decoded) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "passes"),
+    [
+        ("LDS R0, [R1]", 1),
+        ("LDS.64 R0, [R1]", 2),
+        ("STS.128 [R1], R0", 4),
+        ("LDSM.16.M88.4 R0, [R1]", 4),
+        ("LDSM.16.MT88.2 R0, [R1]", 2),
+        ("STSM.16.MT88.4 [R1], R0", 4),
+        ("LDGSTS.E.BYPASS.LTC128B.128 [R1], [R2]", 4),
+        ("SHFL.IDX PT, R0, R1, R2, 0x1f", 1),
+        ("@!PT LDS RZ, [RZ]", 0),
+        ("IADD3 R0, R1, R2, R3", 0),
+        # B: 16 x 256 elements of 2 bytes, a quarter for each warp; and A: 64 x 16.
+        ("HGMMA.64x256x16.F32.BF16 R24, R120, gdesc[UR16], R24", 16),
+        ("HGMMA.64x256x16.F32.BF16 R24, gdesc[UR16], R24", 20),
+    ],
+)
+def test_passes_over_shared_memory(line: str, passes: float) -> None:
+    assert cycle_model.passes(one(line), {}) == passes
+    assert cycle_model.passes(one("LDS.128 R0, [R1]"), {"LDS.128": 2.0}) == 2
+
+
+def test_tensor_cycles_follow_the_data_sheets() -> None:
+    """128 x 64 weights times 128 tokens in 512 cycles on Hopper; mma.sync slower by its share."""
+    product = one("HGMMA.64x128x16.F32.BF16 R24, R120, gdesc[UR16], R24")
+    assert 8 * 4 * cycle_model.tensor_cycles(product, HOPPER) == 512
+    mma = one("HMMA.16816.F32.BF16 R4, R8, R12, R4")
+    assert cycle_model.tensor_cycles(mma, ARCHS["sm_80"]) == 2
+    assert cycle_model.tensor_cycles(mma, HOPPER) == pytest.approx(1 / 0.62)
+    tf32 = one("HMMA.1688.F32.TF32 R4, R8, R12, R4")
+    assert cycle_model.tensor_cycles(tf32, ARCHS["sm_80"]) == 2
+    with pytest.raises(ValueError, match="no shape"):
+        cycle_model.tensor_cycles(one("HMMA.884.F32 R4, R8, R12, R4"), HOPPER)
+
+
+@pytest.mark.parametrize(
+    ("line", "column", "cycles"),
+    [
+        ("BRA 0x0", "issue", 16 / 4 * 2),
+        ("PRMT R0, R1, R2, R3", "arithmetic", 16 * 2 / 4 * 2),
+        ("MUFU.RCP R0, R1", "arithmetic", 16 * 8 / 4 * 2),
+        ("LDS R0, [R1]", "shared", 16 * 2),
+        ("HGMMA.64x256x16.F32.BF16 R24, R120, gdesc[UR16], R24", "tensor", 16 * 32 * 2),
+    ],
+)
+def test_each_column_can_bind(line: str, column: str, cycles: float) -> None:
+    """Sixteen instructions for 1,024 weights, twice that for 2,048."""
+    columns = cycle_model.cycles(Loop(code(*[line] * 16), 1024), HOPPER)
+    assert columns[column] == cycles
+    assert cycle_model.slowest_on_chip(columns) == column
+    assert cycle_model.binds(columns) == (column if cycles > columns["memory"] else "memory")
+
+
+def test_copies_and_products_of_others_take_shared_memory_and_tensor_cores() -> None:
+    columns = cycle_model.cycles(Loop([], 1, copied=2.5, read=1.0, macs=128.0), HOPPER)
+    assert columns["shared"] == 2048 * 3.5 / 128
+    assert columns["tensor"] == 2048 * 128 / 2048
+
+
+def test_memory_follows_clock_and_bandwidth() -> None:
+    """1,152 bytes an SM at 90 % of 4.8 TB/s, shared by 132 SMs of 1.83 GHz."""
+    assert HOPPER.memory_cycles() == pytest.approx(1152 * 132 * 1.83 / 4320)
+
+
+def test_explanation_names_pipes_and_what_binds() -> None:
+    loop = Loop(code("LDS.128 R0, [R1]", "PRMT R0, R1, R2, R3", "BRA 0x0"), 64, copied=1.0)
+    text = cycle_model.explain(loop, HOPPER)
+    assert "shared binds" in text
+    assert "alu        32.0 instructions  16.0 cycles" in text
+    assert "LDS.128" in text and "128.0 passes" in text

@@ -1,0 +1,309 @@
+"""The sweep of plans: its order, its file, what it refuses, and how it goes on. No GPU is needed:
+kernels and clocks are stand-ins."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flat_calls import reference_op
+from torch import Tensor
+
+from benchmarks import sweep_kernels
+from benchmarks.command_line import main
+from benchmarks.results import InvalidResults
+from benchmarks.sweep import Point, coarse_to_fine, points, sweep
+from benchmarks.sweep_file import SweepFile, load
+from benchmarks.sweep_kernels import KERNELS, Kernel, Operand, Plan, Refused, cuts
+from benchmarks.sweep_measure import SweepMeasurer
+from benchmarks.timing import Call, ClockTimer
+
+CPU = torch.device("cpu")
+FACTS = {
+    "machine": {"gpu": "a stand-in", "device": "cuda"},
+    "versions": {"torch": "2.13.0"},
+    "commit": {"hash": "0" * 40, "dirty": False},
+}
+OK = {"status": "ok", "note": "right", "median_s": 2.0, "p20_s": 1.0, "p80_s": 3.0}
+OK |= {"samples": 5, "calls_a_sample": 32, "rotation_bytes": 1 << 20}
+
+
+def _kernel(name: str, forward: Any = None, most: int = 8192) -> Kernel:
+    levels: list[list[Plan]] = [[{"slices": 1}], [{"slices": s} for s in (1, 2)], [{"slices": 3}]]
+    return Kernel(name, 1, most, lambda x, N: levels, forward, lambda device: None)
+
+
+@pytest.fixture
+def planned() -> list[Point]:
+    kernels = [_kernel("few", most=2), _kernel("many")]
+    return points(kernels, [(64, 128), (128, 64)], [1, 2, 4], CPU)
+
+
+class Measure:
+    """Measures in no time; `answers` are what to do at a point instead, by its number."""
+
+    def __init__(self, answers: dict[int, Any] | None = None, works: bool = True) -> None:
+        self.answers, self.works, self.seen = answers or {}, works, list[Point]()
+
+    def __call__(self, point: Point) -> dict[str, Any]:
+        self.seen.append(point)
+        answer = self.answers.get(len(self.seen) - 1, OK)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def device_works(self) -> bool:
+        return self.works
+
+
+def _file(path: Path, **changed: Any) -> SweepFile:
+    return SweepFile(path, {**FACTS, **changed}, {"hopper": "needs another GPU"})
+
+
+def test_points_are_ordered_from_coarse_to_fine(planned: list[Point]) -> None:
+    """The rule's plans of every kernel, shape and M come first; no plan comes twice."""
+    assert coarse_to_fine([1, 2, 4, 8, 16]) == [1, 16, 4, 2, 8]
+    assert coarse_to_fine([7]) == [7]
+    assert [point.level for point in planned] == sorted(point.level for point in planned)
+    rules = [point for point in planned if point.level == 0]
+    assert {(p.kernel, p.out_features, p.rows) for p in rules} == {
+        *(("few", n, m) for n in (64, 128) for m in (1, 2)),
+        *(("many", n, m) for n in (64, 128) for m in (1, 2, 4)),
+    }
+    assert list(dict.fromkeys(p.rows for p in rules)) == [1, 4, 2]
+    assert len({point.key for point in planned}) == len(planned) == 10 * 3
+
+
+def test_a_sweep_that_is_cut_off_goes_on(planned: list[Point], tmp_path: Path) -> None:
+    path, times = tmp_path / "sweep.json", iter(range(100))
+    said: list[str] = []
+    first = Measure()
+    assert sweep(planned, first, _file(path), 7.5, lambda: next(times), said.append)
+    assert first.seen == planned[: len(first.seen)] and 0 < len(first.seen) < len(planned)
+    left = len(planned) - len(first.seen)
+    assert said == [f"time is up: {left} plans are left for the same command"]
+    second = Measure()
+    assert sweep(planned, second, _file(path), 1e9)
+    assert first.seen + second.seen == planned
+    found = load(path)
+    assert found["left_out"] == {"hopper": "needs another GPU"}
+    assert [p["median_s"] for p in found["points"]] == [2.0] * len(planned)
+    assert [p["level"] for p in found["points"]] == [p.level for p in planned]
+    assert not list(tmp_path.glob(".*")), "a temporary file was left behind"
+
+
+def test_every_point_is_kept_with_its_status(planned: list[Point], tmp_path: Path) -> None:
+    wrong = {"status": "fails the rule", "note": "error is 3 times"}
+    answers = {0: Refused("slices must"), 1: RuntimeError("out of memory"), 2: wrong}
+    file, measure = _file(tmp_path / "sweep.json"), Measure(answers)
+    assert not sweep(planned, measure, file, 1e9), "a wrong result must fail the sweep"
+    found = load(tmp_path / "sweep.json")["points"]
+    assert [p["status"] for p in found[:4]] == ["refused", "error", "fails the rule", "ok"]
+    assert [p["note"] for p in found[:3]] == ["slices must", "out of memory", "error is 3 times"]
+    assert all(p["median_s"] is None for p in found[:3]) and len(found) == len(planned)
+    assert file.summary() == f"{len(planned) - 3} ok, 1 refused, 1 error, 1 fails the rule"
+
+
+def test_a_lost_device_ends_the_sweep(planned: list[Point], tmp_path: Path) -> None:
+    said: list[str] = []
+    measure = Measure({3: RuntimeError("illegal address")}, works=False)
+    file = _file(tmp_path / "sweep.json")
+    assert not sweep(planned, measure, file, 1e9, say=said.append)
+    assert len(measure.seen) == 4 and "illegal address" in said[0]
+    behind = Measure()
+    assert sweep(planned, behind, _file(tmp_path / "sweep.json"), 1e9)
+    assert behind.seen == planned[4:], "the plan that lost the device is not tried again"
+
+
+def test_a_point_that_ends_the_process_is_given_up(planned: list[Point], tmp_path: Path) -> None:
+    path = tmp_path / "sweep.json"
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            sweep(planned, Measure({0: KeyboardInterrupt()}), _file(path), 1e9)
+        assert load(path)["points"][0]["status"] == "started"
+    last = Measure()
+    assert sweep(planned, last, _file(path), 1e9)
+    assert last.seen == planned[1:]
+    assert load(path)["points"][0]["status"] == "did not finish"
+    assert load(path)["points"][0]["note"] == "2 processes ended while it ran"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"machine": {"gpu": "another"}}, "measured with gpu = a stand-in, here it is another"),
+        ({"versions": {"torch": "2.14.0"}}, "with versions = "),
+        ({"commit": None}, "with commit = "),
+    ],
+)
+def test_points_of_two_machines_do_not_mix(
+    planned: list[Point], tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    sweep(planned, Measure(), _file(tmp_path / "sweep.json"), 1e9)
+    with pytest.raises(InvalidResults, match=message):
+        _file(tmp_path / "sweep.json", **changed)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda file: file.update(kind="run"), "is no sweep"),
+        (lambda file: file.update(schema=9), "schema 9; it must be 1"),
+        (lambda file: file["points"][1].pop("plan"), r"points\[1\] has no 'plan'"),
+        (lambda file: file["points"][0].update(median_s="fast"), "median_s = 'fast'"),
+    ],
+)
+def test_invalid_files(planned: list[Point], tmp_path: Path, change: Any, message: str) -> None:
+    path = tmp_path / "sweep.json"
+    sweep(planned, Measure(), _file(path), 1e9)
+    file = json.loads(path.read_text())
+    change(file)
+    path.write_text(json.dumps(file))
+    with pytest.raises(InvalidResults, match=message):
+        load(path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would begin to measure")
+def test_the_command_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", "--device", "cuda", "--out", str(tmp_path / "sweep.json")]) == 2
+    assert "torch finds no CUDA device" in capsys.readouterr().err
+
+
+# Plans of the kernels
+
+
+def test_cuts_leave_no_slice_empty() -> None:
+    assert cuts(32, (1, 2, 4, 8, 16)) == [1, 2, 4, 8, 16]
+    assert cuts(5, (1, 2, 3, 4, 5, 8)) == [1, 2, 3, 5], "4 slices of 5 parts would leave one empty"
+    for parts in range(1, 40):
+        for slices in cuts(parts, tuple(range(1, 41))):
+            share = -(-parts // slices)
+            assert (slices - 1) * share < parts <= slices * share
+
+
+@pytest.mark.parametrize("name", ["small", "hopper"])
+def test_compiled_plans_keep_to_the_limits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them would be taken, but for shared memory; the rule's comes first."""
+    first, tile, parts = ("output_warps", 16, 32) if name == "small" else ("tile_tokens", 128, 64)
+    choices = (1, 2, 4) if name == "small" else (128, 256)
+    M, N, K = 64, 14336, 4096
+
+    class Ops:
+        lora_linear_plan = staticmethod(lambda x, N: (4, 2, 264))
+        lora_linear_hopper_plan = staticmethod(lambda x, N: (128, 1, 112))
+
+    monkeypatch.setattr(torch.ops, "pylora_C", Ops, raising=False)
+    monkeypatch.setattr(sweep_kernels, "_processors", lambda x: 132)
+    kernel = next(kernel for kernel in KERNELS if kernel.name == name)
+    levels = kernel.levels(torch.empty(M, K), N)
+    assert len(levels[0]) == 1 and len(levels[2]) > len(levels[1]) > 10
+    for plan in (plan for level in levels for plan in level):
+        assert list(plan) == [first, "slices", "grid"] and plan[first] in choices
+        tiles = -(-N // (tile * plan[first])) if name == "small" else -(-N // tile)
+        assert 1 <= plan["grid"] <= tiles * plan["slices"]
+        assert cuts(parts, (plan["slices"],)) == [plan["slices"]]
+    assert {plan[first] for plan in levels[1]} == set(choices)
+
+
+def test_triton_plans_cover_the_sum() -> None:
+    pytest.importorskip("triton")
+    kernel = next(kernel for kernel in KERNELS if kernel.name == "triton")
+    levels = kernel.levels(torch.empty(20, 1088, dtype=torch.bfloat16), 4096)
+    assert len(levels[0]) == 1 and len(levels[2]) > len(levels[1]) > 4
+    for plan in (plan for level in levels for plan in level):
+        assert plan["per_split"] % plan["block_k"] == 0
+        assert (plan["splits"] - 1) * plan["per_split"] < 1088 <= plan["splits"] * plan["per_split"]
+
+
+def test_only_a_refusal_of_the_plan_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    operand = _operand()
+
+    class Ops:
+        message = "the kernel cannot run this plan: slices must be 1; got slices 2\n(at a line)"
+
+        @classmethod
+        def lora_linear_planned(cls, *args: Any) -> Any:
+            assert args[-2:] == (2, 3)
+            raise RuntimeError(cls.message)
+
+    monkeypatch.setattr(torch.ops, "pylora_C", Ops, raising=False)
+    forward = next(kernel for kernel in KERNELS if kernel.name == "small").forward
+    with pytest.raises(Refused, match=r"got slices 2$"):
+        forward(torch.empty(1, 64), operand, {"slices": 2, "grid": 3})
+    Ops.message = "CUDA error"
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        forward(torch.empty(1, 64), operand, {"slices": 2, "grid": 3})
+
+
+@pytest.mark.parametrize(
+    ("op", "first"), [("lora_linear", "output_warps"), ("lora_linear_hopper", "tile_tokens")]
+)
+def test_ops_with_a_chosen_plan_take_the_arguments_of_lora_linear(op: str, first: str) -> None:
+    """And the plan behind them, in the order of the numbers that the rule's plan comes in."""
+    from pylora.backends import extension
+
+    if extension.load()[0] is None:
+        pytest.skip("the extension is not built")
+    ops = torch.ops.pylora_C
+
+    def arguments(name: str) -> list[tuple[str, str]]:
+        schema = getattr(ops, name).default._schema
+        return [(argument.name, str(argument.type)) for argument in schema.arguments]
+
+    choice = [first, "slices", "grid"]
+    assert arguments(f"{op}_planned") == arguments(op) + [(name, "int") for name in choice]
+    returned = getattr(ops, f"{op}_plan").default._schema.returns
+    assert [result.name for result in returned] == choice
+    operand = _operand()
+    with pytest.raises(NotImplementedError, match="CPU"):
+        getattr(ops, f"{op}_planned")(torch.randn(1, 64), *operand.arguments(), 1, 1, 1)
+
+
+# What is measured
+
+
+def _operand() -> Operand:
+    import pylora
+
+    weight = pylora.quantize_nf4(torch.randn(32, 64))
+    return Operand(weight, torch.randn(4, 64), torch.randn(32, 4))
+
+
+class Graph(ClockTimer):
+    """Runs every call in each sample, as a graph does."""
+
+    def __init__(self, calls: list[Call], passes: int) -> None:
+        super().__init__(calls)
+        self.calls_a_sample = passes * len(calls)
+
+    def replayed(self) -> list[Any]:
+        return [call.once() for call in self._calls]
+
+
+def _reference(x: Tensor, operand: Operand, plan: Plan) -> Tensor:
+    if plan["slices"] == 2:
+        raise Refused("two slices are too many")
+    y = reference_op("lora_linear")(x, *operand.arguments())[0]
+    return y * 1.1 if plan["slices"] == 3 else y
+
+
+def test_points_are_checked_before_they_are_timed(tmp_path: Path) -> None:
+    """Three slices give a wrong result, which is not timed."""
+    kernel = _kernel("stand-in", _reference)
+    measure = SweepMeasurer(CPU, 3, {"stand-in": kernel}, ClockTimer, Graph)
+    file = _file(tmp_path / "sweep.json")
+    to_measure = points([kernel], [(32, 64)], [1, 3], CPU)
+    assert not sweep(to_measure, measure, file, 1e9)
+    found = load(tmp_path / "sweep.json")["points"]
+    by_slices = {
+        slices: [p for p in found if p["plan"]["slices"] == slices] for slices in (1, 2, 3)
+    }
+    for point in by_slices[1]:
+        assert point["status"] == "ok" and 0 < point["p20_s"] <= point["median_s"]
+        assert point["samples"] >= 5 and point["calls_a_sample"] >= 2
+    assert {p["status"] for p in by_slices[2]} == {"refused"}
+    assert {p["status"] for p in by_slices[3]} == {"fails the rule"}
+    assert all("error is" in p["note"] and p["median_s"] is None for p in by_slices[3])
