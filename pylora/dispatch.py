@@ -54,12 +54,12 @@ def use_backend(name: str) -> Iterator[None]:
     """
     global _forced
     previous, _forced = _forced, _check_name(name, "name")
-    _usable.cache_clear()
+    _forget()
     try:
         yield
     finally:
         _forced = previous
-        _usable.cache_clear()
+        _forget()
 
 
 def candidates() -> list[Backend]:
@@ -83,7 +83,21 @@ def _usable() -> tuple[Backend, ...]:
     return tuple(backend for backend in candidates() if unavailable(backend) is None)
 
 
-settings.forgotten_on_refresh(_usable.cache_clear)
+_generation = 0
+
+
+def generation() -> int:
+    """Changes whenever plans made before it may no longer hold."""
+    return _generation
+
+
+def _forget() -> None:
+    global _generation
+    _usable.cache_clear()
+    _generation += 1
+
+
+settings.forgotten_on_refresh(_forget)
 
 
 def ask(backend: Backend, call: Any) -> Plan | Refusal:

@@ -17,6 +17,8 @@ Reason = str | None
 # What the compiled kernels compute in; float64 is the reference's alone.
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+_VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
 DENSE = "the base weight is dense: torch's own matmul takes it"
 
 
@@ -87,12 +89,17 @@ def autocast_off(device_type: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs a function of a call record with autocast off: the inputs have been cast already."""
+def in_python(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs a function of a call record that is made of torch's own ops.
+
+    Autocast is off, for the inputs have been cast already. View tracking is off: a result may be a
+    reshaped tensor, and if it were marked as a view, nobody could change a layer's output in place,
+    as nn.ReLU(inplace=True) does.
+    """
 
     @wraps(function)
     def run(call: Any) -> Any:
-        with autocast_off(_device_type(call)):
+        with autocast_off(_device_type(call)), torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):
             return function(call)
 
     return run

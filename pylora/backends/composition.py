@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from pylora import reference
-from pylora.backends.backend import DENSE, Plan, Planner, Refusal, without_autocast
+from pylora.backends.backend import DENSE, Plan, Planner, Refusal, in_python
 from pylora.calls import (
     Layer,
     LayerGradients,
@@ -115,7 +115,7 @@ class _Layers:
         words = [f"{count} x {v}" if count > 1 else v for v, count in counts.items()]
         words += ["adapters in torch"] * adapters
         functions = self.functions
-        run = without_autocast(lambda call: function(call, functions))
+        run = in_python(lambda call: function(call, functions))
         return Plan("composed: " + ", ".join(words), run)
 
     def _plan_forward(self, x: Tensor, layer: Layer) -> Plan | Refusal | None:

@@ -35,7 +35,6 @@ from pylora.calls import (
 )
 
 # Limits of csrc/cuda/lora_linear.cuh.
-_MAX_FEW_ROWS_OF_BLOCK_32 = 16
 _MAX_RANK = 1024
 _MAX_ELEMENTS = 2**35
 _ALIGNMENT = 16  # bytes
@@ -139,8 +138,8 @@ def _few_rows_reason(name: str, x: Tensor, rows: int, weight: Weight) -> Reason:
         return (
             f"in_features is {weight.in_features}, no multiple of the blocksize {weight.blocksize}"
         )
-    if weight.blocksize == 32 and rows > _MAX_FEW_ROWS_OF_BLOCK_32:
-        most = f"{_MAX_FEW_ROWS_OF_BLOCK_32} if the blocksize is 32"
+    if weight.blocksize == 32 and rows > limits.CUDA_FEW_ROWS_OF_BLOCK_32:
+        most = f"{limits.CUDA_FEW_ROWS_OF_BLOCK_32} if the blocksize is 32"
     elif rows > limits.CUDA_FEW_ROWS:
         most = f"{limits.CUDA_FEW_ROWS}"
     elif rows > limits.CUDA_FEW_ROWS_OF_LITTLE_SHARED_MEMORY and _has_little_shared_memory(

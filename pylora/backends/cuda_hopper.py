@@ -10,12 +10,11 @@ from torch import Tensor
 from pylora import settings
 from pylora.backends import extension
 from pylora.backends.backend import Reason
-from pylora.backends.limits import CUDA_HOPPER_FROM
+from pylora.backends.limits import CUDA_HOPPER_FROM, CUDA_MOST_ROWS
 from pylora.calls import Weight
 
 # Limits of csrc/cuda/nf4_linear_hopper.cuh and lora_hidden_many.cuh.
 _COLUMNS = 64
-_MAX_M = 8 * 65535
 
 
 @lru_cache
@@ -53,8 +52,8 @@ def reason(x: Tensor, rows: int, weight: Weight) -> Reason:
     refused = device_reason(x.device)
     if refused is not None:
         return refused
-    if rows > _MAX_M:
-        return f"x has {rows} rows; the Hopper kernel takes up to {_MAX_M}"
+    if rows > CUDA_MOST_ROWS:
+        return f"x has {rows} rows; the Hopper kernel takes up to {CUDA_MOST_ROWS}"
     if x.shape[-1] % _COLUMNS:
         return f"in_features is {x.shape[-1]}; the Hopper kernel needs a multiple of {_COLUMNS}"
     if weight.blocksize % _COLUMNS:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from pylora.backends import extension
-from pylora.backends.backend import Reason, without_autocast
+from pylora.backends.backend import Reason, in_python
+from pylora.backends.limits import CUDA_MOST_ROWS
 from pylora.calls import (
     DequantizeCall,
     LoraLinearCall,
@@ -24,7 +25,6 @@ from pylora.reference.rows import as_rows
 
 # Limits of csrc/cuda/lora_hidden_many.cuh.
 _COLUMNS = 64
-_MAX_M = 8 * 65535
 
 
 def lora_reason(x: Tensor, rows: int, low: LowRank) -> Reason:
@@ -35,8 +35,8 @@ def lora_reason(x: Tensor, rows: int, low: LowRank) -> Reason:
     if low.A.dtype != x.dtype:
         # Rounded as an operand, it would lose what it was kept in float32 for.
         return f"lora_A is {low.A.dtype}; for many rows the kernel takes {x.dtype}, as x has"
-    if rows > _MAX_M:
-        return f"x has {rows} rows; the kernel for many rows takes up to {_MAX_M}"
+    if rows > CUDA_MOST_ROWS:
+        return f"x has {rows} rows; the kernel for many rows takes up to {CUDA_MOST_ROWS}"
     if x.shape[-1] % _COLUMNS:
         columns = f"a multiple of {_COLUMNS}"
         return f"in_features is {x.shape[-1]}; for many rows the kernel needs {columns}"
@@ -47,19 +47,19 @@ def _dense(weight: Weight, dtype: torch.dtype) -> Tensor:
     return extension.nf4_dequantize(DequantizeCall(weight, weight.shape, dtype))
 
 
-@without_autocast
+@in_python
 def nf4_linear(call: Nf4LinearCall) -> Tensor:
     x, bias = call.x, call.layer.bias
     weight = _dense(call.layer.weight, x.dtype)
     return linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
-@without_autocast
+@in_python
 def nf4_linear_backward(call: Nf4LinearBackward) -> Tensor:
     return call.grad @ _dense(call.weight, call.grad.dtype)
 
 
-@without_autocast
+@in_python
 def lora_linear(call: LoraLinearCall) -> tuple[Tensor, Tensor]:
     x, layer, low = call.x, call.layer, call.layer.low_rank
     assert low is not None

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pylora.backends.backend import in_python
 from pylora.calls import (
     DequantizeCall,
     LayerGradients,
@@ -67,13 +68,13 @@ def nf4_dequantize(call: DequantizeCall) -> Tensor:
     return torch.ops.pylora_C.nf4_dequantize(*_weight(call.weight), list(call.shape), call.dtype)
 
 
-def nf4_linear(call: Nf4LinearCall, op: Any = None) -> Tensor:
-    op = op or torch.ops.pylora_C.nf4_linear
+def _nf4_linear(op: Any, call: Nf4LinearCall) -> Tensor:
     layer, x = call.layer, call.x
     y = op(_rows(x), *_weight(layer.weight), layer.weight.out_features, _c(layer.bias))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
+@in_python
 def nf4_linear_backward(call: Nf4LinearBackward) -> Tensor:
     grad, weight = call.grad, call.weight
     op = torch.ops.pylora_C.nf4_linear_backward
@@ -81,8 +82,7 @@ def nf4_linear_backward(call: Nf4LinearBackward) -> Tensor:
     return dx.view(*grad.shape[:-1], dx.shape[-1])
 
 
-def lora_linear(call: LoraLinearCall, op: Any = None) -> tuple[Tensor, Tensor]:
-    op = op or torch.ops.pylora_C.lora_linear
+def _lora_linear(op: Any, call: LoraLinearCall) -> tuple[Tensor, Tensor]:
     x, layer, low = call.x, call.layer, call.layer.low_rank
     assert low is not None
     tensors = map(_c, (low.A, low.B, layer.bias, low.A_bias, low.B_bias))
@@ -91,6 +91,7 @@ def lora_linear(call: LoraLinearCall, op: Any = None) -> tuple[Tensor, Tensor]:
     return y.view(*x.shape[:-1], y.shape[-1]), h.view(*x.shape[:-1], h.shape[-1])
 
 
+@in_python
 def lora_linear_backward(call: LoraLinearBackward) -> LayerGradients:
     x, low, want = call.x, call.layer.low_rank, call.wanted
     assert low is not None
@@ -106,6 +107,7 @@ def lora_linear_backward(call: LoraLinearBackward) -> LayerGradients:
     return gradients.with_x(gradients.x.view(x.shape))
 
 
+@in_python
 def multi_lora_linear(call: MultiLoraCall) -> tuple[Tensor, Tensor]:
     x, layer, adapters = call.x, call.layer, call.adapters
     stacks = map(_c, (adapters.A, adapters.B, adapters.ids, adapters.scalings.float()))
@@ -114,12 +116,24 @@ def multi_lora_linear(call: MultiLoraCall) -> tuple[Tensor, Tensor]:
     return y.view(*x.shape[:-1], y.shape[-1]), h.view(*x.shape[:-1], h.shape[-1])
 
 
+@in_python
+def nf4_linear(call: Nf4LinearCall) -> Tensor:
+    return _nf4_linear(torch.ops.pylora_C.nf4_linear, call)
+
+
+@in_python
+def lora_linear(call: LoraLinearCall) -> tuple[Tensor, Tensor]:
+    return _lora_linear(torch.ops.pylora_C.lora_linear, call)
+
+
+@in_python
 def nf4_linear_hopper(call: Nf4LinearCall) -> Tensor:
-    return nf4_linear(call, torch.ops.pylora_C.nf4_linear_hopper)
+    return _nf4_linear(torch.ops.pylora_C.nf4_linear_hopper, call)
 
 
+@in_python
 def lora_linear_hopper(call: LoraLinearCall) -> tuple[Tensor, Tensor]:
-    return lora_linear(call, torch.ops.pylora_C.lora_linear_hopper)
+    return _lora_linear(torch.ops.pylora_C.lora_linear_hopper, call)
 
 
 def nf4_dequantize_into(weight: Weight, out: Tensor) -> None:

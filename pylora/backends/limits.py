@@ -23,3 +23,22 @@ CUDA_PRODUCT_FROM = 513
 # triton: the same, by the bytes of an element of x; fp32 tiles lose more against the vendor's
 # product. Estimate.
 TRITON_PRODUCT_FROM = {2: 513, 4: 65}
+
+# Hard limits of kernels that count rows in a grid dimension.
+CUDA_MOST_ROWS = 8 * 65535
+CUDA_FEW_ROWS_OF_BLOCK_32 = 16
+
+# Plans are the same for all numbers of rows between two neighbours of this list, which holds the
+# most rows of each side of every threshold above.
+ROW_STEPS = sorted(
+    {
+        0,
+        CUDA_FEW_ROWS_OF_BLOCK_32,
+        CUDA_FEW_ROWS_OF_LITTLE_SHARED_MEMORY,
+        CUDA_FEW_ROWS,
+        CUDA_HOPPER_FROM - 1,
+        CUDA_PRODUCT_FROM - 1,
+        CUDA_MOST_ROWS,
+        *(first - 1 for first in TRITON_PRODUCT_FROM.values()),
+    }
+)

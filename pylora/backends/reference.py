@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pylora import reference
-from pylora.backends.backend import Backend, Plan, Planner, without_autocast
+from pylora.backends.backend import Backend, Plan, Planner, in_python
 from pylora.calls import (
     DequantizeCall,
     LoraLinearBackward,
@@ -25,7 +25,7 @@ _VARIANT = "pure PyTorch"
 
 
 def _always(record: Any) -> Planner:
-    plan = Plan(_VARIANT, without_autocast(getattr(reference, record.op)))
+    plan = Plan(_VARIANT, in_python(getattr(reference, record.op)))
     return lambda call: plan
 
 

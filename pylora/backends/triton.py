@@ -26,7 +26,7 @@ from pylora.backends.backend import (
     Reason,
     Refusal,
     dequantize_refusal,
-    without_autocast,
+    in_python,
 )
 from pylora.backends.limits import TRITON_PRODUCT_FROM
 from pylora.calls import (
@@ -102,7 +102,7 @@ def _planned(reason: Reason, x: Tensor, run: Any) -> Plan | Refusal:
     if reason is not None:
         return Refusal(reason)
     many = math.prod(x.shape[:-1]) >= TRITON_PRODUCT_FROM[x.element_size()]
-    return Plan(PRODUCT if many else TILES, without_autocast(run))
+    return Plan(PRODUCT if many else TILES, in_python(run))
 
 
 def _dequantize(call: DequantizeCall) -> Plan | Refusal:

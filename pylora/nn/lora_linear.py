@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pylora import checks, functional
 from pylora.backends.backend import autocast_off
+from pylora.calls import Dropout
 from pylora.nf4_weight import NF4Weight
+from pylora.nn.kept import Kept, Place, places_of
 from pylora.nn.nf4_linear import NF4Linear, frozen
+from pylora.ops import run
+
+_DENSE_TENSORS = ("weight", "bias")
+_OWN_TENSORS = ("lora_A", "lora_B", "lora_B_bias")
 
 
 @dataclass
@@ -72,6 +79,7 @@ class LoRALinear(nn.Module):
         if use_dora and lora_bias:
             raise ValueError("lora_bias is True; it must be False with use_dora")
         checks.floating_dtype("dtype", dtype)
+        self._kept: Kept | None = None
         self.base_layer = base.requires_grad_(False)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.r, self.lora_dropout, self.use_dora = r, lora_dropout, use_dora
@@ -127,18 +135,39 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             return self.base_layer(x)
-        if self.lora_magnitude is not None:
+        if self.use_dora and self.lora_magnitude is not None:
             return self._dora_forward(x, self.lora_magnitude)
-        return functional.lora_linear(
-            x,
-            self.base_weight,
-            self.lora_A,
-            self.lora_B,
-            self.scaling,
-            self.base_layer.bias,
-            self.lora_dropout if self.training else 0.0,
-            lora_B_bias=self.lora_B_bias,
-        )
+        dropout_p = self.lora_dropout if self.training else 0.0
+        kept = self._kept
+        if torch.compiler.is_compiling() or kept is None or not kept.takes(x):
+            return self._checked_forward(x, dropout_p)
+        layer, low = kept.layer, kept.layer.low_rank
+        if dropout_p or low.scaling != self.scaling:
+            drawn = None
+            if dropout_p:
+                drawn = Dropout(dropout_p, functional.dropout_seed(None, kept.device))
+            layer = replace(layer, low_rank=replace(low, scaling=self.scaling, dropout=drawn))
+        y, _ = kept.run(x, layer)
+        return y
+
+    def _checked_forward(self, x: Tensor, dropout_p: float) -> Tensor:
+        factors = (self.lora_A, self.lora_B, self.scaling)
+        arguments = (x, self.base_weight, *factors, self.base_layer.bias)
+        call = functional.CALLS["lora_linear"](*arguments, dropout_p, lora_B_bias=self.lora_B_bias)
+        if not torch.compiler.is_compiling():
+            self._kept = Kept.of(self._places(), x, call)
+        y, _ = run(call)
+        return y
+
+    def _places(self) -> tuple[Place, ...] | None:
+        """Where this layer and its base hold the tensors that a call reads."""
+        base = self.base_layer
+        of_base = base.places() if isinstance(base, NF4Linear) else places_of(base, _DENSE_TENSORS)
+        own = places_of(self, _OWN_TENSORS)
+        return None if of_base is None or own is None else (*of_base, *own)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_kept": None}
 
     def _dora_forward(self, x: Tensor, magnitude: Tensor) -> Tensor:
         """y = magnitude / |W + scaling B A| * (x W^T + scaling x A^T B^T) + bias, rows of the norm
@@ -253,6 +282,7 @@ class LoRALinear(nn.Module):
 
     def _set_base(self, weight: Tensor | NF4Weight, bias: Tensor | None) -> None:
         base = self.base_layer
+        self._kept = None
         if isinstance(base, NF4Linear) and isinstance(weight, NF4Weight):
             base.set_nf4_weight(weight)
         elif isinstance(base, nn.Linear) and isinstance(weight, Tensor):

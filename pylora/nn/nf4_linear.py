@@ -19,6 +19,10 @@ from pylora.nf4 import (
     packed_shape,
 )
 from pylora.nf4_weight import NF4Weight
+from pylora.nn.kept import Kept, Place, places_of
+from pylora.ops import run
+
+_TENSORS = ("weight", "absmax", "nested_absmax", "nested_code", "offset", "bias")
 
 
 class NF4Linear(nn.Module):
@@ -48,6 +52,7 @@ class NF4Linear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self._kept: Kept | None = None
         for name, value in (("in_features", in_features), ("out_features", out_features)):
             checks.integer(name, value, least=0)
         check_blocksize(blocksize)
@@ -128,6 +133,7 @@ class NF4Linear(nn.Module):
             raise ValueError(
                 f"w has shape {tuple(w.shape)}; it must be {(self.out_features, self.in_features)}"
             )
+        self._kept = None
         # Another layer's are shared as the objects they are: a copy, a cast and a count of
         # parameters then know that they are one.
         self.weight, self.absmax = frozen(w.qweight), frozen(w.absmax)
@@ -138,7 +144,23 @@ class NF4Linear(nn.Module):
         self.double_quant, self.weight_dtype = w.double_quant, w.dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.nf4_linear(x, self.nf4_weight, self.bias)
+        kept = self._kept
+        if torch.compiler.is_compiling() or kept is None or not kept.takes(x):
+            return self._checked_forward(x)
+        return kept.run(x, kept.layer)
+
+    def _checked_forward(self, x: Tensor) -> Tensor:
+        call = functional.CALLS["nf4_linear"](x, self.nf4_weight, self.bias)
+        if not torch.compiler.is_compiling():
+            self._kept = Kept.of(self.places(), x, call)
+        return run(call)
+
+    def places(self) -> tuple[Place, ...] | None:
+        """Where this layer holds the tensors that a call reads."""
+        return places_of(self, _TENSORS)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_kept": None}
 
     @classmethod
     def from_linear(

@@ -22,7 +22,6 @@ from pylora.calls import Call
 from pylora.ops.spec import SPECS, Spec, flat_tensors, requested
 
 _LIBRARY = torch.library.Library("pylora", "DEF")
-_VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -122,12 +121,19 @@ def register(
 def run(call: Call) -> Any:
     """The results of `call`, in the op's schema, with autograd."""
     op = OPS[type(call)]
-    inputs = op.gradient.inputs(call)
-    if not _only_autograd_watches(inputs):
+    if not only_autograd_watches(op.gradient.inputs(call)):
         return op.overload(*op.spec.flatten(call))
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _through_node(op, call, inputs, partial(_run_backend, op, call))
-    return _run_backend(op, call)
+    _, plan = dispatch.choose(call)
+    return run_plan(op, call, plan)
+
+
+def run_plan(op: Op, call: Any, plan: Plan) -> Any:
+    """The results of `call` by its plan, in the op's schema, with autograd, which alone watches."""
+    if torch.is_grad_enabled():
+        inputs = op.gradient.inputs(call)
+        if any(t is not None and t.requires_grad for t in inputs):
+            return _through_node(op, call, inputs, lambda: op.results(call, plan.run(call)))
+    return op.results(call, plan.run(call))
 
 
 def on_reference(call: Call) -> Any:
@@ -143,7 +149,7 @@ def reference_op(name: str) -> Callable[..., Any]:
     return lambda *flat: on_reference(SPECS[name].read(flat))
 
 
-def _only_autograd_watches(tensors: Sequence[Tensor | None]) -> bool:
+def only_autograd_watches(tensors: Sequence[Tensor | None]) -> bool:
     """True if nothing but autograd would see the op on its way through torch's dispatcher."""
     return (
         not torch.compiler.is_compiling()
@@ -155,10 +161,7 @@ def _only_autograd_watches(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def _run_backend(op: Op, call: Any) -> Any:
-    # A backend may return a reshaped tensor. If it were marked as a view, nobody could change a
-    # layer's output in place, as nn.ReLU(inplace=True) does.
-    with torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):
-        return op.results(call, dispatch.run(call))
+    return op.results(call, dispatch.run(call))
 
 
 def _autograd_kernel(op: Op, keys: torch._C.DispatchKeySet, *flat: Any) -> Any:
