@@ -3,7 +3,7 @@
 #include "cuda/hopper_maps.cuh"
 #include "cuda/nf4_linear_hopper.cuh"
 
-namespace pylora {
+namespace pylora::cuda {
 
 HopperPlan plan_hopper(int64_t tokens, int64_t rows, int64_t cols, int processors) {
   // What a block costs in a tile of 128 and of 256 tokens, where shared memory and the tensor cores
@@ -41,4 +41,4 @@ int64_t HopperPlan::partial_floats() const {
 
 int64_t HopperPlan::counters() const { return slices > 1 ? tiles * kConsumers : 0; }
 
-}  // namespace pylora
+}  // namespace pylora::cuda

@@ -2,15 +2,16 @@
 #include "linear_input.h"
 
 int main() {
-  pylora::LoraLinearSmall op;
+  pylora::cuda::LoraLinearSmall op;
   const LinearHeader in = read_linear(op);
-  const pylora::DeviceLimits limits = limits_of(in);
-  const pylora::SmallPlan plan = pylora::plan_small(in.tokens, in.rows, in.cols, limits);
+  const pylora::cuda::DeviceLimits limits = limits_of(in);
+  const pylora::cuda::SmallPlan plan =
+      pylora::cuda::plan_small(in.tokens, in.rows, in.cols, limits);
   if (plan.shared_bytes > limits.shared_per_cta) return 2;
   op.partials = static_cast<float*>(make_output(4 * plan.partial_floats(in.tokens, in.rows)));
   op.counters = static_cast<unsigned*>(make_output(4 * plan.counters()));
   const LinearOutput out = make_outputs(op, op.hidden.rank);
-  if (pylora::lora_linear_small_cuda(op, plan, true, nullptr) != cudaSuccess) return 1;
+  if (pylora::cuda::lora_linear_small_cuda(op, plan, true, nullptr) != cudaSuccess) return 1;
   cudaDeviceSynchronize();
   std::fprintf(stderr, "slices %d, output warps %d, grid %d\n", plan.slices, plan.output_warps,
                plan.grid);

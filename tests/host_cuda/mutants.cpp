@@ -13,6 +13,7 @@
 namespace {
 
 using namespace pylora;
+using namespace pylora::cuda;
 
 constexpr int kThreads = 64;
 

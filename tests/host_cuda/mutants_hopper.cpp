@@ -13,6 +13,7 @@
 namespace {
 
 using namespace pylora;
+using namespace pylora::cuda;
 
 enum class Bug {
   kNone,

@@ -9,7 +9,7 @@
 #include "common/float16.h"
 #include "cuda_runtime_api.h"
 
-namespace pylora {
+namespace pylora::cuda {
 
 template <class T>
 T& shared_memory() {
@@ -158,4 +158,4 @@ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1
 inline void start_dependent_kernel() {}
 inline void wait_for_previous_kernel() { host_cuda::wait_for_previous_grid(); }
 
-}  // namespace pylora
+}  // namespace pylora::cuda

@@ -1,7 +1,7 @@
 // The twin of csrc/cuda/tensor_map.cu, with the driver's limits.
 #include "cuda/tensor_map.cuh"
 
-namespace pylora {
+namespace pylora::cuda {
 
 cudaError_t encode_tensor_map(const TiledMatrix& matrix, TensorMap* map) {
   HostTensorMap out;
@@ -21,4 +21,4 @@ cudaError_t encode_tensor_map(const TiledMatrix& matrix, TensorMap* map) {
   return cudaSuccess;
 }
 
-}  // namespace pylora
+}  // namespace pylora::cuda
