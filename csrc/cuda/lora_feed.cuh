@@ -6,7 +6,7 @@
 #include "cuda/small_walk.cuh"
 #include "cuda/stored_absmax.cuh"
 
-namespace pylora {
+namespace pylora::cuda {
 
 // The bytes of a chunk, 16 rows by 128 columns, lie in 8 holes of the decode table: hole 2 j + h
 // has granule j (16 bytes, 32 columns) of rows 8 h to 8 h + 7, which is a matrix for ldmatrix. Its
@@ -87,4 +87,4 @@ class Feed {
   uint32_t first_block_ = 0;        // of the row whose absmax this lane loads
 };
 
-}  // namespace pylora
+}  // namespace pylora::cuda

@@ -8,7 +8,7 @@
 #include "cuda/ptx.cuh"
 #include "cuda/sliced_sum.cuh"
 
-namespace pylora {
+namespace pylora::cuda {
 namespace {
 
 __device__ __forceinline__ int64_t partial_index(const LoraLinearSmall& op, int slice, int token,
@@ -247,4 +247,4 @@ cudaError_t lora_linear_small_cuda(const LoraLinearSmall& op, const SmallPlan& p
   return cudaErrorInvalidValue;
 }
 
-}  // namespace pylora
+}  // namespace pylora::cuda

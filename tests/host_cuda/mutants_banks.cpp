@@ -9,6 +9,7 @@
 namespace {
 
 using namespace pylora;
+using namespace pylora::cuda;
 
 constexpr int kTimes = 3;
 constexpr int kSharedBytes = 32 << 10;
