@@ -74,12 +74,13 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of pylora: importing it registers torch.ops.pylora_C.*";
   m.def("build_info", &build_info, "How this extension was built.");
-  m.def("cpu_features", &pylora::cpu_features, "Instruction set extensions found, of those known.");
-  m.def("cpu_isas", &pylora::cpu_isas,
+  m.def("cpu_features", &pylora::cpu::cpu_features,
+        "Instruction set extensions found, of those known.");
+  m.def("cpu_isas", &pylora::cpu::cpu_isas,
         "Instruction set levels this machine can run, lowest first.");
   m.def(
-      "cpu_isa", [] { return pylora::cpu_isa_name(pylora::cpu_isa()); },
+      "cpu_isa", [] { return pylora::cpu::cpu_isa_name(pylora::cpu::cpu_isa()); },
       "The level in use: the highest, or the one that PYLORA_CPU_ISA names.");
-  m.def("set_cpu_isa", &pylora::set_cpu_isa, py::arg("name"),
+  m.def("set_cpu_isa", &pylora::cpu::set_cpu_isa, py::arg("name"),
         "Choose the level for this process; for tests and benchmarks.");
 }

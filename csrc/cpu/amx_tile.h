@@ -17,7 +17,7 @@
 #include "cpu/nf4_panel.h"
 #include "cpu/vec_avx512_bf16.h"
 
-namespace pylora {
+namespace pylora::cpu {
 
 inline constexpr int kTileRows = 16;
 inline constexpr int kTileElements = 16;  // 64 bytes
@@ -187,4 +187,4 @@ void decode_panel_t(AmxMac<S, Tiles>, const NF4Matrix& w, int64_t row, int64_t c
   }
 }
 
-}  // namespace pylora
+}  // namespace pylora::cpu

@@ -14,7 +14,7 @@
 #include "cpu/nf4_quantize.h"
 #include "cpu/parallel.h"
 
-namespace pylora {
+namespace pylora::cpu {
 
 void parallel_ranges(int64_t begin, int64_t end, int64_t grain, RangeBody body, void* context) {
   if (begin >= end) return;
@@ -54,9 +54,9 @@ Tensor nf4_dequantize_cpu(const Tensor& qweight, const Tensor& absmax,
 }
 
 }  // namespace
-}  // namespace pylora
+}  // namespace pylora::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(pylora_C, CPU, m) {
-  m.impl("nf4_quantize", TORCH_BOX(&pylora::nf4_quantize_cpu));
-  m.impl("nf4_dequantize", TORCH_BOX(&pylora::nf4_dequantize_cpu));
+  m.impl("nf4_quantize", TORCH_BOX(&pylora::cpu::nf4_quantize_cpu));
+  m.impl("nf4_dequantize", TORCH_BOX(&pylora::cpu::nf4_dequantize_cpu));
 }

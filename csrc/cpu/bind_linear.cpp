@@ -14,7 +14,7 @@
 #include "cpu/lora_linear.h"
 #include "cpu/nf4_linear.h"
 
-namespace pylora {
+namespace pylora::cpu {
 namespace {
 
 // An optional vector of `size` values, times `scale`, added to `sum`, which is empty before the
@@ -201,11 +201,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_b
 }
 
 }  // namespace
-}  // namespace pylora
+}  // namespace pylora::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(pylora_C, CPU, m) {
-  m.impl("nf4_linear", TORCH_BOX(&pylora::nf4_linear_cpu));
-  m.impl("nf4_linear_backward", TORCH_BOX(&pylora::nf4_linear_backward_cpu));
-  m.impl("lora_linear", TORCH_BOX(&pylora::lora_linear_cpu));
-  m.impl("lora_linear_backward", TORCH_BOX(&pylora::lora_linear_backward_cpu));
+  m.impl("nf4_linear", TORCH_BOX(&pylora::cpu::nf4_linear_cpu));
+  m.impl("nf4_linear_backward", TORCH_BOX(&pylora::cpu::nf4_linear_backward_cpu));
+  m.impl("lora_linear", TORCH_BOX(&pylora::cpu::lora_linear_cpu));
+  m.impl("lora_linear_backward", TORCH_BOX(&pylora::cpu::lora_linear_backward_cpu));
 }

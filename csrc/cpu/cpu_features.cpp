@@ -14,7 +14,7 @@
 #endif
 #endif
 
-namespace pylora {
+namespace pylora::cpu {
 namespace {
 
 constexpr const char* kVariable = "PYLORA_CPU_ISA";
@@ -188,4 +188,4 @@ std::vector<std::string> cpu_isas() {
 
 std::vector<std::string> cpu_features() { return features(); }
 
-}  // namespace pylora
+}  // namespace pylora::cpu

@@ -6,7 +6,7 @@
 #include <string_view>
 #include <vector>
 
-namespace pylora {
+namespace pylora::cpu {
 
 // level         file suffix        needs
 enum class CpuIsa {
@@ -32,4 +32,4 @@ const char* cpu_isa_name(CpuIsa isa);
 std::vector<std::string> cpu_isas();      // levels this machine can run, lowest first
 std::vector<std::string> cpu_features();  // instruction set extensions the kernels know, as found
 
-}  // namespace pylora
+}  // namespace pylora::cpu

@@ -10,7 +10,7 @@
 #include "common/float16.h"
 #include "cpu/gemm_tile.h"
 
-namespace pylora {
+namespace pylora::cpu {
 
 PYLORA_INLINE int64_t round_up(int64_t value, int64_t unit) { return ceil_div(value, unit) * unit; }
 
@@ -132,4 +132,4 @@ void write_tile(const float* acc, int v, int64_t rows, int64_t cols, const float
   }
 }
 
-}  // namespace pylora
+}  // namespace pylora::cpu

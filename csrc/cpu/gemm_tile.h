@@ -11,7 +11,7 @@
 
 #include "common/nf4.h"
 
-namespace pylora {
+namespace pylora::cpu {
 
 // What a product needs of its operands.
 template <class S, int kValues>
@@ -103,4 +103,4 @@ inline void run_tile(Mac<S>, int v, int64_t k_count, const float* a, int64_t lda
   }
 }
 
-}  // namespace pylora
+}  // namespace pylora::cpu

@@ -9,7 +9,7 @@
 #include <sys/mman.h>
 #endif
 
-namespace pylora {
+namespace pylora::cpu {
 
 inline void advise_huge_pages(void* memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -25,4 +25,4 @@ inline void advise_huge_pages(void* memory, int64_t bytes) {
 #endif
 }
 
-}  // namespace pylora
+}  // namespace pylora::cpu

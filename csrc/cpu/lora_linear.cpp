@@ -5,7 +5,7 @@
 #include "cpu/cpu_features.h"
 #include "cpu/parallel.h"
 
-namespace pylora {
+namespace pylora::cpu {
 namespace {
 
 constexpr int64_t kGrain = 4096;
@@ -111,4 +111,4 @@ void lora_linear_backward(const LoraLinear& op) {
   }
 }
 
-}  // namespace pylora
+}  // namespace pylora::cpu

@@ -19,7 +19,7 @@
 #include "cpu/nf4_linear.h"
 #include "cpu/philox.h"
 
-namespace pylora {
+namespace pylora::cpu {
 
 inline constexpr int64_t kMaxRank = 1024;
 
@@ -71,4 +71,4 @@ struct LoraLinear {
 void lora_linear(const LoraLinear& op);
 void lora_linear_backward(const LoraLinear& op);
 
-}  // namespace pylora
+}  // namespace pylora::cpu

@@ -1,7 +1,7 @@
 #include "cpu/lora_linear_impl.h"
 #include "cpu/vec_avx2.h"
 
-namespace pylora {
+namespace pylora::cpu {
 
 void project_avx2(const TokenMatrix& x, const AdapterFactor& factor, const float* bias,
                   float* out) {
@@ -13,4 +13,4 @@ void gather_avx2(const TokenMatrix& x, const float* low, const AdapterFactor& gr
   gather_on<Avx2>(x, low, gradient, sums);
 }
 
-}  // namespace pylora
+}  // namespace pylora::cpu

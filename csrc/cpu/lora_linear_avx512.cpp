@@ -1,7 +1,7 @@
 #include "cpu/lora_linear_impl.h"
 #include "cpu/vec_avx512.h"
 
-namespace pylora {
+namespace pylora::cpu {
 
 void project_avx512(const TokenMatrix& x, const AdapterFactor& factor, const float* bias,
                     float* out) {
@@ -13,4 +13,4 @@ void gather_avx512(const TokenMatrix& x, const float* low, const AdapterFactor& 
   gather_on<Avx512>(x, low, gradient, sums);
 }
 
-}  // namespace pylora
+}  // namespace pylora::cpu

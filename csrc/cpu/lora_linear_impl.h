@@ -10,7 +10,7 @@
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
 
-namespace pylora {
+namespace pylora::cpu {
 
 inline constexpr int64_t kChain = 32;
 inline constexpr int64_t kSumChain = 16;       // of column sums, continued in fp64
@@ -236,4 +236,4 @@ void gather_on(const TokenMatrix& x, const float* low, const AdapterFactor& grad
               [&](auto token) { gather_columns<S, decltype(token)>(x, low, gradient, sums); });
 }
 
-}  // namespace pylora
+}  // namespace pylora::cpu

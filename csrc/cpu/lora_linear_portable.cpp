@@ -1,7 +1,7 @@
 #include "cpu/lora_linear_impl.h"
 #include "cpu/vec_portable.h"
 
-namespace pylora {
+namespace pylora::cpu {
 
 void project_portable(const TokenMatrix& x, const AdapterFactor& factor, const float* bias,
                       float* out) {
@@ -13,4 +13,4 @@ void gather_portable(const TokenMatrix& x, const float* low, const AdapterFactor
   gather_on<Portable>(x, low, gradient, sums);
 }
 
-}  // namespace pylora
+}  // namespace pylora::cpu

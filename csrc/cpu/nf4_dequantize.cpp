@@ -4,7 +4,7 @@
 #include "cpu/cpu_features.h"
 #include "cpu/parallel.h"
 
-namespace pylora {
+namespace pylora::cpu {
 namespace {
 
 // Below this many elements a second thread costs more than it saves.
@@ -60,4 +60,4 @@ void nf4_dequantize(const NF4Matrix& weight, DType out_dtype, void* out) {
   });
 }
 
-}  // namespace pylora
+}  // namespace pylora::cpu

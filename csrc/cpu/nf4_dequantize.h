@@ -12,7 +12,7 @@
 
 #include "common/nf4.h"
 
-namespace pylora {
+namespace pylora::cpu {
 
 void nf4_dequantize(const NF4Matrix& weight, DType out_dtype, void* out);
 
@@ -24,4 +24,4 @@ DequantizeBlocks nf4_dequantize_blocks_portable;
 DequantizeBlocks nf4_dequantize_blocks_avx2;
 DequantizeBlocks nf4_dequantize_blocks_avx512;
 
-}  // namespace pylora
+}  // namespace pylora::cpu

@@ -6,7 +6,7 @@
 #include "common/float16.h"
 #include "cpu/nf4_dequantize.h"
 
-namespace pylora {
+namespace pylora::cpu {
 namespace {
 
 struct Values {
@@ -114,4 +114,4 @@ void nf4_dequantize_blocks_avx2(const NF4Matrix& weight, DType out_dtype, int64_
   });
 }
 
-}  // namespace pylora
+}  // namespace pylora::cpu

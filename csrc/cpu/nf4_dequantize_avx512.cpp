@@ -5,7 +5,7 @@
 #include "common/float16.h"
 #include "cpu/nf4_dequantize.h"
 
-namespace pylora {
+namespace pylora::cpu {
 namespace {
 
 PYLORA_INLINE __m512 values_of_block(float absmax) {
@@ -80,4 +80,4 @@ void nf4_dequantize_blocks_avx512(const NF4Matrix& weight, DType out_dtype, int6
   });
 }
 
-}  // namespace pylora
+}  // namespace pylora::cpu

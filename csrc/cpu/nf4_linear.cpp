@@ -2,7 +2,7 @@
 
 #include "cpu/cpu_features.h"
 
-namespace pylora {
+namespace pylora::cpu {
 
 void run_linear(const LinearProblem& problem) {
 #if defined(__x86_64__)
@@ -17,4 +17,4 @@ void run_linear(const LinearProblem& problem) {
   run_linear_portable(problem);
 }
 
-}  // namespace pylora
+}  // namespace pylora::cpu

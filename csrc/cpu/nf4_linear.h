@@ -18,7 +18,7 @@
 #include "common/nf4.h"
 #include "cpu/philox.h"
 
-namespace pylora {
+namespace pylora::cpu {
 
 inline constexpr int64_t kVectorTokens = 8;
 
@@ -51,4 +51,4 @@ RunLinear run_linear_amx_emulated;
 
 void run_linear(const LinearProblem& problem);  // by cpu_isa()
 
-}  // namespace pylora
+}  // namespace pylora::cpu

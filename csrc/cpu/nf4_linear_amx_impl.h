@@ -4,7 +4,7 @@
 #include "cpu/amx_tile.h"
 #include "cpu/nf4_linear_impl.h"
 
-namespace pylora {
+namespace pylora::cpu {
 
 // For fewer tokens a tile is mostly padding, and decoding into it costs more than the products.
 // Estimate: the kernels have not been timed on a processor with AMX.
@@ -23,4 +23,4 @@ struct Amx {
   }
 };
 
-}  // namespace pylora
+}  // namespace pylora::cpu

@@ -15,7 +15,7 @@
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
 
-namespace pylora {
+namespace pylora::cpu {
 
 inline constexpr int64_t kTokenBlock = 512;
 // Columns of W decoded at a time: a multiple of every rows_for(v), and of kGroup.
@@ -263,4 +263,4 @@ void run_linear_as(const LinearProblem& problem) {
   }
 }
 
-}  // namespace pylora
+}  // namespace pylora::cpu

@@ -1,11 +1,11 @@
 #include "cpu/nf4_linear_impl.h"
 #include "cpu/vec_portable.h"
 
-namespace pylora {
+namespace pylora::cpu {
 
 void run_linear_portable(const LinearProblem& problem) {
   visit_dtype(problem.dtype,
               [&](auto element) { run_linear_as<Portable, F32Mac, decltype(element)>(problem); });
 }
 
-}  // namespace pylora
+}  // namespace pylora::cpu

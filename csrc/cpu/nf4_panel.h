@@ -10,7 +10,7 @@
 #include "common/nf4.h"
 #include "cpu/gemm_tile.h"
 
-namespace pylora {
+namespace pylora::cpu {
 
 inline constexpr int64_t kGroup = 32;  // weights that surely share an absmax when rows allow it
 
@@ -180,4 +180,4 @@ void decode_panel_t(Bf16Mac<S>, const NF4Matrix& w, int64_t row, int64_t count, 
   }
 }
 
-}  // namespace pylora
+}  // namespace pylora::cpu

@@ -7,7 +7,7 @@
 #include "cpu/cpu_features.h"
 #include "cpu/parallel.h"
 
-namespace pylora {
+namespace pylora::cpu {
 namespace {
 
 // Below this many elements a second thread costs more than it saves.
@@ -85,4 +85,4 @@ void nf4_quantize(const void* weight, DType dtype, int64_t numel, int64_t blocks
   });
 }
 
-}  // namespace pylora
+}  // namespace pylora::cpu

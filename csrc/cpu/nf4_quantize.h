@@ -13,7 +13,7 @@
 
 #include "common/nf4.h"
 
-namespace pylora {
+namespace pylora::cpu {
 
 void nf4_quantize(const void* weight, DType dtype, int64_t numel, int64_t blocksize,
                   uint8_t* qweight, float* absmax);
@@ -26,4 +26,4 @@ QuantizeBlocks nf4_quantize_blocks_portable;
 QuantizeBlocks nf4_quantize_blocks_avx2;
 QuantizeBlocks nf4_quantize_blocks_avx512;
 
-}  // namespace pylora
+}  // namespace pylora::cpu

@@ -5,7 +5,7 @@
 #include "common/float16.h"
 #include "cpu/nf4_quantize.h"
 
-namespace pylora {
+namespace pylora::cpu {
 namespace {
 
 PYLORA_INLINE __m256 load8(const float* x) { return _mm256_loadu_ps(x); }
@@ -92,4 +92,4 @@ void nf4_quantize_blocks_avx2(const void* weight, DType dtype, int64_t begin, in
   });
 }
 
-}  // namespace pylora
+}  // namespace pylora::cpu

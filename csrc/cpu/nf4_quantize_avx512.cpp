@@ -5,7 +5,7 @@
 #include "common/float16.h"
 #include "cpu/nf4_quantize.h"
 
-namespace pylora {
+namespace pylora::cpu {
 namespace {
 
 PYLORA_INLINE __m512 load16(const float* x) { return _mm512_loadu_ps(x); }
@@ -80,4 +80,4 @@ void nf4_quantize_blocks_avx512(const void* weight, DType dtype, int64_t begin, 
   });
 }
 
-}  // namespace pylora
+}  // namespace pylora::cpu

@@ -15,7 +15,7 @@
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
 
-namespace pylora {
+namespace pylora::cpu {
 
 // Weights of a row that are read in one go: for more tokens, as many as leave these in the cache.
 template <int kTokens>
@@ -313,4 +313,4 @@ bool run_vector(const LinearProblem& p) {
   return true;
 }
 
-}  // namespace pylora
+}  // namespace pylora::cpu

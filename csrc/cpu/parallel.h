@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-namespace pylora {
+namespace pylora::cpu {
 
 using RangeBody = void (*)(int64_t begin, int64_t end, void* context);
 
@@ -25,4 +25,4 @@ inline void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& 
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-}  // namespace pylora
+}  // namespace pylora::cpu

@@ -10,7 +10,7 @@
 #include "common/nf4.h"
 #include "common/philox.h"
 
-namespace pylora {
+namespace pylora::cpu {
 
 struct Dropout {
   uint64_t seed = 0;
@@ -60,4 +60,4 @@ void dropout_factors(const Dropout& dropout, int64_t first, int64_t count, float
   }
 }
 
-}  // namespace pylora
+}  // namespace pylora::cpu

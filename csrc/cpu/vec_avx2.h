@@ -7,7 +7,7 @@
 #include "common/nf4.h"
 #include "cpu/gemm_tile.h"
 
-namespace pylora {
+namespace pylora::cpu {
 
 struct Avx2 {
   static constexpr int kLanes = 8;
@@ -126,4 +126,4 @@ struct Avx2 {
   }
 };
 
-}  // namespace pylora
+}  // namespace pylora::cpu

@@ -8,7 +8,7 @@
 #include "common/nf4.h"
 #include "cpu/gemm_tile.h"
 
-namespace pylora {
+namespace pylora::cpu {
 
 struct Avx512 {
   static constexpr int kLanes = 16;
@@ -156,4 +156,4 @@ struct Avx512 {
   }
 };
 
-}  // namespace pylora
+}  // namespace pylora::cpu

@@ -5,7 +5,7 @@
 
 #include "cpu/vec_avx512.h"
 
-namespace pylora {
+namespace pylora::cpu {
 
 struct Avx512Bf16 : Avx512 {
   PYLORA_INLINE static F dot(F acc, F a, F b) {  // acc + a0 b0 + a1 b1, pairs of bf16 in each lane
@@ -98,4 +98,4 @@ struct Avx512Bf16 : Avx512 {
   }
 };
 
-}  // namespace pylora
+}  // namespace pylora::cpu

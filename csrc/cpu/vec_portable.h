@@ -10,7 +10,7 @@
 #include "common/nf4.h"
 #include "cpu/gemm_tile.h"
 
-namespace pylora {
+namespace pylora::cpu {
 
 struct Portable {
   static constexpr int kLanes = 4;
@@ -79,4 +79,4 @@ struct Portable {
   PYLORA_INLINE static F spread(const float (&absmax)[1]) { return set1(absmax[0]); }
 };
 
-}  // namespace pylora
+}  // namespace pylora::cpu

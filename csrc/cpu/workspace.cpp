@@ -8,7 +8,7 @@
 #include <sys/mman.h>
 #endif
 
-namespace pylora {
+namespace pylora::cpu {
 namespace {
 
 struct Free {
@@ -31,4 +31,4 @@ float* thread_workspace() {
   return memory.get();
 }
 
-}  // namespace pylora
+}  // namespace pylora::cpu

@@ -4,7 +4,7 @@
 
 #include <cstddef>
 
-namespace pylora {
+namespace pylora::cpu {
 
 inline constexpr size_t kWorkspaceBytes = size_t{2} << 20;
 
@@ -12,4 +12,4 @@ inline constexpr size_t kWorkspaceBytes = size_t{2} << 20;
 // that holds it must not call another that takes it.
 float* thread_workspace();
 
-}  // namespace pylora
+}  // namespace pylora::cpu

@@ -5,7 +5,7 @@
 
 #include "common/activation.h"
 
-namespace pylora {
+namespace pylora::cuda {
 
 __device__ __forceinline__ float activate_fp32(Activation activation, float h) {
   switch (activation) {
@@ -29,4 +29,4 @@ __device__ __forceinline__ float activate_fp32(Activation activation, float h) {
   return h;
 }
 
-}  // namespace pylora
+}  // namespace pylora::cuda

@@ -17,7 +17,7 @@
 extern "C" __attribute__((weak)) AOTITorchError
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
-namespace pylora {
+namespace pylora::cuda {
 
 cudaStream_t current_stream(int32_t device_index) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
@@ -93,10 +93,10 @@ void nf4_dequantize_into(const Tensor& qweight, const Tensor& absmax,
 }
 
 }  // namespace
-}  // namespace pylora
+}  // namespace pylora::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(pylora_C, CUDA, m) {
-  m.impl("nf4_quantize", TORCH_BOX(&pylora::nf4_quantize));
-  m.impl("nf4_dequantize", TORCH_BOX(&pylora::nf4_dequantize));
-  m.impl("nf4_dequantize_into", TORCH_BOX(&pylora::nf4_dequantize_into));
+  m.impl("nf4_quantize", TORCH_BOX(&pylora::cuda::nf4_quantize));
+  m.impl("nf4_dequantize", TORCH_BOX(&pylora::cuda::nf4_dequantize));
+  m.impl("nf4_dequantize_into", TORCH_BOX(&pylora::cuda::nf4_dequantize_into));
 }

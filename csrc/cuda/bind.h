@@ -8,7 +8,7 @@
 
 #include "common/check.h"
 
-namespace pylora {
+namespace pylora::cuda {
 
 cudaStream_t current_stream(int32_t device_index);
 
@@ -24,4 +24,4 @@ inline void check_on_cuda(const char* name, const Tensor& tensor) {
                   static_cast<int>(tensor.device().type()));
 }
 
-}  // namespace pylora
+}  // namespace pylora::cuda

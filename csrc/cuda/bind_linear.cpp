@@ -14,7 +14,7 @@
 #include "cuda/nf4_linear_backward.cuh"
 #include "cuda/nf4_linear_hopper.cuh"
 
-namespace pylora {
+namespace pylora::cuda {
 namespace {
 
 constexpr int64_t kAlignment = 16;  // bytes, of what is read 16 at a time
@@ -449,22 +449,23 @@ std::tuple<Tensor, Tensor> multi_lora_linear_cuda(
 }
 
 }  // namespace
-}  // namespace pylora
+}  // namespace pylora::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(pylora_C, CUDA, m) {
-  using pylora::ChosenFewTokens;
-  using pylora::ChosenManyTokens;
-  using pylora::FewTokens;
-  using pylora::ManyTokens;
-  m.impl("nf4_linear", TORCH_BOX(&pylora::nf4_linear_cuda<FewTokens>));
-  m.impl("nf4_linear_hopper", TORCH_BOX(&pylora::nf4_linear_cuda<ManyTokens>));
-  m.impl("nf4_linear_backward", TORCH_BOX(&pylora::nf4_linear_backward_cuda));
-  m.impl("lora_linear", TORCH_BOX(&pylora::lora_linear_cuda<FewTokens>));
-  m.impl("lora_linear_hopper", TORCH_BOX(&pylora::lora_linear_cuda<ManyTokens>));
-  m.impl("lora_linear_planned", TORCH_BOX(&pylora::lora_linear_planned<ChosenFewTokens>));
-  m.impl("lora_linear_hopper_planned", TORCH_BOX(&pylora::lora_linear_planned<ChosenManyTokens>));
-  m.impl("lora_linear_plan", TORCH_BOX(&pylora::rule_plan<FewTokens>));
-  m.impl("lora_linear_hopper_plan", TORCH_BOX(&pylora::rule_plan<ManyTokens>));
-  m.impl("lora_extend", TORCH_BOX(&pylora::lora_extend));
-  m.impl("multi_lora_linear", TORCH_BOX(&pylora::multi_lora_linear_cuda));
+  using pylora::cuda::ChosenFewTokens;
+  using pylora::cuda::ChosenManyTokens;
+  using pylora::cuda::FewTokens;
+  using pylora::cuda::ManyTokens;
+  m.impl("nf4_linear", TORCH_BOX(&pylora::cuda::nf4_linear_cuda<FewTokens>));
+  m.impl("nf4_linear_hopper", TORCH_BOX(&pylora::cuda::nf4_linear_cuda<ManyTokens>));
+  m.impl("nf4_linear_backward", TORCH_BOX(&pylora::cuda::nf4_linear_backward_cuda));
+  m.impl("lora_linear", TORCH_BOX(&pylora::cuda::lora_linear_cuda<FewTokens>));
+  m.impl("lora_linear_hopper", TORCH_BOX(&pylora::cuda::lora_linear_cuda<ManyTokens>));
+  m.impl("lora_linear_planned", TORCH_BOX(&pylora::cuda::lora_linear_planned<ChosenFewTokens>));
+  m.impl("lora_linear_hopper_planned",
+         TORCH_BOX(&pylora::cuda::lora_linear_planned<ChosenManyTokens>));
+  m.impl("lora_linear_plan", TORCH_BOX(&pylora::cuda::rule_plan<FewTokens>));
+  m.impl("lora_linear_hopper_plan", TORCH_BOX(&pylora::cuda::rule_plan<ManyTokens>));
+  m.impl("lora_extend", TORCH_BOX(&pylora::cuda::lora_extend));
+  m.impl("multi_lora_linear", TORCH_BOX(&pylora::cuda::multi_lora_linear_cuda));
 }

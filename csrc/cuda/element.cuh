@@ -6,7 +6,7 @@
 
 #include "cuda/launch.cuh"
 
-namespace pylora {
+namespace pylora::cuda {
 
 __device__ __forceinline__ float to_fp32(float x) { return x; }
 __device__ __forceinline__ float to_fp32(__half x) { return __half2float(x); }
@@ -50,4 +50,4 @@ struct Chunk {
   };
 };
 
-}  // namespace pylora
+}  // namespace pylora::cuda

@@ -5,7 +5,7 @@
 #include "cuda/nf4_linear_hopper.cuh"
 #include "cuda/ptx_hopper.cuh"
 
-namespace pylora {
+namespace pylora::cuda {
 
 struct HopperProblem {
   TensorMap x_map, packed_map, low_map;
@@ -85,4 +85,4 @@ __device__ __forceinline__ void feed(const HopperProblem& problem, const Ring& r
 
 #endif
 
-}  // namespace pylora
+}  // namespace pylora::cuda

@@ -11,7 +11,7 @@
 
 #if PYLORA_SM90A
 
-namespace pylora {
+namespace pylora::cuda {
 
 // absmax as two numbers of T whose sum it is, each twice in a register.
 template <class T>
@@ -71,6 +71,6 @@ __device__ __forceinline__ void load_lora_B(uint32_t (&fragments)[kSteps][4], co
   }
 }
 
-}  // namespace pylora
+}  // namespace pylora::cuda
 
 #endif

@@ -6,7 +6,7 @@
 #include "cuda/launch.cuh"
 #include "cuda/nf4_pairs.cuh"
 
-namespace pylora {
+namespace pylora::cuda {
 
 inline constexpr int kGroupThreads = 128;
 inline constexpr int kConsumers = 2;  // warpgroups
@@ -99,4 +99,4 @@ PYLORA_HOST_DEVICE constexpr int staged_token(int pair, int lane) {
 PYLORA_HOST_DEVICE constexpr int staged_unit(int warp, int lane) { return 2 * warp + lane / 8 % 2; }
 PYLORA_HOST_DEVICE constexpr int staged_octet(int pair, int i) { return 2 * pair + i / 2; }
 
-}  // namespace pylora
+}  // namespace pylora::cuda

@@ -3,7 +3,7 @@
 #include "cuda/hopper_maps.cuh"
 #include "cuda/nf4_linear_hopper.cuh"
 
-namespace pylora {
+namespace pylora::cuda {
 namespace {
 
 // The plan with so many slices, or as many of them as are not empty; all of it but the grid.
@@ -70,4 +70,4 @@ int64_t HopperPlan::partial_floats() const {
 
 int64_t HopperPlan::counters() const { return slices > 1 ? tiles * kConsumers : 0; }
 
-}  // namespace pylora
+}  // namespace pylora::cuda

@@ -10,7 +10,7 @@
 
 #if PYLORA_SM90A
 
-namespace pylora {
+namespace pylora::cuda {
 
 // 5. Leaves the slice's sums in the workspace; whether it was the last one to come.
 template <int kTokens>
@@ -125,6 +125,6 @@ __device__ __forceinline__ void store_turn(const LoraLinear& op, uint8_t* pairs,
   named_barrier<kGroupThreads>(1 + consumer);  // before the next turn writes
 }
 
-}  // namespace pylora
+}  // namespace pylora::cuda
 
 #endif

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-namespace pylora {
+namespace pylora::cuda {
 
 inline constexpr int kLanes = 32;
 inline constexpr int kVectorBytes = 16;  // the widest load or store of a lane
@@ -55,4 +55,4 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t grid, int block, cudaS
   return launch(kernel, shape, arguments...);
 }
 
-}  // namespace pylora
+}  // namespace pylora::cuda

@@ -4,7 +4,7 @@
 #include "cuda/element.cuh"
 #include "cuda/lora_linear.cuh"
 
-namespace pylora {
+namespace pylora::cuda {
 
 __device__ __forceinline__ float load_any(const Vector& vector, int64_t index) {
   switch (vector.dtype) {
@@ -18,4 +18,4 @@ __device__ __forceinline__ float load_any(const Vector& vector, int64_t index) {
   return 0.0f;
 }
 
-}  // namespace pylora
+}  // namespace pylora::cuda

@@ -5,7 +5,7 @@
 #include "cuda/lora_hidden.cuh"
 #include "cuda/ptx.cuh"
 
-namespace pylora {
+namespace pylora::cuda {
 namespace {
 
 constexpr int kWarps = 8;
@@ -121,4 +121,4 @@ cudaError_t lora_hidden_cuda(const LoraHidden& op, DType dtype, const void* x, i
   return cudaErrorInvalidValue;
 }
 
-}  // namespace pylora
+}  // namespace pylora::cuda

@@ -22,7 +22,7 @@
 #include "common/activation.h"
 #include "common/nf4.h"
 
-namespace pylora {
+namespace pylora::cuda {
 
 // Which of a stack of adapters a token has.
 struct Adapters {
@@ -60,4 +60,4 @@ struct LoraHidden {
 cudaError_t lora_hidden_cuda(const LoraHidden& op, DType dtype, const void* x, int tokens,
                              int64_t cols, unsigned* counters, int64_t count, cudaStream_t stream);
 
-}  // namespace pylora
+}  // namespace pylora::cuda

@@ -6,7 +6,7 @@
 #include "cuda/ptx.cuh"
 #include "cuda/tf32.cuh"
 
-namespace pylora {
+namespace pylora::cuda {
 namespace {
 
 constexpr int kWarps = 8;
@@ -300,4 +300,4 @@ cudaError_t lora_extend_cuda(const LoraHidden& op, const void* x, int tokens, in
   return cudaErrorInvalidValue;
 }
 
-}  // namespace pylora
+}  // namespace pylora::cuda

@@ -23,7 +23,7 @@
 
 #include "cuda/lora_hidden.cuh"
 
-namespace pylora {
+namespace pylora::cuda {
 
 inline constexpr int64_t kMaxManyTokens = 8 * 65535;  // of a grid
 inline constexpr int64_t kManyColumns = 64;           // K is a multiple of it
@@ -40,4 +40,4 @@ cudaError_t lora_hidden_many_cuda(const LoraHidden& op, DType dtype, const void*
 cudaError_t lora_extend_cuda(const LoraHidden& op, const void* x, int tokens, int64_t cols,
                              void* wide, cudaStream_t stream);
 
-}  // namespace pylora
+}  // namespace pylora::cuda

@@ -41,7 +41,7 @@
 #include "common/nf4.h"
 #include "cuda/lora_hidden.cuh"
 
-namespace pylora {
+namespace pylora::cuda {
 
 inline constexpr int64_t kMaxSmallTokens = 64;
 inline constexpr int64_t kMaxSmallTokensOfBlock32 = 16;
@@ -119,4 +119,4 @@ struct LoraLinearSmall : LoraLinear {
 cudaError_t lora_linear_small_cuda(const LoraLinearSmall& op, const SmallPlan& plan,
                                    bool dependent_launch, cudaStream_t stream);
 
-}  // namespace pylora
+}  // namespace pylora::cuda

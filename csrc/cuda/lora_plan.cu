@@ -5,7 +5,7 @@
 #include "cuda/nf4_linear_backward.cuh"
 #include "cuda/nf4_pairs.cuh"
 
-namespace pylora {
+namespace pylora::cuda {
 namespace {
 
 constexpr int64_t kReserved = 1024;  // bytes of shared memory that a CTA costs beside its own
@@ -123,4 +123,4 @@ SmallPlan plan_small_backward(int64_t tokens, int64_t rows, int64_t cols,
   return plan_work({tokens, cols, rows, kWarpColumns, kChunkRows, kColumnWarps, fixed}, limits);
 }
 
-}  // namespace pylora
+}  // namespace pylora::cuda

@@ -3,7 +3,7 @@
 
 #include "cuda/launch.cuh"
 
-namespace pylora {
+namespace pylora::cuda {
 
 inline constexpr int kWarps = 8;  // a CTA
 inline constexpr int kThreads = kWarps * kLanes;
@@ -46,4 +46,4 @@ inline constexpr int kColumnWarps = 4;  // beside each other along K: a line of 
 inline constexpr int kChunkRows = 32;   // a warp's step
 inline constexpr int kBackwardSumBytes = kColumnWarps * kWarpColumns * 8 * 4;
 
-}  // namespace pylora
+}  // namespace pylora::cuda

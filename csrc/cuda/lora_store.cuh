@@ -8,7 +8,7 @@
 #include "cuda/lora_plan.cuh"
 #include "cuda/ptx.cuh"
 
-namespace pylora {
+namespace pylora::cuda {
 
 inline constexpr int kLineBytes = 128;  // of L2
 inline constexpr int kTurnTokens = 4;   // that a thread has of one row of W, at most, in a pass
@@ -139,4 +139,4 @@ __device__ __forceinline__ void store_outputs(const Problem& problem, int tile, 
   }
 }
 
-}  // namespace pylora
+}  // namespace pylora::cuda

@@ -4,7 +4,7 @@
 
 #include "common/nf4.h"
 
-namespace pylora {
+namespace pylora::cuda {
 
 static __constant__ float nf4_code[kNF4Size] = {
     kNF4Code[0],  kNF4Code[1],  kNF4Code[2],  kNF4Code[3],  kNF4Code[4],  kNF4Code[5],
@@ -12,4 +12,4 @@ static __constant__ float nf4_code[kNF4Size] = {
     kNF4Code[12], kNF4Code[13], kNF4Code[14], kNF4Code[15],
 };
 
-}  // namespace pylora
+}  // namespace pylora::cuda

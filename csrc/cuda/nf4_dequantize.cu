@@ -6,7 +6,7 @@
 #include "cuda/nf4_dequantize.cuh"
 #include "cuda/ptx.cuh"
 
-namespace pylora {
+namespace pylora::cuda {
 namespace {
 
 constexpr int kWarps = 8;                                 // a CTA
@@ -151,4 +151,4 @@ cudaError_t nf4_dequantize_cuda(const NF4Matrix& weight, const float* offset, DT
   return cudaErrorInvalidValue;
 }
 
-}  // namespace pylora
+}  // namespace pylora::cuda

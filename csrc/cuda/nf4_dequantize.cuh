@@ -23,11 +23,11 @@
 
 #include "common/nf4.h"
 
-namespace pylora {
+namespace pylora::cuda {
 
 // `offset` is a device pointer, null where absmax is not nested; `stride` counts the elements from
 // one row of `out` to the next. Returns the launch's error.
 cudaError_t nf4_dequantize_cuda(const NF4Matrix& weight, const float* offset, DType out_dtype,
                                 int64_t stride, void* out, cudaStream_t stream);
 
-}  // namespace pylora
+}  // namespace pylora::cuda

@@ -7,7 +7,7 @@
 #include "cuda/small_walk.cuh"
 #include "cuda/stored_absmax.cuh"
 
-namespace pylora {
+namespace pylora::cuda {
 namespace {
 
 constexpr int kTileColumns = kColumnWarps * kWarpColumns;
@@ -344,4 +344,4 @@ cudaError_t nf4_linear_backward_small_cuda(const LinearBackwardSmall& op, const 
   return cudaErrorInvalidValue;
 }
 
-}  // namespace pylora
+}  // namespace pylora::cuda

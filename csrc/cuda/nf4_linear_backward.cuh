@@ -35,7 +35,7 @@
 #include "common/nf4.h"
 #include "cuda/lora_linear.cuh"
 
-namespace pylora {
+namespace pylora::cuda {
 
 struct LinearBackwardSmall {
   DType dtype = DType::kBFloat16;
@@ -56,4 +56,4 @@ SmallPlan plan_small_backward(int64_t tokens, int64_t rows, int64_t cols,
 cudaError_t nf4_linear_backward_small_cuda(const LinearBackwardSmall& op, const SmallPlan& plan,
                                            cudaStream_t stream);
 
-}  // namespace pylora
+}  // namespace pylora::cuda

@@ -13,7 +13,7 @@
 #include "cuda/stored_absmax.cuh"
 #include "cuda/tensor_map.cuh"
 
-namespace pylora {
+namespace pylora::cuda {
 namespace {
 
 #if PYLORA_SM90A
@@ -248,4 +248,4 @@ cudaError_t nf4_linear_hopper_cuda(const LoraLinearHopper& op, const HopperPlan&
   return cudaErrorInvalidValue;
 }
 
-}  // namespace pylora
+}  // namespace pylora::cuda

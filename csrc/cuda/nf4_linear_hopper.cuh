@@ -65,7 +65,7 @@
 
 #include "cuda/lora_linear.cuh"
 
-namespace pylora {
+namespace pylora::cuda {
 
 inline constexpr int64_t kHopperColumns = 64;  // K and the blocksize are multiples of it
 
@@ -105,4 +105,4 @@ struct LoraLinearHopper : LoraLinear {
 cudaError_t nf4_linear_hopper_cuda(const LoraLinearHopper& op, const HopperPlan& plan,
                                    cudaStream_t stream);
 
-}  // namespace pylora
+}  // namespace pylora::cuda

@@ -14,7 +14,7 @@
 #include "cuda/nf4_code.cuh"
 #include "cuda/ptx.cuh"
 
-namespace pylora {
+namespace pylora::cuda {
 
 inline constexpr int kPairRow = 256;   // bytes, from one entry to the next
 inline constexpr int kPairHole = 128;  // where the hole of a row begins
@@ -48,4 +48,4 @@ __device__ __forceinline__ uint8_t* hole(uint8_t* pairs, int index) {
   return pairs + index * kPairRow + kPairHole;
 }
 
-}  // namespace pylora
+}  // namespace pylora::cuda

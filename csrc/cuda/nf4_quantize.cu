@@ -5,7 +5,7 @@
 #include "cuda/nf4_quantize.cuh"
 #include "cuda/ptx.cuh"
 
-namespace pylora {
+namespace pylora::cuda {
 namespace {
 
 constexpr int kWarps = 4;  // a CTA
@@ -240,4 +240,4 @@ cudaError_t nf4_quantize_cuda(const void* weight, DType dtype, int64_t numel, in
   return cudaErrorInvalidValue;
 }
 
-}  // namespace pylora
+}  // namespace pylora::cuda

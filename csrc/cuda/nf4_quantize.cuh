@@ -28,10 +28,10 @@
 
 #include "common/nf4.h"
 
-namespace pylora {
+namespace pylora::cuda {
 
 // Device pointers. Returns the launch's error.
 cudaError_t nf4_quantize_cuda(const void* weight, DType dtype, int64_t numel, int64_t blocksize,
                               uint8_t* qweight, float* absmax, cudaStream_t stream);
 
-}  // namespace pylora
+}  // namespace pylora::cuda

@@ -14,7 +14,7 @@
 #include "ptx_host.h"
 #else
 
-namespace pylora {
+namespace pylora::cuda {
 
 // The CTA's static shared memory: one T for each kernel, which asks for it once. T has no
 // constructors.
@@ -185,6 +185,6 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
-}  // namespace pylora
+}  // namespace pylora::cuda
 
 #endif

@@ -18,7 +18,7 @@
 #define PYLORA_SM90A 0
 #endif
 
-namespace pylora {
+namespace pylora::cuda {
 
 enum class Swizzle { k32, k128 };  // bytes; which 16-byte units of a tile change places
 
@@ -49,13 +49,13 @@ struct SharedOperand {
 // Completes a phase when so many threads have arrived, and so many bytes have come, as it expects.
 using Barrier = uint64_t;
 
-}  // namespace pylora
+}  // namespace pylora::cuda
 
 #if !defined(__CUDACC__)
 #include "ptx_hopper_host.h"
 #elif PYLORA_SM90A
 
-namespace pylora {
+namespace pylora::cuda {
 
 // dynamic_shared_memory() at an address that tiles with a swizzle of 128 bytes may have.
 __device__ __forceinline__ uint8_t* tiled_shared_memory() {
@@ -271,6 +271,6 @@ __device__ __forceinline__ void multiply(float (&d)[kTokens / 2], const uint32_t
 #undef PYLORA_WGMMA_128
 #undef PYLORA_WGMMA_256
 
-}  // namespace pylora
+}  // namespace pylora::cuda
 
 #endif

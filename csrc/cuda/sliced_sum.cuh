@@ -3,7 +3,7 @@
 
 #include "cuda/launch.cuh"
 
-namespace pylora {
+namespace pylora::cuda {
 
 // Whole CTA. True in the last of `slices` CTAs that come here: what all of them wrote before can be
 // read, past L1. `flag` is shared memory that nobody else uses until all threads have returned.
@@ -17,4 +17,4 @@ __device__ __forceinline__ bool comes_last(unsigned* counter, int slices, bool* 
   return last;
 }
 
-}  // namespace pylora
+}  // namespace pylora::cuda

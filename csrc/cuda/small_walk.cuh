@@ -9,7 +9,7 @@
 #include "cuda/nf4_pairs.cuh"
 #include "cuda/ptx.cuh"
 
-namespace pylora {
+namespace pylora::cuda {
 
 // A warp's bytes of qweight are under way kAhead chunks ahead of its arithmetic, in a ring of
 // stages that lie in the holes of the decode table.
@@ -120,4 +120,4 @@ cudaError_t with_token_tiles(int64_t tokens, const Launch& launch) {
   return cudaErrorInvalidValue;
 }
 
-}  // namespace pylora
+}  // namespace pylora::cuda

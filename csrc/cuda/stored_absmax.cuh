@@ -5,7 +5,7 @@
 #include "common/nf4.h"
 #include "cuda/launch.cuh"
 
-namespace pylora {
+namespace pylora::cuda {
 
 struct StoredAbsmax {
   float value = 0.0f;  // plain: absmax; nested: nested_absmax
@@ -26,4 +26,4 @@ struct StoredAbsmax {
   }
 };
 
-}  // namespace pylora
+}  // namespace pylora::cuda

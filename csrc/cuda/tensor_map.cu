@@ -4,7 +4,7 @@
 
 #include "cuda/tensor_map.cuh"
 
-namespace pylora {
+namespace pylora::cuda {
 namespace {
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
@@ -60,4 +60,4 @@ cudaError_t encode_tensor_map(const TiledMatrix& matrix, TensorMap* map) {
   return cudaSuccess;
 }
 
-}  // namespace pylora
+}  // namespace pylora::cuda

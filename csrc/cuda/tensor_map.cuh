@@ -9,7 +9,7 @@
 #include "common/nf4.h"
 #include "cuda/ptx_hopper.cuh"
 
-namespace pylora {
+namespace pylora::cuda {
 
 // A row-major matrix in global memory, and the tile of it that one copy brings; a tile's rows are
 // as long as its swizzle.
@@ -25,4 +25,4 @@ struct TiledMatrix {
 
 cudaError_t encode_tensor_map(const TiledMatrix& matrix, TensorMap* map);
 
-}  // namespace pylora
+}  // namespace pylora::cuda

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-namespace pylora {
+namespace pylora::cuda {
 
 // The bits of x rounded to nearest, ties away from 0, as cvt.rna.tf32 rounds; NaN stays NaN.
 __device__ __forceinline__ uint32_t to_tf32(float x) {
@@ -14,4 +14,4 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
   return x != x ? bits : (bits + kHalfUnit) & ~(2 * kHalfUnit - 1);
 }
 
-}  // namespace pylora
+}  // namespace pylora::cuda

@@ -58,7 +58,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
     std::fprintf(stderr, "cuTensorMapEncodeTiled: %s\n", demand.demand);
     return CUDA_ERROR_INVALID_VALUE;
   }
-  pylora::HostTensorMap out;
+  pylora::cuda::HostTensorMap out;
   out.base = static_cast<const uint8_t*>(address);
   out.rows = static_cast<int64_t>(sizes[1]);
   out.cols = static_cast<int64_t>(sizes[0]);
@@ -66,7 +66,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
   out.item = static_cast<int32_t>(item);
   out.box_rows = static_cast<int32_t>(box[1]);
   out.box_cols = static_cast<int32_t>(box[0]);
-  out.swizzle = swizzle_bytes == 128 ? pylora::Swizzle::k128 : pylora::Swizzle::k32;
+  out.swizzle = swizzle_bytes == 128 ? pylora::cuda::Swizzle::k128 : pylora::cuda::Swizzle::k32;
   std::memcpy(map, &out, sizeof(out));
   host_cuda::report.tensor_maps.push_back({type, swizzle, l2_promotion, sizes[0], sizes[1],
                                            strides[0], box[0], box[1], element_strides[0],

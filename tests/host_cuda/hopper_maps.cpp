@@ -9,7 +9,7 @@
 
 namespace {
 
-using namespace pylora;
+using namespace pylora::cuda;
 
 bool all_right = true;
 

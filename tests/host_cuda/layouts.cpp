@@ -14,6 +14,7 @@
 namespace {
 
 using namespace pylora;
+using namespace pylora::cuda;
 
 // An array of `sizes[0]` arrays of `sizes[1]` arrays ..., each element of(i, j, ...).
 using Index = std::vector<int>;

@@ -7,14 +7,14 @@
 inline pylora::DType dtype_of(int64_t code) { return static_cast<pylora::DType>(code); }
 
 // What follows in the input where `code` is not negative.
-inline pylora::Vector read_vector(int64_t code, int64_t count) {
+inline pylora::cuda::Vector read_vector(int64_t code, int64_t count) {
   if (code < 0) return {};
   const int64_t bytes = count * pylora::dtype_size(dtype_of(code));
   return {read_array<uint8_t>(bytes), dtype_of(code)};
 }
 
 // The seed follows in the input.
-inline void read_dropout(pylora::LoraHidden& hidden, double p) {
+inline void read_dropout(pylora::cuda::LoraHidden& hidden, double p) {
   hidden.seed = read_array<int64_t>(1);
   hidden.threshold = static_cast<uint32_t>(p * 4294967296.0 + 0.5);
   hidden.keep_scale = static_cast<float>(1.0 / (1.0 - p));
@@ -30,7 +30,7 @@ struct LinearHeader {
 inline constexpr int kRefused = 3;
 
 // Reads all there is.
-inline LinearHeader read_linear(pylora::LoraLinear& op) {
+inline LinearHeader read_linear(pylora::cuda::LoraLinear& op) {
   const LinearHeader in = *read_array<LinearHeader>(1);
   const double scaling = *read_array<double>(1);
   const double dropout_p = *read_array<double>(1);
@@ -41,7 +41,7 @@ inline LinearHeader read_linear(pylora::LoraLinear& op) {
   op.weight = read_weight(in, &op.offset);
   op.bias = read_vector(in.bias_dtype, in.rows);
 
-  pylora::LoraHidden& hidden = op.hidden;
+  pylora::cuda::LoraHidden& hidden = op.hidden;
   hidden.rank = static_cast<int>(in.rank);
   if (in.rank > 0) {
     hidden.dtype = dtype_of(in.lora_dtype);
@@ -68,7 +68,7 @@ struct LinearOutput {
 };
 
 // `low_pitch`: floats from one row of low to the next.
-inline LinearOutput make_outputs(pylora::LoraLinear& op, int64_t low_pitch) {
+inline LinearOutput make_outputs(pylora::cuda::LoraLinear& op, int64_t low_pitch) {
   const LinearOutput out = {op.tokens * op.weight.rows * pylora::dtype_size(op.dtype),
                             int64_t{4} * op.tokens * op.hidden.rank};
   op.y = make_output(out.y_bytes);
@@ -77,7 +77,7 @@ inline LinearOutput make_outputs(pylora::LoraLinear& op, int64_t low_pitch) {
   return out;
 }
 
-inline void write_outputs(const pylora::LoraLinear& op, const LinearOutput& out) {
+inline void write_outputs(const pylora::cuda::LoraLinear& op, const LinearOutput& out) {
   write_output(op.y, out.y_bytes);
   write_output(op.hidden.h, out.h_bytes);
 }

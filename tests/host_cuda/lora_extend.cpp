@@ -1,7 +1,6 @@
 // Runs lora_extend on the CPU: arguments from standard input, [x | low | 0] and h to standard
 // output.
 #include "cuda/lora_hidden_many.cuh"
-
 #include "linear_input.h"
 
 struct Header {
@@ -13,7 +12,7 @@ int main() {
   const Header in = *read_array<Header>(1);
   const int64_t size = pylora::dtype_size(dtype_of(in.dtype));
   const void* x = read_vector(in.dtype, in.tokens * in.cols).data;
-  pylora::LoraHidden op;
+  pylora::cuda::LoraHidden op;
   op.dtype = dtype_of(in.dtype);
   op.rank = static_cast<int>(in.rank);
   op.lora_A = read_vector(in.dtype, in.rank * in.cols).data;
@@ -21,11 +20,12 @@ int main() {
   op.scaling = static_cast<float>(in.scaling);
   op.activation = static_cast<pylora::Activation>(in.activation);
   if (in.has_dropout != 0) read_dropout(op, in.dropout_p);
-  const int64_t wide_bytes = in.tokens * pylora::wide_cols(in.cols, in.rank) * size;
+  const int64_t wide_bytes = in.tokens * pylora::cuda::wide_cols(in.cols, in.rank) * size;
   void* wide = make_output(wide_bytes);
   op.h = static_cast<float*>(make_output(4 * in.tokens * in.rank));
   const int tokens = static_cast<int>(in.tokens);
-  if (pylora::lora_extend_cuda(op, x, tokens, in.cols, wide, nullptr) != cudaSuccess) return 1;
+  if (pylora::cuda::lora_extend_cuda(op, x, tokens, in.cols, wide, nullptr) != cudaSuccess)
+    return 1;
   cudaDeviceSynchronize();
   write_output(wide, wide_bytes);
   write_output(op.h, 4 * in.tokens * in.rank);

@@ -2,12 +2,12 @@
 #include "linear_input.h"
 
 int main() {
-  pylora::LoraLinearSmall op;
+  pylora::cuda::LoraLinearSmall op;
   const LinearHeader in = read_linear(op);
-  const pylora::DeviceLimits limits = limits_of(in);
-  pylora::SmallPlan plan = pylora::plan_small(in.tokens, in.rows, in.cols, limits);
+  const pylora::cuda::DeviceLimits limits = limits_of(in);
+  pylora::cuda::SmallPlan plan = pylora::cuda::plan_small(in.tokens, in.rows, in.cols, limits);
   if (in.plan[0] != 0) {
-    const pylora::SmallChoice choice = {in.plan[0], in.plan[1], in.plan[2]};
+    const pylora::cuda::SmallChoice choice = {in.plan[0], in.plan[1], in.plan[2]};
     const char* wrong = choose_small(choice, in.tokens, in.rows, in.cols, limits, &plan);
     if (wrong != nullptr) return std::fprintf(stderr, "%s\n", wrong), kRefused;
   }
@@ -15,7 +15,7 @@ int main() {
   op.partials = static_cast<float*>(make_output(4 * plan.partial_floats(in.tokens, in.rows)));
   op.counters = static_cast<unsigned*>(make_output(4 * plan.counters()));
   const LinearOutput out = make_outputs(op, op.hidden.rank);
-  if (pylora::lora_linear_small_cuda(op, plan, true, nullptr) != cudaSuccess) return 1;
+  if (pylora::cuda::lora_linear_small_cuda(op, plan, true, nullptr) != cudaSuccess) return 1;
   cudaDeviceSynchronize();
   std::fprintf(stderr, "slices %d, output warps %d, grid %d\n", plan.slices, plan.output_warps,
                plan.grid);

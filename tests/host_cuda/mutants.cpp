@@ -13,6 +13,8 @@
 namespace {
 
 using namespace pylora;
+using namespace pylora::cuda;
+using namespace pylora::cuda;
 
 constexpr int kThreads = 64;
 

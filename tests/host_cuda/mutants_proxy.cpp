@@ -15,6 +15,7 @@
 namespace {
 
 using namespace pylora;
+using namespace pylora::cuda;
 
 enum class Bug {
   kNone,

@@ -29,7 +29,8 @@ int main() {
   }
   const int64_t bytes = ((in.rows - 1) * in.stride + in.cols) * pylora::dtype_size(dtype);
   void* out = make_output(bytes);
-  if (pylora::nf4_dequantize_cuda(weight, offset, dtype, in.stride, out, nullptr) != cudaSuccess) {
+  if (pylora::cuda::nf4_dequantize_cuda(weight, offset, dtype, in.stride, out, nullptr) !=
+      cudaSuccess) {
     return 1;
   }
   cudaDeviceSynchronize();

@@ -14,8 +14,9 @@ int main() {
   const int64_t blocks = pylora::ceil_div(numel, header[1]);
   void* qweight = make_output(packed);
   void* absmax = make_output(4 * blocks);
-  if (pylora::nf4_quantize_cuda(weight, dtype, numel, header[1], static_cast<uint8_t*>(qweight),
-                                static_cast<float*>(absmax), nullptr) != cudaSuccess) {
+  if (pylora::cuda::nf4_quantize_cuda(weight, dtype, numel, header[1],
+                                      static_cast<uint8_t*>(qweight), static_cast<float*>(absmax),
+                                      nullptr) != cudaSuccess) {
     return 1;
   }
   cudaDeviceSynchronize();

@@ -10,7 +10,7 @@
 
 #include "ptx_host.h"
 
-namespace pylora {
+namespace pylora::cuda {
 
 // What a TensorMap holds here.
 struct HostTensorMap {
@@ -342,4 +342,4 @@ void multiply(float (&d)[kTokens / 2], const uint32_t (&a)[4], SharedOperand b, 
   });
 }
 
-}  // namespace pylora
+}  // namespace pylora::cuda

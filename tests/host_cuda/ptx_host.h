@@ -10,7 +10,7 @@
 #include "common/float16.h"
 #include "cuda_runtime_api.h"
 
-namespace pylora {
+namespace pylora::cuda {
 
 // Where a kernel calls a function that reaches shared memory: the address decides its bank.
 using Where = std::source_location;
@@ -185,4 +185,4 @@ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1
 inline void start_dependent_kernel() {}
 inline void wait_for_previous_kernel() { host_cuda::wait_for_previous_grid(); }
 
-}  // namespace pylora
+}  // namespace pylora::cuda

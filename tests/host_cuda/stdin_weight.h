@@ -26,8 +26,8 @@ pylora::NF4Matrix read_weight(const Header& in, const float** offset) {
 }
 
 template <class Header>
-pylora::DeviceLimits limits_of(const Header& in) {
-  pylora::DeviceLimits limits;
+pylora::cuda::DeviceLimits limits_of(const Header& in) {
+  pylora::cuda::DeviceLimits limits;
   limits.processors = static_cast<int>(in.processors);
   limits.shared_per_sm = in.shared_per_sm;
   limits.shared_per_cta = in.shared_per_sm - 1024;

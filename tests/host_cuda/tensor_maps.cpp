@@ -9,6 +9,7 @@
 namespace {
 
 using namespace pylora;
+using namespace pylora::cuda;
 
 alignas(256) uint8_t memory[1024];
 
