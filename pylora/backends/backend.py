@@ -75,10 +75,15 @@ class Backend:
         return Refusal(f"has no kernel for {call.op}") if planner is None else planner(call)
 
 
+# The torch.compile of torch 2.11 cannot trace the question; the answer never changes.
+@torch.compiler.assume_constant_result
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.autocast_mode.is_autocast_available(device_type)
+
+
 def under_autocast(device_type: str) -> bool:
-    # Asking is an error on devices that know no autocast, such as meta.
-    available = torch.amp.autocast_mode.is_autocast_available(device_type)
-    return available and torch.is_autocast_enabled(device_type)
+    # is_autocast_enabled raises an error for devices that have no autocast, such as meta.
+    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def autocast_off(device_type: str) -> AbstractContextManager[Any]:
