@@ -14,17 +14,17 @@ import torch
 from benchmarks import memory, roofline
 from benchmarks.accuracy import Oracles, Verdict
 from benchmarks.calls import bind, comparable, draw
-from benchmarks.contender import Bench, Contender, Layer
+from benchmarks.contender import Bench, Contender, Layer, NotApplicable
 from benchmarks.machine import last_level_cache
 from benchmarks.operands import Operands
 from benchmarks.shapes import BACKWARD, Cell
-from benchmarks.statistics import rounds, sample_counts, summarize
-from benchmarks.timing import EAGER, GRAPH, Call, captured
+from benchmarks.statistics import equal_counts, rounds, sample_counts, summarize
+from benchmarks.timing import EAGER, GRAPH, HOST, Call, HostLoop, captured
 
 CONTROL = "pylora (control)"
 # Inputs rotate over this many times the last-level cache, in at most so many copies of a layer.
 CACHES, MOST_LAYERS = 3, 256
-LEAST_SAMPLES, MOST_SAMPLES = 5, 60
+LEAST_SAMPLES, MOST_SAMPLES, MOST_HOST_SAMPLES = 5, 60, 1000
 _SHAPES_REMEMBERED = 3
 _QUICK_CALL = 0.05  # seconds
 # Who needs this long for some rows is left out for more: a suite must end.
@@ -84,9 +84,9 @@ class Harness:
         ]
         self._check(bench, cell, entries)
         reports = []
-        for timing in self._timings(cell):
-            timed = [e if timing == EAGER else _as_graph(e) for e in entries]
-            self._time(timed)
+        for timing in self._timings(bench, cell):
+            timed = [_timed_as(timing, entry) for entry in entries]
+            self._time(timed, timing, self.seconds * bench.budget)
             for entry in timed:
                 if entry.samples:
                     took = (cell.rows, min(entry.samples))
@@ -94,7 +94,9 @@ class Harness:
             reports.append(self._report(bench, cell, timing, timed))
         return reports
 
-    def _timings(self, cell: Cell) -> list[str]:
+    def _timings(self, bench: Bench, cell: Cell) -> list[str]:
+        if bench.host_time:
+            return [HOST]
         graphs = self.device.type == "cuda" and cell.mode != BACKWARD
         return [EAGER, GRAPH] if graphs else [EAGER]
 
@@ -125,6 +127,8 @@ class Harness:
             needed = CACHES * last_level_cache(self.device) / bench.weight_bytes(cell, contender)
             # Zero seconds is a dry run: it checks everything, and its times mean nothing.
             count = max(2, min(MOST_LAYERS, math.ceil(needed))) if self.seconds else 2
+            if bench.host_time:
+                count = 1
             self._layers[contender.name] = [contender.build(operands) for _ in range(count)]
         return self._layers[contender.name]
 
@@ -160,7 +164,7 @@ class Harness:
                         entry.path = _path(layer, call, x)
                         del result
 
-    def _time(self, entries: list[Entry]) -> None:
+    def _time(self, entries: list[Entry], timing: str, budget: float) -> None:
         """Round-robin over contenders, each over its own rotation of inputs."""
         running = {e.contender.name: e for e in entries if e.runs}
         for entry in list(running.values()):
@@ -173,8 +177,11 @@ class Harness:
                 del running[entry.contender.name]
         if not running:
             return
-        estimates = {name: entry.samples[0] for name, entry in running.items()}
-        counts = sample_counts(estimates, self.seconds, LEAST_SAMPLES, MOST_SAMPLES)
+        estimates = {n: entry.samples[0] * entry.calls[0].calls for n, entry in running.items()}
+        if timing == HOST:
+            counts = equal_counts(estimates, budget, LEAST_SAMPLES, MOST_HOST_SAMPLES)
+        else:
+            counts = sample_counts(estimates, budget, LEAST_SAMPLES, MOST_SAMPLES)
         for name in [name for name, count in counts.items() if count > 1]:
             running[name].samples.clear()
         counts = {name: count for name, count in counts.items() if count > 1}
@@ -226,15 +233,18 @@ class Harness:
         result |= dict.fromkeys(names)
         if entry.runs and entry.samples:
             summary, work = summarize(entry.samples), bench.work(cell, contender)
-            floor = roofline.floor_seconds(work, self.roofline)
             result |= {
                 "median_s": summary.median,
                 "p20_s": summary.p20,
                 "p80_s": summary.p80,
-                "bytes_per_s": work.bytes / summary.median,
-                "flop_per_s": work.flop / summary.median,
-                "of_roofline": floor / summary.median,
             }
+            if timing != HOST:  # host time says nothing of how fast the work itself is done
+                floor = roofline.floor_seconds(work, self.roofline)
+                result |= {
+                    "bytes_per_s": work.bytes / summary.median,
+                    "flop_per_s": work.flop / summary.median,
+                    "of_roofline": floor / summary.median,
+                }
             if self.device.type == "cuda" and timing == EAGER:
                 result["extra_memory_bytes"] = memory.cuda_extra(entry.calls[0].once)
         return result
@@ -255,13 +265,17 @@ def _path(layer: Layer, call: Call, x: Any) -> str:
         return layer.path(x)
 
 
-def _as_graph(entry: Entry) -> Entry:
-    """The same contender with each call captured, or the reason why it cannot be."""
-    graphed = replace(entry, calls=[], samples=[])
+def _timed_as(timing: str, entry: Entry) -> Entry:
+    """The same contender with each call made into what `timing` times, or the reason why it cannot
+    be."""
+    if timing == EAGER:
+        return entry
+    made = replace(entry, calls=[], samples=[])
     if entry.runs:
-        with _recorded(graphed):
-            graphed.calls = [captured(call) for call in entry.calls]
-    return graphed
+        with _recorded(made):
+            make = HostLoop if timing == HOST else captured
+            made.calls = [make(call) for call in entry.calls]
+    return made
 
 
 @contextmanager
@@ -270,6 +284,8 @@ def _recorded(entry: Entry) -> Iterator[None]:
     in the table, and where it is ours the run exits with 1."""
     try:
         yield
+    except NotApplicable as error:
+        entry.status, entry.note = ABSENT, str(error)
     except Exception as error:
         lines = str(error).splitlines() or [""]
         entry.status, entry.note = ERROR, f"{type(error).__name__}: {lines[0][:300]}"

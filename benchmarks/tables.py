@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.results import CELL_KEY, cell_key, result_of
 from benchmarks.statistics import CONTROL_TOLERANCE, Summary, change_threshold, geometric_mean
+from benchmarks.timing import HOST
 
 OURS, CONTROL, REFERENCE = "pylora", "pylora (control)", "pylora reference"
 # Ours without LoRA: what LoRA costs, not a peer to win against.
@@ -45,7 +46,9 @@ def shape_name(cell: Mapping[str, Any]) -> str:
 
 def cell_table(op: str, cell: Mapping[str, Any]) -> str:
     """Every contender of one cell, losing ones marked, absent ones with the reason."""
-    rows = [("", "median", "p20..p80", "n", "pylora is", "GB/s", "GFLOP/s", "of limit", "path")]
+    is_host = cell["timing"] == HOST  # its ratios are those of `host_tables`
+    compared = () if is_host else ("pylora is", "GB/s", "GFLOP/s", "of limit")
+    rows = [("", "median", "p20..p80", "n", *compared, "path")]
     remarks = []
     for result in cell["results"]:
         name = result["contender"]
@@ -64,10 +67,7 @@ def cell_table(op: str, cell: Mapping[str, Any]) -> str:
                 duration(result["median_s"]),
                 f"{duration(result['p20_s'])}..{duration(result['p80_s'])}",
                 str(result["samples"]),
-                verdict,
-                f"{result['bytes_per_s'] / 1e9:.1f}",
-                f"{result['flop_per_s'] / 1e9:.0f}",
-                f"{result['of_roofline']:.0%}",
+                *((verdict, *shares_of_work(result)) if compared else ()),
                 result["path"],
             )
         )
@@ -77,8 +77,21 @@ def cell_table(op: str, cell: Mapping[str, Any]) -> str:
             f"    control off: the same contender twice differs by {control - 1:+.1%}; "
             f"within {CONTROL_TOLERANCE:.0%} it must be for these ratios to count"
         )
-    head = f"{op} {cell_title(cell)}   limit {duration(cell['floor_s'])}"
+    head = f"{op} {cell_title(cell)}"
+    if not is_host:
+        head += f"   limit {duration(cell['floor_s'])}"
     return "\n".join([head, *(f"    {line}" for line in aligned(rows)), *remarks])
+
+
+def shares_of_work(result: Mapping[str, Any]) -> tuple[str, str, str]:
+    """GB/s, GFLOP/s and the share of the limit; dashes for host time, which has none of them."""
+    if result["of_roofline"] is None:
+        return "-", "-", "-"
+    return (
+        f"{result['bytes_per_s'] / 1e9:.1f}",
+        f"{result['flop_per_s'] / 1e9:.0f}",
+        f"{result['of_roofline']:.0%}",
+    )
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

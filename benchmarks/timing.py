@@ -11,12 +11,21 @@ import torch
 
 from benchmarks.machine import cuda_l2_bytes
 
-EAGER, GRAPH = "eager", "graph"
+EAGER, GRAPH, HOST = "eager", "graph", "host"
+# Calls in one sample of host time, after some that are not timed because they still meet the caches
+# of another contender. A short sample is seldom interrupted by another process, and launches far
+# fewer kernels than a CUDA stream queues (about 1000); a launch into a full queue would wait.
+HOST_CALLS, HOST_WARMUP = 5, 3
 
 
 class Call:
     """A call to time: `prepare` runs before the clock starts and its result goes to `run`; both
-    run in the context that `around` makes."""
+    run in the context that `around` makes.
+
+    calls    made for one sample
+    """
+
+    calls = 1
 
     def __init__(
         self,
@@ -56,6 +65,36 @@ class Call:
         end.synchronize()
         del result
         return begin.elapsed_time(end) / 1e3
+
+
+class HostLoop(Call):
+    """A call, several times in a row: `seconds` is what one costs the host.
+
+    On a CPU that is the whole call; on CUDA it ends when the work is in the stream. The loop itself
+    adds less than 0.1 us a call. What a call returns, an autograd graph included, is freed within
+    the time, as in a user's loop.
+    """
+
+    calls = HOST_WARMUP + HOST_CALLS
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call.run, call.prepare, call.around)
+
+    def seconds(self, device: torch.device) -> float:
+        run = self.run
+        with self.around():
+            prepared = self.prepare()
+            for _ in range(HOST_WARMUP):
+                run(prepared)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(HOST_CALLS):
+                run(prepared)
+            end = time.perf_counter()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        return (end - begin) / HOST_CALLS
 
 
 def captured(call: Call) -> Call:
