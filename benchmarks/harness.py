@@ -62,14 +62,19 @@ class Harness:
     ) -> None:
         """`limits` is what `roofline.measure` gives, which is asked where it is None."""
         self.device, self.seed, self.seconds = device, seed, seconds
-        self.roofline = roofline.measure(device) if limits is None else limits
+        if limits is None:  # in a dry run they only have to be numbers: one call each
+            limits = roofline.measure(device) if seconds else roofline.measure(device, 1)
+        self.roofline = limits
         self._operands: dict[tuple[Any, ...], Operands] = {}
         self._layers: dict[str, list[Layer]] = {}
         self._layers_of: tuple[Any, ...] | None = None
         self._took: dict[tuple[Any, ...], tuple[int, float]] = {}  # rows and seconds of the last
 
     def measure_limits(self) -> None:
-        """Measures them anew and keeps the best: a disturbed moment must not lower a limit."""
+        """Measures them anew, except in a dry run, and keeps the best: a disturbed moment must not
+        lower a limit."""
+        if not self.seconds:
+            return
         again = roofline.measure(self.device)
         self.roofline = {name: max(value, again[name]) for name, value in self.roofline.items()}
 
@@ -85,7 +90,7 @@ class Harness:
         self._check(bench, cell, entries)
         reports = []
         for timing in self._timings(bench, cell):
-            timed = [_timed_as(timing, entry) for entry in entries]
+            timed = [self._timed_as(timing, entry) for entry in entries]
             self._time(timed, timing, self.seconds * bench.budget)
             for entry in timed:
                 if entry.samples:
@@ -163,6 +168,20 @@ class Harness:
                         _judge(entry, verdict)
                         entry.path = _path(layer, call, x)
                         del result
+
+    def _timed_as(self, timing: str, entry: Entry) -> Entry:
+        """The same contender with each call made into what `timing` times, or the reason why it
+        cannot be."""
+        if timing == EAGER:
+            return entry
+        made = replace(entry, calls=[], samples=[])
+        if entry.runs:
+            with _recorded(made):
+                if timing == HOST:
+                    made.calls = [HostLoop(call, self.device) for call in entry.calls]
+                else:
+                    made.calls = [captured(call) for call in entry.calls]
+        return made
 
     def _time(self, entries: list[Entry], timing: str, budget: float) -> None:
         """Round-robin over contenders, each over its own rotation of inputs."""
@@ -263,19 +282,6 @@ def _judge(entry: Entry, verdict: Verdict) -> None:
 def _path(layer: Layer, call: Call, x: Any) -> str:
     with call.around(), torch.no_grad():
         return layer.path(x)
-
-
-def _timed_as(timing: str, entry: Entry) -> Entry:
-    """The same contender with each call made into what `timing` times, or the reason why it cannot
-    be."""
-    if timing == EAGER:
-        return entry
-    made = replace(entry, calls=[], samples=[])
-    if entry.runs:
-        with _recorded(made):
-            make = HostLoop if timing == HOST else captured
-            made.calls = [make(call) for call in entry.calls]
-    return made
 
 
 @contextmanager

@@ -17,9 +17,9 @@ TITLES = {FORWARD: "no_grad", GRAD_FORWARD: "forward, grad", TRAINING: "forward 
 COLUMNS = ("less C", "/linear", "/PEFT")
 NOT_TIMED = ("-", "", "", "")
 EXPLANATION = (
-    "medians of one call. less C: without the C call, which leaves what Python and torch add to "
-    "it; /linear: over the time of F.linear; /PEFT: over the time of PEFT on bitsandbytes, the "
-    "faster of its modes"
+    "Median time of a call, as one of several in a row, on a layer that stays in the caches. "
+    "less C: the time without the C call, which is what Python and torch add to it; /linear: over "
+    "the time of F.linear; /PEFT: over the time of PEFT on bitsandbytes, in its faster mode."
 )
 _PEFT = ("bitsandbytes + PEFT train", "bitsandbytes + PEFT eval")
 _LORA_C_CALL, _NF4_C_CALL = "pylora C call lora_linear", "pylora C call nf4_linear"

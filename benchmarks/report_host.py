@@ -16,7 +16,7 @@ Cells = Mapping[str, Mapping[str, Any]]
 
 def host_section(run: Mapping[str, Any], figures: dict[str, bytes]) -> Iterator[str]:
     """HTML; adds the PNG of each picture to `figures`, by its file name."""
-    yield f"<p>Microseconds a call, {escape(host_tables.EXPLANATION)}.</p>"
+    yield f"<p>{escape(host_tables.EXPLANATION)}</p>"
     for cells in host_tables.groups(run):
         title = host_tables.title(cells)
         yield f"<h3>{escape(title)}</h3>"

@@ -12,10 +12,11 @@ import torch
 from benchmarks.machine import cuda_l2_bytes
 
 EAGER, GRAPH, HOST = "eager", "graph", "host"
-# Calls in one sample of host time, after some that are not timed because they still meet the caches
-# of another contender. A short sample is seldom interrupted by another process, and launches far
-# fewer kernels than a CUDA stream queues (about 1000); a launch into a full queue would wait.
-HOST_CALLS, HOST_WARMUP = 5, 3
+# A sample of host time is as many calls as take this many seconds, after some that are not timed
+# because they still meet the caches of another contender. A short sample is seldom interrupted by
+# another process, and so few calls launch far fewer kernels than a CUDA stream queues (about 1000);
+# a launch into a full queue would wait.
+HOST_SAMPLE, HOST_MOST_CALLS, HOST_WARMUP = 2e-4, 20, 3
 
 
 class Call:
@@ -70,15 +71,17 @@ class Call:
 class HostLoop(Call):
     """A call, several times in a row: `seconds` is what one costs the host.
 
-    On a CPU that is the whole call; on CUDA it ends when the work is in the stream. The loop itself
-    adds less than 0.1 us a call. What a call returns, an autograd graph included, is freed within
-    the time, as in a user's loop.
+    On a CPU that is the whole call; on CUDA it ends when the work is in the stream. The loop and
+    the functions around the call add 0.1 to 0.2 us. What a call returns, an autograd graph
+    included, is freed within the time, as in a user's loop.
     """
 
-    calls = HOST_WARMUP + HOST_CALLS
-
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, device: torch.device) -> None:
         super().__init__(call.run, call.prepare, call.around)
+        self._timed = 1
+        fastest = min(self.seconds(device) for _ in range(3))
+        self._timed = max(1, min(HOST_MOST_CALLS, int(HOST_SAMPLE / fastest)))
+        self.calls = HOST_WARMUP + self._timed
 
     def seconds(self, device: torch.device) -> float:
         run = self.run
@@ -89,12 +92,12 @@ class HostLoop(Call):
             if device.type == "cuda":
                 torch.cuda.synchronize()
             begin = time.perf_counter()
-            for _ in range(HOST_CALLS):
+            for _ in range(self._timed):
                 run(prepared)
             end = time.perf_counter()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-        return (end - begin) / HOST_CALLS
+        return (end - begin) / self._timed
 
 
 def captured(call: Call) -> Call:
