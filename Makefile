@@ -62,7 +62,7 @@ bench: $(INSTALLED) ## the quick benchmark suite on this CPU and its report, in 
 GPU_PYTHON = $(if $(and $(filter file,$(origin PYTHON)),$(wildcard $(PY))),$(PY),$(PYTHON))
 gpu: ## what needs a GPU, see docs/gpu-run.md (CALL=1…4 or STEPS=…; OUT=… WHEELS=… BUDGET=seconds; DRY=1: without a GPU)
 	env -u PYTHONSAFEPATH $(GPU_PYTHON) -m benchmarks.gpu $(if $(CALL),--call $(CALL)) $(if $(STEPS),--steps $(STEPS)) \
-		$(if $(OUT),--out $(OUT)) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(BUDGET),--budget $(BUDGET)) $(if $(DRY),--dry)
+		$(if $(OUT),--out $(OUT)) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(WORK),--work $(WORK)) $(if $(BUDGET),--budget $(BUDGET)) $(if $(DRY),--dry)
 
 # What is carried to such a machine is made for its version of Python.
 GPU_PYTHON_VERSION ?= 3.12

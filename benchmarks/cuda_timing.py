@@ -164,7 +164,10 @@ class GraphTimer:
         return self._queue.note
 
     def replayed(self) -> list[Any]:
-        """The raw result of each call, as the graph computes it."""
+        """The raw result of each call, as the graph computes it. What a call leaves unwritten is
+        NaN, and not the right result of an earlier call in the same memory."""
+        for result in self._results:
+            poison(result)
         self._graph.replay()
         self._cuda.synchronize()
         return self._results
@@ -172,6 +175,17 @@ class GraphTimer:
     def sample(self, turn: int) -> Sample:
         found = self._queue.sample(lambda: self._graph.replay)
         return Sample(found.seconds / self.calls_a_sample)
+
+
+def poison(result: Any) -> None:
+    """Fills the floating-point tensors in a raw result with NaN."""
+    if isinstance(result, torch.Tensor):
+        if result.is_floating_point():
+            with torch.no_grad():
+                result.fill_(torch.nan)
+    elif isinstance(result, tuple | list):
+        for part in result:
+            poison(part)
 
 
 def eager_timer(calls: Sequence[Call], device: torch.device) -> Timer:

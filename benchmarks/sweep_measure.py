@@ -55,13 +55,17 @@ class SweepMeasurer:
         cache = last_level_cache(self._device)
         count = max(2, min(MOST_LAYERS, math.ceil(CACHES * cache / bytes_a_call)))
         calls = [self._call(point, x.clone(), layer) for layer in self._rotation(cell, count)]
-        verdict = oracle.check((calls[0].once(),))
+        y = calls[0].once()
+        verdict = oracle.check((y,))
         if not verdict.passes:
             return {"status": "fails the rule", "note": verdict.text}
         seconds = self._eager(calls).sample(0).seconds
         timer = self._graph(calls, passes_of(count, seconds))
-        for y in timer.replayed():
-            in_graph = oracle.check((y,))
+        for of_graph in timer.replayed():
+            # The same values come of the same x in all calls: most are equal bit for bit.
+            if torch.equal(of_graph, y):
+                continue
+            in_graph = oracle.check((of_graph,))
             if not in_graph.passes:
                 return {"status": "fails the rule", "note": f"in a graph: {in_graph.text}"}
         first = timer.sample(0).seconds

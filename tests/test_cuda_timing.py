@@ -6,7 +6,7 @@ The stand-in has one clock for host and device: the host's work moves it on, ker
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -33,16 +33,20 @@ class Device:
         self.now = 0.0  # on the host
         self.idle_at = 0.0  # when the device has done all that is queued
         self.waits: list[int] = []  # of _sleep
-        self.graph_kernels: list[float] | None = None  # of the capture in progress
+        self.capturing: Graph | None = None
 
     def clock(self) -> float:
         return self.now
 
-    def launch(self, device: float, host: float = 0.0) -> None:
-        """A kernel of `device` seconds that takes the host `host` seconds to issue."""
-        if self.graph_kernels is not None:
-            self.graph_kernels.append(device)
+    def launch(
+        self, device: float, host: float = 0.0, work: Callable[[], Any] = lambda: None
+    ) -> None:
+        """A kernel of `device` seconds that takes the host `host` seconds to issue; what it does
+        is done at once, or whenever the graph that captures it is replayed."""
+        if self.capturing is not None:
+            self.capturing.kernels.append((device, work))
             return
+        work()
         self.now += host
         self.idle_at = max(self.idle_at, self.now) + device
 
@@ -74,9 +78,9 @@ class Device:
 
     @contextlib.contextmanager
     def graph(self, graph: Graph) -> Iterator[None]:
-        self.graph_kernels = graph.kernels
+        self.capturing = graph
         yield
-        self.graph_kernels = None
+        self.capturing = None
 
 
 class Event:
@@ -99,10 +103,12 @@ class Event:
 class Graph:
     def __init__(self, device: Device) -> None:
         self._device = device
-        self.kernels: list[float] = []
+        self.kernels: list[tuple[float, Callable[[], Any]]] = []
 
     def replay(self) -> None:
-        self._device.launch(sum(self.kernels), host=30 * US)
+        for _, work in self.kernels:
+            work()
+        self._device.launch(sum(seconds for seconds, _ in self.kernels), host=30 * US)
 
 
 @pytest.fixture
@@ -256,24 +262,41 @@ def simulated(device: Device, monkeypatch: pytest.MonkeyPatch) -> Device:
     return device
 
 
-def _launching(device: Device, contender: Contender, wrong_in: int | None = None) -> Contender:
-    """The contender as a kernel of 10 us that takes the host 25 us; layer `wrong_in` of its
-    rotation computes nonsense."""
+def _launching(
+    device: Device,
+    contender: Contender,
+    spoil: Callable[[torch.Tensor], Any] = lambda y: None,
+    layer_number: int = 0,
+) -> Contender:
+    """The contender as a kernel of 10 us that takes the host 25 us; `spoil` changes the results of
+    one layer of its rotation."""
     built = []
 
     def build(operands: Any) -> Layer:
         layer = contender.build(operands)
-        right, factor = layer.forward, 1.1 if len(built) == wrong_in else 1.0
+        right, number = layer.forward, len(built)
         built.append(layer)
 
         def forward(x: torch.Tensor) -> Any:
-            device.launch(10 * US, host=25 * US)
-            return right(x) * factor
+            y = right(x).clone()
+
+            def work() -> None:
+                rows = y.shape[0] - (spoil is _leave_a_row and number == layer_number)
+                y[:rows] = right(x)[:rows]
+                if number == layer_number:
+                    spoil(y)
+
+            device.launch(10 * US, host=25 * US, work=work)
+            return y
 
         layer.forward = forward
         return layer
 
     return replace(contender, build=build)
+
+
+def _leave_a_row(y: torch.Tensor) -> None:
+    """Stands for a kernel that does not write the last row."""
 
 
 def _reports(contender: Contender) -> list[dict[str, Any]]:
@@ -299,7 +322,18 @@ def test_a_cell_has_device_host_and_graph_times(simulated: Device) -> None:
 def test_every_captured_call_is_checked(simulated: Device) -> None:
     """The eager check sees the first layer alone; the second one's result is wrong."""
     ours = bench_of("lora_linear").contenders[0]
-    eager, graph = _reports(_launching(simulated, ours, wrong_in=1))
+    eager, graph = _reports(_launching(simulated, ours, lambda y: y.mul_(1.1), layer_number=1))
     assert eager["results"][0]["status"] == "ok"
     assert graph["results"][0]["status"] == "refused"
     assert graph["results"][0]["median_s"] is None and graph["results"][0]["samples"] == 0
+
+
+def test_what_a_captured_call_does_not_write_shows(simulated: Device) -> None:
+    """Even if the memory held the right result before."""
+    ours = bench_of("lora_linear").contenders[0]
+    eager, graph = _reports(_launching(simulated, ours, _leave_a_row, layer_number=1))
+    assert eager["results"][0]["status"] == "ok"
+    assert graph["results"][0]["status"] == "refused"
+    result = torch.ones(2), [torch.ones(1, dtype=torch.int64)]
+    cuda_timing.poison(result)
+    assert result[0].isnan().all() and result[1][0].item() == 1

@@ -7,6 +7,7 @@ reached are generous, and those that must be belong to commands that never end b
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import shutil
@@ -377,6 +378,7 @@ def test_make_gpu_dry(tmp_path: Path):
     """The installation, a stand-in and a sanitizer's stand-in, through the command a user types."""
     pytest.importorskip("pylora._C", reason="pylora was installed without its extension")
     words = ["DRY=1", "STEPS=machine hopper-racecheck", "BUDGET=5000"]
+    words.append(f"WORK={tmp_path / 'work'}")
     done = make(*words, OUT=str(tmp_path), PYLORA_COMMIT="abc-dirty")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "kept the installed extension" in done.stdout
@@ -398,3 +400,7 @@ def test_make_gpu_says_what_is_wrong(tmp_path: Path):
     assert done.returncode != 0 and "the step is 'nonsense'; it must be one of" in done.stderr
     done = make("DRY=1", f"WHEELS={tmp_path}", OUT=str(tmp_path))
     assert done.returncode != 0 and "it must be a folder with wheels" in done.stderr
+    with (tmp_path / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = make("DRY=1", f"WORK={tmp_path}", OUT=str(tmp_path))
+    assert done.returncode != 0 and "which another run is using" in done.stderr

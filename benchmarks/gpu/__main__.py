@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import stand_ins
 from benchmarks.gpu.install import find_cuda_home
 from benchmarks.gpu.run import Runner
-from benchmarks.gpu.steps import BUDGET_S, CALLS, ROOT, Target, chosen
+from benchmarks.gpu.steps import BUDGET_S, CALLS, ROOT, Step, Target, chosen
 from benchmarks.results import write_atomically
 
 BUILD = ROOT / "build"
@@ -74,6 +77,18 @@ def facts_of(environment: dict[str, str]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@contextmanager
+def alone(base: Path) -> Iterator[None]:
+    """Raises ValueError if another run uses this folder: its files would be removed under it."""
+    base.mkdir(parents=True, exist_ok=True)
+    with (base / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--work is {base}, which another run is using") from None
+        yield
+
+
 def run(arguments: argparse.Namespace) -> int:
     wheels: tuple[Path, ...] = ()
     if arguments.wheels is not None:
@@ -90,14 +105,27 @@ def run(arguments: argparse.Namespace) -> int:
     arch = "" if arguments.dry else facts["arch"]
     target = Target(sys.executable, arch, work, site, facts["cores"], wheels, arguments.dry)
     steps = chosen(target, arguments.call, arguments.steps)
+    with alone(base):
+        return run_steps(arguments, target, steps, out, environment, facts | {"call": name})
+
+
+def run_steps(
+    arguments: argparse.Namespace,
+    target: Target,
+    steps: Sequence[Step],
+    out: Path,
+    environment: dict[str, str],
+    facts: dict[str, Any],
+) -> int:
+    work = target.work
     # The results of an earlier call of this name are not those of this one.
     shutil.rmtree(work, ignore_errors=True)
     (work / "results").mkdir(parents=True)
     write_atomically(work / "machine.json", json.dumps(facts, indent=1) + "\n")
     if arguments.dry:
-        folder = stand_ins.write(base / "stand-ins", work)
+        folder = stand_ins.write(work.parent / "stand-ins", work)
         environment["PATH"] = f"{folder}{os.pathsep}{environment['PATH']}"
-    shown = {key: value for key, value in facts.items() if key != "packages"} | {"call": name}
+    shown = {key: value for key, value in facts.items() if key != "packages"}
     runner = Runner(steps, out, work, arguments.budget, environment, shown, arguments.dry)
     succeeded = runner.run()
     for entry in runner.entries:

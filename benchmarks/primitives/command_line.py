@@ -51,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("--build needs --arch without a GPU, such as --arch 90a", file=sys.stderr)
         return 2
     # Programs can list their experiments on a machine without a GPU as well.
-    programs, problems = _programs(groups, arch or "90a")
+    programs, problems = _programs(
+        groups, arch or "90a", options.build or torch.cuda.is_available()
+    )
     if options.build:
         for group, problem in problems.items():
             print(f"{group}: {problem}", file=sys.stderr)
@@ -95,11 +97,12 @@ def _arch_here() -> str | None:
     return {"90": "90a"}.get(arch, arch)
 
 
-def _programs(groups: Sequence[str], arch: str) -> tuple[dict[str, runner.Program], dict[str, str]]:
+def _programs(
+    groups: Sequence[str], arch: str, with_library: bool
+) -> tuple[dict[str, runner.Program], dict[str, str]]:
     """(programs by group, what is wrong with the groups that have none)."""
-    needs_library = "host" in groups and torch.cuda.is_available()
     targets = [build.PROGRAMS[group] for group in groups if group in build.PROGRAMS]
-    targets += [build.EMPTY_LAUNCH] if needs_library else []
+    targets += [build.EMPTY_LAUNCH] if with_library and "host" in groups else []
     paths, problems = {}, {}
     with ThreadPoolExecutor(len(machine.usable_cpus())) as pool:
         jobs = {target.name: pool.submit(build.built, target, arch) for target in targets}

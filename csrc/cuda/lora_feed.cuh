@@ -9,9 +9,13 @@
 namespace pylora {
 
 // The bytes of a chunk, 16 rows by 128 columns, lie in 8 holes of the decode table: hole 2 j + h
-// has granule j (16 bytes, 32 columns) of rows 8 h to 8 h + 7, which is a matrix for ldmatrix.
+// has granule j (16 bytes, 32 columns) of rows 8 h to 8 h + 7, which is a matrix for ldmatrix. Its
+// rows change places by j: eight lanes copy two rows of four granules to eight different banks.
 inline constexpr int kChunkGranules = kChunk / kGranule;
 static_assert(2 * kChunkGranules == kStageHoles);
+__device__ __forceinline__ int chunk_offset(int hole, int row) {
+  return hole * kPairRow + (row ^ hole / 2 * 2) * kVectorBytes;
+}
 
 // What the kernel needs beside the plan, which is the same for all its CTAs.
 struct Problem {
@@ -47,8 +51,7 @@ class Feed {
       const int chunk = chunks_.chunk();
       const uint32_t granule = static_cast<uint32_t>(
           min(chunk * kChunkGranules + lane_ % kChunkGranules, row_granules_ - 1));
-      uint8_t* place =
-          stage + 2 * (lane_ % kChunkGranules) * kPairRow + lane_ / kChunkGranules * kVectorBytes;
+      uint8_t* place = stage + chunk_offset(2 * (lane_ % kChunkGranules), lane_ / kChunkGranules);
       const auto* qweight = reinterpret_cast<const uint4*>(weight.qweight);
       copy_async_16(place, qweight + (upper_ + granule), policy_);
       copy_async_16(place + kPairRow, qweight + (lower_ + granule), policy_);

@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
       for (int block = 0; block < 2; ++block) {  // of 64 columns
         // 3.
         uint32_t words[4];  // rows `group` and `group` + 8; the same 32 columns on
-        load_matrices(words, used + (4 * block + lane / 8) * kPairRow + lane % 8 * kVectorBytes);
+        load_matrices(words, used + chunk_offset(4 * block + lane / 8, lane % 8));
         float part[kTokenTiles][4] = {};
 #pragma unroll
         for (int word = 0; word < 2; ++word) {
