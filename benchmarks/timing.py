@@ -21,12 +21,7 @@ HOST_SAMPLE, HOST_MOST_CALLS, HOST_WARMUP = 2e-4, 20, 3
 
 class Call:
     """A call to time: `prepare` runs before the clock starts and its result goes to `run`; both
-    run in the context that `around` makes.
-
-    calls    made for one sample
-    """
-
-    calls = 1
+    run in the context that `around` makes."""
 
     def __init__(
         self,

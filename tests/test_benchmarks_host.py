@@ -220,6 +220,15 @@ def test_a_sample_of_host_time_is_the_mean_of_its_calls() -> None:
     assert timer.calls_a_sample > HOST_WARMUP
 
 
+def test_host_time_begins_on_an_idle_device_and_leaves_it_idle() -> None:
+    seen: list[str] = []
+    timer = HostTimer([Call(lambda _: seen.append("call"))], lambda: seen.append("wait"))
+    seen.clear()
+    timer.sample(0)
+    timed = timer.calls_a_sample - HOST_WARMUP
+    assert seen == [*HOST_WARMUP * ["call"], "wait", *timed * ["call"], "wait"]
+
+
 def test_every_contender_gets_as_many_samples() -> None:
     seconds = {"a": 0.01, "b": 0.09}
     assert equal_counts(seconds, 2.0, least=5, most=60) == {"a": 20, "b": 20}
