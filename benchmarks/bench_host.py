@@ -9,10 +9,11 @@ adds:
     nn          nn.LoRALinear, nn.NF4Linear
     F           pylora.functional: checks the arguments
     op          torch.ops.pylora.*: torch's dispatcher and autograd
-    plan        pylora.dispatch.select: which backend takes the call
+    plan        pylora.dispatch.choose: which backend takes the call, and with which kernel
     C call      torch.ops.pylora_C.*: the kernels, with arguments that are ready
 
-The op calls both the plan and the C call. With a backward, the plan and the C call are those of
+The op calls both the plan and the C call. A layer keeps its plans and skips the op if nothing but
+autograd watches. With a backward, the plan and the C call are those of
 the forward and of the backward. On a CPU the C call includes the kernel; the weight is so small
 that the kernel takes a few microseconds at most. On CUDA nothing waits for the kernels: every time
 is the time to launch them.
@@ -40,6 +41,8 @@ from benchmarks.linear_oracle import linear_oracle
 from benchmarks.operands import Operands
 from benchmarks.shapes import HOST_MODES, HOST_SHAPES
 from pylora import dispatch, functional, nn
+from pylora.ops.registration import OPS, run_plan
+from pylora.ops.spec import SPECS
 
 Build = Callable[[Operands], Layer]
 
@@ -58,14 +61,15 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _op_calls(layer: Layer, x: Tensor, grad: Tensor | None) -> list[tuple[str, tuple[Any, ...]]]:
-    """The ops of pylora that a forward calls, and with `grad` a backward, with their arguments."""
+def _op_calls(layer: Layer, x: Tensor, grad: Tensor | None) -> list[Any]:
+    """The records of the ops that a forward calls, and with `grad` a backward."""
     x = x.detach().requires_grad_()
     with _Recorder("pylora") as recorder, torch.enable_grad():
         y = layer.forward(x)
         if grad is not None:
             torch.autograd.grad(y, [x, *layer.parameters], grad)
-    return [(op.name().partition("::")[2].partition(".")[0], args) for op, args in recorder.calls]
+    names = [op.name().partition("::")[2].partition(".")[0] for op, _ in recorder.calls]
+    return [SPECS[name].read(args) for name, (_, args) in zip(names, recorder.calls, strict=True)]
 
 
 def _results(raw: list[Any]) -> tuple[Tensor, ...]:
@@ -89,10 +93,11 @@ def _plan(build: Build) -> Build:
 
         def prepared(x: Tensor, grad: Tensor | None) -> Callable[[], Any]:
             calls = _op_calls(layer, x, grad)
-            return lambda: [(dispatch.select(op, args), op, args) for op, args in calls]
+            return lambda: [(call, dispatch.choose(call)) for call in calls]
 
         def result(raw: Any) -> tuple[Tensor, ...]:
-            return _results([backend.ops[op].run(*args) for backend, op, args in raw])
+            with torch.no_grad():
+                return _results([run_plan(OPS[type(call)], call, plan) for call, (_, plan) in raw])
 
         return replace(layer, prepared=prepared, result=result)
 
@@ -106,7 +111,7 @@ def _c_call(build: Build) -> Build:
         layer = build(operands)
 
         def prepared(x: Tensor, grad: Tensor | None) -> Callable[[], Any]:
-            calls = [_only_c_call(op, args) for op, args in _op_calls(layer, x, grad)]
+            calls = [_only_c_call(call) for call in _op_calls(layer, x, grad)]
             return lambda: [op(*args) for op, args in calls]
 
         return replace(layer, prepared=prepared, result=_results)
@@ -114,14 +119,14 @@ def _c_call(build: Build) -> Build:
     return called
 
 
-def _only_c_call(op: str, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-    """The one op of the extension that runs `op`; raises NotApplicable if it is not one."""
-    backend = dispatch.select(op, args)
+def _only_c_call(call: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The one op of the extension that runs `call`; raises NotApplicable if it is not one."""
+    backend, plan = dispatch.choose(call)
     with _Recorder("pylora_C") as recorder, torch.no_grad():
-        backend.ops[op].run(*args)
+        plan.run(call)
     if len(recorder.calls) != 1:
         raise NotApplicable(
-            f"{op} runs on the backend {backend.name} with {len(recorder.calls)} calls of the "
+            f"{call.op} runs on the backend {backend.name} with {len(recorder.calls)} calls of the "
             "compiled extension; only a single call can be timed alone"
         )
     return recorder.calls[0]
@@ -129,15 +134,17 @@ def _only_c_call(op: str, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
 
 def _lora_op(operands: Operands) -> Layer:
     layer, x = contenders_torch.lora_linear(operands), operands.normal(1, operands.cell.in_features)
-    arguments = functional.OP_ARGUMENTS["lora_linear"]
-    _, (_, *rest) = arguments(x, operands.nf4(), *layer.parameters, operands.scaling)
+    record = functional.CALLS["lora_linear"]
+    call = record(x, operands.nf4(), *layer.parameters, operands.scaling)
+    _, *rest = SPECS["lora_linear"].flatten(call)
     op = torch.ops.pylora.lora_linear.default
     return replace(layer, forward=lambda x: op(x, *rest)[0])
 
 
 def _nf4_op(operands: Operands) -> Layer:
     layer, x = contenders_torch.nf4_linear(operands), operands.normal(1, operands.cell.in_features)
-    _, (_, *rest) = functional.OP_ARGUMENTS["nf4_linear"](x, operands.nf4())
+    call = functional.CALLS["nf4_linear"](x, operands.nf4())
+    _, *rest = SPECS["nf4_linear"].flatten(call)
     op = torch.ops.pylora.nf4_linear.default
     return replace(layer, forward=lambda x: op(x, *rest))
 
