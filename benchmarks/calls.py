@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.contender import Contender, Layer
 from benchmarks.operands import Operands
-from benchmarks.shapes import BACKWARD, FORWARD, Cell
+from benchmarks.shapes import BACKWARD, FORWARD, GRAD_FORWARD, Cell
 from benchmarks.timing import Call
 from pylora import dispatch, refresh
 
@@ -26,8 +26,9 @@ def bind(
 ) -> tuple[Call, Tensor | None, Tensor | None]:
     """(call, x, grad). `inputs` are copied in the contender's dtype; None draws new ones.
 
-    A forward runs without autograd, as in inference. forward+backward gives (y, dx, dparameters);
-    backward the gradients alone, its forward untimed.
+    A forward runs without autograd, as in inference; a forward with gradients is the same call
+    recorded by autograd. forward+backward gives (y, dx, dparameters); backward the gradients alone,
+    its forward untimed.
     """
     x, grad = inputs if inputs is not None else draw(cell, operands)
     dtype = getattr(torch, contender.dtype or cell.dtype)
@@ -42,15 +43,21 @@ def bind(
                 stack.callback(refresh)
                 stack.enter_context(mock.patch.dict(os.environ, layer.environment))
                 refresh()
-            stack.callback(refresh)
-            refresh()
-            stack.enter_context(torch.set_grad_enabled(cell.mode != FORWARD))
+            stack.enter_context(torch.set_grad_enabled(records))
             yield
 
+    records = cell.mode != FORWARD and layer.prepared is None
+    if layer.prepared is not None:
+        with around():
+            prepared = layer.prepared(x, grad)
+        return Call(lambda _: prepared(), around=around), x, grad
     if cell.mode == FORWARD:
         return Call(lambda _: layer.forward(x), around=around), x, None
 
     x.requires_grad_()
+    if cell.mode == GRAD_FORWARD:
+        return Call(lambda _: layer.forward(x), around=around), x, None
+
     wanted, grads = [x, *layer.parameters], layer.grads(grad)
     if cell.mode == BACKWARD:
         call = Call(
@@ -74,12 +81,15 @@ def draw(cell: Cell, operands: Operands) -> tuple[Tensor | None, Tensor | None]:
     if not cell.rows:
         return None, None
     x = operands.normal(cell.rows, cell.in_features)
-    grad = None if cell.mode == FORWARD else operands.normal(cell.rows, cell.result_features)
+    has_grad = cell.mode not in (FORWARD, GRAD_FORWARD)
+    grad = operands.normal(cell.rows, cell.result_features) if has_grad else None
     return x, grad
 
 
 def comparable(cell: Cell, layer: Layer, raw: Any) -> Any:
     """The result in the form of the oracles: a tuple of outputs for an op that takes x."""
     result = layer.result(raw)
-    is_single = cell.rows and cell.mode == FORWARD and isinstance(result, Tensor)
-    return (result,) if is_single else result
+    is_forward = cell.mode in (FORWARD, GRAD_FORWARD)
+    if cell.rows and is_forward and isinstance(result, Tensor):
+        return (result.detach(),)
+    return result

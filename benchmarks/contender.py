@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.operands import Operands
-from benchmarks.shapes import MODES, TRAINING, Cell
+from benchmarks.shapes import BACKWARD, MODES, TRAINING, Cell
 
 NF4_BITS = 4.5  # a weight, with one fp32 absmax per 64
 
@@ -29,6 +29,9 @@ class Layer:
     backend      the pylora backend to force
     environment  variables that are set while it runs
     grads        the gradient as drawn -> what the results of forward are differentiated with
+    prepared     (x, grad) -> the call to time, all of its arguments prepared, for a part of a layer
+                 that autograd does not differentiate; it does a forward if grad is None, else a
+                 forward and a backward. None: `forward` is timed
     """
 
     forward: Callable[[Tensor | None], Any]
@@ -39,6 +42,11 @@ class Layer:
     backend: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     grads: Callable[[Tensor], Any] = lambda grad: grad
+    prepared: Callable[[Tensor, Tensor | None], Callable[[], Any]] | None = None
+
+
+class NotApplicable(Exception):
+    """A contender says, in words, that it does not apply to the cell it was built for."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,7 @@ def linear_work(cell: Cell, contender: Contender) -> Work:
     )
     if cell.mode == TRAINING:
         return Work(*(getattr(forward, f) + getattr(backward, f) for f in Work.__match_args__))
-    return forward if cell.mode == "forward" else backward
+    return backward if cell.mode == BACKWARD else forward
 
 
 @dataclass(frozen=True)
@@ -141,7 +149,12 @@ class Bench:
     layers        the linear layers in a cell, each a cell of its own
     outputs       results of the forward
     shapes        to measure instead of the suite's; () for the suite's own
+    rows          to measure instead of the suite's; () for the suite's own
+    modes         to measure instead of the suite's; () for the suite's own
     in_quick      part of the quick suite; otherwise of the full one, and whenever it is asked for
+    host_time     the time of the host alone is measured: several calls a sample, on one layer each,
+                  and on CUDA without waiting for the device
+    budget        how many times the suite's seconds to spend on a cell
     """
 
     op: str
@@ -155,4 +168,8 @@ class Bench:
     layers: Callable[[Cell], tuple[Cell, ...]] = lambda cell: (cell,)
     outputs: int = 1
     shapes: tuple[tuple[int, int], ...] = ()
+    rows: tuple[int, ...] = ()
+    modes: tuple[str, ...] = ()
     in_quick: bool = True
+    host_time: bool = False
+    budget: float = 1.0

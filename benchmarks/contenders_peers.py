@@ -78,35 +78,59 @@ def _bare(training: bool) -> Any:
 
 
 class _OneLinear(torch.nn.Module):
-    """The smallest model that PEFT takes for a 4-bit one."""
+    """The smallest model that PEFT takes, as a 4-bit one if `is_4bit`."""
 
-    is_loaded_in_4bit = True
-
-    def __init__(self, proj: torch.nn.Module) -> None:
+    def __init__(self, proj: torch.nn.Module, is_4bit: bool = True) -> None:
         super().__init__()
-        self.proj = proj
+        self.proj, self.is_loaded_in_4bit = proj, is_4bit
+
+
+def _wrapped_by_peft(model: _OneLinear, operands: Operands) -> Any:
+    """PEFT's LoRA layer around the linear layer of `model`, with the LoRA weights of `operands`."""
+    from peft import LoraConfig, get_peft_model
+
+    rank = operands.cell.rank
+    config = LoraConfig(
+        r=rank, lora_alpha=rank * operands.scaling, target_modules=["proj"], lora_dropout=0.0
+    )
+    # autocast_adapter_dtype=False keeps PEFT's LoRA in bf16, the dtype of ours.
+    layer = get_peft_model(model, config, autocast_adapter_dtype=False).base_model.model.proj
+    a, b = operands.lora()
+    layer.lora_A["default"].weight = torch.nn.Parameter(a.detach())
+    layer.lora_B["default"].weight = torch.nn.Parameter(b.detach())
+    return layer
+
+
+def _lora_of(layer: Any) -> tuple[Tensor, Tensor]:
+    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
 
 def _peft(training: bool) -> Any:
     def build(operands: Operands) -> Layer:
-        from peft import LoraConfig, get_peft_model
-
-        rank = operands.cell.rank
-        config = LoraConfig(
-            r=rank, lora_alpha=rank * operands.scaling, target_modules=["proj"], lora_dropout=0.0
-        )
-        model = _OneLinear(_linear4bit(operands, training))
-        # autocast_adapter_dtype=False keeps PEFT's LoRA in bf16, the dtype of ours.
-        layer = get_peft_model(model, config, autocast_adapter_dtype=False).base_model.model.proj
+        layer = _wrapped_by_peft(_OneLinear(_linear4bit(operands, training)), operands)
         layer.train(training)
-        a, b = operands.lora()
-        layer.lora_A["default"].weight = torch.nn.Parameter(a.detach())
-        layer.lora_B["default"].weight = torch.nn.Parameter(b.detach())
-        parameters = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
         name = f"{type(layer).__module__}.{type(layer).__name__} over "
-        return Layer(layer, lambda x: name + _path(layer.base_layer), parameters)
+        return Layer(layer, lambda x: name + _path(layer.base_layer), _lora_of(layer))
 
     return build
+
+
+def dense_linear(operands: Operands) -> torch.nn.Linear:
+    """A frozen `nn.Linear` over what the NF4 weight stands for."""
+    cell = operands.cell
+    module = torch.nn.Linear(cell.in_features, cell.out_features, bias=False, device="meta")
+    weight = operands.dense(operands.dtype)
+    module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return module
+
+
+def _peft_over_dense(operands: Operands) -> Layer:
+    layer = _wrapped_by_peft(_OneLinear(dense_linear(operands), is_4bit=False), operands)
+    name = f"{type(layer).__module__}.{type(layer).__name__} over nn.Linear"
+    return Layer(layer, lambda x: name, _lora_of(layer))
+
+
+PEFT_OVER_DENSE = Contender("dense + PEFT", _peft_over_dense, ("torch", "peft"), weights="dense")
 
 
 def mixed_batch(

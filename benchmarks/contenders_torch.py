@@ -24,12 +24,12 @@ def explained(op: str, *args: Any) -> str:
     return f"{explanation.backend} ({explanation.path})"
 
 
-def _nf4_linear(operands: Operands) -> Layer:
+def nf4_linear(operands: Operands) -> Layer:
     w = operands.nf4()
     return Layer(lambda x: F.nf4_linear(x, w), lambda x: explained("nf4_linear", x, w))
 
 
-def _lora_linear(operands: Operands) -> Layer:
+def lora_linear(operands: Operands) -> Layer:
     w, (a, b), scaling = operands.nf4(), operands.lora(), operands.scaling
     return Layer(
         lambda x: F.lora_linear(x, w, a, b, scaling),
@@ -161,31 +161,31 @@ DENSE = tuple(
 )
 
 LINEAR = (
-    Contender("pylora", _nf4_linear, ("pylora-kernels",), has_lora=False, is_ours=True),
+    Contender("pylora", nf4_linear, ("pylora-kernels",), has_lora=False, is_ours=True),
     Contender(
         "pylora reference",
-        lambda operands: on_reference(_nf4_linear(operands)),
+        lambda operands: on_reference(nf4_linear(operands)),
         ("pylora-kernels", "torch"),
         has_lora=False,
     ),
     *DENSE,
-    _hopper(_nf4_linear, has_lora=False),
-    _triton(_nf4_linear, has_lora=False),
+    _hopper(nf4_linear, has_lora=False),
+    _triton(nf4_linear, has_lora=False),
     # Its backward keeps the dequantized weight alive, which nobody would do: forward alone.
     Contender("dequantize + linear", _decomposed_base, has_lora=False, modes=MODES[:1]),
 )
 
 LORA = (
-    Contender("pylora", _lora_linear, ("pylora-kernels",), is_ours=True),
-    Contender("pylora, no LoRA", _nf4_linear, ("pylora-kernels",), has_lora=False),
+    Contender("pylora", lora_linear, ("pylora-kernels",), is_ours=True),
+    Contender("pylora, no LoRA", nf4_linear, ("pylora-kernels",), has_lora=False),
     Contender(
         "pylora reference",
-        lambda operands: on_reference(_lora_linear(operands)),
+        lambda operands: on_reference(lora_linear(operands)),
         ("pylora-kernels", "torch"),
     ),
     *DENSE,
-    _hopper(_lora_linear, has_lora=True),
-    _triton(_lora_linear, has_lora=True),
+    _hopper(lora_linear, has_lora=True),
+    _triton(lora_linear, has_lora=True),
     Contender("dequantize + linear + addmm_", _decomposed_lora),
     Contender(
         "pylora dequantize + linear + addmm_",

@@ -14,6 +14,7 @@ import argparse
 import json
 from dataclasses import dataclass
 
+from benchmarks.resources import cycle_model
 from benchmarks.resources.triton import TABLE
 from benchmarks.shapes import MODELS
 from pylora.kernels import configs
@@ -53,7 +54,8 @@ def per_weight(tile: configs.TileConfig) -> float:
     """Instructions of the forward main loop per decoded weight on sm_90."""
     name = f"nf4_linear bf16 blocksize{BLOCKSIZE} m{tile.block_m} n{tile.block_n} k{tile.block_k}"
     table = json.loads(TABLE.read_text())["kernels"]["sm_90"]
-    return next(n["per_32_weights"] for key, n in table.items() if key.startswith(name)) / 32
+    issue = next(n["cycles"]["issue"] for key, n in table.items() if key.startswith(name))
+    return issue * cycle_model.SCHEDULERS * 32 / cycle_model.UNIT
 
 
 def forward(M: int, N: int, K: int, rank: int, machine: Machine) -> list[Launch]:

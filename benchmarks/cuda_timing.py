@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import cuda_l2_bytes
-from benchmarks.timing import Call, ClockTimer, Sample, Timer
+from benchmarks.timing import Call, ClockTimer, HostTimer, Sample, Timer
 
 # Cycles of the GPU's clock for which the device is kept busy: at 1.9 GHz 70 us and 35 ms.
 SHORTEST_WAIT, LONGEST_WAIT = 1 << 17, 1 << 26
@@ -190,3 +190,7 @@ def poison(result: Any) -> None:
 
 def eager_timer(calls: Sequence[Call], device: torch.device) -> Timer:
     return EagerTimer(calls) if device.type == "cuda" else ClockTimer(calls)
+
+
+def host_timer(calls: Sequence[Call], device: torch.device) -> Timer:
+    return HostTimer(calls, torch.cuda.synchronize) if device.type == "cuda" else HostTimer(calls)

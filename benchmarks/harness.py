@@ -15,13 +15,13 @@ import torch
 from benchmarks import memory, roofline
 from benchmarks.accuracy import Oracles, Verdict
 from benchmarks.calls import bind, comparable, draw
-from benchmarks.contender import Bench, Contender, Layer
-from benchmarks.cuda_timing import GraphTimer, eager_timer
+from benchmarks.contender import Bench, Contender, Layer, NotApplicable
+from benchmarks.cuda_timing import GraphTimer, eager_timer, host_timer
 from benchmarks.machine import last_level_cache
 from benchmarks.operands import Operands
 from benchmarks.shapes import BACKWARD, Cell
-from benchmarks.statistics import rounds, sample_counts, summarize
-from benchmarks.timing import EAGER, GRAPH, Call, Timer
+from benchmarks.statistics import equal_counts, rounds, sample_counts, summarize
+from benchmarks.timing import EAGER, GRAPH, HOST, Call, Timer
 
 CONTROL = "pylora (control)"
 # The calls of a rotation move this many times the bytes of the last-level cache, over at most so
@@ -29,7 +29,7 @@ CONTROL = "pylora (control)"
 CACHES, MOST_LAYERS = 3, 256
 # A graph holds this many calls, or as many as take this many seconds: its launch is lost in either.
 GRAPH_CALLS, GRAPH_SECONDS = 32, 2e-3
-LEAST_SAMPLES, MOST_SAMPLES = 5, 60
+LEAST_SAMPLES, MOST_SAMPLES, MOST_HOST_SAMPLES = 5, 60, 1000
 _SHAPES_REMEMBERED = 3
 _QUICK_CALL = 0.05  # seconds
 # Who needs this long for some rows is left out for more: a suite must end.
@@ -70,21 +70,27 @@ class Harness:
     ) -> None:
         """`limits` is what `roofline.measure` gives, which is asked where it is None."""
         self.device, self.seed, self.seconds = device, seed, seconds
-        self.roofline = roofline.measure(device) if limits is None else limits
+        if limits is None:  # in a dry run they only have to be numbers: one call each
+            limits = roofline.measure(device) if seconds else roofline.measure(device, 1)
+        self.roofline = limits
         self._operands: dict[tuple[Any, ...], Operands] = {}
         self._layers: dict[str, list[Layer]] = {}
         self._layers_of: tuple[Any, ...] | None = None
         self._took: dict[tuple[Any, ...], tuple[int, float]] = {}  # rows and seconds of the last
 
     def measure_limits(self) -> None:
-        """Measures them anew and keeps the best: a disturbed moment must not lower a limit."""
+        """Measures them anew, except in a dry run, and keeps the best: a disturbed moment must not
+        lower a limit."""
+        if not self.seconds:
+            return
         again = roofline.measure(self.device)
         self.roofline = {name: max(value, again[name]) for name, value in self.roofline.items()}
 
     def run(
         self, bench: Bench, contenders: Sequence[Contender], cell: Cell
     ) -> list[dict[str, Any]]:
-        """The cell as JSON: one entry for each way of timing, eager and, on CUDA, as a graph."""
+        """The cell as JSON: one entry for each way of timing. That is eager and, on CUDA, as a
+        graph; a bench of host times has only the host's time."""
         ours = contenders[0]
         entries = [
             self._entry(bench, contender, cell)
@@ -92,22 +98,19 @@ class Harness:
         ]
         self._check(bench, cell, entries)
         reports = []
-        for timing in self._timings(cell):
-            timed = entries
-            if timing == GRAPH:
-                timed = [_as_graph(entry) for entry in entries]
-            else:
-                for entry in entries:
-                    entry.timer = eager_timer(entry.calls, self.device)
-            self._time(timed)
-            for entry in timed:
+        for timing in self._timings(bench, cell):
+            entries = [_timed_as(timing, entry, self.device) for entry in entries]
+            self._time(entries, timing, self.seconds * bench.budget)
+            for entry in entries:
                 if entry.samples:
                     took = (cell.rows, min(entry.samples))
                     self._took[_kind(entry.contender, cell)] = took
-            reports.append(self._report(bench, cell, timing, timed))
+            reports.append(self._report(bench, cell, timing, entries))
         return reports
 
-    def _timings(self, cell: Cell) -> list[str]:
+    def _timings(self, bench: Bench, cell: Cell) -> list[str]:
+        if bench.host_time:
+            return [HOST]
         graphs = self.device.type == "cuda" and cell.mode != BACKWARD
         return [EAGER, GRAPH] if graphs else [EAGER]
 
@@ -137,6 +140,8 @@ class Harness:
         needed = CACHES * last_level_cache(self.device) / bench.work(cell, contender).bytes
         # Zero seconds is a dry run: it checks everything, and its times mean nothing.
         count = max(2, min(MOST_LAYERS, math.ceil(needed))) if self.seconds else 2
+        if bench.host_time:
+            count = 1
         layers = self._layers.setdefault(contender.name, [])
         layers += [contender.build(self.operands(cell)) for _ in range(count - len(layers))]
         return layers[:count]
@@ -169,7 +174,7 @@ class Harness:
                         _judge(entry, entry.judge(layer, call.once()))
                         entry.path = _path(layer, call, x)
 
-    def _time(self, entries: list[Entry]) -> None:
+    def _time(self, entries: list[Entry], timing: str, budget: float) -> None:
         """Round-robin over contenders, each over its own rotation of inputs."""
         running = {e.contender.name: e for e in entries if e.runs}
         for entry in list(running.values()):
@@ -189,7 +194,10 @@ class Harness:
             for name, entry in running.items()
             if entry.timer is not None
         }
-        counts = sample_counts(estimates, self.seconds, LEAST_SAMPLES, MOST_SAMPLES)
+        if timing == HOST:
+            counts = equal_counts(estimates, budget, LEAST_SAMPLES, MOST_HOST_SAMPLES)
+        else:
+            counts = sample_counts(estimates, budget, LEAST_SAMPLES, MOST_SAMPLES)
         for name in [name for name, count in counts.items() if count > 1]:
             running[name].samples.clear()
             running[name].host_samples.clear()
@@ -242,15 +250,18 @@ class Harness:
         result |= dict.fromkeys(names)
         if entry.runs and entry.samples:
             summary, work = summarize(entry.samples), bench.work(cell, contender)
-            floor = roofline.floor_seconds(work, self.roofline)
             result |= {
                 "median_s": summary.median,
                 "p20_s": summary.p20,
                 "p80_s": summary.p80,
-                "bytes_per_s": work.bytes / summary.median,
-                "flop_per_s": work.flop / summary.median,
-                "of_roofline": floor / summary.median,
             }
+            if timing != HOST:  # host time says nothing of how fast the work itself is done
+                floor = roofline.floor_seconds(work, self.roofline)
+                result |= {
+                    "bytes_per_s": work.bytes / summary.median,
+                    "flop_per_s": work.flop / summary.median,
+                    "of_roofline": floor / summary.median,
+                }
             result["timing_note"] = self._timing_note(timing, entry, result["rotation_bytes"])
             if self.device.type == "cuda" and timing == EAGER:
                 result["extra_memory_bytes"] = memory.cuda_extra(entry.calls[0].once)
@@ -261,7 +272,8 @@ class Harness:
         notes = [entry.timer.note] if entry.timer is not None and entry.timer.note else []
         cache = last_level_cache(self.device)
         flushed = self.device.type == "cuda" and timing == EAGER
-        if rotation_bytes < CACHES * cache and not flushed:
+        # Host times are meant to be those of a layer that stays in the caches.
+        if rotation_bytes < CACHES * cache and not flushed and timing != HOST:
             notes.append(
                 f"the rotation moves {rotation_bytes / 2**20:.1f} MiB, less than {CACHES} times "
                 f"the last-level cache of {cache / 2**20:.1f} MiB: some of it may come from there"
@@ -303,22 +315,32 @@ def _sample(entry: Entry, turn: int) -> None:
         entry.host_samples.append(sample.host)
 
 
-def _as_graph(entry: Entry) -> Entry:
-    """The same contender with its whole rotation in one graph, each call of which is checked, or
-    the reason why it cannot be captured."""
-    graphed = replace(entry, timer=None, samples=[], host_samples=[])
+def _timed_as(timing: str, entry: Entry, device: torch.device) -> Entry:
+    """The same contender without samples and with the timer that `timing` needs, or the reason why
+    it cannot be timed so. A graph is made after the eager samples, which say how long a call is."""
+    timed = replace(entry, timer=None, samples=[], host_samples=[])
     if not entry.runs:
-        return graphed
-    with _recorded(graphed):
-        timer = GraphTimer(entry.calls, passes_of(len(entry.calls), min(entry.samples)))
-        assert entry.judge is not None
-        for layer, raw in zip(entry.layers, timer.replayed(), strict=True):
-            verdict = entry.judge(layer, raw)
-            if not verdict.passes:
-                _judge(graphed, verdict)
-                break
-        graphed.timer = timer
-    return graphed
+        return timed
+    with _recorded(timed):
+        if timing == GRAPH:
+            graph = GraphTimer(entry.calls, passes_of(len(entry.calls), min(entry.samples)))
+            _check_graph(timed, graph)
+            timed.timer = graph
+        elif timing == HOST:
+            timed.timer = host_timer(entry.calls, device)
+        else:
+            timed.timer = eager_timer(entry.calls, device)
+    return timed
+
+
+def _check_graph(entry: Entry, graph: GraphTimer) -> None:
+    """Judges every call of the rotation as the graph computes it."""
+    assert entry.judge is not None
+    for layer, raw in zip(entry.layers, graph.replayed(), strict=True):
+        verdict = entry.judge(layer, raw)
+        if not verdict.passes:
+            _judge(entry, verdict)
+            return
 
 
 def passes_of(calls: int, seconds: float) -> int:
@@ -333,6 +355,8 @@ def _recorded(entry: Entry) -> Iterator[None]:
     in the table, and where it is ours the run exits with 1."""
     try:
         yield
+    except NotApplicable as error:
+        entry.status, entry.note = ABSENT, str(error)
     except Exception as error:
         lines = str(error).splitlines() or [""]
         entry.status, entry.note = ERROR, f"{type(error).__name__}: {lines[0][:300]}"

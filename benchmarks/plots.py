@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
+from benchmarks import host_tables
 from benchmarks.results import result_of
 from benchmarks.tables import (
     BASE_ONLY,
@@ -89,6 +90,34 @@ def memory(cells: Cells, title: str) -> Figure | None:
     largest = max(cell["rows"] for cell in measured)
     measured = [cell for cell in measured if cell["rows"] == largest]
     return _bars(measured, names, extra, title, lambda mib: f"{mib:.0f} MiB")
+
+
+def host_times(cells: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
+    """Microseconds a call, a panel for each mode; the dark part is the C call's."""
+    names = host_tables.contenders(cells)
+    labels = [host_tables.label(name) for name in names]
+    figure, panels = _panels(len(cells), 0.9 + 0.25 * len(names))
+    for index, (axes, (mode, cell)) in enumerate(zip(panels, cells.items(), strict=True)):
+        times = [host_tables.host_time(cell, name) for name in names]
+        colors = [style_of(name)["color"] for name in names]
+        values = [0.0 if t is None else t.seconds * 1e6 for t in times]
+        beyond = [0.0 if t is None or t.beyond_c is None else t.beyond_c * 1e6 for t in times]
+        bars = axes.barh(labels, values, color=colors, height=0.66)
+        c_calls = [v - b if b else 0.0 for v, b in zip(values, beyond, strict=True)]
+        axes.barh(labels, c_calls, color=INK, height=0.66)
+        written = ["-" if t is None else f"{t.seconds * 1e6:.1f}" for t in times]
+        axes.bar_label(bars, written, padding=3, color=INK, fontsize=8.5)
+        axes.invert_yaxis()
+        axes.margins(x=0.2)
+        axes.set_title(host_tables.TITLES[mode])
+        _frame(axes)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel("us a call; dark: the C call")
+        if index:
+            axes.set_yticklabels([])
+    figure.suptitle(title, color=INK, fontsize=12)
+    return figure
 
 
 def _lines(

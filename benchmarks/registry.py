@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks import (
+    bench_host,
     bench_lora_linear,
     bench_lora_mlp,
     bench_lora_qkv,
@@ -26,6 +27,7 @@ BENCHES: dict[str, Bench] = {
         bench_lora_qkv,
         bench_lora_mlp,
         bench_multi_lora_linear,
+        bench_host,
     )
 }
 

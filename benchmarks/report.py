@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cuda_goals, goals, plots
+from benchmarks.report_host import host_section
 from benchmarks.results import result_of, write_atomically
-from benchmarks.shapes import QUICK_SHAPES, layers_named
+from benchmarks.shapes import layers_named
 from benchmarks.statistics import BUSY, CONTROL_TOLERANCE
 from benchmarks.tables import (
     BASE_ONLY,
@@ -22,8 +23,10 @@ from benchmarks.tables import (
     ratio_to_ours,
     seconds_as_called,
     shape_name,
+    shares_of_work,
     size,
 )
+from benchmarks.timing import HOST
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; background: #f7f8fa; margin: 0; }
@@ -115,9 +118,15 @@ def _goals(runs: Sequence[Run]) -> Iterator[str]:
     met, missed = (sum(o.met is value for o in found) for value in (True, False))
     yield f"<h2>Goals on a CPU: {met} met, {missed} missed</h2>"
     yield "<p>LoRA r=16 is included on our side only. Each column is one shape of the weight.</p>"
-    head = "".join(f"<th>{n} x {k}</th>" for n, k in QUICK_SHAPES)
+    for shapes, group in goals.by_shapes(found):
+        if any(outcome.met is not None for outcome in group):
+            yield _goals_table(shapes, group)
+
+
+def _goals_table(shapes: Sequence[tuple[int, int]], group: Sequence[goals.Outcome]) -> str:
+    head = "".join(f"<th>{n} x {k}</th>" for n, k in shapes)
     rows = []
-    for outcome in found:
+    for outcome in group:
         cells = "".join(_goal_cell(outcome.goal, v) for v in outcome.values.values())
         style = {True: "win", False: "lose", None: "none"}[outcome.met]
         word = escape(goals.verdict(outcome))
@@ -125,8 +134,10 @@ def _goals(runs: Sequence[Run]) -> Iterator[str]:
             f'<tr><td class="l">{escape(str(outcome.goal))}</td>{cells}'
             f'<td class="l"><span class="tag {style}">{word}</span></td></tr>'
         )
-    yield f'<section><table><tr><th class="l">goal</th>{head}<th></th></tr>{"".join(rows)}</table>'
-    yield "</section>"
+    return (
+        f'<section><table><tr><th class="l">goal</th>{head}<th></th></tr>{"".join(rows)}</table>'
+        "</section>"
+    )
 
 
 def _cuda_goals(runs: Sequence[Run]) -> Iterator[str]:
@@ -153,6 +164,10 @@ def _goal_cell(goal: goals.Goal, value: float | None) -> str:
 
 def _op(run: Run, figures: dict[str, bytes]) -> Iterator[str]:
     yield f"<h2>{run['op']}</h2>"
+    if any(cell["timing"] == HOST for cell in run["cells"]):
+        yield from host_section(run, figures)
+        yield _details(run)
+        return
     for mode, timing in dict.fromkeys((c["mode"], c["timing"]) for c in run["cells"]):
         cells = [c for c in run["cells"] if (c["mode"], c["timing"]) == (mode, timing)]
         title = mode if timing == "eager" else f"{mode}, {timing}"
@@ -257,9 +272,7 @@ def _numbers(result: Run) -> str:
         duration(result["p80_s"]),
         str(result["samples"]),
         _host(result),
-        f"{result['bytes_per_s'] / 1e9:.1f}",
-        f"{result['flop_per_s'] / 1e9:.0f}",
-        f"{result['of_roofline']:.0%}",
+        *shares_of_work(result),
         size(result["extra_memory_bytes"]) or "-",
     )
     marked = note if result["status"] == "ok" else f"<b>{escape(result['status'])}</b>: {note}"

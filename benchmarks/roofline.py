@@ -14,24 +14,25 @@ MATMUL_SHAPES = ((2048, 2048, 2048), (512, 4096, 4096))
 CUDA_MATMUL_SHAPES = ((8192, 8192, 8192),)
 
 
-def _best(call: Call, device: torch.device, times: int = 7) -> float:
+def _best(call: Call, device: torch.device, times: int) -> float:
     call.once()
     timer = eager_timer([call], device)
     return min(timer.sample(turn).seconds for turn in range(times))
 
 
-def measure(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
-    """Read and copy bandwidth, and the dense matmul peak: the best of several calls each."""
+def measure(device: torch.device, times: int = 7) -> dict[str, float]:
+    """Read and copy bandwidth, and the dense bf16 matmul peak: the best of `times` calls each."""
     # On a CPU four caches' worth is read from memory; a GPU needs more to reach its rate.
     size = max(4 * last_level_cache(device), 128 << 20 if device.type == "cpu" else 1 << 30)
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
-    copy = 2 * source.nbytes / _best(Call(lambda _: target.copy_(source)), device)
+    copy = 2 * source.nbytes / _best(Call(lambda _: target.copy_(source)), device, times)
     read = source.nbytes / min(
-        _best(Call(lambda _: source.sum()), device), _best(Call(lambda _: source.amax()), device)
+        _best(Call(lambda _: source.sum()), device, times),
+        _best(Call(lambda _: source.amax()), device, times),
     )
     peak = max(
-        2 * m * n * k / _best(Call(_matmul(m, n, k, device, dtype)), device)
+        2 * m * n * k / _best(Call(_matmul(m, n, k, device)), device, times)
         for m, n, k in (MATMUL_SHAPES if device.type == "cpu" else CUDA_MATMUL_SHAPES)
     )
     return {
@@ -42,9 +43,9 @@ def measure(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> dict[s
     }
 
 
-def _matmul(m: int, n: int, k: int, device: torch.device, dtype: torch.dtype):
-    x: Tensor = torch.randn(m, k, device=device).to(dtype)
-    weight: Tensor = torch.randn(n, k, device=device).to(dtype)
+def _matmul(m: int, n: int, k: int, device: torch.device):
+    x: Tensor = torch.randn(m, k, device=device).to(torch.bfloat16)
+    weight: Tensor = torch.randn(n, k, device=device).to(torch.bfloat16)
     return lambda _: torch.nn.functional.linear(x, weight)
 
 

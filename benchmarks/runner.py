@@ -15,10 +15,11 @@ from tqdm import tqdm
 from benchmarks import goals, machine, results
 from benchmarks.contender import Bench
 from benchmarks.harness import Harness, add_cpu_memory
+from benchmarks.host_tables import host_tables
 from benchmarks.registry import bench_of, check_against, ops_of, selected
 from benchmarks.shapes import QUICK_SHAPES, SUITES, TRAINING, Cell, Suite
 from benchmarks.statistics import BUSY
-from benchmarks.tables import OURS, cell_table, summary_table
+from benchmarks.tables import cell_table, summary_table
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
         torch.set_num_threads(arguments.threads)
     suite = _suite(arguments)
     benches = [bench_of(op) for op in arguments.op or ops_of(arguments.suite)]
-    plan = {bench.op: _cells(bench, suite, bool(arguments.shape)) for bench in benches}
+    plan = {bench.op: _cells(bench, suite, arguments) for bench in benches}
     seed = random.SystemRandom().randrange(2**31) if arguments.seed is None else arguments.seed
     device = torch.device(arguments.device)
     begin = time.perf_counter()
@@ -52,14 +53,16 @@ def run(arguments: argparse.Namespace) -> int:
                 harness, bench, plan[bench.op], suite, arguments, facts, bar
             )
             runs.append(finished)
-            to_measure += [pair for pair in reports if _has_memory(pair[0], suite)]
-    if device.type == "cpu" and suite.memory_rows:
+            if not bench.host_time:
+                to_measure += [pair for pair in reports if _has_memory(pair[0], suite)]
+    if device.type == "cpu" and suite.memory_rows and to_measure:
         print("measuring peak memory, a process for each contender")
         add_cpu_memory(to_measure, seed)
         for finished in runs:
             results.save(arguments.out / f"{finished['op']}.json", finished)
     for finished in runs:
-        print("\n" + summary_table(finished))
+        is_host = bench_of(finished["op"]).host_time
+        print("\n" + (host_tables(finished) if is_host else summary_table(finished)))
     print(f"\nwrote {', '.join(str(arguments.out / run['op']) + '.json' for run in runs)}")
     print("\n" + goals.goals_table(runs))
     bad = [
@@ -67,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         for finished in runs
         for cell in finished["cells"]
         for r in cell["results"]
-        if r["contender"] == OURS and r["status"] in ("refused", "error")
+        if r["contender"] in _ours(finished["op"]) and r["status"] in ("refused", "error")
     ]
     print(f"\n{time.perf_counter() - begin:.0f} s in all")
     if bad:
@@ -93,9 +96,17 @@ def _suite(arguments: argparse.Namespace) -> Suite:
     return suite
 
 
-def _cells(bench: Bench, suite: Suite, shapes_asked_for: bool) -> list[Cell]:
-    if bench.shapes and not shapes_asked_for:
+def _ours(op: str) -> set[str]:
+    return {contender.name for contender in bench_of(op).contenders if contender.is_ours}
+
+
+def _cells(bench: Bench, suite: Suite, arguments: argparse.Namespace) -> list[Cell]:
+    if bench.shapes and not arguments.shape:
         suite = replace(suite, shapes=bench.shapes)
+    if bench.rows and not arguments.rows:
+        suite = replace(suite, rows=bench.rows, backward_rows=bench.rows)
+    if bench.modes:
+        suite = replace(suite, modes=bench.modes)
     cells = suite.cells(bench.op, bench.has_rows, bench.has_backward, bench.rank)
     return [c for c in cells if not suite.few_contenders or c.mode in bench.quick_modes]
 
@@ -136,7 +147,8 @@ def _run_bench(
     The file is replaced after each cell, so that a run that is cut off keeps what it measured.
     """
     begin = time.perf_counter()
-    harness.measure_limits()
+    if not bench.host_time:
+        harness.measure_limits()
     contenders = selected(bench, arguments.against, suite.few_contenders)
     reports = []
     finished: dict[str, Any] = {

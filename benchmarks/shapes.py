@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 FORWARD, BACKWARD, TRAINING = "forward", "backward", "forward+backward"
 MODES = (FORWARD, BACKWARD, TRAINING)
+# A forward that autograd records, with x and the LoRA weights requiring gradients.
+GRAD_FORWARD = "forward with gradients"
+HOST_MODES = (FORWARD, GRAD_FORWARD, TRAINING)
 
 # (out_features, in_features) -> the layers of that shape.
 MODELS: dict[str, dict[tuple[int, int], str]] = {
@@ -24,6 +27,8 @@ MODELS: dict[str, dict[tuple[int, int], str]] = {
     "BERT base": {(768, 768): "q, k, v, o", (3072, 768): "up", (768, 3072): "down"},
 }
 QUICK_SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
+# So small that a kernel takes little of a call: what is left is the host's time.
+HOST_SHAPES = ((64, 64),)
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,8 @@ class Suite:
             return
         for out_features, in_features in self.shapes:
             for mode in self.modes if has_backward else (FORWARD,):
-                for rows in self.rows if mode == FORWARD else self.backward_rows:
+                is_forward = mode in (FORWARD, GRAD_FORWARD)
+                for rows in self.rows if is_forward else self.backward_rows:
                     yield Cell(op, mode, out_features, in_features, rows, rank=rank)
 
 

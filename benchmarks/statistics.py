@@ -80,6 +80,15 @@ def sample_counts(
     return counts
 
 
+def equal_counts(
+    seconds: Mapping[str, float], budget: float, least: int, most: int
+) -> dict[str, int]:
+    """The same number of samples for every contender, so that all together take about `budget`
+    seconds."""
+    count = max(least, min(most, int(budget / sum(seconds.values()))))
+    return dict.fromkeys(seconds, count)
+
+
 def rounds(counts: Mapping[str, int], seed: int) -> list[list[str]]:
     """Who runs in each round: every contender spread evenly over all rounds, each round in a new
     random order. In a fixed order each would always run in the wake of the same other one, with

@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.results import CELL_KEY, cell_key, result_of
 from benchmarks.statistics import CONTROL_TOLERANCE, Summary, change_threshold, geometric_mean
+from benchmarks.timing import HOST
 
 OURS, CONTROL, REFERENCE = "pylora", "pylora (control)", "pylora reference"
 # Ours without LoRA: what LoRA costs, not a peer to win against.
@@ -72,9 +73,11 @@ def shape_name(cell: Mapping[str, Any]) -> str:
 
 def cell_table(op: str, cell: Mapping[str, Any]) -> str:
     """Every contender of one cell, losing ones marked, absent ones with the reason."""
+    is_host = cell["timing"] == HOST  # its ratios are those of `host_tables`
     with_host = has_host_times(cell)
     host_columns = ("host", "as called") if with_host else ()
-    titles = ("median", "p20..p80", "n", "pylora is", *host_columns, "GB/s", "GFLOP/s", "of limit")
+    compared = ("pylora is", *host_columns, "GB/s", "GFLOP/s", "of limit")
+    titles = ("median", "p20..p80", "n", *(() if is_host else compared))
     rows: list[tuple[str, ...]] = [("", *titles, "path")]
     remarks = []
     for result in cell["results"]:
@@ -90,17 +93,15 @@ def cell_table(op: str, cell: Mapping[str, Any]) -> str:
         if with_host:
             as_called = times_faster(ratio_to_ours(cell, name, seconds_as_called), name)
             host = ("-" if result["host_s"] is None else duration(result["host_s"]), as_called)
+        faster = times_faster(ratio_to_ours(cell, name), name)
+        comparison = () if is_host else (faster, *host, *shares_of_work(result))
         rows.append(
             (
                 name + ("" if result["status"] == "ok" else " !"),
                 duration(result["median_s"]),
                 f"{duration(result['p20_s'])}..{duration(result['p80_s'])}",
                 str(result["samples"]),
-                times_faster(ratio_to_ours(cell, name), name),
-                *host,
-                f"{result['bytes_per_s'] / 1e9:.1f}",
-                f"{result['flop_per_s'] / 1e9:.0f}",
-                f"{result['of_roofline']:.0%}",
+                *comparison,
                 result["path"],
             )
         )
@@ -110,8 +111,21 @@ def cell_table(op: str, cell: Mapping[str, Any]) -> str:
             f"    control off: the same contender twice differs by {control - 1:+.1%}; "
             f"within {CONTROL_TOLERANCE:.0%} it must be for these ratios to count"
         )
-    head = f"{op} {cell_title(cell)}   limit {duration(cell['floor_s'])}"
+    head = f"{op} {cell_title(cell)}"
+    if not is_host:
+        head += f"   limit {duration(cell['floor_s'])}"
     return "\n".join([head, *(f"    {line}" for line in aligned(rows)), *remarks])
+
+
+def shares_of_work(result: Mapping[str, Any]) -> tuple[str, str, str]:
+    """GB/s, GFLOP/s and the share of the limit; dashes for host time, which has none of them."""
+    if result["of_roofline"] is None:
+        return "-", "-", "-"
+    return (
+        f"{result['bytes_per_s'] / 1e9:.1f}",
+        f"{result['flop_per_s'] / 1e9:.0f}",
+        f"{result['of_roofline']:.0%}",
+    )
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pylora import dispatch, functional
 from pylora.backends.backend import Refusal
 from pylora.calls import Call
+from pylora.ops.gradients import flat_tensors
 from pylora.ops.registration import OPS
-from pylora.ops.spec import flat_tensors
 
 
 @dataclass(frozen=True)

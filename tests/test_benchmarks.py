@@ -197,12 +197,13 @@ def test_contenders_of_ops_of_several_layers(op: str, mode: str) -> None:
         assert result["status"] in ("ok", "absent") or "eval" in name, (name, result["note"])
 
 
-def test_ops_of_several_layers_are_left_to_the_full_suite() -> None:
+def test_ops_of_several_layers_and_host_times_are_left_to_the_full_suite() -> None:
     """The quick suite is to end within five minutes."""
     assert set(ops_of("full")) - set(ops_of("quick")) == {
         "lora_qkv",
         "lora_mlp",
         "multi_lora_linear",
+        "host",
     }
 
 

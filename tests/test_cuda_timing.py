@@ -256,7 +256,9 @@ def simulated(device: Device, monkeypatch: pytest.MonkeyPatch) -> Device:
 
     monkeypatch.setattr(harness, "eager_timer", eager)
     monkeypatch.setattr(harness, "GraphTimer", graph)
-    monkeypatch.setattr(Harness, "_timings", lambda self, cell: [harness.EAGER, harness.GRAPH])
+    monkeypatch.setattr(
+        Harness, "_timings", lambda self, bench, cell: [harness.EAGER, harness.GRAPH]
+    )
     return device
 
 

@@ -10,23 +10,25 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "pylora"
-# Layers from the bottom up; a module imports from its own layer or from below. The two lazy imports
-# of NF4Weight's convenience methods are listed as exceptions.
+# Layers from the bottom up; a module imports from its own layer or from below, also inside
+# functions.
 LAYERS = [
-    ("pylora.nf4",),
-    ("pylora.reference", "pylora.kernels"),
+    ("pylora.nf4", "pylora.calls", "pylora.settings", "pylora.backends.limits"),
+    ("pylora.reference", "pylora.kernels", "pylora.bnb_format"),
     ("pylora.backends",),
     ("pylora.dispatch",),
-    ("pylora.ops", "pylora.checks", "pylora.projections"),
-    ("pylora.functional", "pylora.bnb_format"),
+    ("pylora.ops",),
+    ("pylora.nf4_weight",),
+    ("pylora.checks", "pylora.projections"),
+    ("pylora.functional",),
     ("pylora.nn", "pylora.explain", "pylora.testing"),
     ("pylora.models", "pylora.selfcheck"),
     ("pylora", "pylora.__main__"),
 ]
-EXCEPTIONS = {
-    ("pylora.nf4", "pylora.functional"),
-    ("pylora.nf4", "pylora.bnb_format"),
-}
+# Arguments by position: `args[6]`, `inputs[9:14]`, `[None] * 18`.
+POSITIONS = re.compile(
+    r"\b(args|arguments|inputs|others|flat|needs_input_grad)\[-?\d*:?-?\d*\]|\[None\] \* \d"
+)
 OPS = (
     "nf4_quantize",
     "nf4_dequantize",
@@ -75,8 +77,40 @@ def test_imports_point_downward(path: Path) -> None:
     if not path.is_relative_to(PACKAGE):
         module = f"pylora.{module}"
     for name in imports(path):
-        if (module, name) not in EXCEPTIONS:
-            assert layer(name) <= layer(module), f"{module} imports {name}, which lies above it"
+        assert layer(name) <= layer(module), f"{module} imports {name}, which lies above it"
+
+
+def test_no_import_circle() -> None:
+    """Within a layer too: a module that (indirectly) imports itself cannot be read alone."""
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    graph: dict[str, set[str]] = {}
+    for path in files:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        module = ".".join(parts).removesuffix(".__init__")
+        module = module if path.is_relative_to(PACKAGE) else f"pylora.{module}"
+        # A package's __init__ imports its modules, which may import from each other.
+        graph[module] = set() if path.name == "__init__.py" else imports(path)
+    for start in graph:
+        reached, left = set(), list(graph[start])
+        while left:
+            name = left.pop()
+            if name not in reached:
+                reached.add(name)
+                left += graph.get(name, ())
+        assert start not in reached, f"{start} imports itself through others"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_no_argument_is_found_by_its_position(path: Path) -> None:
+    found = [line for line in path.read_text().splitlines() if POSITIONS.search(line)]
+    assert not found, found
+
+
+@pytest.mark.parametrize("line", ["x = args[6]", "inputs[9:14]", "g = [None] * 18", "flat[-1]"])
+def test_positions_are_seen(line: str) -> None:
+    assert POSITIONS.search(line)
 
 
 def test_model_libraries_stay_above_the_kernels() -> None:

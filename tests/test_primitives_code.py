@@ -11,9 +11,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from benchmarks.kernel_resources import find_cuobjdump
 
 from benchmarks.primitives import build
+from benchmarks.resources.sass import find_cuobjdump
 
 LOOP = 5  # instructions of the loop itself: counter, comparison, branch
 ADDRESSES = 20  # and of addresses that move

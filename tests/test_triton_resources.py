@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 if interpreted():
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+from benchmarks.resources import sass
 from benchmarks.resources import triton as resources
-from benchmarks.resources.triton import Instruction
 from benchmarks.triton_launches import launches
 
 
@@ -31,32 +31,54 @@ def test_hopper_multiplies_on_its_matrix_unit_without_spills() -> None:
     tiles = [v for v in launches(90) if v.kernel == "nf4_linear" and v.blocks["BLOCK_M"] == 64]
     numbers = resources.measure(tiles[0], 90)
     assert numbers["matrix"] > 0 and numbers["spills"] == 0
+    assert numbers["cycles"]["tensor"] > 0
     assert not resources.absolute_problems(tiles[0], 90, numbers)
     worse = numbers | {"matrix": 0, "spills": 3, "shared": 300_000}
     assert len(resources.absolute_problems(tiles[0], 90, worse)) == 3
+    without = {key: value for key, value in numbers.items() if key != "cycles"}
+    assert resources.absolute_problems(tiles[0], 90, without) == ["no main loop found"]
+
+
+CYCLES = {"issue": 90.0, "arithmetic": 80.0, "shared": 40.0, "tensor": 20.0, "memory": 64.4}
 
 
 def test_worse_than_the_table_is_told() -> None:
-    before = {"registers": 100, "shared": 1024, "matrix": 4, "per_32_weights": 180.0}
+    before = {"registers": 100, "shared": 1024, "matrix": 4, "cycles": CYCLES}
     assert resources.relative_problems(before, before) == []
     assert resources.relative_problems(before, None) == ["is not in the table"]
-    worse = {"registers": 120, "shared": 2048, "matrix": 2, "per_32_weights": 190.0}
-    assert len(resources.relative_problems(worse, before)) == 4
-
-
-def test_main_loop_is_the_one_with_the_matrix_instructions() -> None:
-    code = [
-        Instruction(0x00, "MOV", None),
-        Instruction(0x10, "IADD3", None),
-        Instruction(0x20, "BRA", 0x10),
-        Instruction(0x30, "PRMT", None),
-        Instruction(0x40, "HGMMA.64x16x16", None),
-        Instruction(0x50, "BRA", 0x30),
-        Instruction(0x60, "BRA", 0x00),
-        Instruction(0x70, "BRA", 0x90),
+    worse = {"registers": 120, "shared": 2048, "matrix": 2, "cycles": CYCLES | {"shared": 95.0}}
+    assert resources.relative_problems(worse, before) == [
+        "registers 100 -> 120",
+        "shared 1024 -> 2048",
+        "matrix 4 -> 2",
+        "issue 90 -> shared 95 cycles for 2048 weights",
     ]
-    assert resources.main_loop(code, ("HGMMA",)) == ["PRMT", "HGMMA.64x16x16", "BRA"]
-    assert resources.main_loop(code[:1], ("HGMMA",)) == []
+    assert resources.relative_problems(before | {"cycles": CYCLES | {"issue": 91.0}}, before) == []
+
+
+def test_main_loop_decodes_one_tile_a_turn() -> None:
+    """The loop that decodes is meant, not the one of the low rank; four warps share the tile."""
+    variant = next(
+        v
+        for v in launches(100)
+        if v.kernel == "nf4_linear"
+        and resources.decodes(v)
+        and (v.blocks["BLOCK_M"], v.blocks["BLOCK_K"]) == (64, 64)
+        and dict(v.options)["num_warps"] == 4
+    )
+    low_rank = ["UTCHMMA tmem[UR4], gdesc[UR6], tmem[UR8], tmem[UR10], idesc[UR11], UPT"] * 8
+    products = ["UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR8], tmem[UR10], idesc[UR11], UPT"] * 4
+    lines = [*low_rank, "@P0 BRA 0x0", "PRMT R0, R0, R0, R0", *products, "@P0 BRA 0x90", "EXIT"]
+    listing = [f"/*{16 * i:04x}*/ {line} ;" for i, line in enumerate(lines)]
+    (code,) = sass.parse("\n".join(["Function : kernel", *listing])).values()
+    loop = resources.decoding_loop(variant, code)
+    assert loop is not None and [i.name for i in loop.code] == ["PRMT", *["UTCHMMA"] * 4, "BRA"]
+    columns = variant.blocks["BLOCK_N"]
+    assert loop.weights == columns * 64 / 4
+    # x times each weight, for 64 tokens; both operands are read from shared memory once.
+    assert loop.macs == 64
+    assert loop.read == 2 * (64 * 64 + columns * 64) / (columns * 64)
+    assert resources.decoding_loop(variant, code[:9]) is None
 
 
 def test_cost_model_charges_every_regime() -> None:

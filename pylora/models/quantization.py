@@ -134,7 +134,9 @@ def _without_shared(model: nn.Module, candidates: list[Site]) -> list[Site]:
     for site in candidates:
         others = [o for o in owners[id(site.module.weight)] if o not in names]
         if others:
-            logger.warning("%s stays dense: it shares its weight with %s", site.name, others[0])
+            logger.warning(
+                "%s stays dense: it shares its weight with %s", site.name, next(iter(others))
+            )
         else:
             chosen.append(site)
     return chosen

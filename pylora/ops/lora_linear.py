@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pylora.calls import Layer, LayerGradients, LoraLinearBackward, LoraLinearCall, Wanted
-from pylora.ops import spec
+from pylora.ops import gradients, spec
 from pylora.ops.registration import Gradient, masked_backward, no_gradient, register
 
 
@@ -24,7 +24,7 @@ def _fake(call: LoraLinearCall) -> tuple[Tensor, Tensor]:
 
 
 def _inputs(call: LoraLinearCall) -> tuple[Tensor | None, ...]:
-    return spec.layer_inputs(call.x, call.layer)
+    return gradients.layer_inputs(call.x, call.layer)
 
 
 def _record(call: LoraLinearCall, results: list[Tensor]) -> LoraLinearBackward:
@@ -45,11 +45,13 @@ def _backward_fake(call: LoraLinearBackward) -> tuple[Tensor, ...]:
         A_bias=low.A.new_empty(low.rank) if wanted.A_bias else None,
         B_bias=low.A.new_empty(grad.shape[-1]) if wanted.B_bias else None,
     )
-    return spec.layer_results(found, call.x)
+    return gradients.layer_results(found, call.x)
 
 
 def _backward_inputs(call: LoraLinearBackward) -> tuple[Tensor | None, ...]:
-    _, *factors = spec.layer_inputs(call.x, Layer(call.layer.weight, None, call.layer.low_rank))
+    _, *factors = gradients.layer_inputs(
+        call.x, Layer(call.layer.weight, None, call.layer.low_rank)
+    )
     return (call.grad, call.x, call.h, *factors)
 
 
@@ -57,7 +59,7 @@ register(
     spec.LORA_LINEAR_BACKWARD,
     _backward_fake,
     no_gradient("lora_linear_backward", _backward_inputs),
-    lambda call, found: spec.layer_results(found, call.x),
+    lambda call, found: gradients.layer_results(found, call.x),
 )
 _BACKWARD = spec.LORA_LINEAR_BACKWARD
 register(

@@ -12,18 +12,18 @@ from typing import Any
 from torch import Tensor
 
 from pylora.calls import LoraMlpBackward, LoraMlpCall, Wanted
-from pylora.ops import spec
+from pylora.ops import gradients, spec
 from pylora.ops.registration import Gradient, masked_backward, no_gradient, register
 
 
 def _fake(call: LoraMlpCall) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     x = call.x
     gate, up, y = (x.new_empty(*x.shape[:-1], one.weight.out_features) for one in call.layers)
-    return y, gate, up, [spec.empty_h(x, layer) for layer in call.layers]
+    return y, gate, up, [gradients.empty_h(x, layer) for layer in call.layers]
 
 
 def _inputs(call: LoraMlpCall) -> tuple[Tensor | None, ...]:
-    return spec.layers_inputs(call.x, call.layers)
+    return gradients.layers_inputs(call.x, call.layers)
 
 
 def _record(call: LoraMlpCall, results: list[Tensor]) -> LoraMlpBackward:
@@ -33,19 +33,19 @@ def _record(call: LoraMlpCall, results: list[Tensor]) -> LoraMlpBackward:
 
 
 def _backward_fake(call: LoraMlpBackward) -> tuple[Any, ...]:
-    return spec.empty_layers_results(call.x, call.layers, call.wanted)
+    return gradients.empty_layers_results(call.x, call.layers, call.wanted)
 
 
 def _backward_inputs(call: LoraMlpBackward) -> tuple[Tensor | None, ...]:
     own = (call.grad, call.gate, call.up, *call.hs)
-    return (*own, *spec.layers_inputs(call.x, call.layers))
+    return (*own, *gradients.layers_inputs(call.x, call.layers))
 
 
 register(
     spec.LORA_MLP_BACKWARD,
     _backward_fake,
     no_gradient("lora_mlp_backward", _backward_inputs),
-    lambda call, found: spec.layers_results(found, call.x),
+    lambda call, found: gradients.layers_results(found, call.x),
 )
 _BACKWARD = spec.LORA_MLP_BACKWARD
 register(

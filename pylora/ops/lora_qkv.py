@@ -12,18 +12,18 @@ from typing import Any
 from torch import Tensor
 
 from pylora.calls import LoraQkvBackward, LoraQkvCall, Wanted
-from pylora.ops import spec
+from pylora.ops import gradients, spec
 from pylora.ops.registration import Gradient, masked_backward, no_gradient, register
 
 
 def _fake(call: LoraQkvCall) -> tuple[list[Tensor], list[Tensor]]:
     x = call.x
     y = [x.new_empty(*x.shape[:-1], layer.weight.out_features) for layer in call.layers]
-    return y, [spec.empty_h(x, layer) for layer in call.layers]
+    return y, [gradients.empty_h(x, layer) for layer in call.layers]
 
 
 def _inputs(call: LoraQkvCall) -> tuple[Tensor | None, ...]:
-    return spec.layers_inputs(call.x, call.layers)
+    return gradients.layers_inputs(call.x, call.layers)
 
 
 def _record(call: LoraQkvCall, results: list[Tensor]) -> LoraQkvBackward:
@@ -42,18 +42,18 @@ def _complete(call: LoraQkvBackward) -> LoraQkvBackward:
 
 
 def _backward_fake(call: LoraQkvBackward) -> tuple[Any, ...]:
-    return spec.empty_layers_results(call.x, call.layers, call.wanted)
+    return gradients.empty_layers_results(call.x, call.layers, call.wanted)
 
 
 def _backward_inputs(call: LoraQkvBackward) -> tuple[Tensor | None, ...]:
-    return (*call.grads, *call.hs, *spec.layers_inputs(call.x, call.layers))
+    return (*call.grads, *call.hs, *gradients.layers_inputs(call.x, call.layers))
 
 
 register(
     spec.LORA_QKV_BACKWARD,
     _backward_fake,
     no_gradient("lora_qkv_backward", _backward_inputs),
-    lambda call, found: spec.layers_results(found, call.x),
+    lambda call, found: gradients.layers_results(found, call.x),
 )
 _BACKWARD = spec.LORA_QKV_BACKWARD
 register(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pylora.calls import LayerGradients, MultiLoraBackward, MultiLoraCall, Wanted
-from pylora.ops import spec
+from pylora.ops import gradients, spec
 from pylora.ops.registration import Gradient, masked_backward, no_gradient, register
 
 
@@ -42,7 +42,7 @@ def _backward_fake(call: MultiLoraBackward) -> tuple[Tensor, ...]:
         B=adapters.B.new_empty(adapters.B.shape) if wanted.B else None,
         bias=grad.new_empty(grad.shape[-1]) if wanted.bias else None,
     )
-    return spec.adapters_results(found, call.x)
+    return gradients.adapters_results(found, call.x)
 
 
 def _backward_inputs(call: MultiLoraBackward) -> tuple[Tensor | None, ...]:
@@ -54,7 +54,7 @@ register(
     spec.MULTI_LORA_LINEAR_BACKWARD,
     _backward_fake,
     no_gradient("multi_lora_linear_backward", _backward_inputs),
-    lambda call, found: spec.adapters_results(found, call.x),
+    lambda call, found: gradients.adapters_results(found, call.x),
 )
 _BACKWARD = spec.MULTI_LORA_LINEAR_BACKWARD
 register(

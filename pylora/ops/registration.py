@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from pylora import dispatch
 from pylora.backends.backend import Plan
 from pylora.calls import Call
-from pylora.ops.spec import SPECS, Spec, flat_tensors, requested
+from pylora.ops.gradients import flat_tensors, requested
+from pylora.ops.spec import SPECS, Spec
 
 _LIBRARY = torch.library.Library("pylora", "DEF")
 _PLAIN = (Tensor, nn.Parameter)
@@ -216,7 +217,7 @@ def _node(name: str, gradient: Gradient) -> Any:
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         tensors = iter(ctx.saved_tensors)
         saved = [_with_tensors(value, tensors) for value in ctx.others]
-        wanted = ctx.needs_input_grad[3:]
+        _, _, _, *wanted = ctx.needs_input_grad  # behind call, run and shape
         if all(grad is None for grad in grads[: ctx.outputs]):
             return (None,) * (3 + len(wanted))
         found = gradient.backward(grads[: ctx.outputs], saved, wanted)

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pylora.calls import (
@@ -23,7 +22,6 @@ from pylora.calls import (
     DequantizeCall,
     Dropout,
     Layer,
-    LayerGradients,
     LoraLinearBackward,
     LoraLinearCall,
     LoraMlpBackward,
@@ -464,93 +462,3 @@ SPECS: dict[str, Spec] = {
         MULTI_LORA_LINEAR,
     )
 }
-
-
-# Differentiable inputs, and the results of a backward in the same order
-
-
-def layer_inputs(x: Tensor, layer: Layer) -> tuple[Tensor | None, ...]:
-    """What lora_linear is differentiable in, in the order of `Wanted`."""
-    low = layer.low_rank
-    assert low is not None
-    return (x, layer.weight.data, low.A, low.B, layer.bias, low.A_bias, low.B_bias)
-
-
-def layers_inputs(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor | None, ...]:
-    """What an op of several layers is differentiable in: x, then one field after the other."""
-    lows = [layer.low_rank for layer in layers]
-    return (
-        x,
-        *(layer.weight.data for layer in layers),
-        *(None if low is None else low.A for low in lows),
-        *(None if low is None else low.B for low in lows),
-        *(layer.bias for layer in layers),
-    )
-
-
-def layer_results(gradients: LayerGradients, like: Tensor) -> tuple[Tensor, ...]:
-    """The results of lora_linear_backward; an empty tensor [0] stands for None."""
-    g = gradients
-    found = (g.x, g.weight, g.A, g.B, g.bias, g.A_bias, g.B_bias)
-    return tuple(like.new_empty(0) if one is None else one for one in found)
-
-
-def layers_results(
-    found: tuple[Tensor | None, Sequence[LayerGradients]], like: Tensor
-) -> tuple[Any, ...]:
-    """The results of a backward of several layers; an empty tensor [0] stands for None."""
-    dx, gradients = found
-
-    def column(name: str) -> list[Tensor]:
-        tensors = (getattr(one, name) for one in gradients)
-        return [like.new_empty(0) if one is None else one for one in tensors]
-
-    columns = map(column, ("weight", "A", "B", "bias"))
-    return (like.new_empty(0) if dx is None else dx, *columns)
-
-
-def adapters_results(gradients: LayerGradients, like: Tensor) -> tuple[Tensor, ...]:
-    """The results of multi_lora_linear_backward; an empty tensor [0] stands for None."""
-    g = gradients
-    found = (g.x, g.weight, g.A, g.B, g.bias)
-    return tuple(like.new_empty(0) if one is None else one for one in found)
-
-
-def requested(results: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """The results of a backward with None in place of the empty tensors."""
-    return tuple(one if want else None for one, want in zip(results, wanted, strict=True))
-
-
-def empty_h(x: Tensor, layer: Layer) -> Tensor:
-    """h [..., r] of a layer for a fake function; empty [0] without LoRA."""
-    if layer.low_rank is None:
-        return x.new_empty(0)
-    dtype = torch.promote_types(layer.low_rank.A.dtype, torch.float32)
-    return x.new_empty(*x.shape[:-1], layer.low_rank.rank, dtype=dtype)
-
-
-def empty_layers_results(
-    x: Tensor, layers: Sequence[Layer], wanted: Sequence[Wanted]
-) -> tuple[Any, ...]:
-    """The results of a backward of several layers for a fake function."""
-
-    def like(tensor: Tensor | None, want: bool) -> Tensor | None:
-        return tensor.new_empty(tensor.shape) if want and tensor is not None else None
-
-    gradients = []
-    for layer, one in zip(layers, wanted, strict=True):
-        low = layer.low_rank
-        gradients.append(
-            LayerGradients(
-                weight=like(layer.weight.data, one.weight),
-                A=like(None if low is None else low.A, one.A),
-                B=like(None if low is None else low.B, one.B),
-                bias=like(layer.bias, one.bias),
-            )
-        )
-    return layers_results((like(x, wanted[0].x), gradients), x)
-
-
-def flat_tensors(results: Sequence[Any]) -> list[Tensor]:
-    """The tensors of an op's results, lists among them opened."""
-    return list(chain(*(one if isinstance(one, (list, tuple)) else [one] for one in results)))

@@ -1,0 +1,219 @@
+"""host: what one call costs the host, layer by layer of pylora's path, beside its peers'.
+
+    python -m benchmarks run --op host --threads 1
+    python -m benchmarks run --op host --device cuda
+
+Each layer calls the one below it, so that the difference between two rows is what the upper one
+adds:
+
+    nn          nn.LoRALinear, nn.NF4Linear
+    F           pylora.functional: checks the arguments
+    op          torch.ops.pylora.*: torch's dispatcher and autograd
+    plan        pylora.dispatch.choose: which backend takes the call, and with which kernel
+    C call      torch.ops.pylora_C.*: the kernels, with arguments that are ready
+
+The op calls both the plan and the C call. A layer keeps its plans and skips the op if nothing but
+autograd watches. With a backward, the plan and the C call are those of
+the forward and of the backward. On a CPU the C call includes the kernel; the weight is so small
+that the kernel takes a few microseconds at most. On CUDA nothing waits for the kernels: every time
+is the time to launch them.
+
+A profiler cannot replace these rows: cProfile adds about as much to each Python call as the call
+takes, and so shows the layer with the most calls as the slowest. To see the effect of a change,
+keep the JSON of a run and use `python -m benchmarks compare`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from benchmarks import contenders_peers, contenders_torch
+from benchmarks.contender import Bench, Contender, Layer, NotApplicable, linear_work
+from benchmarks.linear_oracle import linear_oracle
+from benchmarks.operands import Operands
+from benchmarks.shapes import HOST_MODES, HOST_SHAPES
+from pylora import dispatch, functional, nn
+from pylora.ops.registration import OPS, run_plan
+from pylora.ops.spec import SPECS
+
+Build = Callable[[Operands], Layer]
+
+
+class _Recorder(TorchDispatchMode):
+    """Records the calls of one namespace of torch.ops: each op with its arguments, detached."""
+
+    def __init__(self, namespace: str) -> None:
+        super().__init__()
+        self._namespace = namespace
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == self._namespace:
+            self.calls.append((func, tree_map_only(Tensor, Tensor.detach, args)))
+        return func(*args, **(kwargs or {}))
+
+
+def _op_calls(layer: Layer, x: Tensor, grad: Tensor | None) -> list[Any]:
+    """The records of the ops that a forward calls, and with `grad` a backward."""
+    x = x.detach().requires_grad_()
+    with _Recorder("pylora") as recorder, torch.enable_grad():
+        y = layer.forward(x)
+        if grad is not None:
+            torch.autograd.grad(y, [x, *layer.parameters], grad)
+    names = [op.name().partition("::")[2].partition(".")[0] for op, _ in recorder.calls]
+    return [SPECS[name].read(args) for name, (_, args) in zip(names, recorder.calls, strict=True)]
+
+
+def _results(raw: list[Any]) -> tuple[Tensor, ...]:
+    """(y,), or (y, dx) and with LoRA (y, dx, dA, dB), from what an op and its backward return."""
+    first, *others = raw
+    y = first if isinstance(first, Tensor) else first[0]
+    if not others:
+        return (y,)
+    (gradients,) = others
+    if isinstance(gradients, Tensor):
+        return y, gradients
+    dx, _, d_a, d_b, *_ = gradients
+    return y, dx, d_a, d_b
+
+
+def _plan(build: Build) -> Build:
+    """The choice of a backend alone. Its result is that of the backends it chose."""
+
+    def planned(operands: Operands) -> Layer:
+        layer = build(operands)
+
+        def prepared(x: Tensor, grad: Tensor | None) -> Callable[[], Any]:
+            calls = _op_calls(layer, x, grad)
+            return lambda: [(call, dispatch.choose(call)) for call in calls]
+
+        def result(raw: Any) -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return _results([run_plan(OPS[type(call)], call, plan) for call, (_, plan) in raw])
+
+        return replace(layer, prepared=prepared, result=result)
+
+    return planned
+
+
+def _c_call(build: Build) -> Build:
+    """The ops of the compiled extension alone, with the arguments that the backend gives them."""
+
+    def called(operands: Operands) -> Layer:
+        layer = build(operands)
+
+        def prepared(x: Tensor, grad: Tensor | None) -> Callable[[], Any]:
+            calls = [_only_c_call(call) for call in _op_calls(layer, x, grad)]
+            return lambda: [op(*args) for op, args in calls]
+
+        return replace(layer, prepared=prepared, result=_results)
+
+    return called
+
+
+def _only_c_call(call: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The one op of the extension that runs `call`; raises NotApplicable if it is not one."""
+    backend, plan = dispatch.choose(call)
+    with _Recorder("pylora_C") as recorder, torch.no_grad():
+        plan.run(call)
+    if len(recorder.calls) != 1:
+        raise NotApplicable(
+            f"{call.op} runs on the backend {backend.name} with {len(recorder.calls)} calls of the "
+            "compiled extension; only a single call can be timed alone"
+        )
+    return recorder.calls[0]
+
+
+def _lora_op(operands: Operands) -> Layer:
+    layer, x = contenders_torch.lora_linear(operands), operands.normal(1, operands.cell.in_features)
+    record = functional.CALLS["lora_linear"]
+    call = record(x, operands.nf4(), *layer.parameters, operands.scaling)
+    _, *rest = SPECS["lora_linear"].flatten(call)
+    op = torch.ops.pylora.lora_linear.default
+    return replace(layer, forward=lambda x: op(x, *rest)[0])
+
+
+def _nf4_op(operands: Operands) -> Layer:
+    layer, x = contenders_torch.nf4_linear(operands), operands.normal(1, operands.cell.in_features)
+    call = functional.CALLS["nf4_linear"](x, operands.nf4())
+    _, *rest = SPECS["nf4_linear"].flatten(call)
+    op = torch.ops.pylora.nf4_linear.default
+    return replace(layer, forward=lambda x: op(x, *rest))
+
+
+def _nf4_module(operands: Operands) -> Layer:
+    cell, layer = operands.cell, contenders_torch.nf4_linear(operands)
+    size = cell.in_features, cell.out_features
+    module = nn.NF4Linear(*size, bias=False, device="meta", dtype=operands.dtype)
+    module.set_nf4_weight(operands.nf4())
+    return replace(layer, forward=module)
+
+
+def _lora_module(operands: Operands) -> Layer:
+    layer, rank = contenders_torch.lora_linear(operands), operands.cell.rank
+    base: Any = _nf4_module(operands).forward
+    module = nn.LoRALinear(base, rank, rank * operands.scaling, dtype=operands.dtype)
+    module.lora_A, module.lora_B = (torch.nn.Parameter(p.detach()) for p in layer.parameters)
+    return replace(layer, forward=module, parameters=(module.lora_A, module.lora_B))
+
+
+def _dense_function(operands: Operands) -> Layer:
+    linear = partial(torch.nn.functional.linear, weight=operands.dense(operands.dtype))
+    return Layer(linear, lambda x: "linear")
+
+
+def _dense_module(operands: Operands) -> Layer:
+    return Layer(contenders_peers.dense_linear(operands), lambda x: "linear")
+
+
+def _ours(name: str, build: Build, has_lora: bool) -> Contender:
+    packages = ("pylora-kernels", "torch")
+    return Contender(name, build, packages, has_lora=has_lora, modes=HOST_MODES, is_ours=True)
+
+
+def _dense(name: str, build: Build) -> Contender:
+    return Contender(name, build, weights="dense", has_lora=False, modes=HOST_MODES)
+
+
+def _of_peers(contender: Contender) -> Contender:
+    """With a forward that autograd records too, if the contender can be differentiated."""
+    modes = HOST_MODES if set(HOST_MODES) & set(contender.modes[1:]) else contender.modes
+    return replace(contender, modes=modes)
+
+
+BENCH = Bench(
+    op="host",
+    contenders=(
+        _ours("pylora", _lora_module, has_lora=True),
+        _ours("pylora F.lora_linear", contenders_torch.lora_linear, has_lora=True),
+        _ours("pylora op lora_linear", _lora_op, has_lora=True),
+        _ours("pylora plan lora_linear", _plan(contenders_torch.lora_linear), has_lora=True),
+        _ours("pylora C call lora_linear", _c_call(contenders_torch.lora_linear), has_lora=True),
+        _ours("pylora nn.NF4Linear", _nf4_module, has_lora=False),
+        _ours("pylora F.nf4_linear", contenders_torch.nf4_linear, has_lora=False),
+        _ours("pylora op nf4_linear", _nf4_op, has_lora=False),
+        _ours("pylora plan nf4_linear", _plan(contenders_torch.nf4_linear), has_lora=False),
+        _ours("pylora C call nf4_linear", _c_call(contenders_torch.nf4_linear), has_lora=False),
+        _dense("F.linear", _dense_function),
+        _dense("nn.Linear", _dense_module),
+        *map(_of_peers, (contenders_peers.PEFT_OVER_DENSE, *contenders_peers.LORA[:4])),
+    ),
+    work=linear_work,
+    oracle=linear_oracle,
+    rank=16,
+    quick_modes=HOST_MODES,
+    shapes=HOST_SHAPES,
+    rows=(1,),
+    modes=HOST_MODES,
+    in_quick=False,
+    host_time=True,
+    budget=10.0,
+)
