@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.operands import SCALING
 from pylora import dispatch
-from pylora.backends import cuda_hopper, cuda_products
+from pylora.backends import cuda_hopper, cuda_products, extension
 from pylora.calls import Layer, LoraLinearCall, LowRank
 from pylora.nf4_weight import NF4Weight
 
@@ -35,7 +35,8 @@ class Operand:
 
     def arguments(self) -> tuple[Any, ...]:
         """Those of the extension's lora_linear behind x."""
-        low_rank = (self.lora_A, self.lora_B, None, None, None, SCALING, 0.0, None, "identity")
+        identity = extension.ACTIVATION_CODES["identity"]
+        low_rank = (self.lora_A, self.lora_B, None, None, None, SCALING, 0.0, None, identity)
         return (*self.weight.op_arguments(), self.weight.shape[0], *low_rank)
 
 

@@ -5,17 +5,19 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
 
+#include <iterator>
 #include <string>
 #include <vector>
 
+#include "common/activation.h"
 #include "cpu/cpu_features.h"
+#include "cpu/lora_linear.h"
+#include "cuda/limits.h"
 
 // clang-format off
-#define NF4_ABSMAX "Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, int blocksize, int nested_blocksize"
-#define NF4 "Tensor qweight, Tensor absmax, " NF4_ABSMAX
-#define LORA_BASE "Tensor weight, Tensor? absmax, " NF4_ABSMAX
-#define LORA_OPTIONS "float scaling, float dropout_p, Tensor? seed, str activation"
-#define LORA_FORWARD LORA_BASE ", int out_features, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? lora_A_bias, Tensor? lora_B_bias, " LORA_OPTIONS
+#define NF4 "Tensor qweight, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, int blocksize, int nested_blocksize"
+#define LORA_OPTIONS "float scaling, float dropout_p, Tensor? seed, int activation"
+#define LORA NF4 ", int out_features, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? lora_A_bias, Tensor? lora_B_bias, " LORA_OPTIONS
 
 STABLE_TORCH_LIBRARY(pylora_C, m) {
   m.def("nf4_quantize(Tensor weight, int blocksize) -> (Tensor qweight, Tensor absmax)");
@@ -24,16 +26,16 @@ STABLE_TORCH_LIBRARY(pylora_C, m) {
   m.def("nf4_linear(Tensor x, " NF4 ", int out_features, Tensor? bias) -> Tensor");
   m.def("nf4_linear_hopper(Tensor x, " NF4 ", int out_features, Tensor? bias) -> Tensor");
   m.def("nf4_linear_backward(Tensor grad, " NF4 ", int in_features) -> Tensor");
-  m.def("lora_linear(Tensor x, " LORA_FORWARD ") -> (Tensor y, Tensor h)");
-  m.def("lora_linear_hopper(Tensor x, " LORA_FORWARD ") -> (Tensor y, Tensor h)");
+  m.def("lora_linear(Tensor x, " LORA ") -> (Tensor y, Tensor h)");
+  m.def("lora_linear_hopper(Tensor x, " LORA ") -> (Tensor y, Tensor h)");
   // For measurements alone: lora_linear with another plan than the rule's, and the rule's own.
-  m.def("lora_linear_planned(Tensor x, " LORA_FORWARD ", int output_warps, int slices, int grid) -> (Tensor y, Tensor h)");
-  m.def("lora_linear_hopper_planned(Tensor x, " LORA_FORWARD ", int tile_tokens, int slices, int grid) -> (Tensor y, Tensor h)");
+  m.def("lora_linear_planned(Tensor x, " LORA ", int output_warps, int slices, int grid) -> (Tensor y, Tensor h)");
+  m.def("lora_linear_hopper_planned(Tensor x, " LORA ", int tile_tokens, int slices, int grid) -> (Tensor y, Tensor h)");
   m.def("lora_linear_plan(Tensor x, int out_features) -> (int output_warps, int slices, int grid)");
   m.def("lora_linear_hopper_plan(Tensor x, int out_features) -> (int tile_tokens, int slices, int grid)");
   m.def("lora_extend(Tensor x, Tensor lora_A, Tensor? lora_A_bias, " LORA_OPTIONS ") -> (Tensor wide, Tensor h)");
   m.def("multi_lora_linear(Tensor x, " NF4 ", int out_features, Tensor lora_A, Tensor lora_B, Tensor adapter_ids, Tensor scalings, Tensor? bias) -> (Tensor y, Tensor h)");
-  m.def("lora_linear_backward(Tensor grad, Tensor x, Tensor h, " LORA_BASE ", Tensor lora_A, Tensor lora_B, " LORA_OPTIONS ", bool[] output_mask) -> (Tensor dx, Tensor dweight, Tensor dlora_A, Tensor dlora_B, Tensor dbias, Tensor dlora_A_bias, Tensor dlora_B_bias)");
+  m.def("lora_linear_backward(Tensor grad, Tensor x, Tensor h, " NF4 ", Tensor lora_A, Tensor lora_B, " LORA_OPTIONS ", bool[] output_mask) -> (Tensor dx, Tensor dweight, Tensor dlora_A, Tensor dlora_B, Tensor dbias, Tensor dlora_A_bias, Tensor dlora_B_bias)");
 }
 // clang-format on
 
@@ -46,6 +48,23 @@ const char* source_digest();
 namespace {
 
 namespace py = pybind11;
+
+// What the kernels cannot do at all, for Python's planners; that of cuda is the same in every build.
+py::dict limits() {
+  py::dict cpu, cuda, all;
+  cpu["max_rank"] = pylora::cpu::kMaxRank;
+  cuda["alignment"] = pylora::cuda::kAlignment;
+  cuda["hopper_columns"] = pylora::cuda::kHopperColumns;
+  cuda["many_rows_columns"] = pylora::cuda::kManyColumns;
+  cuda["max_elements"] = pylora::cuda::kMaxSmallElements;
+  cuda["max_few_rows"] = pylora::cuda::kMaxSmallTokens;
+  cuda["max_few_rows_of_block_32"] = pylora::cuda::kMaxSmallTokensOfBlock32;
+  cuda["max_many_rows"] = pylora::cuda::kMaxManyTokens;
+  cuda["max_rank"] = pylora::cuda::kMaxSmallRank;
+  all["cpu"] = cpu;
+  all["cuda"] = cuda;
+  return all;
+}
 
 py::dict build_info() {
   py::dict info;
@@ -66,6 +85,9 @@ py::dict build_info() {
   info["cuda_version"] = py::none();
   info["cuda_archs"] = std::vector<std::string>{};
 #endif
+  info["activations"] = std::vector<std::string>(std::begin(pylora::kActivationNames),
+                                                 std::end(pylora::kActivationNames));
+  info["limits"] = limits();
   return info;
 }
 

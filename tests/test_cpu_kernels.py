@@ -15,6 +15,7 @@ from flat_calls import reference_op
 from torch import Tensor
 
 import pylora
+from pylora.backends.extension import ACTIVATION_CODES
 from pylora.testing import assert_as_accurate_as_torch
 
 _C = pytest.importorskip("pylora._C", exc_type=ImportError)
@@ -70,7 +71,7 @@ def lora(
     q: tuple,
     **options,
 ) -> tuple[tuple, tuple]:
-    """The arguments of lora_linear and, for the same inputs, of lora_linear_backward."""
+    """The public arguments of lora_linear and, for the same inputs, of lora_linear_backward."""
     lora_dtype = options.get("lora_dtype", dtype)
     p = options.get("dropout_p", 0.0)
     last = (
@@ -97,10 +98,23 @@ def lora(
     return forward, (grad, x, h, *q, lora_A, lora_B, *last, GRADIENTS)
 
 
+def coded(arguments: tuple) -> tuple:
+    """The same for the compiled op, which takes an activation by its number."""
+    return tuple(ACTIVATION_CODES[a] if isinstance(a, str) else a for a in arguments)
+
+
+def lora_linear(*forward) -> tuple[Tensor, ...]:
+    return ops.lora_linear(*coded(forward))
+
+
+def lora_linear_backward(*backward) -> tuple[Tensor, ...]:
+    return ops.lora_linear_backward(*coded(backward))
+
+
 def check_lora(forward: tuple, backward: tuple) -> None:
-    assert_as_accurate_as_torch(ops.lora_linear(*forward), reference_op("lora_linear"), *forward)
+    assert_as_accurate_as_torch(lora_linear(*forward), reference_op("lora_linear"), *forward)
     assert_as_accurate_as_torch(
-        ops.lora_linear_backward(*backward), reference_op("lora_linear_backward"), *backward
+        lora_linear_backward(*backward), reference_op("lora_linear_backward"), *backward
     )
 
 
@@ -166,17 +180,17 @@ def test_threads_do_not_change_a_bit(isa: str, threads: None, tokens: int) -> No
     results = []
     for count in (1, 2):
         torch.set_num_threads(count)
-        results.append((*ops.lora_linear(*forward), *ops.lora_linear_backward(*backward)))
+        results.append((*lora_linear(*forward), *lora_linear_backward(*backward)))
     assert all(map(torch.equal, *results))
 
 
 def test_output_mask(isa: str) -> None:
     q = nf4(48, 64, 64, nested=False)
     _, backward = lora(5, 48, 64, 4, BF16, q)
-    everything = ops.lora_linear_backward(*backward)
+    everything = lora_linear_backward(*backward)
     for wanted in (0, 2, 3, 4, 5, 6):
         mask = [index == wanted for index in range(7)]
-        results = ops.lora_linear_backward(*backward[:-1], mask)
+        results = lora_linear_backward(*backward[:-1], mask)
         for index, (result, expected) in enumerate(zip(results, everything, strict=True)):
             assert torch.equal(result, expected) if index == wanted else result.shape == (0,)
 
@@ -196,16 +210,96 @@ def test_a_nan_stays_where_it_is(isa: str) -> None:
         assert torch.equal(ops.nf4_linear(x, *q, 50, None), expected)
 
 
+def strided(tensor: Tensor) -> Tensor:
+    """The same values with gaps between them."""
+    return torch.stack([tensor, torch.full_like(tensor, 7)], dim=-1)[..., 0]
+
+
+def test_any_strides_and_leading_sizes() -> None:
+    """The results are those of contiguous matrices, of the leading sizes of x or the gradient."""
+    q = nf4(48, 64, 64, nested=True)
+    forward, backward = lora(6, 48, 64, 4, BF16, q, dropout_p=0.25, biases=True, lora_dtype=FP32)
+
+    def spread(arguments: tuple, matrices: int) -> tuple:
+        """`matrices` of them, [6, ...], become [2, 1, 3, ...]."""
+        shaped = [t.view(2, 1, 3, -1) for t in arguments[:matrices]]
+        tensors = (*shaped, *arguments[matrices:])
+        return tuple(strided(t) if isinstance(t, Tensor) else t for t in tensors)
+
+    for op, arguments, matrices in (
+        (ops.nf4_linear, (forward[0], *q, 48, forward[11]), 1),
+        (ops.nf4_linear_backward, (backward[0], *q, 64), 1),
+        (lora_linear, forward, 1),
+        (lora_linear_backward, backward, 3),
+    ):
+        expected, got = op(*arguments), op(*spread(arguments, matrices))
+        as_tuple = (lambda r: r) if isinstance(expected, tuple) else (lambda r: (r,))
+        for one, other in zip(as_tuple(got), as_tuple(expected), strict=True):
+            assert one.is_contiguous() and torch.equal(one.flatten(), other.flatten())
+            if other.shape[:1] == (6,):
+                assert one.shape == (2, 1, 3, other.shape[1])
+
+
+def test_a_vector_is_one_row() -> None:
+    q = nf4(48, 64, 64, nested=False)
+    x = torch.randn(64)
+    y = ops.nf4_linear(x, *q, 48, None)
+    assert y.shape == (48,) and torch.equal(y, ops.nf4_linear(x[None], *q, 48, None)[0])
+
+
+@pytest.mark.parametrize("rows", [(3, 0), (0, 2)])
+def test_no_rows(rows: tuple[int, int]) -> None:
+    q = nf4(48, 64, 64, nested=False)
+    assert ops.nf4_linear(torch.zeros(*rows, 64), *q, 48, None).shape == (*rows, 48)
+    assert ops.nf4_linear_backward(torch.zeros(*rows, 48), *q, 64).shape == (*rows, 64)
+
+
+def test_no_features(isa: str) -> None:
+    """No kernel sums over nothing; no outputs are fine."""
+    q = (torch.empty(0, dtype=torch.uint8), torch.empty(0), None, None, None, 64, 0)
+    with pytest.raises(RuntimeError, match=r"x must have a column or more, got .* \[2, 3, 0\]"):
+        ops.nf4_linear(torch.empty(2, 3, 0), *q, 48, None)
+    with pytest.raises(RuntimeError, match="grad must have a column or more"):
+        ops.nf4_linear_backward(torch.empty(2, 3, 0), *q, 48)
+    assert ops.nf4_linear(torch.empty(2, 3, 64), *q, 0, None).shape == (2, 3, 0)
+    assert ops.nf4_linear_backward(torch.empty(2, 3, 48), *q, 0).shape == (2, 3, 0)
+
+
+def test_results_are_no_views() -> None:
+    """Autograd lets nobody change the view that a function returns in place."""
+    x = torch.randn(2, 3, 64)
+    y = ops.nf4_linear(x, *nf4(48, 64, 64, nested=False), 48, None)
+    assert y._base is None and not y._is_view()
+
+
 def test_errors_name_the_argument() -> None:
     q = nf4(48, 64, 64, nested=False)
     forward, backward = lora(5, 48, 64, 4, BF16, q)
-    with pytest.raises(RuntimeError, match="x must have 2 dimensions"):
-        ops.nf4_linear(torch.zeros(2, 3, 64), *q, 48, None)
+    with pytest.raises(RuntimeError, match="x must have 1 dimension or more, got a scalar"):
+        ops.nf4_linear(torch.zeros(()), *q, 48, None)
+    with pytest.raises(RuntimeError, match="qweight must have 1560 elements"):
+        ops.nf4_linear(torch.zeros(3, 65), *q, 48, None)
     with pytest.raises(RuntimeError, match="bias must have 48 elements"):
         ops.nf4_linear(torch.zeros(3, 64), *q, 48, torch.zeros(47))
-    with pytest.raises(RuntimeError, match="activation must be identity"):
-        ops.lora_linear(*forward[:-1], "softplus")
+    for code in (-1, 7):
+        wrong = rf"activation must be a code from 0 \(identity\) to 6 \(sigmoid\), got {code}"
+        with pytest.raises(RuntimeError, match=wrong):
+            ops.lora_linear(*forward[:-1], code)
     with pytest.raises(RuntimeError, match="seed must be given"):
-        ops.lora_linear(*forward[:-3], 0.5, None, "identity")
+        ops.lora_linear(*forward[:-3], 0.5, None, 0)
+    with pytest.raises(RuntimeError, match="absmax must be a tensor, got None"):
+        ops.lora_linear(*coded(forward[:2]), None, *coded(forward[3:]))
     with pytest.raises(RuntimeError, match="output_mask must not ask for dweight"):
-        ops.lora_linear_backward(*backward[:-1], [True] * 7)
+        lora_linear_backward(*backward[:-1], [True] * 7)
+    with pytest.raises(RuntimeError, match="output_mask must have 7 values, got 6"):
+        lora_linear_backward(*backward[:-1], [True] * 6)
+    with pytest.raises(RuntimeError, match=r"grad must have as many rows as x \(5\), got 4"):
+        lora_linear_backward(backward[0][:4], *backward[1:])
+    with pytest.raises(RuntimeError, match=r"h must have 20 elements .*, got 16 in shape"):
+        lora_linear_backward(*backward[:2], backward[2][:4], *backward[3:])
+    for index, name, wrong in (
+        (9, "lora_A", torch.zeros(4, 63, dtype=BF16)),
+        (10, "lora_B", torch.zeros(47, 4, dtype=BF16)),
+    ):
+        with pytest.raises(RuntimeError, match=f"{name} must have shape .*, got"):
+            lora_linear(*forward[:index], wrong, *forward[index + 1 :])

@@ -198,11 +198,12 @@ def test_lora_qkv_runs_on_the_kernels_of_one_layer():
     def lora_linear(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         called.append("lora_linear")
         out_features, lora_A = args[7:9]
-        return x.new_empty(x.shape[0], out_features), x.new_empty(x.shape[0], lora_A.shape[0])
+        rows = x.shape[:-1]
+        return x.new_empty(*rows, out_features), x.new_empty(*rows, lora_A.shape[0])
 
     def nf4_linear(x: torch.Tensor, *args: Any) -> torch.Tensor:
         called.append("nf4_linear")
-        return x.new_empty(x.shape[0], args[7])
+        return x.new_empty(*x.shape[:-1], args[7])
 
     with torch.library._scoped_library("pylora_C", "IMPL") as library:
         library.impl("lora_linear", lora_linear, "Meta")

@@ -20,6 +20,7 @@ from pylora.calls import Dropout
 from pylora.testing import assert_as_accurate_as_torch
 
 ROWS = limits.CUDA_PRODUCT_FROM
+ACTIVATION_NAMES = list(extension.ACTIVATION_CODES)
 
 NO_GPU = dispatch.BACKENDS["cuda"].unavailable()
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(NO_GPU is not None, reason=NO_GPU or "")]
@@ -38,14 +39,14 @@ def lora_extend(
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
-    activation: str,
+    activation: int,
 ) -> tuple[Tensor, Tensor]:
     """([x | scaling * act(h) | 0], h), with as many zeros as make whole 16 bytes."""
     drop = None if seed is None else Dropout(dropout_p, seed)
     dropped = reference.dropout.dropout(x, drop).float()
     h = torch.nn.functional.linear(dropped, lora_A.float(), None if bias is None else bias.float())
-    low = scaling * reference.activation.ACTIVATIONS[activation].forward(h)
-    wide = torch.cat([x, low.to(x.dtype)], dim=1)
+    low = scaling * reference.activation.ACTIVATIONS[ACTIVATION_NAMES[activation]].forward(h)
+    wide = torch.cat([x, low.to(x.dtype)], dim=-1)
     return torch.nn.functional.pad(wide, (0, -lora_A.shape[0] % 8)), h
 
 
@@ -145,7 +146,7 @@ def test_the_ops_refuse_a_cpu_tensor():
         torch.ops.pylora_C.nf4_dequantize_into(*weight((40, 64), "cpu"), out)
     x, lora_A = torch.randn(4, 64), torch.randn(8, 64)
     with pytest.raises(NotImplementedError, match="lora_extend"):
-        torch.ops.pylora_C.lora_extend(x, lora_A, None, 1.0, 0.0, None, "identity")
+        torch.ops.pylora_C.lora_extend(x, lora_A, None, 1.0, 0.0, None, 0)
 
 
 @on_gpu
@@ -190,7 +191,7 @@ def test_lora_extend_says_what_is_wrong(columns, dtype, lora_dtype, message):
     x = torch.zeros(4, columns, device="cuda", dtype=dtype)
     lora_A = torch.zeros(8, columns, device="cuda", dtype=lora_dtype)
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.pylora_C.lora_extend(x, lora_A, None, 1.0, 0.0, None, "identity")
+        torch.ops.pylora_C.lora_extend(x, lora_A, None, 1.0, 0.0, None, 0)
 
 
 @on_gpu

@@ -7,7 +7,11 @@
 
 namespace pylora {
 
+// The ops take an activation as its number here.
 enum class Activation { kIdentity, kRelu, kGelu, kGeluTanh, kSilu, kTanh, kSigmoid };
+inline constexpr int kActivations = 7;
+inline constexpr const char* kActivationNames[kActivations] = {
+    "identity", "relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid"};
 
 inline double sigmoid(double h) { return 1.0 / (1.0 + std::exp(-h)); }
 

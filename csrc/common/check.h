@@ -1,15 +1,16 @@
-// Checks of op arguments, for the bind files: they run before any memory is touched, and each error
-// names the argument, what it must be and what it was.
+// Checks of op arguments: they run before any memory is touched, and each error names the argument,
+// what it must be and what it was. They are those that memory safety needs; pylora checks the rest
+// in Python.
 #pragma once
 
 #include <torch/csrc/stable/device.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
 #include <limits>
-#include <optional>
 #include <string>
 
 #include "common/nf4.h"
@@ -43,15 +44,15 @@ inline DType to_dtype(const char* name, ScalarType type) {
   }
 }
 
+// Torch takes None for a tensor that a schema requires, and hands over an undefined one.
+inline void check_given(const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.defined(), name, " must be a tensor, got None");
+}
+
 inline void check_dtype(const char* name, const Tensor& tensor, ScalarType expected) {
   STD_TORCH_CHECK(tensor.scalar_type() == expected, name, " must have dtype ",
                   torch::headeronly::toString(expected), ", got ",
                   torch::headeronly::toString(tensor.scalar_type()));
-}
-
-inline void check_contiguous(const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous, got strides ",
-                  to_string(tensor.strides()), " for shape ", to_string(tensor.sizes()));
 }
 
 inline void check_device(const char* name, const Tensor& tensor, const Tensor& like,
@@ -63,10 +64,27 @@ inline void check_device(const char* name, const Tensor& tensor, const Tensor& l
                   static_cast<int>(device.type()), ", index ", device.index(), ")");
 }
 
+// `why` says in one or more parts where the number comes from.
+template <class... Why>
 inline void check_numel(const char* name, const Tensor& tensor, int64_t expected,
-                        const std::string& why) {
-  STD_TORCH_CHECK(tensor.numel() == expected, name, " must have ", expected, " elements (", why,
+                        const Why&... why) {
+  STD_TORCH_CHECK(tensor.numel() == expected, name, " must have ", expected, " elements (", why...,
                   "), got ", tensor.numel(), " in shape ", to_string(tensor.sizes()));
+}
+
+template <size_t kDims>
+inline void check_shape(const char* name, const Tensor& tensor, const int64_t (&sizes)[kDims]) {
+  bool same = tensor.dim() == int64_t{kDims};
+  for (size_t i = 0; same && i < kDims; ++i) {
+    same = tensor.size(static_cast<int64_t>(i)) == sizes[i];
+  }
+  STD_TORCH_CHECK(same, name, " must have shape ", to_string(sizes), ", got ",
+                  to_string(tensor.sizes()));
+}
+
+inline void check_dim(const char* name, const Tensor& tensor, int64_t dim) {
+  STD_TORCH_CHECK(tensor.dim() == dim, name, " must have ", dim, " dimensions, got shape ",
+                  to_string(tensor.sizes()));
 }
 
 inline void check_blocksize(int64_t blocksize) {
@@ -85,86 +103,6 @@ inline int64_t checked_numel(const char* name, const Sizes& sizes) {
     numel *= size;
   }
   return numel;
-}
-
-// The NF4 arguments of an op, checked, as pointers. `offset` points to where the value lies, which
-// may be another device's memory; the CPU's bind code reads it into the matrix.
-struct NF4Arguments {
-  NF4Matrix matrix;
-  const float* offset = nullptr;
-};
-
-inline NF4Arguments check_nf4(const Tensor& qweight, const Tensor& absmax,
-                              const std::optional<Tensor>& nested_absmax,
-                              const std::optional<Tensor>& nested_code,
-                              const std::optional<Tensor>& offset, int64_t blocksize,
-                              int64_t nested_blocksize, int64_t rows, int64_t cols) {
-  check_blocksize(blocksize);
-  const int64_t sizes[] = {rows, cols};
-  const int64_t numel = checked_numel("shape", sizes);
-  const int64_t blocks = ceil_div(numel, blocksize);
-  check_dtype("qweight", qweight, ScalarType::Byte);
-  check_contiguous("qweight", qweight);
-  check_numel("qweight", qweight, ceil_div(numel, 2),
-              "two of the weight's " + std::to_string(numel) + " elements a byte");
-
-  const bool nested = nested_absmax.has_value();
-  STD_TORCH_CHECK(
-      nested_code.has_value() == nested && offset.has_value() == nested,
-      "nested_absmax, nested_code and offset must be given together or not at all, got ",
-      nested ? "" : "no ", "nested_absmax, ", nested_code.has_value() ? "" : "no ",
-      "nested_code and ", offset.has_value() ? "" : "no ", "offset");
-  check_dtype("absmax", absmax, nested ? ScalarType::Byte : ScalarType::Float);
-  check_contiguous("absmax", absmax);
-  check_device("absmax", absmax, qweight, "qweight");
-  check_numel(
-      "absmax", absmax, blocks,
-      "one for every " + std::to_string(blocksize) + " of " + std::to_string(numel) + " elements");
-
-  NF4Arguments arguments;
-  NF4Matrix& matrix = arguments.matrix;
-  matrix.qweight = qweight.const_data_ptr<uint8_t>();
-  matrix.blocksize = blocksize;
-  matrix.rows = rows;
-  matrix.cols = cols;
-  if (!nested) {
-    matrix.absmax = absmax.const_data_ptr<float>();
-    return arguments;
-  }
-
-  STD_TORCH_CHECK(nested_blocksize > 0, "nested_blocksize must be positive, got ",
-                  nested_blocksize);
-  check_dtype("nested_absmax", *nested_absmax, ScalarType::Float);
-  check_contiguous("nested_absmax", *nested_absmax);
-  check_device("nested_absmax", *nested_absmax, qweight, "qweight");
-  check_numel("nested_absmax", *nested_absmax, ceil_div(blocks, nested_blocksize),
-              "one for every " + std::to_string(nested_blocksize) + " of " +
-                  std::to_string(blocks) + " blocks");
-  check_dtype("nested_code", *nested_code, ScalarType::Float);
-  check_contiguous("nested_code", *nested_code);
-  check_device("nested_code", *nested_code, qweight, "qweight");
-  check_numel("nested_code", *nested_code, 256, "one for every value of a byte");
-  check_dtype("offset", *offset, ScalarType::Float);
-  check_device("offset", *offset, qweight, "qweight");
-  check_numel("offset", *offset, 1, "a scalar");
-  matrix.absmax_q = absmax.const_data_ptr<uint8_t>();
-  matrix.nested_absmax = nested_absmax->const_data_ptr<float>();
-  matrix.nested_code = nested_code->const_data_ptr<float>();
-  matrix.nested_blocksize = nested_blocksize;
-  arguments.offset = offset->const_data_ptr<float>();
-  return arguments;
-}
-
-// The same for the CPU, where the offset can be read at once.
-inline NF4Matrix check_nf4_cpu(const Tensor& qweight, const Tensor& absmax,
-                               const std::optional<Tensor>& nested_absmax,
-                               const std::optional<Tensor>& nested_code,
-                               const std::optional<Tensor>& offset, int64_t blocksize,
-                               int64_t nested_blocksize, int64_t rows, int64_t cols) {
-  NF4Arguments arguments = check_nf4(qweight, absmax, nested_absmax, nested_code, offset, blocksize,
-                                     nested_blocksize, rows, cols);
-  if (arguments.offset != nullptr) arguments.matrix.offset = *arguments.offset;
-  return arguments.matrix;
 }
 
 }  // namespace pylora

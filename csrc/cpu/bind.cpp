@@ -1,14 +1,12 @@
 // CPU side of the NF4 ops: tensor -> checks -> kernel. Also gives the kernels torch's thread pool.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include "cpu/bind.h"
+
 #include <torch/headeronly/util/shim_utils.h>
 
-#include <optional>
 #include <tuple>
 #include <vector>
 
-#include "common/check.h"
+#include "common/boxed.h"
 #include "cpu/huge_pages.h"
 #include "cpu/nf4_dequantize.h"
 #include "cpu/nf4_quantize.h"
@@ -25,10 +23,10 @@ int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
 namespace {
 
-std::tuple<Tensor, Tensor> nf4_quantize_cpu(const Tensor& weight, int64_t blocksize) {
+std::tuple<Tensor, Tensor> nf4_quantize_cpu(Tensor& weight, int64_t blocksize) {
   const DType dtype = to_dtype("weight", weight.scalar_type());
-  check_contiguous("weight", weight);
   check_blocksize(blocksize);
+  make_contiguous(weight);
   const int64_t numel = weight.numel();
   Tensor qweight = torch::stable::new_empty(weight, {ceil_div(numel, 2)}, ScalarType::Byte);
   Tensor absmax = torch::stable::new_empty(weight, {ceil_div(numel, blocksize)}, ScalarType::Float);
@@ -37,19 +35,13 @@ std::tuple<Tensor, Tensor> nf4_quantize_cpu(const Tensor& weight, int64_t blocks
   return {qweight, absmax};
 }
 
-Tensor nf4_dequantize_cpu(const Tensor& qweight, const Tensor& absmax,
-                          const std::optional<Tensor>& nested_absmax,
-                          const std::optional<Tensor>& nested_code,
-                          const std::optional<Tensor>& offset, int64_t blocksize,
-                          int64_t nested_blocksize, const std::vector<int64_t>& shape,
-                          ScalarType dtype) {
+Tensor nf4_dequantize_cpu(NF4Tensors& weight, const std::vector<int64_t>& shape, ScalarType dtype) {
   const DType out_dtype = to_dtype("dtype", dtype);
   const int64_t numel = checked_numel("shape", shape);
-  const NF4Matrix weight = check_nf4_cpu(qweight, absmax, nested_absmax, nested_code, offset,
-                                         blocksize, nested_blocksize, 1, numel);
-  Tensor out = torch::stable::new_empty(qweight, shape, dtype);
+  const NF4Matrix matrix = to_matrix(weight, 1, numel);
+  Tensor out = torch::stable::new_empty(weight.qweight, shape, dtype);
   advise_huge_pages(out.mutable_data_ptr(), numel * dtype_size(out_dtype));
-  nf4_dequantize(weight, out_dtype, out.mutable_data_ptr());
+  nf4_dequantize(matrix, out_dtype, out.mutable_data_ptr());
   return out;
 }
 
@@ -57,6 +49,6 @@ Tensor nf4_dequantize_cpu(const Tensor& qweight, const Tensor& absmax,
 }  // namespace pylora::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(pylora_C, CPU, m) {
-  m.impl("nf4_quantize", TORCH_BOX(&pylora::cpu::nf4_quantize_cpu));
-  m.impl("nf4_dequantize", TORCH_BOX(&pylora::cpu::nf4_dequantize_cpu));
+  m.impl("nf4_quantize", pylora::boxed<pylora::cpu::nf4_quantize_cpu>);
+  m.impl("nf4_dequantize", pylora::boxed<pylora::cpu::nf4_dequantize_cpu>);
 }

@@ -1,140 +1,116 @@
 // CPU side of the linear ops: tensor -> checks -> kernel. Weights are NF4 here; a dense base goes
 // to torch's own matmul in Python.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
+#include "common/boxed.h"
 #include "common/float16.h"
-#include "common/linear_arguments.h"
+#include "cpu/bind.h"
 #include "cpu/lora_linear.h"
 #include "cpu/nf4_linear.h"
 
 namespace pylora::cpu {
 namespace {
 
-// An optional vector of `size` values, times `scale`, added to `sum`, which is empty before the
-// first.
-void add_bias(const char* name, const std::optional<Tensor>& bias, int64_t size, float scale,
-              std::vector<float>& sum) {
-  if (!bias.has_value()) return;
-  const DType dtype = to_dtype(name, bias->scalar_type());
-  check_vector(name, *bias, size);
-  sum.resize(static_cast<size_t>(size), 0.0f);
-  visit_dtype(dtype, [&](auto element) {
-    const auto* values = static_cast<const decltype(element)*>(bias->const_data_ptr());
-    for (int64_t i = 0; i < size; ++i) sum[static_cast<size_t>(i)] += scale * to_float(values[i]);
-  });
+// Biases are added up here, in fp32; without any, there is no sum.
+class BiasSum {
+ public:
+  void add(const char* name, std::optional<Tensor>& bias, int64_t size, const Rows& x,
+           float scale = 1.0f) {
+    if (!bias.has_value()) return;
+    check_vector(name, *bias, size, x);
+    sum_.resize(static_cast<size_t>(size), 0.0f);
+    visit_dtype(to_dtype(name, bias->scalar_type()), [&](auto element) {
+      const auto* values = static_cast<const decltype(element)*>(bias->const_data_ptr());
+      for (size_t i = 0; i < sum_.size(); ++i) sum_[i] += scale * to_float(values[i]);
+    });
+  }
+
+  const float* data() const { return sum_.empty() ? nullptr : sum_.data(); }
+
+ private:
+  std::vector<float> sum_;
+};
+
+LinearProblem to_problem(const Rows& x, const NF4Matrix& weight) {
+  STD_TORCH_CHECK(x.cols > 0, x.name, " must have a column or more, got shape ",
+                  to_string(x.shape));
+  LinearProblem problem;
+  problem.dtype = x.dtype();
+  problem.x = x.tensor.const_data_ptr();
+  problem.rows = x.count;
+  problem.weight = weight;
+  return problem;
 }
 
-Tensor nf4_linear_cpu(const Tensor& x, const Tensor& qweight, const Tensor& absmax,
-                      const std::optional<Tensor>& nested_absmax,
-                      const std::optional<Tensor>& nested_code, const std::optional<Tensor>& offset,
-                      int64_t blocksize, int64_t nested_blocksize, int64_t out_features,
-                      const std::optional<Tensor>& bias) {
-  check_matrix("x", x);
-  LinearProblem problem;
-  problem.dtype = to_dtype("x", x.scalar_type());
-  problem.weight = check_nf4_cpu(qweight, absmax, nested_absmax, nested_code, offset, blocksize,
-                                 nested_blocksize, out_features, x.size(1));
-  std::vector<float> bias_sum;
-  add_bias("bias", bias, out_features, 1.0f, bias_sum);
-  Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
-  problem.x = x.const_data_ptr();
+Tensor nf4_linear_cpu(const Tensor& given_x, NF4Tensors& weight, int64_t out_features,
+                      std::optional<Tensor>& bias) {
+  const Rows x("x", given_x);
+  LinearProblem problem = to_problem(x, to_matrix(weight, out_features, x.cols));
+  BiasSum sum;
+  sum.add("bias", bias, out_features, x);
+  Tensor y = x.new_rows(out_features);
   problem.y = y.mutable_data_ptr();
-  problem.rows = x.size(0);
-  problem.bias = bias_sum.empty() ? nullptr : bias_sum.data();
+  problem.bias = sum.data();
   run_linear(problem);
   return y;
 }
 
-Tensor nf4_linear_backward_cpu(const Tensor& grad, const Tensor& qweight, const Tensor& absmax,
-                               const std::optional<Tensor>& nested_absmax,
-                               const std::optional<Tensor>& nested_code,
-                               const std::optional<Tensor>& offset, int64_t blocksize,
-                               int64_t nested_blocksize, int64_t in_features) {
-  check_matrix("grad", grad);
-  LinearProblem problem;
-  problem.dtype = to_dtype("grad", grad.scalar_type());
-  problem.weight = check_nf4_cpu(qweight, absmax, nested_absmax, nested_code, offset, blocksize,
-                                 nested_blocksize, grad.size(1), in_features);
-  Tensor dx = torch::stable::new_empty(grad, {grad.size(0), in_features});
-  problem.x = grad.const_data_ptr();
+Tensor nf4_linear_backward_cpu(const Tensor& given_grad, NF4Tensors& weight, int64_t in_features) {
+  const Rows grad("grad", given_grad);
+  LinearProblem problem = to_problem(grad, to_matrix(weight, grad.cols, in_features));
+  Tensor dx = grad.new_rows(in_features);
   problem.y = dx.mutable_data_ptr();
-  problem.rows = grad.size(0);
   problem.backward = true;
   run_linear(problem);
   return dx;
 }
 
-Dropout to_dropout(double p, const std::optional<Tensor>& seed) {
-  const Tensor* drawn_from = check_dropout(p, seed);
-  if (drawn_from == nullptr) return {};
-  return {
-      .seed = static_cast<uint64_t>(*drawn_from->const_data_ptr<int64_t>()),
-      .threshold = drop_threshold(p),
-      .scale = static_cast<float>(1.0 / (1.0 - p)),
-      .enabled = true,
-  };
+AdapterFactor to_factor(const Tensor& factor, int64_t rank, bool rank_first) {
+  return {const_cast<void*>(factor.const_data_ptr()), to_dtype("lora_A", factor.scalar_type()),
+          rank, rank_first};
 }
 
-AdapterFactor to_factor(const char* name, const Tensor& tensor, int64_t rank, int64_t features,
-                        bool rank_first) {
-  check_matrix(name, tensor, rank_first ? rank : features, rank_first ? features : rank);
-  return {const_cast<void*>(tensor.const_data_ptr()), to_dtype(name, tensor.scalar_type()), rank,
-          rank_first};
-}
-
-// What forward and backward share.
-LoraLinear to_lora_linear(const Tensor& x, const NF4Matrix& weight, const Tensor& lora_A,
-                          const Tensor& lora_B, double scaling, double dropout_p,
-                          const std::optional<Tensor>& seed, StringHandle activation) {
-  check_matrix("lora_A", lora_A);
-  const int64_t rank = lora_A.size(0);
-  STD_TORCH_CHECK(rank >= 1 && rank <= kMaxRank, "lora_A must have 1 to ", kMaxRank,
-                  " rows (the rank), got ", rank);
-  check_dtype("lora_B", lora_B, lora_A.scalar_type());
+// What forward and backward share, but for the rows that meet the weight.
+LoraLinear to_lora_linear(const Rows& x, const NF4Matrix& weight, Tensor& lora_A, Tensor& lora_B,
+                          const LowRankOptions& options) {
+  const int64_t rank = check_rank(lora_A, 2, kMaxRank);
+  const ScalarType type = lora_A.scalar_type();
+  check_factor("lora_A", lora_A, {rank, weight.cols}, type, x);
+  check_factor("lora_B", lora_B, {weight.rows, rank}, type, x);
+  const DropoutArguments dropout = options.dropout(x);
   LoraLinear op;
-  op.x = {x.const_data_ptr(), to_dtype("x", x.scalar_type()), x.size(0), x.size(1),
-          to_dropout(dropout_p, seed)};
-  op.lora_A = to_factor("lora_A", lora_A, rank, weight.cols, true);
-  op.lora_B = to_factor("lora_B", lora_B, rank, weight.rows, false);
-  op.scaling = static_cast<float>(scaling);
-  op.activation = to_activation(activation);
-  op.linear.dtype = op.x.dtype;
-  op.linear.weight = weight;
-  op.linear.rows = op.x.rows;
+  op.x = {.data = x.tensor.const_data_ptr(), .dtype = x.dtype(), .rows = x.count, .cols = x.cols};
+  if (dropout.seed != nullptr) {
+    op.x.dropout = {.seed = static_cast<uint64_t>(*dropout.seed),
+                    .threshold = dropout.threshold,
+                    .scale = dropout.keep_scale,
+                    .enabled = true};
+  }
+  op.lora_A = to_factor(lora_A, rank, true);
+  op.lora_B = to_factor(lora_B, rank, false);
+  op.scaling = static_cast<float>(options.scaling);
+  op.activation = options.activation();
   return op;
 }
 
-std::tuple<Tensor, Tensor> lora_linear_cpu(
-    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& absmax,
-    const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
-    const std::optional<Tensor>& offset, int64_t blocksize, int64_t nested_blocksize,
-    int64_t out_features, const Tensor& lora_A, const Tensor& lora_B,
-    const std::optional<Tensor>& bias, const std::optional<Tensor>& lora_A_bias,
-    const std::optional<Tensor>& lora_B_bias, double scaling, double dropout_p,
-    const std::optional<Tensor>& seed, StringHandle activation) {
-  STD_TORCH_CHECK(absmax.has_value(), "absmax must be given: this op takes NF4 weights only");
-  check_matrix("x", x);
-  const NF4Matrix matrix = check_nf4_cpu(weight, *absmax, nested_absmax, nested_code, offset,
-                                         blocksize, nested_blocksize, out_features, x.size(1));
-  LoraLinear op = to_lora_linear(x, matrix, lora_A, lora_B, scaling, dropout_p, seed, activation);
-  std::vector<float> bias_sum;
-  add_bias("bias", bias, out_features, 1.0f, bias_sum);
-  add_bias("lora_B_bias", lora_B_bias, out_features, op.scaling, bias_sum);
-  std::vector<float> low_bias;
-  add_bias("lora_A_bias", lora_A_bias, op.lora_A.rank, 1.0f, low_bias);
-  Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
-  Tensor h = torch::stable::new_empty(x, {x.size(0), op.lora_A.rank}, ScalarType::Float);
-  op.linear.x = x.const_data_ptr();
+std::tuple<Tensor, Tensor> lora_linear_cpu(const Tensor& given_x, NF4Tensors& weight,
+                                           int64_t out_features, LowRankTensors& low) {
+  const Rows x("x", given_x);
+  const NF4Matrix matrix = to_matrix(weight, out_features, x.cols);
+  LoraLinear op = to_lora_linear(x, matrix, low.lora_A, low.lora_B, low.options);
+  const int64_t rank = op.lora_A.rank;
+  BiasSum sum, low_sum;
+  sum.add("bias", low.bias, out_features, x);
+  sum.add("lora_B_bias", low.lora_B_bias, out_features, x, op.scaling);
+  low_sum.add("lora_A_bias", low.lora_A_bias, rank, x);
+  Tensor y = x.new_rows(out_features);
+  Tensor h = x.new_rows(rank, ScalarType::Float);
+  op.linear = to_problem(x, matrix);
   op.linear.y = y.mutable_data_ptr();
-  op.linear.bias = bias_sum.empty() ? nullptr : bias_sum.data();
-  op.lora_A_bias = low_bias.empty() ? nullptr : low_bias.data();
+  op.linear.bias = sum.data();
+  op.lora_A_bias = low_sum.data();
   op.h = h.mutable_data_ptr<float>();
   lora_linear(op);
   return {y, h};
@@ -151,61 +127,59 @@ Tensor to_tensor(const std::vector<float>& values, float scale, const Tensor& li
   return out;
 }
 
+// The gradients that output_mask leaves out are empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward_cpu(
-    const Tensor& grad, const Tensor& x, const Tensor& h, const Tensor& weight,
-    const std::optional<Tensor>& absmax, const std::optional<Tensor>& nested_absmax,
-    const std::optional<Tensor>& nested_code, const std::optional<Tensor>& offset,
-    int64_t blocksize, int64_t nested_blocksize, const Tensor& lora_A, const Tensor& lora_B,
-    double scaling, double dropout_p, const std::optional<Tensor>& seed, StringHandle activation,
+    const Tensor& given_grad, const Tensor& given_x, const Tensor& given_h, NF4Tensors& weight,
+    Tensor& lora_A, Tensor& lora_B, const LowRankOptions& options,
     const std::vector<bool>& output_mask) {
-  STD_TORCH_CHECK(absmax.has_value(), "absmax must be given: this op takes NF4 weights only");
   STD_TORCH_CHECK(output_mask.size() == 7, "output_mask must have 7 values, got ",
                   output_mask.size());
   STD_TORCH_CHECK(!output_mask[1], "output_mask must not ask for dweight: the weight is NF4");
-  check_matrix("grad", grad);
-  check_matrix("x", x);
-  check_dtype("h", h, ScalarType::Float);
-  check_dtype("grad", grad, x.scalar_type());
-  const NF4Matrix matrix = check_nf4_cpu(weight, *absmax, nested_absmax, nested_code, offset,
-                                         blocksize, nested_blocksize, grad.size(1), x.size(1));
-  LoraLinear op = to_lora_linear(x, matrix, lora_A, lora_B, scaling, dropout_p, seed, activation);
-  STD_TORCH_CHECK(grad.size(0) == x.size(0), "grad must have as many rows as x (", x.size(0),
-                  "), got ", grad.size(0));
-  check_matrix("h", h, x.size(0), op.lora_A.rank);
-  const auto empty = [](const Tensor& like) { return torch::stable::new_empty(like, {0}); };
-  const bool want_bias = output_mask[4];
-  const bool want_B_bias = output_mask[6];
-  Tensor dx = output_mask[0] ? torch::stable::new_empty(x, {x.size(0), x.size(1)}) : empty(x);
-  Tensor dlora_A =
-      torch::stable::new_empty(lora_A, {output_mask[2] ? lora_A.size(0) : 0, lora_A.size(1)});
-  Tensor dlora_B =
-      torch::stable::new_empty(lora_B, {output_mask[3] ? lora_B.size(0) : 0, lora_B.size(1)});
-  std::vector<float> low_sums(output_mask[5] ? static_cast<size_t>(op.lora_A.rank) : 0);
-  std::vector<float> grad_sums(want_bias || want_B_bias ? static_cast<size_t>(matrix.rows) : 0);
-  op.linear.x = grad.const_data_ptr();
+  const Rows grad("grad", given_grad), x("x", given_x), h("h", given_h);
+  check_dtype("grad", grad.tensor, x.tensor.scalar_type());
+  STD_TORCH_CHECK(grad.count == x.count, "grad must have as many rows as x (", x.count, "), got ",
+                  grad.count);
+  const NF4Matrix matrix = to_matrix(weight, grad.cols, x.cols);
+  LoraLinear op = to_lora_linear(x, matrix, lora_A, lora_B, options);
+  const int64_t rank = op.lora_A.rank;
+  check_dtype("h", h.tensor, ScalarType::Float);
+  check_numel("h", h.tensor, x.count * rank, "the rank, ", rank, ", for every row of x");
+
+  const auto new_like = [](const Tensor& like, bool wanted) {
+    return wanted ? torch::stable::new_empty(like, like.sizes())
+                  : torch::stable::new_empty(like, {0});
+  };
+  Tensor dx = new_like(x.tensor, output_mask[0]);
+  Tensor dlora_A = new_like(lora_A, output_mask[2]);
+  Tensor dlora_B = new_like(lora_B, output_mask[3]);
+  std::vector<float> low_sums(output_mask[5] ? static_cast<size_t>(rank) : 0);
+  const bool wants_sums = output_mask[4] || output_mask[6];
+  std::vector<float> grad_sums(wants_sums ? static_cast<size_t>(matrix.rows) : 0);
+  op.linear = to_problem(grad, matrix);
   op.linear.y = output_mask[0] ? dx.mutable_data_ptr() : nullptr;
   op.linear.backward = true;
-  op.h = const_cast<float*>(h.const_data_ptr<float>());
+  op.h = const_cast<float*>(h.tensor.const_data_ptr<float>());
   op.dlora_A = output_mask[2] ? dlora_A.mutable_data_ptr() : nullptr;
   op.dlora_B = output_mask[3] ? dlora_B.mutable_data_ptr() : nullptr;
   op.dlora_A_bias = low_sums.empty() ? nullptr : low_sums.data();
   op.grad_sums = grad_sums.empty() ? nullptr : grad_sums.data();
   lora_linear_backward(op);
+  const std::vector<float> none;
   return {dx,
-          empty(x),
-          output_mask[2] ? dlora_A : empty(lora_A),
-          output_mask[3] ? dlora_B : empty(lora_B),
-          want_bias ? to_tensor(grad_sums, 1.0f, grad) : empty(grad),
-          output_mask[5] ? to_tensor(low_sums, 1.0f, lora_A) : empty(lora_A),
-          want_B_bias ? to_tensor(grad_sums, op.scaling, lora_B) : empty(lora_B)};
+          new_like(x.tensor, false),
+          dlora_A,
+          dlora_B,
+          to_tensor(output_mask[4] ? grad_sums : none, 1.0f, grad.tensor),
+          to_tensor(low_sums, 1.0f, lora_A),
+          to_tensor(output_mask[6] ? grad_sums : none, op.scaling, lora_B)};
 }
 
 }  // namespace
 }  // namespace pylora::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(pylora_C, CPU, m) {
-  m.impl("nf4_linear", TORCH_BOX(&pylora::cpu::nf4_linear_cpu));
-  m.impl("nf4_linear_backward", TORCH_BOX(&pylora::cpu::nf4_linear_backward_cpu));
-  m.impl("lora_linear", TORCH_BOX(&pylora::cpu::lora_linear_cpu));
-  m.impl("lora_linear_backward", TORCH_BOX(&pylora::cpu::lora_linear_backward_cpu));
+  m.impl("nf4_linear", pylora::boxed<pylora::cpu::nf4_linear_cpu>);
+  m.impl("nf4_linear_backward", pylora::boxed<pylora::cpu::nf4_linear_backward_cpu>);
+  m.impl("lora_linear", pylora::boxed<pylora::cpu::lora_linear_cpu>);
+  m.impl("lora_linear_backward", pylora::boxed<pylora::cpu::lora_linear_backward_cpu>);
 }

@@ -1,14 +1,12 @@
 // GPU side of the NF4 ops: tensor -> checks -> stream -> launcher.
 #include "cuda/bind.h"
 
-#include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/shim_utils.h>
 
-#include <optional>
 #include <tuple>
 #include <vector>
 
-#include "common/check.h"
+#include "common/boxed.h"
 #include "cuda/nf4_dequantize.cuh"
 #include "cuda/nf4_quantize.cuh"
 
@@ -29,74 +27,61 @@ cudaStream_t current_stream(int32_t device_index) {
 
 namespace {
 
-std::tuple<Tensor, Tensor> nf4_quantize(const Tensor& weight, int64_t blocksize) {
+std::tuple<Tensor, Tensor> nf4_quantize(Tensor& weight, int64_t blocksize) {
   const DType dtype = to_dtype("weight", weight.scalar_type());
   check_on_cuda("weight", weight);
-  check_contiguous("weight", weight);
   check_blocksize(blocksize);
+  make_contiguous(weight);
   const int64_t numel = weight.numel();
-  const int32_t device_index = weight.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device_index);
+  const Device device(weight);
   Tensor qweight = torch::stable::new_empty(weight, {ceil_div(numel, 2)}, ScalarType::Byte);
   Tensor absmax = torch::stable::new_empty(weight, {ceil_div(numel, blocksize)}, ScalarType::Float);
   if (numel == 0) return {qweight, absmax};
-  check_cuda_call("nf4_quantize", nf4_quantize_cuda(weight.const_data_ptr(), dtype, numel,
-                                                    blocksize, qweight.mutable_data_ptr<uint8_t>(),
-                                                    absmax.mutable_data_ptr<float>(),
-                                                    current_stream(device_index)));
+  check_cuda_call("nf4_quantize",
+                  nf4_quantize_cuda(weight.const_data_ptr(), dtype, numel, blocksize,
+                                    qweight.mutable_data_ptr<uint8_t>(),
+                                    absmax.mutable_data_ptr<float>(), device.stream()));
   return {qweight, absmax};
 }
 
-Tensor nf4_dequantize(const Tensor& qweight, const Tensor& absmax,
-                      const std::optional<Tensor>& nested_absmax,
-                      const std::optional<Tensor>& nested_code, const std::optional<Tensor>& offset,
-                      int64_t blocksize, int64_t nested_blocksize,
-                      const std::vector<int64_t>& shape, ScalarType dtype) {
+Tensor nf4_dequantize(NF4Tensors& weight, const std::vector<int64_t>& shape, ScalarType dtype) {
   const DType out_dtype = to_dtype("dtype", dtype);
   const int64_t numel = checked_numel("shape", shape);
-  check_on_cuda("qweight", qweight);
-  const NF4Arguments arguments = check_nf4(qweight, absmax, nested_absmax, nested_code, offset,
-                                           blocksize, nested_blocksize, 1, numel);
-  const int32_t device_index = qweight.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device_index);
-  Tensor out = torch::stable::new_empty(qweight, shape, dtype);
+  const NF4Arguments arguments = weight.check(1, numel);
+  check_on_cuda("qweight", weight.qweight);
+  const Device device(weight.qweight);
+  Tensor out = torch::stable::new_empty(weight.qweight, shape, dtype);
   if (numel == 0) return out;
   check_cuda_call("nf4_dequantize",
                   nf4_dequantize_cuda(arguments.matrix, arguments.offset, out_dtype, numel,
-                                      out.mutable_data_ptr(), current_stream(device_index)));
+                                      out.mutable_data_ptr(), device.stream()));
   return out;
 }
 
 // Fills a matrix whose rows may lie apart, so that other columns can stand beside the weight's.
-void nf4_dequantize_into(const Tensor& qweight, const Tensor& absmax,
-                         const std::optional<Tensor>& nested_absmax,
-                         const std::optional<Tensor>& nested_code,
-                         const std::optional<Tensor>& offset, int64_t blocksize,
-                         int64_t nested_blocksize, Tensor& out) {
+void nf4_dequantize_into(NF4Tensors& weight, const Tensor& out) {
   const DType out_dtype = to_dtype("out", out.scalar_type());
-  check_on_cuda("qweight", qweight);
-  STD_TORCH_CHECK(out.dim() == 2, "out must have 2 dimensions, got shape ", to_string(out.sizes()));
+  check_dim("out", out, 2);
   const int64_t rows = out.size(0), cols = out.size(1);
   const int64_t stride = rows > 1 ? out.stride(0) : cols;
   STD_TORCH_CHECK((cols <= 1 || out.stride(1) == 1) && stride >= cols,
                   "out must have rows of contiguous elements that do not overlap, got strides ",
                   to_string(out.strides()), " for shape ", to_string(out.sizes()));
-  check_device("out", out, qweight, "qweight");
-  const NF4Arguments arguments = check_nf4(qweight, absmax, nested_absmax, nested_code, offset,
-                                           blocksize, nested_blocksize, rows, cols);
+  const NF4Arguments arguments = weight.check(rows, cols);
+  check_on_cuda("qweight", weight.qweight);
+  check_device("out", out, weight.qweight, "qweight");
   if (arguments.matrix.numel() == 0) return;
-  const int32_t device_index = qweight.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device_index);
+  const Device device(out);
   check_cuda_call("nf4_dequantize_into",
                   nf4_dequantize_cuda(arguments.matrix, arguments.offset, out_dtype, stride,
-                                      out.mutable_data_ptr(), current_stream(device_index)));
+                                      out.mutable_data_ptr(), device.stream()));
 }
 
 }  // namespace
 }  // namespace pylora::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(pylora_C, CUDA, m) {
-  m.impl("nf4_quantize", TORCH_BOX(&pylora::cuda::nf4_quantize));
-  m.impl("nf4_dequantize", TORCH_BOX(&pylora::cuda::nf4_dequantize));
-  m.impl("nf4_dequantize_into", TORCH_BOX(&pylora::cuda::nf4_dequantize_into));
+  m.impl("nf4_quantize", pylora::boxed<pylora::cuda::nf4_quantize>);
+  m.impl("nf4_dequantize", pylora::boxed<pylora::cuda::nf4_dequantize>);
+  m.impl("nf4_dequantize_into", pylora::boxed<pylora::cuda::nf4_dequantize_into>);
 }

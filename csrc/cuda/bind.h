@@ -3,10 +3,8 @@
 
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include "common/check.h"
+#include "common/tensors.h"
 
 namespace pylora::cuda {
 
@@ -23,5 +21,17 @@ inline void check_on_cuda(const char* name, const Tensor& tensor) {
                   " must be on a CUDA device, got device type ",
                   static_cast<int>(tensor.device().type()));
 }
+
+// Makes a tensor's device the current one for as long as it lives.
+class Device {
+ public:
+  explicit Device(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {}
+
+  cudaStream_t stream() const { return current_stream(index_); }
+
+ private:
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+};
 
 }  // namespace pylora::cuda

@@ -4,6 +4,9 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <map>
+#include <mutex>
+#include <utility>
 
 namespace pylora::cuda {
 
@@ -22,14 +25,31 @@ struct LaunchShape {
   bool dependent = false;  // may start before the kernel before it has ended (sm_90 on)
 };
 
+// Lets a kernel have so much dynamic shared memory on the current device. The driver keeps that, and
+// is told only if a launch needs more than those before.
+inline cudaError_t allow_shared_memory(const void* kernel, size_t bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, size_t> allowed;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  size_t& most = allowed[{device, kernel}];
+  if (bytes <= most) return cudaSuccess;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(bytes));
+  if (error == cudaSuccess) most = bytes;
+  return error;
+}
+
 // A plain function call where <<<>>> would do: tests/host_cuda compiles the kernels as C++.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape,
                    Arguments... arguments) {
   constexpr size_t kWithoutAsking = 48 << 10;
   if (shape.shared_bytes > kWithoutAsking) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
+    const auto* address = reinterpret_cast<const void*>(kernel);
+    const cudaError_t error = allow_shared_memory(address, shape.shared_bytes);
     if (error != cudaSuccess) return error;
   }
   cudaLaunchAttribute overlap = {};

@@ -21,12 +21,10 @@
 // Source    LoRA, arXiv:2106.09685; pylora/reference/lora_linear.py
 #pragma once
 
+#include "cuda/limits.h"
 #include "cuda/lora_hidden.cuh"
 
 namespace pylora::cuda {
-
-inline constexpr int64_t kMaxManyTokens = 8 * 65535;  // of a grid
-inline constexpr int64_t kManyColumns = 64;           // K is a multiple of it
 
 // Columns of [x | low | 0], whose rows are of whole 16 bytes.
 constexpr int64_t wide_cols(int64_t cols, int64_t rank) { return cols + ceil_div(rank, 8) * 8; }

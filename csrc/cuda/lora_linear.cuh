@@ -39,14 +39,10 @@
 #include <cstdint>
 
 #include "common/nf4.h"
+#include "cuda/limits.h"
 #include "cuda/lora_hidden.cuh"
 
 namespace pylora::cuda {
-
-inline constexpr int64_t kMaxSmallTokens = 64;
-inline constexpr int64_t kMaxSmallTokensOfBlock32 = 16;
-inline constexpr int64_t kMaxSmallRank = 1024;
-inline constexpr int64_t kMaxSmallElements = int64_t{1} << 35;  // blocks are counted in 32 bits
 
 struct DeviceLimits {
   int processors = 0;             // SMs
@@ -56,7 +52,7 @@ struct DeviceLimits {
   bool dependent_launch = false;  // sm_90 on
 };
 
-// Of the current device.
+// Of the current device, which is asked once.
 cudaError_t device_limits(DeviceLimits* limits);
 
 // How the work is cut: outputs (N) into tiles, the sum (K) into slices; the backward sums over N.

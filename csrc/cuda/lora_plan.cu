@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <map>
+#include <mutex>
 
 #include "cuda/lora_linear.cuh"
 #include "cuda/lora_plan.cuh"
@@ -71,8 +73,17 @@ Work small_work(int64_t tokens, int64_t rows, int64_t cols, int row_warps) {
 }  // namespace
 
 cudaError_t device_limits(DeviceLimits* limits) {
+  static std::mutex mutex;
+  static std::map<int, DeviceLimits> known;
   int device = 0, per_sm = 0, per_cta = 0;
   cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(device);
+  if (found != known.end()) {
+    *limits = found->second;
+    return cudaSuccess;
+  }
   const auto read = [&](int* value, cudaDeviceAttr attribute) {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
   };
@@ -84,6 +95,7 @@ cudaError_t device_limits(DeviceLimits* limits) {
   limits->shared_per_sm = per_sm;
   limits->shared_per_cta = per_cta;
   limits->dependent_launch = limits->major >= 9;
+  if (error == cudaSuccess) known[device] = *limits;
   return error;
 }
 

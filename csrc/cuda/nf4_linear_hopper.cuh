@@ -63,11 +63,10 @@
 
 #include <cstdint>
 
+#include "cuda/limits.h"
 #include "cuda/lora_linear.cuh"
 
 namespace pylora::cuda {
-
-inline constexpr int64_t kHopperColumns = 64;  // K and the blocksize are multiples of it
 
 // How the work is cut. The thresholds are estimates: nothing of this has run on a GPU.
 struct HopperPlan {

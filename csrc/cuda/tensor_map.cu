@@ -1,5 +1,6 @@
 #include <cuda.h>
 
+#include <atomic>
 #include <cstring>
 
 #include "cuda/tensor_map.cuh"
@@ -9,8 +10,12 @@ namespace {
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
-// From the driver that is loaded; null where it is older than the copy engine.
+// From the driver that is loaded, once; an error if it is older than the copy engine. Threads that
+// come first at the same time find the same function.
 cudaError_t find_encoder(Encode* encode) {
+  static std::atomic<Encode> known = nullptr;
+  *encode = known.load();
+  if (*encode != nullptr) return cudaSuccess;
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
   constexpr unsigned kFirstVersion = 12000;
@@ -25,6 +30,7 @@ cudaError_t find_encoder(Encode* encode) {
   if (error != cudaSuccess) return error;
   if (found != cudaDriverEntryPointSuccess || function == nullptr) return cudaErrorNotSupported;
   *encode = reinterpret_cast<Encode>(function);
+  known.store(*encode);
   return cudaSuccess;
 }
 

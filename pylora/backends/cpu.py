@@ -28,8 +28,6 @@ from pylora.calls import (
     QuantizeCall,
 )
 
-_MAX_RANK = 1024  # kMaxRank of csrc/cpu/lora_linear.h: what a thread's workspace holds
-
 
 def _unavailable() -> Reason:
     return extension.load()[1]
@@ -76,8 +74,9 @@ def _lora_reason(layer: Layer, **tensors: Tensor) -> Reason:
     low = layer.low_rank
     if not layer.weight.is_nf4 or low is None:
         return DENSE
-    if low.rank > _MAX_RANK:
-        return f"the rank is {low.rank}; the kernels take up to {_MAX_RANK}"
+    most = extension.hard_limits("cpu")["max_rank"]
+    if low.rank > most:
+        return f"the rank is {low.rank}; the kernels take up to {most}"
     return _reason(**tensors, lora_A=low.A, lora_B=low.B)
 
 

@@ -34,11 +34,6 @@ from pylora.calls import (
     Weight,
 )
 
-# Limits of csrc/cuda/lora_linear.cuh.
-_MAX_RANK = 1024
-_MAX_ELEMENTS = 2**35
-_ALIGNMENT = 16  # bytes
-
 FEW_ROWS, PRODUCT, HOPPER = "few rows", "dense product", "hopper"
 
 
@@ -58,6 +53,10 @@ def _path() -> str:
     module, _ = extension.load()
     archs = module.build_info()["cuda_archs"] if module is not None else []
     return ", ".join(archs) or "absent"
+
+
+def _hard_limit(name: str) -> int:
+    return extension.hard_limits("cuda")[name]
 
 
 def _not_on_cuda(**tensors: Tensor | None) -> Reason:
@@ -84,7 +83,7 @@ def _shared_memory(device: torch.device) -> int:
 
 
 def _is_aligned(tensor: Tensor) -> bool:
-    return tensor.data_ptr() % _ALIGNMENT == 0
+    return tensor.data_ptr() % _hard_limit("alignment") == 0
 
 
 def _rows(x: Tensor) -> int:
@@ -122,10 +121,10 @@ def _decoder_reason(weight: Weight) -> Reason:
     if weight.nested_absmax is not None and nested & (nested - 1):
         return f"nested_blocksize is {nested}, no power of two"
     out_features, in_features = weight.shape
-    if in_features * out_features >= _MAX_ELEMENTS:
+    if in_features * out_features >= _hard_limit("max_elements"):
         return f"the weight has 2^35 elements or more: {out_features} x {in_features}"
     if not _is_aligned(weight.data):
-        return f"qweight is not aligned to {_ALIGNMENT} bytes"
+        return f"qweight is not aligned to {_hard_limit('alignment')} bytes"
     return None
 
 
@@ -138,10 +137,12 @@ def _few_rows_reason(name: str, x: Tensor, rows: int, weight: Weight) -> Reason:
         return (
             f"in_features is {weight.in_features}, no multiple of the blocksize {weight.blocksize}"
         )
-    if weight.blocksize == 32 and rows > limits.CUDA_FEW_ROWS_OF_BLOCK_32:
-        most = f"{limits.CUDA_FEW_ROWS_OF_BLOCK_32} if the blocksize is 32"
-    elif rows > limits.CUDA_FEW_ROWS:
-        most = f"{limits.CUDA_FEW_ROWS}"
+    most_of_block_32 = _hard_limit("max_few_rows_of_block_32")
+    most_rows = min(limits.CUDA_FEW_ROWS, _hard_limit("max_few_rows"))
+    if weight.blocksize == 32 and rows > most_of_block_32:
+        most = f"{most_of_block_32} if the blocksize is 32"
+    elif rows > most_rows:
+        most = f"{most_rows}"
     elif rows > limits.CUDA_FEW_ROWS_OF_LITTLE_SHARED_MEMORY and _has_little_shared_memory(
         x.device
     ):
@@ -155,8 +156,9 @@ def _low_rank_reason(x: Tensor, A: Tensor, rank: int, **tensors: Tensor | None) 
     """Why no kernel of this backend takes the factors and the other tensors of an adapter."""
     if A.dtype not in (x.dtype, torch.float32):
         return f"lora_A is {A.dtype}; the kernel takes {x.dtype}, as x has, and float32"
-    if not 1 <= rank <= _MAX_RANK:
-        return f"the rank is {rank}; the kernel takes 1 to {_MAX_RANK}"
+    most = _hard_limit("max_rank")
+    if not 1 <= rank <= most:
+        return f"the rank is {rank}; the kernel takes 1 to {most}"
     return _not_on_cuda(lora_A=A, **tensors)
 
 

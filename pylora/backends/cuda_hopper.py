@@ -10,11 +10,8 @@ from torch import Tensor
 from pylora import settings
 from pylora.backends import extension
 from pylora.backends.backend import Reason
-from pylora.backends.limits import CUDA_HOPPER_FROM, CUDA_MOST_ROWS
+from pylora.backends.limits import CUDA_HOPPER_FROM
 from pylora.calls import Weight
-
-# Limits of csrc/cuda/nf4_linear_hopper.cuh and lora_hidden_many.cuh.
-_COLUMNS = 64
 
 
 @lru_cache
@@ -52,10 +49,12 @@ def reason(x: Tensor, rows: int, weight: Weight) -> Reason:
     refused = device_reason(x.device)
     if refused is not None:
         return refused
-    if rows > CUDA_MOST_ROWS:
-        return f"x has {rows} rows; the Hopper kernel takes up to {CUDA_MOST_ROWS}"
-    if x.shape[-1] % _COLUMNS:
-        return f"in_features is {x.shape[-1]}; the Hopper kernel needs a multiple of {_COLUMNS}"
-    if weight.blocksize % _COLUMNS:
-        return f"blocksize is {weight.blocksize}; the Hopper kernel needs a multiple of {_COLUMNS}"
+    hard = extension.hard_limits("cuda")
+    if rows > hard["max_many_rows"]:
+        return f"x has {rows} rows; the Hopper kernel takes up to {hard['max_many_rows']}"
+    columns = hard["hopper_columns"]
+    if x.shape[-1] % columns:
+        return f"in_features is {x.shape[-1]}; the Hopper kernel needs a multiple of {columns}"
+    if weight.blocksize % columns:
+        return f"blocksize is {weight.blocksize}; the Hopper kernel needs a multiple of {columns}"
     return None

@@ -12,7 +12,6 @@ from torch.nn.functional import linear
 
 from pylora.backends import extension
 from pylora.backends.backend import Reason, in_python
-from pylora.backends.limits import CUDA_MOST_ROWS
 from pylora.calls import (
     DequantizeCall,
     LoraLinearCall,
@@ -21,10 +20,6 @@ from pylora.calls import (
     Nf4LinearCall,
     Weight,
 )
-from pylora.reference.rows import as_rows
-
-# Limits of csrc/cuda/lora_hidden_many.cuh.
-_COLUMNS = 64
 
 
 def lora_reason(x: Tensor, rows: int, low: LowRank) -> Reason:
@@ -35,10 +30,11 @@ def lora_reason(x: Tensor, rows: int, low: LowRank) -> Reason:
     if low.A.dtype != x.dtype:
         # Rounded as an operand, it would lose what it was kept in float32 for.
         return f"lora_A is {low.A.dtype}; for many rows the kernel takes {x.dtype}, as x has"
-    if rows > CUDA_MOST_ROWS:
-        return f"x has {rows} rows; the kernel for many rows takes up to {CUDA_MOST_ROWS}"
-    if x.shape[-1] % _COLUMNS:
-        columns = f"a multiple of {_COLUMNS}"
+    hard = extension.hard_limits("cuda")
+    if rows > hard["max_many_rows"]:
+        return f"x has {rows} rows; the kernel for many rows takes up to {hard['max_many_rows']}"
+    if x.shape[-1] % hard["many_rows_columns"]:
+        columns = f"a multiple of {hard['many_rows_columns']}"
         return f"in_features is {x.shape[-1]}; for many rows the kernel needs {columns}"
     return None
 
@@ -65,8 +61,8 @@ def lora_linear(call: LoraLinearCall) -> tuple[Tensor, Tensor]:
     assert low is not None
     weight, rank = layer.weight, low.rank
     out_features, in_features = weight.shape
-    left, h = extension.lora_extend(as_rows(x), low)
-    right = x.new_empty(out_features, left.shape[1])
+    left, h = extension.lora_extend(x, low)
+    right = x.new_empty(out_features, left.shape[-1])
     extension.nf4_dequantize_into(weight, right[:, :in_features])
     right[:, in_features : in_features + rank] = low.B
     if in_features + rank < right.shape[1]:
@@ -75,5 +71,4 @@ def lora_linear(call: LoraLinearCall) -> tuple[Tensor, Tensor]:
     if low.B_bias is not None:
         both = low.scaling * low.B_bias.float()
         bias = both if bias is None else both.add_(bias)
-    y = linear(left, right, None if bias is None else bias.to(x.dtype))
-    return y.view(*x.shape[:-1], out_features), h.view(*x.shape[:-1], rank)
+    return linear(left, right, None if bias is None else bias.to(x.dtype)), h

@@ -1,20 +1,20 @@
 """The compiled extension `pylora._C`: loaded once, and its ops called with the fields of a record.
 
 The ops `torch.ops.pylora_C.*` serve both the cpu and the cuda backend: torch picks the device's
-kernels by the tensors. A package built without the extension runs all the same.
+kernels by the tensors. They take tensors with any strides and any leading sizes, and their results
+are new tensors. A package built without the extension runs all the same.
 """
 
 from __future__ import annotations
 
 import warnings
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pylora.backends.backend import in_python
 from pylora.calls import (
     DequantizeCall,
     LayerGradients,
@@ -27,7 +27,17 @@ from pylora.calls import (
     QuantizeCall,
     Weight,
 )
-from pylora.reference.rows import as_rows
+
+# The numbers by which the ops take an activation, those of csrc/common/activation.h.
+ACTIVATION_CODES = {
+    "identity": 0,
+    "relu": 1,
+    "gelu": 2,
+    "gelu_tanh": 3,
+    "silu": 4,
+    "tanh": 5,
+    "sigmoid": 6,
+}
 
 
 @lru_cache(maxsize=1)
@@ -42,106 +52,99 @@ def load() -> tuple[ModuleType | None, str | None]:
     return _C, None
 
 
-def _rows(x: Tensor) -> Tensor:
-    return as_rows(x).contiguous()
+@cache
+def hard_limits(backend: str) -> dict[str, int]:
+    """What the kernels of "cpu" or "cuda" cannot do at all; only if the extension is loaded.
+
+    cpu    max_rank
+    cuda   max_rank, max_elements (the weight has fewer), max_few_rows, max_few_rows_of_block_32,
+           max_many_rows, many_rows_columns and hopper_columns (in_features is a multiple),
+           alignment (bytes)
+    """
+    module, reason = load()
+    if module is None:
+        raise RuntimeError(reason)
+    return module.build_info()["limits"][backend]
 
 
-def _c(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _weight(weight: Weight) -> list[Any]:
-    return [_c(a) if isinstance(a, Tensor) else a for a in weight.arguments]
+@cache
+def _op(name: str) -> Any:
+    """An op of the extension, which has been loaded: torch looks up its name for 1 us each time."""
+    return getattr(torch.ops.pylora_C, name).default
 
 
 def _lora_options(low: LowRank) -> tuple[Any, ...]:
-    drop = low.dropout
-    dropout = (0.0, None) if drop is None else (drop.p, drop.layer_seed)
-    return (low.scaling, *dropout, low.activation)
+    drop, code = low.dropout, ACTIVATION_CODES[low.activation]
+    if drop is None:
+        return (low.scaling, 0.0, None, code)
+    return (low.scaling, drop.p, drop.layer_seed, code)
 
 
 def nf4_quantize(call: QuantizeCall) -> tuple[Tensor, Tensor]:
-    return torch.ops.pylora_C.nf4_quantize(call.weight.contiguous(), call.blocksize)
+    return _op("nf4_quantize")(call.weight, call.blocksize)
 
 
 def nf4_dequantize(call: DequantizeCall) -> Tensor:
-    return torch.ops.pylora_C.nf4_dequantize(*_weight(call.weight), list(call.shape), call.dtype)
-
-
-def _nf4_linear(op: Any, call: Nf4LinearCall) -> Tensor:
-    layer, x = call.layer, call.x
-    y = op(_rows(x), *_weight(layer.weight), layer.weight.out_features, _c(layer.bias))
-    return y.view(*x.shape[:-1], y.shape[-1])
-
-
-@in_python
-def nf4_linear_backward(call: Nf4LinearBackward) -> Tensor:
-    grad, weight = call.grad, call.weight
-    op = torch.ops.pylora_C.nf4_linear_backward
-    dx = op(_rows(grad), *_weight(weight), weight.in_features)
-    return dx.view(*grad.shape[:-1], dx.shape[-1])
-
-
-def _lora_linear(op: Any, call: LoraLinearCall) -> tuple[Tensor, Tensor]:
-    x, layer, low = call.x, call.layer, call.layer.low_rank
-    assert low is not None
-    tensors = map(_c, (low.A, low.B, layer.bias, low.A_bias, low.B_bias))
-    base = (_rows(x), *_weight(layer.weight), layer.weight.out_features)
-    y, h = op(*base, *tensors, *_lora_options(low))
-    return y.view(*x.shape[:-1], y.shape[-1]), h.view(*x.shape[:-1], h.shape[-1])
-
-
-@in_python
-def lora_linear_backward(call: LoraLinearBackward) -> LayerGradients:
-    x, low, want = call.x, call.layer.low_rank, call.wanted
-    assert low is not None
-    mask = [want.x, want.weight, want.A, want.B, want.bias, want.A_bias, want.B_bias]
-    rows = (_rows(call.grad), _rows(x), _rows(call.h))
-    factors = (_c(low.A), _c(low.B))
-    found = torch.ops.pylora_C.lora_linear_backward(
-        *rows, *_weight(call.layer.weight), *factors, *_lora_options(low), mask
-    )
-    gradients = LayerGradients(*(t if w else None for t, w in zip(found, mask, strict=True)))
-    if gradients.x is None:
-        return gradients
-    return gradients.with_x(gradients.x.view(x.shape))
-
-
-@in_python
-def multi_lora_linear(call: MultiLoraCall) -> tuple[Tensor, Tensor]:
-    x, layer, adapters = call.x, call.layer, call.adapters
-    stacks = map(_c, (adapters.A, adapters.B, adapters.ids, adapters.scalings.float()))
-    base = (_rows(x), *_weight(layer.weight), layer.weight.out_features)
-    y, h = torch.ops.pylora_C.multi_lora_linear(*base, *stacks, _c(layer.bias))
-    return y.view(*x.shape[:-1], y.shape[-1]), h.view(*x.shape[:-1], h.shape[-1])
-
-
-@in_python
-def nf4_linear(call: Nf4LinearCall) -> Tensor:
-    return _nf4_linear(torch.ops.pylora_C.nf4_linear, call)
-
-
-@in_python
-def lora_linear(call: LoraLinearCall) -> tuple[Tensor, Tensor]:
-    return _lora_linear(torch.ops.pylora_C.lora_linear, call)
-
-
-@in_python
-def nf4_linear_hopper(call: Nf4LinearCall) -> Tensor:
-    return _nf4_linear(torch.ops.pylora_C.nf4_linear_hopper, call)
-
-
-@in_python
-def lora_linear_hopper(call: LoraLinearCall) -> tuple[Tensor, Tensor]:
-    return _lora_linear(torch.ops.pylora_C.lora_linear_hopper, call)
+    return _op("nf4_dequantize")(*call.weight.arguments, call.shape, call.dtype)
 
 
 def nf4_dequantize_into(weight: Weight, out: Tensor) -> None:
     """Fills a matrix [out_features, in_features] whose rows may lie apart."""
-    torch.ops.pylora_C.nf4_dequantize_into(*_weight(weight), out)
+    _op("nf4_dequantize_into")(*weight.arguments, out)
+
+
+def _nf4_linear(op: str, call: Nf4LinearCall) -> Tensor:
+    weight, bias = call.layer.weight, call.layer.bias
+    return _op(op)(call.x, *weight.arguments, weight.out_features, bias)
+
+
+def nf4_linear(call: Nf4LinearCall) -> Tensor:
+    return _nf4_linear("nf4_linear", call)
+
+
+def nf4_linear_hopper(call: Nf4LinearCall) -> Tensor:
+    return _nf4_linear("nf4_linear_hopper", call)
+
+
+def nf4_linear_backward(call: Nf4LinearBackward) -> Tensor:
+    return _op("nf4_linear_backward")(call.grad, *call.weight.arguments, call.weight.in_features)
+
+
+def _lora_linear(op: str, call: LoraLinearCall) -> tuple[Tensor, Tensor]:
+    layer, low = call.layer, call.layer.low_rank
+    assert low is not None
+    factors = (low.A, low.B, layer.bias, low.A_bias, low.B_bias)
+    base = (*layer.weight.arguments, layer.weight.out_features)
+    return _op(op)(call.x, *base, *factors, *_lora_options(low))
+
+
+def lora_linear(call: LoraLinearCall) -> tuple[Tensor, Tensor]:
+    return _lora_linear("lora_linear", call)
+
+
+def lora_linear_hopper(call: LoraLinearCall) -> tuple[Tensor, Tensor]:
+    return _lora_linear("lora_linear_hopper", call)
 
 
 def lora_extend(x: Tensor, low: LowRank) -> tuple[Tensor, Tensor]:
-    """x [M, in_features] -> [x | scaling * act(h)] with padded columns, and h fp32 [M, r]."""
-    options = _lora_options(low)
-    return torch.ops.pylora_C.lora_extend(_rows(x), _c(low.A), _c(low.A_bias), *options)
+    """([x | scaling * act(h)] with padded columns, h fp32), of the leading sizes of x."""
+    return _op("lora_extend")(x, low.A, low.A_bias, *_lora_options(low))
+
+
+def lora_linear_backward(call: LoraLinearBackward) -> LayerGradients:
+    low, want = call.layer.low_rank, call.wanted
+    assert low is not None
+    mask = [want.x, want.weight, want.A, want.B, want.bias, want.A_bias, want.B_bias]
+    base = (call.grad, call.x, call.h, *call.layer.weight.arguments)
+    found = _op("lora_linear_backward")(*base, low.A, low.B, *_lora_options(low), mask)
+    return LayerGradients(*(t if w else None for t, w in zip(found, mask, strict=True)))
+
+
+def multi_lora_linear(call: MultiLoraCall) -> tuple[Tensor, Tensor]:
+    weight, adapters = call.layer.weight, call.adapters
+    scalings = adapters.scalings
+    if scalings.dtype is not torch.float32:
+        scalings = scalings.float()
+    base = (call.x, *weight.arguments, weight.out_features)
+    stacks = (adapters.A, adapters.B, adapters.ids, scalings)
+    return _op("multi_lora_linear")(*base, *stacks, call.layer.bias)

@@ -1,8 +1,8 @@
 """Every row threshold of every backend, with the measurement behind it or the word "estimate".
 
 A threshold decides which kernel runs for M, the rows of x or of the gradient. What a compiled
-kernel cannot do at all is a hard limit and comes from the extension (`build_info()`). This module
-imports nothing, so that kernels and backends alike can read it.
+kernel cannot do at all is a hard limit and comes from the extension (`extension.hard_limits`). This
+module imports nothing, so that kernels and backends alike can read it.
 """
 
 from __future__ import annotations
@@ -24,21 +24,12 @@ CUDA_PRODUCT_FROM = 513
 # product. Estimate.
 TRITON_PRODUCT_FROM = {2: 513, 4: 65}
 
-# Hard limits of kernels that count rows in a grid dimension.
-CUDA_MOST_ROWS = 8 * 65535
-CUDA_FEW_ROWS_OF_BLOCK_32 = 16
-
-# Plans are the same for all numbers of rows between two neighbours of this list, which holds the
-# most rows of each side of every threshold above.
-ROW_STEPS = sorted(
-    {
-        0,
-        CUDA_FEW_ROWS_OF_BLOCK_32,
-        CUDA_FEW_ROWS_OF_LITTLE_SHARED_MEMORY,
-        CUDA_FEW_ROWS,
-        CUDA_HOPPER_FROM - 1,
-        CUDA_PRODUCT_FROM - 1,
-        CUDA_MOST_ROWS,
-        *(first - 1 for first in TRITON_PRODUCT_FROM.values()),
-    }
-)
+# The most rows of the lower side of every threshold above; `row_steps` adds the hard limits.
+ROW_STEPS = {
+    0,
+    CUDA_FEW_ROWS_OF_LITTLE_SHARED_MEMORY,
+    CUDA_FEW_ROWS,
+    CUDA_HOPPER_FROM - 1,
+    CUDA_PRODUCT_FROM - 1,
+    *(first - 1 for first in TRITON_PRODUCT_FROM.values()),
+}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pylora import dispatch
 from pylora.backends.backend import Plan
-from pylora.backends.limits import ROW_STEPS
+from pylora.backends.row_steps import row_steps
 from pylora.calls import Layer
 from pylora.ops.registration import OPS, only_autograd_watches, run_plan
 
@@ -97,7 +97,7 @@ class Kept:
             self._generation = dispatch.generation()
         low = layer.low_rank
         rows = x.numel() // self._in_features if self._in_features else 0
-        key = (x.dtype, None if low is None else low.A.dtype, bisect_left(ROW_STEPS, rows))
+        key = (x.dtype, None if low is None else low.A.dtype, bisect_left(row_steps(), rows))
         plan = self._plans.get(key)
         if plan is None:
             _, plan = dispatch.choose(call)

@@ -73,7 +73,7 @@ inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaSt
   return cudaSuccess;
 }
 
-// There is no device to ask: the programs here bring their own limits.
+// The one device cannot be asked: the programs here bring their own limits.
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
@@ -81,7 +81,10 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
 };
-inline cudaError_t cudaGetDevice(int* /*device*/) { return cudaErrorInvalidValue; }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
 inline cudaError_t cudaDeviceGetAttribute(int* /*value*/, cudaDeviceAttr /*attribute*/,
                                           int /*device*/) {
   return cudaErrorInvalidValue;
