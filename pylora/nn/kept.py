@@ -85,7 +85,8 @@ class Kept:
         if weight_dtype is not torch.uint8 and weight_dtype is not x.dtype:
             return False
         for (held, name), tensor in zip(self._places, self._tensors, strict=True):
-            if held[name] is not tensor:
+            # A parametrization takes the name away; the dict then stands for no tensor.
+            if held.get(name, held) is not tensor:
                 return False
         return only_autograd_watches(()) and not torch.is_autocast_enabled(self._device_type)
 
