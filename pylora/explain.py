@@ -67,7 +67,9 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
         bound = inspect.signature(getattr(functional, op)).bind(*args, **kwargs)
     except TypeError as error:
         raise TypeError(f"{op}(): {error}") from None
-    call = functional.CALLS[op](*args, **kwargs)
+    if bound.arguments.get("dropout_p") and bound.arguments.get("seed") is None:
+        bound.arguments["seed"] = 0  # explaining draws no random number
+    call = functional.CALLS[op](*bound.args, **bound.kwargs)
     found = _explained(op, call)
     if bound.arguments.get("double_quant"):
         second = "the second quantization, of absmax, runs in PyTorch (the reference)"

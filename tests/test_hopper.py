@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from flat_calls import answer, chosen, reference_op
-from torch import Tensor
+from flat_calls import chosen, reference_op
 
 import pylora
 from pylora import dispatch
 from pylora.backends import cuda, cuda_hopper, extension
-from pylora.backends.backend import Refusal
+from pylora.backends.backend import Plan, Refusal
+from pylora.calls import Layer, LoraLinearCall, LowRank, Nf4LinearCall, Weight
 from pylora.testing import assert_as_accurate_as_torch
 
 
@@ -124,56 +124,120 @@ def test_in_a_cuda_graph(turned_on):
 # In words, on fake tensors: no GPU is needed.
 
 
-@pytest.fixture
-def why_not(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str | None]]:
-    if extension.load()[0] is None:
-        pytest.skip("pylora was installed without its extension, which knows the limits")
-    monkeypatch.setattr(cuda, "_has_matrix_instructions", lambda device: True)
-    monkeypatch.setattr(cuda, "_is_aligned", lambda tensor: True)
-    monkeypatch.setattr(cuda_hopper, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(cuda_hopper, "_is_compiled", lambda: True)
-    monkeypatch.setenv("PYLORA_HOPPER", "1")
-    pylora.refresh()
+class Calls:
+    """The cuda backend's answers about calls on a GPU whose capability a test sets."""
 
-    def ask(rows: int = 128, columns: int = 192, blocksize: int = 64) -> str | None:
-        """Why it does not take the call, or what it notes if another of its kernels does."""
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        if extension.load()[0] is None:
+            pytest.skip("pylora was installed without its extension, which knows the limits")
+        self._monkeypatch = monkeypatch
+        monkeypatch.setattr(cuda, "_has_matrix_instructions", lambda device: True)
+        monkeypatch.setattr(cuda, "_is_aligned", lambda tensor: True)
+        monkeypatch.setattr(cuda, "_shared_memory", lambda device: 163 << 10)
+        self.on(9, 0)
+
+    def on(self, *capability: int, compiled: bool = True) -> None:
+        self._monkeypatch.setattr(cuda_hopper, "_capability", lambda device: capability)
+        self._monkeypatch.setattr(cuda_hopper, "_is_compiled", lambda: compiled)
+
+    def ask(
+        self, rows: int = 128, columns: int = 192, blocksize: int = 64, has_lora: bool = False
+    ) -> Plan | Refusal:
         numel = 96 * columns
         qweight = torch.empty(numel // 2, dtype=torch.uint8, device="cuda")
         absmax = torch.empty(-(-numel // blocksize), device="cuda")
         x = torch.empty(rows, columns, dtype=torch.bfloat16, device="cuda")
-        args: tuple[Tensor | int | None, ...] = (x, qweight, absmax, None, None, None)
-        got = answer(cuda.BACKEND, "nf4_linear", *args, blocksize, 256, 96, None)
-        return got.reason if isinstance(got, Refusal) else got.note or None
+        weight = Weight(qweight, absmax, None, None, None, blocksize, 256, (96, columns))
+        if not has_lora:
+            return cuda.BACKEND.plan(Nf4LinearCall(x, Layer(weight)))
+        low = LowRank(x.new_empty(8, columns), x.new_empty(96, 8))
+        return cuda.BACKEND.plan(LoraLinearCall(x, Layer(weight, None, low)))
 
+    def plan(self, **options: Any) -> Plan:
+        found = self.ask(**options)
+        assert isinstance(found, Plan), found.reason
+        return found
+
+    def refusal(self, **options: Any) -> str:
+        found = self.ask(**options)
+        assert isinstance(found, Refusal), found.variant
+        return found.reason
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
+    monkeypatch.setenv("PYLORA_HOPPER", "1")
+    pylora.refresh()
     with torch._subclasses.fake_tensor.FakeTensorMode():
-        yield ask
+        yield Calls(monkeypatch)
 
 
-def test_limits_in_words(why_not: Callable[..., str | None], monkeypatch: pytest.MonkeyPatch):
-    assert why_not() is None
-    assert why_not(blocksize=128) is None  # a block straddles rows
-    assert why_not(rows=127) == "x has 127 rows; the kernel for few rows takes up to 64"
-    many = "not hopper: x has 524288 rows; the Hopper kernel takes up to 524280"
-    assert why_not(rows=8 * 65536) == many
-    needs = "the Hopper kernel needs a multiple of 64"
-    assert why_not(columns=224) == f"in_features is 224; {needs}"
-    assert why_not(blocksize=32) == f"blocksize is 32; {needs}"
-    monkeypatch.setattr(cuda_hopper, "_is_compiled", lambda: False)
-    assert why_not() == "the Hopper kernel was not compiled: PYLORA_CUDA_ARCHS had no 90a"
-    monkeypatch.setattr(cuda_hopper, "_capability", lambda device: (10, 0))
-    assert why_not() == "the Hopper kernel needs a GPU of compute capability 9.0"
+NEEDS = "the Hopper kernel needs a multiple of 64"
+
+
+@pytest.mark.parametrize("has_lora", [False, True])
+@pytest.mark.parametrize("rows", [128, 512, 513, 4096])
+def test_it_is_preferred_if_it_can_run(calls: Calls, rows: int, has_lora: bool):
+    assert calls.plan(rows=rows, has_lora=has_lora).variant == cuda.HOPPER
+    straddling = calls.plan(rows=rows, blocksize=128, has_lora=has_lora)
+    assert straddling.variant == cuda.HOPPER
+
+
+CANNOT_RUN = [
+    ((8, 0), True, {}, "the Hopper kernel needs a GPU of compute capability 9.0"),
+    ((10, 0), True, {}, "the Hopper kernel needs a GPU of compute capability 9.0"),
+    ((9, 0), False, {}, "the Hopper kernel was not compiled: PYLORA_CUDA_ARCHS had no 90a"),
+    ((9, 0), True, {"blocksize": 32}, f"blocksize is 32; {NEEDS}"),
+    ((9, 0), True, {"columns": 224}, f"in_features is 224; {NEEDS}"),
+]
+
+
+@pytest.mark.parametrize(("capability", "compiled", "options", "reason"), CANNOT_RUN)
+@pytest.mark.parametrize("rows", [513, 4096])
+def test_many_rows_take_the_dense_product_if_it_cannot_run(
+    calls: Calls,
+    rows: int,
+    capability: tuple[int, int],
+    compiled: bool,
+    options: dict[str, int],
+    reason: str,
+):
+    calls.on(*capability, compiled=compiled)
+    plan = calls.plan(rows=rows, **options)
+    assert plan.variant == cuda.PRODUCT and plan.note == f"not the Hopper kernel: {reason}"
+
+
+@pytest.mark.parametrize(("capability", "compiled", "options", "reason"), CANNOT_RUN)
+def test_a_middle_number_of_rows_is_refused_with_its_reason(
+    calls: Calls,
+    capability: tuple[int, int],
+    compiled: bool,
+    options: dict[str, int],
+    reason: str,
+):
+    calls.on(*capability, compiled=compiled)
+    assert calls.refusal(rows=128, **options).endswith(f"not the Hopper kernel: {reason}")
+
+
+def test_the_most_rows(calls: Calls):
+    plan = calls.plan(rows=8 * 65536)
+    assert plan.variant == cuda.PRODUCT
+    reason = "x has 524288 rows; the Hopper kernel takes up to 524280"
+    assert plan.note == f"not the Hopper kernel: {reason}"
+    assert calls.refusal(rows=127) == "x has 127 rows; the kernel for few rows takes up to 64"
 
 
 @pytest.mark.parametrize("value", [None, "", "0"])
-def test_off_by_default(why_not, monkeypatch: pytest.MonkeyPatch, value: str | None):
+def test_off_by_default(calls: Calls, monkeypatch: pytest.MonkeyPatch, value: str | None):
     if value is None:
         monkeypatch.delenv("PYLORA_HOPPER")
-        pylora.refresh()
     else:
         monkeypatch.setenv("PYLORA_HOPPER", value)
-        pylora.refresh()
-    reason = why_not()
-    assert reason is not None and "has not been measured" in reason and "PYLORA_HOPPER=1" in reason
+    pylora.refresh()
+    plan, reason = calls.plan(rows=513), calls.refusal(rows=128)
+    assert plan.variant == cuda.PRODUCT
+    for text in (plan.note, reason):
+        assert "has not been measured" in text and "PYLORA_HOPPER=1" in text
 
 
 def test_the_op_refuses_what_it_cannot_run():

@@ -14,7 +14,6 @@ import pylora
 import pylora.functional as F
 from pylora.functional import Projection
 from pylora.reference.dropout import dropout_mask
-from pylora.testing import assert_as_accurate_as_torch
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -255,14 +254,17 @@ def test_compile(backend: str, grouped: Any, tensors_of: TensorsOf) -> None:
     seed = torch.tensor(11, device=x.device)
     leaves = [x, *tensors_of(*qkv)]
 
-    def function(x: Tensor, *qkv: Projection) -> Tensor:
+    # The sums stay outside: Inductor adds in another order than eager torch, and rounds otherwise.
+    def function(x: Tensor, *qkv: Projection) -> tuple[Tensor, Tensor]:
         q, k, v = F.lora_qkv(x, *qkv, 0.25, seed)
-        return q.relu().sum() + (k * v).sum()
+        return q.relu(), k * v
 
     compiled, expected = torch.compile(function, fullgraph=True)(x, *qkv), function(x, *qkv)
-    assert_as_accurate_as_torch(compiled, lambda *args: function(*args), x, *qkv)
+    assert all(map(torch.equal, compiled, expected))
     for a, b in zip(
-        torch.autograd.grad(compiled, leaves), torch.autograd.grad(expected, leaves), strict=True
+        torch.autograd.grad(sum(y.sum() for y in compiled), leaves),
+        torch.autograd.grad(sum(y.sum() for y in expected), leaves),
+        strict=True,
     ):
         assert torch.equal(a, b)
 

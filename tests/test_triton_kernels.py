@@ -25,13 +25,14 @@ from pylora.testing import assert_as_accurate_as_torch
 if BACKEND.unavailable() is not None:
     pytest.skip(f"no Triton kernels here: {BACKEND.unavailable()}", allow_module_level=True)
 
+from pylora.calls import Dropout
 from pylora.kernels import configs, launch
-from pylora.kernels.epilogue import Epilogue, LowRank
+from pylora.kernels.epilogue import Epilogue, Term
 from pylora.kernels.linear_expand import linear_expand
 from pylora.kernels.lora_hidden import lora_hidden, lora_hidden_backward
 from pylora.kernels.lora_shrink import lora_shrink
 from pylora.kernels.lora_weight_grad import lora_weight_grad
-from pylora.kernels.philox import seeded_dropout
+from pylora.kernels.philox import mask_of
 from pylora.kernels.precision import fp32_precision, lora_operands, output_operands
 
 DEVICE = BACKEND.device()
@@ -204,17 +205,17 @@ def test_mask_is_the_references_bit_for_bit(columns: int) -> None:
     rows, p = 21, 0.4
     seed = torch.tensor(2**61 + 98765, device=DEVICE)
     keep = dropout_mask(torch.Size((rows, columns)), p, seed)
-    dropout = seeded_dropout(p, seed)
+    mask = mask_of(Dropout(p, seed))
     operands = lora_operands(FP32, FP32)
     ones = torch.ones(rows, columns, device=DEVICE)
     eye = torch.eye(columns, device=DEVICE)
-    (shrunk,) = lora_shrink(ones, [eye], operands, dropouts=[dropout])
+    (shrunk,) = lora_shrink(ones, [eye], operands, masks=[mask])
     assert torch.equal(shrunk.sum(0), keep.float())
     eye = torch.eye(rows, device=DEVICE)
-    (gradient,) = lora_weight_grad(ones, [eye], operands, [dropout])
+    (gradient,) = lora_weight_grad(ones, [eye], operands, [mask])
     assert torch.equal(gradient != 0, keep)
     out = torch.zeros_like(ones)
-    epilogue = Epilogue(terms=[LowRank(eye[None], ones.t(), dropout=dropout)], operands=operands)
+    epilogue = Epilogue(terms=[Term(eye[None], ones.t(), mask=mask)], operands=operands)
     linear_expand(out[None], out, epilogue)
     assert torch.equal(out != 0, keep)
     assert torch.equal(out[keep], gradient[keep])

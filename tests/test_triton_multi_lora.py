@@ -22,8 +22,9 @@ from pylora.testing import assert_as_accurate_as_torch
 if BACKEND.unavailable() is not None:
     pytest.skip(f"no Triton kernels here: {BACKEND.unavailable()}", allow_module_level=True)
 
+from pylora.calls import Adapters, Layer, Wanted, Weight
 from pylora.kernels import adapter_rows, configs, launch
-from pylora.kernels.multi_lora_linear import MultiLoRA, multi_lora_linear
+from pylora.kernels.multi_lora_linear import multi_lora_linear
 from pylora.kernels.multi_lora_linear_backward import multi_lora_linear_backward
 
 DEVICE = BACKEND.device()
@@ -155,8 +156,8 @@ def test_more_adapters_than_rows_and_the_largest_rank() -> None:
     check(arguments(torch.tensor([1, 1, -1, 0] * 5), 24, 128, 2, 512, FP16))
 
 
-def lora_of(forward: tuple[Any, ...], ids: Tensor) -> MultiLoRA:
-    return MultiLoRA(forward[9], forward[10], ids.to(DEVICE), forward[12])
+def lora_of(forward: tuple[Any, ...], ids: Tensor) -> Adapters:
+    return Adapters(forward[9], forward[10], ids.to(DEVICE), forward[12])
 
 
 def test_ids_out_of_range_are_the_base_alone() -> None:
@@ -169,11 +170,12 @@ def test_ids_out_of_range_are_the_base_alone() -> None:
     results = []
     for ids in (wild, kept):
         lora = lora_of(forward, ids)
-        y, h = multi_lora_linear(x, weight, 40, bias, lora)
+        layer = Layer(Weight.dense(weight), bias)
+        y, h = multi_lora_linear(x, layer, lora)
         assert not h[(kept < 0).to(DEVICE)].any()
-        results.append(
-            [y, h, *multi_lora_linear_backward(grad, x, h, weight, lora, (True, True, True))]
-        )
+        wanted = Wanted(x=True, A=True, B=True)
+        found = multi_lora_linear_backward(grad, x, h, layer, lora, wanted)
+        results.append([y, h, found.x, found.A, found.B])
     assert all(map(torch.equal, *results))
     check(forward)
 

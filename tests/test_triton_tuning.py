@@ -19,6 +19,7 @@ from pylora.testing import assert_as_accurate_as_torch
 if BACKEND.unavailable() is not None:
     pytest.skip(f"no Triton kernels here: {BACKEND.unavailable()}", allow_module_level=True)
 
+from pylora.calls import Layer, LowRank, Weight
 from pylora.kernels import configs, tuning
 from pylora.kernels.configs import TileConfig, TilePlan
 
@@ -110,15 +111,13 @@ def test_neighbours_change_one_parameter() -> None:
 )
 def test_a_chosen_plan_is_right(plan: TilePlan) -> None:
     """Two plans that the rule takes for no such call, with LoRA."""
-    from pylora.backends.triton_projections import base
-    from pylora.kernels.lora_linear import Layer, LoRA, lora_linear_by_tiles
-    from pylora.kernels.philox import seeded_dropout
+    from pylora.kernels.lora_linear import lora_linear_by_tiles
 
     x, *q, out_features, bias = call()
     A = torch.randn(4, 512, device=DEVICE) / 512**0.5
     B = torch.randn(out_features, 4, device=DEVICE)
-    lora = LoRA(A, B, None, None, 0.5, seeded_dropout(0.0, None), "identity")
-    layer = Layer(base(tuple(q)), out_features, bias, lora)
+    weight = Weight.of(tuple(q), (out_features, 512))
+    layer = Layer(weight, bias, LowRank(A, B, scaling=0.5))
 
     def expected(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
         last = (bias, None, None, 0.5, 0.0, None, "identity")

@@ -32,7 +32,8 @@ from pylora.calls import (
 from pylora.reference.layers import LayerFunctions
 from pylora.reference.lora_linear import layer_backward, layer_forward
 
-_TORCH = "torch"  # the variant of what no kernel of the backend runs
+# A step of a composed op: its name, and its plan; None if torch runs it.
+Step = tuple[str, Plan | Refusal | None]
 
 
 def composed(planners: Mapping[Any, Planner]) -> dict[Any, Planner]:
@@ -77,7 +78,8 @@ class _Layers:
         gate, up, down = call.layers
         hidden = _like_rows(call.x, gate.weight.out_features)
         inputs = (call.x, gate), (call.x, up), (hidden, down)
-        return self._joined([self._plan_forward(*one) for one in inputs], reference.lora_mlp)
+        steps = [self._plan_forward(*one) for one in inputs]
+        return self._joined(steps, reference.lora_mlp, "the activation in torch")
 
     def mlp_backward(self, call: LoraMlpBackward) -> Plan | Refusal:
         # The gradients of gate and up, and the input of down, have the shapes of gate and up.
@@ -86,47 +88,50 @@ class _Layers:
             self._plan_backward(*each)
             for each in zip(grads, inputs, call.hs, call.layers, call.wanted, strict=True)
         ]
-        return self._joined(plans, reference.lora_mlp_backward)
+        return self._joined(plans, reference.lora_mlp_backward, "the activation in torch")
 
     def multi_lora(self, call: MultiLoraCall) -> Plan | Refusal:
         base = self._plan_forward(call.x, call.layer)
-        return self._joined([base], reference.multi_lora_linear, adapters=True)
+        return self._joined([base], reference.multi_lora_linear, "the adapters in torch")
 
     def multi_lora_backward(self, call: MultiLoraBackward) -> Plan | Refusal:
         wanted = Wanted(x=True)
         base = self._plan_backward(call.grad, call.x, call.h, call.layer, wanted)
-        return self._joined([base], reference.multi_lora_linear_backward, adapters=True)
+        return self._joined([base], reference.multi_lora_linear_backward, "the adapters in torch")
 
     def _joined(
-        self,
-        plans: Sequence[Plan | Refusal | None],
-        function: Callable[..., Any],
-        adapters: bool = False,
+        self, steps: Sequence[Step], function: Callable[..., Any], in_torch: str = ""
     ) -> Plan | Refusal:
-        """One plan that runs all of them, or the first refusal; None stands for torch."""
-        variants = []
-        for plan in plans:
+        """One plan that runs all steps, or the first refusal.
+
+        in_torch   what the op runs in torch besides, in words
+        """
+        words: list[str] = []
+        for name, plan in steps:
             if isinstance(plan, Refusal):
                 return plan
-            variants.append(_TORCH if plan is None else plan.variant)
-        if all(plan is None for plan in plans):
+            words.append(f"{name} in torch" if plan is None else f"{name} ({plan.variant})")
+        if all(plan is None for _, plan in steps):
             return Refusal(DENSE)
-        counts = Counter(variants)
-        words = [f"{count} x {v}" if count > 1 else v for v, count in counts.items()]
-        words += ["adapters in torch"] * adapters
+        counts = Counter(words)
+        parts = [f"{count} x {word}" if count > 1 else word for word, count in counts.items()]
         functions = self.functions
         run = in_python(lambda call: function(call, functions))
-        return Plan("composed: " + ", ".join(words), run)
+        return Plan("composed of " + ", ".join([*parts, *[in_torch] * bool(in_torch)]), run)
 
-    def _plan_forward(self, x: Tensor, layer: Layer) -> Plan | Refusal | None:
+    def _plan_forward(self, x: Tensor, layer: Layer) -> Step:
         call = _forward_call(x, layer)
-        return None if call is None else self._planners[type(call)](call)
+        if call is None:
+            return "a dense layer", None
+        return call.op, self._planners[type(call)](call)
 
     def _plan_backward(
         self, grad: Tensor, x: Tensor, h: Tensor, layer: Layer, wanted: Wanted
-    ) -> Plan | Refusal | None:
+    ) -> Step:
         call = _backward_call(grad, x, h, layer, wanted)
-        return None if call is None else self._planners[type(call)](call)
+        if call is None:
+            return "a dense layer", None
+        return call.op, self._planners[type(call)](call)
 
     def _forward(self, x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
         call = _forward_call(x, layer)

@@ -183,7 +183,7 @@ def _linear(call: Nf4LinearCall | LoraLinearCall) -> Plan | Refusal:
     if hopper is None:
         return Plan(HOPPER, getattr(extension, f"{op}_hopper"))
     many = rows >= limits.CUDA_HOPPER_FROM
-    note = f"not {HOPPER}: {hopper}" if many else ""
+    note = f"not the Hopper kernel: {hopper}" if many else ""
     if rows >= limits.CUDA_PRODUCT_FROM:
         reason = None if low is None else cuda_products.lora_reason(x, rows, low)
         if reason is None:
