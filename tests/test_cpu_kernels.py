@@ -303,3 +303,18 @@ def test_errors_name_the_argument() -> None:
     ):
         with pytest.raises(RuntimeError, match=f"{name} must have shape .*, got"):
             lora_linear(*forward[:index], wrong, *forward[index + 1 :])
+
+
+def test_a_call_that_fails_keeps_none_of_its_arguments() -> None:
+    """All are read, and so released, before the first check."""
+    q = nf4(48, 64, 64, nested=True)
+    forward, _ = lora(5, 48, 64, 4, BF16, q, dropout_p=0.5, biases=True)
+    tensors = [argument for argument in forward if isinstance(argument, Tensor)]
+    before = [tensor._use_count() for tensor in tensors]
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="x must have 1 dimension or more"):
+            lora_linear(torch.zeros((), dtype=BF16), *forward[1:])
+        with pytest.raises(RuntimeError, match="activation must be"):
+            ops.lora_linear(*forward[:-1], 99)
+        lora_linear(*forward)
+    assert [tensor._use_count() for tensor in tensors] == before

@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pylora import dispatch, nf4
 from pylora.backends import cuda
 
+pytest.importorskip("pylora._C", reason="the extension knows the limits", exc_type=ImportError)
+
 bf16 = torch.bfloat16
 
 

@@ -128,6 +128,8 @@ class Calls:
     """The cuda backend's answers about calls on a GPU whose capability a test sets."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        if extension.load()[0] is None:
+            pytest.skip("pylora was installed without its extension, which knows the limits")
         self._monkeypatch = monkeypatch
         monkeypatch.setattr(cuda, "_has_matrix_instructions", lambda device: True)
         monkeypatch.setattr(cuda, "_is_aligned", lambda tensor: True)

@@ -130,65 +130,24 @@ void check_shared_memory(const char* name, const SmallPlan& plan, const DeviceLi
                   " bytes of shared memory, this GPU gives ", limits.shared_per_cta);
 }
 
-// y, which may have no rows. The launch takes what else it needs from the caching allocator, so
-// that calls on different streams and in CUDA graphs keep apart. make_plan(op, limits) gives the
-// plan.
-template <class MakePlan>
-Tensor run_small(const char* name, const LoraLinear& base, const Rows& x,
-                 const MakePlan& make_plan) {
-  LoraLinearSmall op;
-  static_cast<LoraLinear&>(op) = base;
-  const int64_t rows = op.weight.rows;
-  check_columns(op.weight.cols, op.weight.blocksize);
-  Tensor y = x.new_rows(rows);
-  if (op.tokens == 0) return y;
-  const DeviceLimits limits = current_limits(name);
-  const SmallPlan plan = make_plan(op, limits);
-  check_shared_memory(name, plan, limits);
-  const int64_t low = static_cast<int64_t>(op.tokens) * op.hidden.rank;
-  const int64_t partials = plan.partial_floats(op.tokens, rows);
-  Tensor workspace =
-      torch::stable::new_empty(x.tensor, {low + partials + plan.counters()}, ScalarType::Float);
-  op.hidden.low = workspace.mutable_data_ptr<float>();
-  op.partials = op.hidden.low + low;
-  op.counters = reinterpret_cast<unsigned*>(op.partials + partials);
-  op.y = y.mutable_data_ptr();
-  check_cuda_call(name, lora_linear_small_cuda(op, plan, limits.dependent_launch,
-                                               current_stream(x.tensor.get_device_index())));
-  return y;
-}
+// What a launch needs besides, from the caching allocator: calls on different streams and in CUDA
+// graphs keep apart.
+struct Workspace {
+  Workspace(const Rows& x, int64_t low_floats, int64_t partial_floats, int64_t count)
+      : memory(torch::stable::new_empty(x.tensor, {low_floats + partial_floats + count},
+                                        ScalarType::Float)),
+        low(memory.mutable_data_ptr<float>()),
+        partials(low + low_floats),
+        counters(reinterpret_cast<unsigned*>(partials + partial_floats)) {}
 
-// The same for many tokens.
-template <class MakePlan>
-Tensor run_hopper(const char* name, const LoraLinear& base, const Rows& x,
-                  const MakePlan& make_plan) {
-  LoraLinearHopper op;
-  static_cast<LoraLinear&>(op) = base;
-  const NF4Matrix& weight = op.weight;
-  STD_TORCH_CHECK(weight.cols % kHopperColumns == 0, "x must have a multiple of ", kHopperColumns,
-                  " columns, got ", weight.cols);
-  STD_TORCH_CHECK(weight.blocksize % kHopperColumns == 0, "blocksize must be a multiple of ",
-                  kHopperColumns, ", got ", weight.blocksize);
-  Tensor y = x.new_rows(weight.rows);
-  if (op.tokens == 0) return y;
-  const DeviceLimits limits = current_limits(name);
-  STD_TORCH_CHECK(limits.major == 9 && limits.minor == 0, name,
-                  " needs a GPU of compute capability 9.0, got ", limits.major, ".", limits.minor);
-  const HopperPlan plan = make_plan(op, limits);
-  const int64_t low = op.tokens * low_pitch(op.hidden.rank);  // a multiple of 16 bytes
-  const int64_t partials = plan.partial_floats();
-  Tensor workspace =
-      torch::stable::new_empty(x.tensor, {low + partials + plan.counters()}, ScalarType::Float);
-  op.hidden.low = workspace.mutable_data_ptr<float>();
-  op.partials = op.hidden.low + low;
-  op.counters = reinterpret_cast<unsigned*>(op.partials + partials);
-  op.y = y.mutable_data_ptr();
-  check_cuda_call(name,
-                  nf4_linear_hopper_cuda(op, plan, current_stream(x.tensor.get_device_index())));
-  return y;
-}
+  Tensor memory;
+  float* low;
+  float* partials;
+  unsigned* counters;
+};
 
-// How a call is run, the plan of the rule, and the most tokens it takes at a blocksize.
+// How few tokens are run: the most at a blocksize, the plan of the rule, and a call with the plan
+// of make_plan(op, limits), whose y may have no rows.
 struct FewTokens {
   static int64_t most(int64_t blocksize) {
     return blocksize == 32 ? kMaxSmallTokensOfBlock32 : kMaxSmallTokens;
@@ -197,22 +156,60 @@ struct FewTokens {
     return plan_small(op.tokens, op.weight.rows, op.weight.cols, limits);
   }
   static int64_t first(const SmallPlan& plan) { return plan.output_warps; }
+
   template <class MakePlan>
-  static Tensor run(const char* name, const LoraLinear& op, const Rows& x,
+  static Tensor run(const char* name, const LoraLinear& base, const Rows& x,
                     const MakePlan& make_plan) {
-    return run_small(name, op, x, make_plan);
+    const int64_t rows = base.weight.rows;
+    check_columns(base.weight.cols, base.weight.blocksize);
+    Tensor y = x.new_rows(rows);
+    if (x.count == 0) return y;
+    const DeviceLimits limits = current_limits(name);
+    const SmallPlan plan = make_plan(base, limits);
+    check_shared_memory(name, plan, limits);
+    const Workspace space(x, x.count * base.hidden.rank, plan.partial_floats(x.count, rows),
+                          plan.counters());
+    LoraLinearSmall op{base, space.partials, space.counters};
+    op.hidden.low = space.low;
+    op.y = y.mutable_data_ptr();
+    check_cuda_call(name, lora_linear_small_cuda(op, plan, limits.dependent_launch,
+                                                 current_stream(x.tensor.get_device_index())));
+    return y;
   }
 };
+
+// The same for many tokens.
 struct ManyTokens {
   static int64_t most(int64_t) { return kMaxManyTokens; }
   static HopperPlan plan(const LoraLinear& op, const DeviceLimits& limits) {
     return plan_hopper(op.tokens, op.weight.rows, op.weight.cols, limits.processors);
   }
   static int64_t first(const HopperPlan& plan) { return plan.tile_tokens; }
+
   template <class MakePlan>
-  static Tensor run(const char* name, const LoraLinear& op, const Rows& x,
+  static Tensor run(const char* name, const LoraLinear& base, const Rows& x,
                     const MakePlan& make_plan) {
-    return run_hopper(name, op, x, make_plan);
+    const NF4Matrix& weight = base.weight;
+    STD_TORCH_CHECK(weight.cols % kHopperColumns == 0, "x must have a multiple of ", kHopperColumns,
+                    " columns, got ", weight.cols);
+    STD_TORCH_CHECK(weight.blocksize % kHopperColumns == 0, "blocksize must be a multiple of ",
+                    kHopperColumns, ", got ", weight.blocksize);
+    Tensor y = x.new_rows(weight.rows);
+    if (x.count == 0) return y;
+    const DeviceLimits limits = current_limits(name);
+    STD_TORCH_CHECK(limits.major == 9 && limits.minor == 0, name,
+                    " needs a GPU of compute capability 9.0, got ", limits.major, ".",
+                    limits.minor);
+    const HopperPlan plan = make_plan(base, limits);
+    // low is a multiple of 16 bytes, so that the partial sums are aligned as well.
+    const Workspace space(x, x.count * low_pitch(base.hidden.rank), plan.partial_floats(),
+                          plan.counters());
+    LoraLinearHopper op{base, space.partials, space.counters};
+    op.hidden.low = space.low;
+    op.y = y.mutable_data_ptr();
+    check_cuda_call(name,
+                    nf4_linear_hopper_cuda(op, plan, current_stream(x.tensor.get_device_index())));
+    return y;
   }
 };
 
@@ -278,11 +275,9 @@ Tensor nf4_linear_backward_cuda(const Tensor& given_grad, NF4Tensors& weight, in
   const DeviceLimits limits = current_limits(kName);
   const SmallPlan plan = plan_small_backward(op.tokens, op.weight.rows, in_features, limits);
   check_shared_memory(kName, plan, limits);
-  const int64_t partials = plan.partial_floats(op.tokens, in_features);
-  Tensor workspace =
-      torch::stable::new_empty(grad.tensor, {partials + plan.counters()}, ScalarType::Float);
-  op.partials = workspace.mutable_data_ptr<float>();
-  op.counters = reinterpret_cast<unsigned*>(op.partials + partials);
+  const Workspace space(grad, 0, plan.partial_floats(grad.count, in_features), plan.counters());
+  op.partials = space.partials;
+  op.counters = space.counters;
   op.dx = dx.mutable_data_ptr();
   check_cuda_call(kName, nf4_linear_backward_small_cuda(op, plan, device.stream()));
   return dx;
