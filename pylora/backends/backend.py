@@ -75,10 +75,18 @@ class Backend:
         return Refusal(f"has no kernel for {call.op}") if planner is None else planner(call)
 
 
-# The torch.compile of torch 2.11 cannot trace the question; the answer never changes.
-@torch.compiler.assume_constant_result
+# Asked here because the torch.compile of torch 2.11 cannot trace the question.
+_WITH_AUTOCAST = frozenset(
+    kind
+    for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla")
+    if torch.amp.autocast_mode.is_autocast_available(kind)
+)
+
+
 def _has_autocast(device_type: str) -> bool:
-    return torch.amp.autocast_mode.is_autocast_available(device_type)
+    if device_type in _WITH_AUTOCAST or torch.compiler.is_compiling():
+        return device_type in _WITH_AUTOCAST
+    return torch.amp.autocast_mode.is_autocast_available(device_type)  # a device that came later
 
 
 def under_autocast(device_type: str) -> bool:
