@@ -6,9 +6,7 @@ import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pylora import dispatch, functional
 from pylora.backends.backend import Refusal
@@ -95,23 +93,10 @@ def _explained(name: str, call: Call) -> Explanation:
 
 
 def _backward_call(call: Call) -> Any:
-    """The record of the backward of a differentiable call, over results without memory."""
+    """The record of the backward of a differentiable call, over results that are not initialized."""
     gradient = OPS[type(call)].gradient
     if gradient.spec is None:
         return None
-    with _WithoutMemory():
-        results = OPS[type(call)].fake(call)
+    results = OPS[type(call)].fake(call)
     flat = [results] if isinstance(results, Tensor) else flat_tensors(results)
     return gradient.record(call, flat)
-
-
-class _WithoutMemory(TorchDispatchMode):
-    """Gives one element, expanded, in place of every new tensor."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is torch.ops.aten.new_empty.default:
-            like, size = args
-            return func(like, (), **(kwargs or {})).expand(size)
-        return func(*args, **(kwargs or {}))
