@@ -93,7 +93,7 @@ def _explained(name: str, call: Call) -> Explanation:
 
 
 def _backward_call(call: Call) -> Any:
-    """The record of the backward of a differentiable call, over results that are not initialized."""
+    """The record of the backward of a differentiable call, over uninitialized results."""
     gradient = OPS[type(call)].gradient
     if gradient.spec is None:
         return None
