@@ -8,7 +8,6 @@ layers after the other. A gradient that was not requested is None in a record, a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -101,4 +100,10 @@ def empty_layers_results(
 
 def flat_tensors(results: Sequence[Any]) -> list[Tensor]:
     """The tensors of an op's results, lists among them opened."""
-    return list(chain(*(one if isinstance(one, (list, tuple)) else [one] for one in results)))
+    flat: list[Tensor] = []
+    for one in results:
+        if isinstance(one, (list, tuple)):
+            flat += one
+        else:
+            flat.append(one)
+    return flat

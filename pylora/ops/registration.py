@@ -201,12 +201,15 @@ def _node(name: str, gradient: Gradient) -> Any:
     def forward(
         ctx: Any, call: Any, run: Callable[[], Any], shape: list[Any], *inputs: Tensor | None
     ) -> Any:
-        results = run()
+        # The ops of the extension have no gradient of their own: to ask them for one would take
+        # torch as long as the rest of their call.
+        with torch._C._AutoDispatchBelowAutograd():
+            results = run()
         flat = [results] if isinstance(results, Tensor) else flat_tensors(results)
         if not isinstance(results, Tensor):
             shape += [len(one) if isinstance(one, (list, tuple)) else None for one in results]
         tensors: list[Tensor] = []
-        ctx.others = [_without_tensors(value, tensors) for value in gradient.save(call, flat)]
+        ctx.others = _without_tensors(gradient.save(call, flat), tensors)
         ctx.save_for_backward(*tensors)
         ctx.dtypes = [None if t is None else t.dtype for t in inputs]
         ctx.outputs = gradient.outputs(call)
@@ -216,7 +219,7 @@ def _node(name: str, gradient: Gradient) -> Any:
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         tensors = iter(ctx.saved_tensors)
-        saved = [_with_tensors(value, tensors) for value in ctx.others]
+        saved = _with_tensors(ctx.others, tensors)
         _, _, _, *wanted = ctx.needs_input_grad  # behind call, run and shape
         if all(grad is None for grad in grads[: ctx.outputs]):
             return (None,) * (3 + len(wanted))
@@ -235,19 +238,27 @@ class _Saved:
     """Stands for a tensor that autograd keeps."""
 
 
-def _without_tensors(value: Any, tensors: list[Tensor]) -> Any:
-    """The value with its tensors, also those in lists, taken out into `tensors`."""
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return _Saved
-    return [_without_tensors(v, tensors) for v in value] if isinstance(value, list) else value
+def _without_tensors(values: Sequence[Any], tensors: list[Tensor]) -> list[Any]:
+    """The values with their tensors, also those in lists, taken out into `tensors`."""
+    others: list[Any] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            others.append(_Saved)
+        else:
+            others.append(_without_tensors(value, tensors) if type(value) is list else value)
+    return others
 
 
-def _with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
+def _with_tensors(others: Sequence[Any], tensors: Iterator[Tensor]) -> list[Any]:
     """The inverse of `_without_tensors`."""
-    if value is _Saved:
-        return next(tensors)
-    return [_with_tensors(v, tensors) for v in value] if isinstance(value, list) else value
+    values: list[Any] = []
+    for value in others:
+        if value is _Saved:
+            values.append(next(tensors))
+        else:
+            values.append(_with_tensors(value, tensors) if type(value) is list else value)
+    return values
 
 
 def no_gradient(name: str, inputs: Callable[[Any], tuple[Tensor | None, ...]]) -> Gradient:
