@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pylora.calls import Dropout
 from pylora.reference.dropout import dropout, dropout_mask, philox
 
 
@@ -50,6 +51,6 @@ def test_rate(p: float) -> None:
 
 def test_kept_elements_are_scaled() -> None:
     x = torch.ones(64, 64)
-    y = dropout(x, 0.25, torch.tensor(1))
+    y = dropout(x, Dropout(0.25, torch.tensor(1)))
     assert torch.equal(y.unique(), torch.tensor([0.0, 1 / 0.75]))
-    assert dropout(x, 0.0, None) is x
+    assert dropout(x, None) is x

@@ -61,7 +61,7 @@ def test_finds_what_a_torch_lacks(torch_headers, tmp_path):
         pytest.skip("no C++ compiler")
     compilation = setup.Compilation(compiler, tmp_path, None, "0")
     error = torch_headers.compile_error(compilation, Path("csrc/cpu/bind.cpp"))
-    assert error is not None and "torch/csrc/stable/library.h" in error
+    assert error is not None and "torch/csrc/stable/" in error
 
 
 def test_the_build_finds_pybind11_before_that_of_torch(torch_headers, tmp_path):
