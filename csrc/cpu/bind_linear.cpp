@@ -81,7 +81,10 @@ LoraLinear to_lora_linear(const Rows& x, const NF4Matrix& weight, Tensor& lora_A
   check_factor("lora_B", lora_B, {weight.rows, rank}, type, x);
   const DropoutArguments dropout = options.dropout(x);
   LoraLinear op;
-  op.x = {.data = x.tensor.const_data_ptr(), .dtype = x.dtype(), .rows = x.count, .cols = x.cols};
+  op.x.data = x.tensor.const_data_ptr();
+  op.x.dtype = x.dtype();
+  op.x.rows = x.count;
+  op.x.cols = x.cols;
   if (dropout.seed != nullptr) {
     op.x.dropout = {.seed = static_cast<uint64_t>(*dropout.seed),
                     .threshold = dropout.threshold,
