@@ -68,7 +68,7 @@ def _content(path: Path) -> bytes:
 
 
 def _json_in(work: Path) -> dict[str, str]:
-    """Where each JSON lies in the archive, with its size and how many cells are missing."""
+    """Says where each JSON lies in the archive, with its size and how many cells are missing."""
     described = {}
     for path in _files(work):
         if path.suffix == ".json":

@@ -99,7 +99,7 @@ def built(target: Target, arch: str, folder: Path = FOLDER) -> Path:
 
 
 def _fingerprint() -> str:
-    """Of all sources that a program may include."""
+    """The digest covers all sources that a program may include."""
     digest = hashlib.sha256()
     folders = (SOURCES, ROOT / "csrc" / "cuda", ROOT / "csrc" / "common")
     files = [path for folder in folders for path in folder.iterdir() if path.is_file()]

@@ -27,7 +27,7 @@ _HEAD_START_CYCLES = 2_000_000
 
 
 def device_seconds(calls: list[Callable[[], object]]) -> float:
-    """Of one call, between two events around all of them."""
+    """Gives the time of one call, from two events around all of them."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(_HEAD_START_CYCLES)
     begin.record()

@@ -35,11 +35,15 @@ def layers_inputs(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor | None, ..
     )
 
 
+def _or_empty(tensors: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+    """The tensors, with an empty one [0] in the place of each None."""
+    return [like.new_empty(0) if tensor is None else tensor for tensor in tensors]
+
+
 def layer_results(gradients: LayerGradients, like: Tensor) -> tuple[Tensor, ...]:
     """The results of lora_linear_backward; an empty tensor [0] stands for None."""
     g = gradients
-    found = (g.x, g.weight, g.A, g.B, g.bias, g.A_bias, g.B_bias)
-    return tuple(like.new_empty(0) if one is None else one for one in found)
+    return tuple(_or_empty((g.x, g.weight, g.A, g.B, g.bias, g.A_bias, g.B_bias), like))
 
 
 def layers_results(
@@ -49,8 +53,7 @@ def layers_results(
     dx, gradients = found
 
     def column(name: str) -> list[Tensor]:
-        tensors = (getattr(one, name) for one in gradients)
-        return [like.new_empty(0) if one is None else one for one in tensors]
+        return _or_empty([getattr(one, name) for one in gradients], like)
 
     columns = map(column, ("weight", "A", "B", "bias"))
     return (like.new_empty(0) if dx is None else dx, *columns)
@@ -59,8 +62,7 @@ def layers_results(
 def adapters_results(gradients: LayerGradients, like: Tensor) -> tuple[Tensor, ...]:
     """The results of multi_lora_linear_backward; an empty tensor [0] stands for None."""
     g = gradients
-    found = (g.x, g.weight, g.A, g.B, g.bias)
-    return tuple(like.new_empty(0) if one is None else one for one in found)
+    return tuple(_or_empty((g.x, g.weight, g.A, g.B, g.bias), like))
 
 
 def requested(results: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
