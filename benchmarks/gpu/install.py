@@ -81,7 +81,7 @@ def why_not(info: dict[str, Any] | str, arch: str | None) -> str | None:
 
 
 def source_digest() -> str:
-    """Loads setup.py, which is a script and cannot be imported in the ordinary way."""
+    """The digest that setup.py computes; a script cannot be imported in the ordinary way."""
     spec = importlib.util.spec_from_file_location("pylora_setup", ROOT / "setup.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
