@@ -26,6 +26,19 @@ struct Rows {
     cols = shape.back();
     for (size_t i = 0; i + 1 < shape.size(); ++i) count *= shape[i];
     make_contiguous(tensor);
+    data = tensor.const_data_ptr();
+  }
+
+  // The rows of another tensor, contiguous and of the dtype and device of `like`.
+  Rows(const char* argument, const Tensor& like, const void* rows, int64_t row_count,
+       int64_t columns)
+      : name(argument),
+        tensor(like),
+        shape{row_count, columns},
+        count(row_count),
+        cols(columns),
+        data(rows) {
+    STD_TORCH_CHECK(data != nullptr || count * cols == 0, name, " must have memory, got none");
   }
 
   DType dtype() const { return to_dtype(name, tensor.scalar_type()); }
@@ -42,6 +55,7 @@ struct Rows {
   std::vector<int64_t> shape;
   int64_t count = 1;
   int64_t cols = 0;
+  const void* data = nullptr;
 };
 
 // A checked NF4 weight as pointers. `offset` points to where the value lies, which may be another
@@ -152,6 +166,15 @@ struct LowRankOptions {
   double scaling, dropout_p;
   std::optional<Tensor> seed;
   int64_t activation_code;
+  const int64_t* seed_data = nullptr;  // in place of `seed`, if the caller has no tensor
+
+  // Those of one call of a prepared layer.
+  void take(double call_scaling, double call_dropout_p, const int64_t* call_seed) {
+    scaling = call_scaling;
+    dropout_p = call_dropout_p;
+    seed.reset();
+    seed_data = call_seed;
+  }
 
   Activation activation() const {
     STD_TORCH_CHECK(activation_code >= 0 && activation_code < kActivations,
@@ -165,13 +188,16 @@ struct LowRankOptions {
     STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p must be in [0, 1), got ",
                     dropout_p);
     if (dropout_p == 0.0) return {};
-    STD_TORCH_CHECK(seed.has_value(), "seed must be given if dropout_p is not 0, got none");
-    check_dtype("seed", *seed, ScalarType::Long);
-    check_numel("seed", *seed, 1, "a scalar");
-    check_device("seed", *seed, x.tensor, x.name);
+    STD_TORCH_CHECK(seed.has_value() || seed_data != nullptr,
+                    "seed must be given if dropout_p is not 0, got none");
+    if (seed.has_value()) {
+      check_dtype("seed", *seed, ScalarType::Long);
+      check_numel("seed", *seed, 1, "a scalar");
+      check_device("seed", *seed, x.tensor, x.name);
+    }
     const double threshold = dropout_p * 4294967296.0 + 0.5;
     return {
-        .seed = seed->const_data_ptr<int64_t>(),
+        .seed = seed.has_value() ? seed->const_data_ptr<int64_t>() : seed_data,
         .threshold = threshold < 4294967295.0 ? static_cast<uint32_t>(threshold) : 4294967295u,
         .keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p)),
     };

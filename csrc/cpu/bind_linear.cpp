@@ -6,6 +6,7 @@
 
 #include "common/boxed.h"
 #include "common/float16.h"
+#include "common/prepared.h"
 #include "cpu/bind.h"
 #include "cpu/lora_linear.h"
 #include "cpu/nf4_linear.h"
@@ -38,23 +39,41 @@ LinearProblem to_problem(const Rows& x, const NF4Matrix& weight) {
                   to_string(x.shape));
   LinearProblem problem;
   problem.dtype = x.dtype();
-  problem.x = x.tensor.const_data_ptr();
+  problem.x = x.data;
   problem.rows = x.count;
   problem.weight = weight;
   return problem;
 }
 
+// A checked call of nf4_linear.
+struct Nf4Forward {
+  Nf4Forward(const Rows& x, NF4Tensors& weight, int64_t out_features, std::optional<Tensor>& bias)
+      : problem(to_problem(x, to_matrix(weight, out_features, x.cols))) {
+    sum.add("bias", bias, out_features, x);
+    problem.bias = sum.data();
+  }
+
+  void run(void* y) {
+    problem.y = y;
+    run_linear(problem);
+  }
+
+  LinearProblem problem;
+  BiasSum sum;
+};
+
 Tensor nf4_linear_cpu(const Tensor& given_x, NF4Tensors& weight, int64_t out_features,
                       std::optional<Tensor>& bias) {
   const Rows x("x", given_x);
-  LinearProblem problem = to_problem(x, to_matrix(weight, out_features, x.cols));
-  BiasSum sum;
-  sum.add("bias", bias, out_features, x);
+  Nf4Forward forward(x, weight, out_features, bias);
   Tensor y = x.new_rows(out_features);
-  problem.y = y.mutable_data_ptr();
-  problem.bias = sum.data();
-  run_linear(problem);
+  forward.run(y.mutable_data_ptr());
   return y;
+}
+
+void nf4_linear_prepared(const Rows& x, const PreparedCall& call, NF4Tensors& weight,
+                         int64_t& out_features, std::optional<Tensor>& bias) {
+  Nf4Forward(x, weight, out_features, bias).run(call.y);
 }
 
 Tensor nf4_linear_backward_cpu(const Tensor& given_grad, NF4Tensors& weight, int64_t in_features) {
@@ -81,7 +100,7 @@ LoraLinear to_lora_linear(const Rows& x, const NF4Matrix& weight, Tensor& lora_A
   check_factor("lora_B", lora_B, {weight.rows, rank}, type, x);
   const DropoutArguments dropout = options.dropout(x);
   LoraLinear op;
-  op.x.data = x.tensor.const_data_ptr();
+  op.x.data = x.data;
   op.x.dtype = x.dtype();
   op.x.rows = x.count;
   op.x.cols = x.cols;
@@ -98,25 +117,46 @@ LoraLinear to_lora_linear(const Rows& x, const NF4Matrix& weight, Tensor& lora_A
   return op;
 }
 
+// A checked call of lora_linear.
+struct LoraForward {
+  LoraForward(const Rows& x, NF4Tensors& weight, int64_t out_features, LowRankTensors& low) {
+    const NF4Matrix matrix = to_matrix(weight, out_features, x.cols);
+    op = to_lora_linear(x, matrix, low.lora_A, low.lora_B, low.options);
+    sum.add("bias", low.bias, out_features, x);
+    sum.add("lora_B_bias", low.lora_B_bias, out_features, x, op.scaling);
+    low_sum.add("lora_A_bias", low.lora_A_bias, op.lora_A.rank, x);
+    op.linear = to_problem(x, matrix);
+    op.linear.bias = sum.data();
+    op.lora_A_bias = low_sum.data();
+  }
+
+  void run(void* y, float* h) {
+    op.linear.y = y;
+    op.h = h;
+    lora_linear(op);
+  }
+
+  LoraLinear op;
+  BiasSum sum, low_sum;
+};
+
 std::tuple<Tensor, Tensor> lora_linear_cpu(const Tensor& given_x, NF4Tensors& weight,
                                            int64_t out_features, LowRankTensors& low) {
   const Rows x("x", given_x);
-  const NF4Matrix matrix = to_matrix(weight, out_features, x.cols);
-  LoraLinear op = to_lora_linear(x, matrix, low.lora_A, low.lora_B, low.options);
-  const int64_t rank = op.lora_A.rank;
-  BiasSum sum, low_sum;
-  sum.add("bias", low.bias, out_features, x);
-  sum.add("lora_B_bias", low.lora_B_bias, out_features, x, op.scaling);
-  low_sum.add("lora_A_bias", low.lora_A_bias, rank, x);
+  LoraForward forward(x, weight, out_features, low);
   Tensor y = x.new_rows(out_features);
-  Tensor h = x.new_rows(rank, ScalarType::Float);
-  op.linear = to_problem(x, matrix);
-  op.linear.y = y.mutable_data_ptr();
-  op.linear.bias = sum.data();
-  op.lora_A_bias = low_sum.data();
-  op.h = h.mutable_data_ptr<float>();
-  lora_linear(op);
+  Tensor h = x.new_rows(forward.op.lora_A.rank, ScalarType::Float);
+  forward.run(y.mutable_data_ptr(), h.mutable_data_ptr<float>());
   return {y, h};
+}
+
+void lora_linear_prepared(const Rows& x, const PreparedCall& call, NF4Tensors& weight,
+                          int64_t& out_features, LowRankTensors& low) {
+  low.options.take(call.scaling, call.dropout_p, call.seed);
+  LoraForward forward(x, weight, out_features, low);
+  std::vector<float> h;
+  if (call.h == nullptr) h.resize(static_cast<size_t>(x.count * forward.op.lora_A.rank));
+  forward.run(call.y, call.h == nullptr ? h.data() : call.h);
 }
 
 // A vector of fp32 as a tensor of `like`'s dtype, each value times `scale`.
@@ -185,4 +225,7 @@ STABLE_TORCH_LIBRARY_IMPL(pylora_C, CPU, m) {
   m.impl("nf4_linear_backward", pylora::boxed<pylora::cpu::nf4_linear_backward_cpu>);
   m.impl("lora_linear", pylora::boxed<pylora::cpu::lora_linear_cpu>);
   m.impl("lora_linear_backward", pylora::boxed<pylora::cpu::lora_linear_backward_cpu>);
+  using pylora::Prepared;
+  m.impl("prepare_nf4_linear", pylora::boxed<Prepared<pylora::cpu::nf4_linear_prepared>::make>);
+  m.impl("prepare_lora_linear", pylora::boxed<Prepared<pylora::cpu::lora_linear_prepared>::make>);
 }

@@ -26,7 +26,7 @@ def _inputs(call: LoraMlpCall) -> tuple[Tensor | None, ...]:
     return gradients.layers_inputs(call.x, call.layers)
 
 
-def _record(call: LoraMlpCall, results: list[Tensor]) -> LoraMlpBackward:
+def _record(call: LoraMlpCall, results: Sequence[Tensor]) -> LoraMlpBackward:
     y, gate, up, *hs = results
     nothing = (Wanted(),) * len(call.layers)
     return LoraMlpBackward(y, call.x, gate, up, hs, call.layers, call.activation, nothing)

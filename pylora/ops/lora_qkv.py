@@ -26,7 +26,7 @@ def _inputs(call: LoraQkvCall) -> tuple[Tensor | None, ...]:
     return gradients.layers_inputs(call.x, call.layers)
 
 
-def _record(call: LoraQkvCall, results: list[Tensor]) -> LoraQkvBackward:
+def _record(call: LoraQkvCall, results: Sequence[Tensor]) -> LoraQkvBackward:
     count = len(call.layers)
     nothing = (Wanted(),) * count
     return LoraQkvBackward(results[:count], call.x, results[count:], call.layers, nothing)
