@@ -49,6 +49,11 @@ def places_of(module: nn.Module, names: Sequence[str]) -> tuple[Place, ...] | No
     return tuple(places)
 
 
+def _is_plain(x: Tensor) -> bool:
+    """True if the elements of x lie in memory as they are, one after the other."""
+    return x.is_contiguous() and not x.is_neg() and not x._is_zerotensor()
+
+
 class KeptCall:
     """How a layer's calls with an x of one shape and dtype run."""
 
@@ -66,7 +71,7 @@ class KeptCall:
         scaling, dropout   those of the low-rank path, if the layer has one
         """
         forward = self._forward
-        if forward is None or not x.is_contiguous() or x.is_neg():
+        if forward is None or not _is_plain(x):
             return run_plan(self._op, self._call(x, scaling, dropout), self._plan)
         if not torch.is_grad_enabled():
             return forward(x, scaling, dropout, False)
