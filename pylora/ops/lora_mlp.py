@@ -7,6 +7,7 @@ differentiable. act(gate) * up, as large as either, is computed again in the bac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor

@@ -6,6 +6,7 @@ and are not differentiable. Saved are x, once, the h's and the weights, nothing 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
