@@ -29,8 +29,8 @@ def _inputs(call: LoraQkvCall) -> tuple[Tensor | None, ...]:
 
 def _record(call: LoraQkvCall, results: Sequence[Tensor]) -> LoraQkvBackward:
     count = len(call.layers)
-    nothing = (Wanted(),) * count
-    return LoraQkvBackward(results[:count], call.x, results[count:], call.layers, nothing)
+    ys, hs = list(results[:count]), list(results[count:])
+    return LoraQkvBackward(ys, call.x, hs, call.layers, (Wanted(),) * count)
 
 
 def _complete(call: LoraQkvBackward) -> LoraQkvBackward:
