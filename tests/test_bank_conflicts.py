@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from host_cuda import DRIVER, HOPPER_KERNELS, start
+from host_cuda import BACKWARD_KERNELS, DRIVER, HOPPER_KERNELS, SMALL_M_KERNELS, start
 from host_cuda.linear import check_linear, check_linear_backward
 
 Access = tuple[str, str]  # a function of the kernel, and what it does: operation and bytes a lane
@@ -136,7 +136,7 @@ SUMS = ("lora_linear_small", "load 4")
     ],
 )
 def test_few_rows(compiled, counts, M: int, expected: dict[Access, int]):
-    program = compiled("lora_linear", "lora_linear", "lora_plan", "lora_hidden")
+    program = compiled("lora_linear", *SMALL_M_KERNELS)
     check_linear(program, (M, 70, 512), processors=2)
     found = counts()
     assert all(found.accesses[access] for access in SMALL_LOOP)
@@ -162,7 +162,7 @@ STAGING_GRAD = ("stage_grad", "store 16")
     ],
 )
 def test_backward_of_few_rows(compiled, counts, M: int, expected: dict[Access, int]):
-    program = compiled("nf4_linear_backward", "nf4_linear_backward", "lora_plan")
+    program = compiled("nf4_linear_backward", *BACKWARD_KERNELS)
     check_linear_backward(program, (M, 136, 320))
     found = counts()
     assert all(found.accesses[access] for access in BACKWARD_LOOP)
@@ -175,7 +175,7 @@ def test_backward_of_few_rows(compiled, counts, M: int, expected: dict[Access, i
 )
 def test_hopper(compiled, counts, tmp_path: Path, shape: tuple[int, int, int], processors: int):
     """No conflicts at all; and wgmma reads what TMA brings, so that no fence is needed."""
-    program = compiled("nf4_linear_hopper", *HOPPER_KERNELS, twins=DRIVER)
+    program = compiled("lora_linear_hopper", *HOPPER_KERNELS, twins=DRIVER)
     check_linear(program, shape, torch.bfloat16, processors=processors)
     found = counts()
     assert all(found.accesses[access] for access in HOPPER_LOOP)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from flat_calls import reference_op
-from host_cuda import DTYPES, SEEDS, run
+from host_cuda import BACKWARD_KERNELS, DTYPES, SEEDS, SMALL_M_KERNELS, run
 from host_cuda.linear import ADAPTERS, check_linear, check_linear_backward
 from torch import Tensor
 
@@ -23,7 +23,7 @@ QUANTIZE_TILE = 4096
 
 @pytest.fixture(scope="module")
 def nf4_dequantize(compiled) -> Path:
-    return compiled("nf4_dequantize", "nf4_dequantize")
+    return compiled("nf4_dequantize", "nf4/nf4_dequantize")
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_dequantize_is_the_reference(
 
 @pytest.fixture(scope="module")
 def nf4_quantize(compiled) -> Path:
-    return compiled("nf4_quantize", "nf4_quantize")
+    return compiled("nf4_quantize", "nf4/nf4_quantize")
 
 
 def assert_quantizes(program: Path, weight: Tensor, blocksize: int, misalign: int = 0) -> None:
@@ -142,7 +142,7 @@ def test_quantize_every_16_bit_value(nf4_quantize, dtype: torch.dtype):
 
 @pytest.fixture(scope="module")
 def lora_linear(compiled) -> Path:
-    return compiled("lora_linear", "lora_linear", "lora_plan", "lora_hidden")
+    return compiled("lora_linear", *SMALL_M_KERNELS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -263,7 +263,7 @@ def test_linear_plans(lora_linear, shape, gpu: str, processors: int, slices: int
 
 @pytest.fixture(scope="module")
 def nf4_linear_backward(compiled) -> Path:
-    return compiled("nf4_linear_backward", "nf4_linear_backward", "lora_plan")
+    return compiled("nf4_linear_backward", *BACKWARD_KERNELS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -15,12 +15,12 @@ import pylora
 from pylora.reference.activation import ACTIVATIONS
 from pylora.testing import assert_as_accurate_as_torch
 
-# nf4_linear_hopper
+# lora_linear_hopper
 
 
 @pytest.fixture(scope="module")
 def hopper(compiled) -> Path:
-    return compiled("nf4_linear_hopper", *HOPPER_KERNELS, twins=DRIVER)
+    return compiled("lora_linear_hopper", *HOPPER_KERNELS, twins=DRIVER)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -123,7 +123,7 @@ def test_hopper_maps(compiled):
 
 @pytest.fixture(scope="module")
 def lora_extend(compiled) -> Path:
-    return compiled("lora_extend", "lora_hidden_many")
+    return compiled("lora_extend", "many_rows/lora_shrink")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -6,10 +6,10 @@
 
 #include "common/boxed.h"
 #include "cuda/bind.h"
-#include "cuda/lora_hidden_many.cuh"
-#include "cuda/lora_linear.cuh"
-#include "cuda/nf4_linear_backward.cuh"
-#include "cuda/nf4_linear_hopper.cuh"
+#include "cuda/hopper/lora_linear.cuh"
+#include "cuda/many_rows/lora_shrink.cuh"
+#include "cuda/small_m/lora_linear.cuh"
+#include "cuda/small_m/nf4_linear_backward.cuh"
 
 namespace pylora::cuda {
 namespace {

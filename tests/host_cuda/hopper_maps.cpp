@@ -1,11 +1,10 @@
-// The maps of nf4_linear_hopper.cu: each covers what it stands for, once. Exit code 0: all do.
-#include "cuda/hopper_maps.cuh"
-
+// The maps of hopper/lora_linear.cu: each covers what it stands for, once. Exit code 0: all do.
 #include <cstdio>
 #include <set>
 #include <vector>
 
-#include "cuda/ptx_hopper.cuh"
+#include "cuda/hopper/maps.cuh"
+#include "cuda/hopper/ptx.cuh"
 
 namespace {
 

@@ -1,7 +1,7 @@
 // The call of a linear op from standard input, and the memory for its results.
 #pragma once
 
-#include "cuda/lora_linear.cuh"
+#include "cuda/small_m/lora_linear.cuh"
 #include "stdin_weight.h"
 
 inline pylora::DType dtype_of(int64_t code) { return static_cast<pylora::DType>(code); }

@@ -1,6 +1,6 @@
 // Runs lora_extend on the CPU: arguments from standard input, [x | low | 0] and h to standard
 // output.
-#include "cuda/lora_hidden_many.cuh"
+#include "cuda/many_rows/lora_shrink.cuh"
 #include "linear_input.h"
 
 struct Header {

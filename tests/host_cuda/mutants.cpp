@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "common/float16.h"
-#include "cuda/launch.cuh"
-#include "cuda/ptx.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/common/ptx.cuh"
 
 namespace {
 

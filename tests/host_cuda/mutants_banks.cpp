@@ -3,8 +3,8 @@
 #include <cstdio>
 #include <string>
 
-#include "cuda/launch.cuh"
-#include "cuda/ptx_hopper.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/hopper/ptx.cuh"
 
 namespace {
 

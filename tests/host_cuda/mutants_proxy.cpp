@@ -6,11 +6,11 @@
 #include <vector>
 
 #include "common/float16.h"
-#include "cuda/element.cuh"
-#include "cuda/hopper_maps.cuh"
-#include "cuda/launch.cuh"
-#include "cuda/ptx_hopper.cuh"
-#include "cuda/tensor_map.cuh"
+#include "cuda/common/element.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/hopper/maps.cuh"
+#include "cuda/hopper/ptx.cuh"
+#include "cuda/hopper/tensor_map.cuh"
 
 namespace {
 

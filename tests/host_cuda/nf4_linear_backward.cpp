@@ -1,5 +1,5 @@
 // Runs the CUDA kernel on the CPU: arguments from standard input, dx to standard output.
-#include "cuda/nf4_linear_backward.cuh"
+#include "cuda/small_m/nf4_linear_backward.cuh"
 
 #include "stdin_weight.h"
 

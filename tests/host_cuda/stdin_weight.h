@@ -2,7 +2,7 @@
 // the fields' names in common.
 #pragma once
 
-#include "cuda/lora_linear.cuh"
+#include "cuda/small_m/lora_linear.cuh"
 #include "stdin_arrays.h"
 
 template <class Header>

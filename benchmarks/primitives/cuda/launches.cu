@@ -1,7 +1,7 @@
 // What lies between two kernels that follow each other: in a stream, in a graph, and with
 // programmatic dependent launch in both.
-#include "cuda/launch.cuh"
-#include "cuda/ptx.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/common/ptx.cuh"
 #include "experiment.cuh"
 
 namespace primitives {
