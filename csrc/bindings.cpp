@@ -55,12 +55,12 @@ py::dict limits() {
   cpu["max_rank"] = pylora::cpu::kMaxRank;
   cuda["alignment"] = pylora::cuda::kAlignment;
   cuda["hopper_columns"] = pylora::cuda::kHopperColumns;
-  cuda["many_rows_columns"] = pylora::cuda::kManyColumns;
-  cuda["max_elements"] = pylora::cuda::kMaxSmallElements;
-  cuda["max_few_rows"] = pylora::cuda::kMaxSmallTokens;
-  cuda["max_few_rows_of_block_32"] = pylora::cuda::kMaxSmallTokensOfBlock32;
-  cuda["max_many_rows"] = pylora::cuda::kMaxManyTokens;
-  cuda["max_rank"] = pylora::cuda::kMaxSmallRank;
+  cuda["many_rows_columns"] = pylora::cuda::kManyRowsColumns;
+  cuda["max_elements"] = pylora::cuda::kMaxElements;
+  cuda["max_few_rows"] = pylora::cuda::kMaxSmallM;
+  cuda["max_few_rows_of_block_32"] = pylora::cuda::kMaxSmallMBlock32;
+  cuda["max_many_rows"] = pylora::cuda::kMaxM;
+  cuda["max_rank"] = pylora::cuda::kMaxRank;
   all["cpu"] = cpu;
   all["cuda"] = cuda;
   return all;

@@ -104,21 +104,21 @@ def test_lanes_that_do_not_meet_are_counted_wrongly(compiled, counts, tmp_path: 
 SMALL_LOOP = [
     ("decode_pair", "load 4"),
     ("fetch", "cp.async 16"),
-    ("lora_linear_small", "ldmatrix 16"),
-    ("lora_linear_small", "load 16"),
+    ("lora_linear_small_m", "ldmatrix 16"),
+    ("lora_linear_small_m", "load 16"),
 ]
 BACKWARD_LOOP = [
     ("decode_pair", "load 4"),
     ("fetch", "cp.async 16"),
-    ("nf4_linear_backward_small", "load 4"),
-    ("nf4_linear_backward_small", "load 16"),
+    ("nf4_linear_backward_small_m", "load 4"),
+    ("nf4_linear_backward_small_m", "load 16"),
 ]
-HOPPER_LOOP = [("decode_pair", "load 4"), ("decode_block", "load 16")]
+HOPPER_LOOP = [("decode_pair", "load 4"), ("decode_k_tile", "load 16")]
 
 
 # Beside the loop: x on its way into shared memory, and the sums of the warps.
-STAGING = ("lora_linear_small", "store 16")
-SUMS = ("lora_linear_small", "load 4")
+STAGING = ("lora_linear_small_m", "store 16")
+SUMS = ("lora_linear_small_m", "load 4")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ SUMS = ("lora_linear_small", "load 4")
     [
         (1, {}),
         (2, {}),
-        (3, {("lora_linear_small", "load 16"): 1000}),  # x_pitch(3) is 3, not 2 modulo 4
+        (3, {("lora_linear_small_m", "load 16"): 1000}),  # x_pitch(3) is 3, not 2 modulo 4
         (4, {STAGING: 4000}),
         (8, {SUMS: 667}),
         (16, {SUMS: 667}),
@@ -152,7 +152,7 @@ STAGING_GRAD = ("stage_grad", "store 16")
         (1, {STAGING_GRAD: 500}),
         (2, {STAGING_GRAD: 1500}),
         # The pitch of 3 tokens is 3, not 2 modulo 4.
-        (3, {STAGING_GRAD: 500, ("nf4_linear_backward_small", "load 16"): 1000}),
+        (3, {STAGING_GRAD: 500, ("nf4_linear_backward_small_m", "load 16"): 1000}),
         (4, {STAGING_GRAD: 1000}),
         (8, {}),
         (16, {}),

@@ -19,8 +19,8 @@
 
 namespace pylora::cpu {
 
-inline constexpr int kTileRows = 16;
-inline constexpr int kTileElements = 16;  // 64 bytes
+inline constexpr int kAmxTileRows = 16;
+inline constexpr int kAmxTileElements = 16;  // 64 bytes
 
 #if defined(__AMX_BF16__)
 struct HardwareTiles {
@@ -68,7 +68,7 @@ struct HardwareTiles {
 struct EmulatedTiles {
   struct Scope {};
   // On the stack of each product: uninitialized, as the registers are.
-  alignas(64) float tiles[8][kTileRows][kTileElements];
+  alignas(64) float tiles[8][kAmxTileRows][kAmxTileElements];
 
   template <int kTile>
   void zero() {
@@ -76,21 +76,21 @@ struct EmulatedTiles {
   }
   template <int kTile>
   void load(const float* from, int64_t ld) {
-    for (int i = 0; i < kTileRows; ++i) {
+    for (int i = 0; i < kAmxTileRows; ++i) {
       _mm512_store_ps(tiles[kTile][i], _mm512_loadu_ps(from + i * ld));
     }
   }
   template <int kTile>
   void store(float* to, int64_t ld) {
-    for (int i = 0; i < kTileRows; ++i) {
+    for (int i = 0; i < kAmxTileRows; ++i) {
       _mm512_storeu_ps(to + i * ld, _mm512_load_ps(tiles[kTile][i]));
     }
   }
   template <int kC, int kA, int kB>
   void dot() {
-    for (int i = 0; i < kTileRows; ++i) {
+    for (int i = 0; i < kAmxTileRows; ++i) {
       __m512 acc = _mm512_load_ps(tiles[kC][i]);
-      for (int k = 0; k < kTileElements; ++k) {
+      for (int k = 0; k < kAmxTileElements; ++k) {
         acc = Avx512Bf16::dot(acc, _mm512_set1_ps(tiles[kA][i][k]), _mm512_load_ps(tiles[kB][k]));
       }
       _mm512_store_ps(tiles[kC][i], acc);
@@ -100,11 +100,11 @@ struct EmulatedTiles {
 
 template <class S, class Tiles>
 struct AmxMac : Bf16Mac<S> {
-  static constexpr int kGrain = kTileElements;
+  static constexpr int kGrain = kAmxTileElements;
   static constexpr bool kRowMajorOnly = true;
   static constexpr int64_t kForwardPanel = 96;
   using Scope = typename Tiles::Scope;
-  PYLORA_INLINE static constexpr int rows_for(int) { return 2 * kTileRows; }
+  PYLORA_INLINE static constexpr int rows_for(int) { return 2 * kAmxTileRows; }
 };
 
 // c[32][kColumns tiles] (+)= a[32][k_count] b[k_count][kColumns tiles].
@@ -112,50 +112,51 @@ template <class Tiles, int kColumns>
 __attribute__((noinline)) void amx_tile(int64_t k_count, const float* a, const float* b, float* c,
                                         int64_t ld, bool accumulate) {
   constexpr bool kTwo = kColumns == 2;
-  float* below = c + kTileRows * ld;
+  float* below = c + kAmxTileRows * ld;
   Tiles t;
   if (accumulate) {
     t.template load<0>(c, ld);
     t.template load<2>(below, ld);
-    if constexpr (kTwo) t.template load<1>(c + kTileRows, ld);
-    if constexpr (kTwo) t.template load<3>(below + kTileRows, ld);
+    if constexpr (kTwo) t.template load<1>(c + kAmxTileRows, ld);
+    if constexpr (kTwo) t.template load<3>(below + kAmxTileRows, ld);
   } else {
     t.template zero<0>();
     t.template zero<2>();
     if constexpr (kTwo) t.template zero<1>();
     if constexpr (kTwo) t.template zero<3>();
   }
-  for (int64_t k = 0; k < k_count; k += kTileElements) {
+  for (int64_t k = 0; k < k_count; k += kAmxTileElements) {
     t.template load<4>(a + k, kTileLd);
     t.template load<6>(b + k * ld, ld);
     t.template dot<0, 4, 6>();
-    if constexpr (kTwo) t.template load<7>(b + k * ld + kTileRows, ld);
+    if constexpr (kTwo) t.template load<7>(b + k * ld + kAmxTileRows, ld);
     if constexpr (kTwo) t.template dot<1, 4, 7>();
-    t.template load<5>(a + kTileRows * kTileLd + k, kTileLd);
+    t.template load<5>(a + kAmxTileRows * kTileLd + k, kTileLd);
     t.template dot<2, 5, 6>();
     if constexpr (kTwo) t.template dot<3, 5, 7>();
   }
   t.template store<0>(c, ld);
   t.template store<2>(below, ld);
-  if constexpr (kTwo) t.template store<1>(c + kTileRows, ld);
-  if constexpr (kTwo) t.template store<3>(below + kTileRows, ld);
+  if constexpr (kTwo) t.template store<1>(c + kAmxTileRows, ld);
+  if constexpr (kTwo) t.template store<3>(below + kAmxTileRows, ld);
 }
 
 template <Broadcast kOrder, class S, class Tiles>
 inline void run_tile(AmxMac<S, Tiles>, int v, int64_t k_count, const float* a, int64_t,
                      const float* b, float* c, bool accumulate) {
-  static_assert(kOrder == Broadcast::kRowMajor && S::kLanes == kTileRows);
+  static_assert(kOrder == Broadcast::kRowMajor && S::kLanes == kAmxTileRows);
   const int64_t ld = v * S::kLanes;
   int j = 0;
   for (; j + 2 <= v; j += 2) {
-    amx_tile<Tiles, 2>(k_count, a, b + j * kTileRows, c + j * kTileRows, ld, accumulate);
+    amx_tile<Tiles, 2>(k_count, a, b + j * kAmxTileRows, c + j * kAmxTileRows, ld, accumulate);
   }
-  if (j < v) amx_tile<Tiles, 1>(k_count, a, b + j * kTileRows, c + j * kTileRows, ld, accumulate);
+  if (j < v)
+    amx_tile<Tiles, 1>(k_count, a, b + j * kAmxTileRows, c + j * kAmxTileRows, ld, accumulate);
 }
 
 // Zeros from element `count / 2` of a row to the end of its last tile.
 PYLORA_INLINE void pad_row(int64_t count, float* row) {
-  for (int64_t i = (count + 1) / 2; i % kTileElements != 0; ++i) row[i] = 0.0f;
+  for (int64_t i = (count + 1) / 2; i % kAmxTileElements != 0; ++i) row[i] = 0.0f;
 }
 
 template <class S, class Tiles>
@@ -171,18 +172,18 @@ void decode_panel(AmxMac<S, Tiles>, const NF4Matrix& w, int64_t row, int64_t row
 template <class S, class Tiles>
 void decode_panel_t(AmxMac<S, Tiles>, const NF4Matrix& w, int64_t row, int64_t count, int64_t col,
                     int64_t cols, float* panel, int64_t ld) {
-  float pairs[kTileElements * AmxMac<S, Tiles>::kForwardPanel];
-  for (int64_t i = 0; i < count; i += 2 * kTileElements) {
-    const int64_t rows = count - i < 2 * kTileElements ? count - i : 2 * kTileElements;
-    const int64_t found = ceil_div(rows, 2);
+  float pairs[kAmxTileElements * AmxMac<S, Tiles>::kForwardPanel];
+  for (int64_t i = 0; i < count; i += 2 * kAmxTileElements) {
+    const int64_t rows = count - i < 2 * kAmxTileElements ? count - i : 2 * kAmxTileElements;
+    const int64_t filled = ceil_div(rows, 2);
     decode_panel_t(Bf16Mac<S>{}, w, row + i, rows, col, cols, pairs, ld);
     for (int64_t j = 0; j < cols; j += S::kLanes) {
-      typename S::F block[S::kLanes];
+      typename S::F square[S::kLanes];
       for (int k = 0; k < S::kLanes; ++k) {
-        block[k] = k < found ? S::load(pairs + k * ld + j) : S::zero();
+        square[k] = k < filled ? S::load(pairs + k * ld + j) : S::zero();
       }
-      S::transpose(block);
-      for (int k = 0; k < S::kLanes; ++k) S::store(panel + (j + k) * kTileLd + i / 2, block[k]);
+      S::transpose(square);
+      for (int k = 0; k < S::kLanes; ++k) S::store(panel + (j + k) * kTileLd + i / 2, square[k]);
     }
   }
 }

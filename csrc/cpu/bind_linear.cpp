@@ -33,13 +33,13 @@ class BiasSum {
   std::vector<float> sum_;
 };
 
-LinearProblem to_problem(const Rows& x, const NF4Matrix& weight) {
+NF4LinearArgs to_problem(const Rows& x, const NF4Matrix& weight) {
   STD_TORCH_CHECK(x.cols > 0, x.name, " must have a column or more, got shape ",
                   to_string(x.shape));
-  LinearProblem problem;
+  NF4LinearArgs problem;
   problem.dtype = x.dtype();
   problem.x = x.tensor.const_data_ptr();
-  problem.rows = x.count;
+  problem.tokens = x.count;
   problem.weight = weight;
   return problem;
 }
@@ -47,7 +47,7 @@ LinearProblem to_problem(const Rows& x, const NF4Matrix& weight) {
 Tensor nf4_linear_cpu(const Tensor& given_x, NF4Tensors& weight, int64_t out_features,
                       std::optional<Tensor>& bias) {
   const Rows x("x", given_x);
-  LinearProblem problem = to_problem(x, to_matrix(weight, out_features, x.cols));
+  NF4LinearArgs problem = to_problem(x, to_matrix(weight, out_features, x.cols));
   BiasSum sum;
   sum.add("bias", bias, out_features, x);
   Tensor y = x.new_rows(out_features);
@@ -59,7 +59,7 @@ Tensor nf4_linear_cpu(const Tensor& given_x, NF4Tensors& weight, int64_t out_fea
 
 Tensor nf4_linear_backward_cpu(const Tensor& given_grad, NF4Tensors& weight, int64_t in_features) {
   const Rows grad("grad", given_grad);
-  LinearProblem problem = to_problem(grad, to_matrix(weight, grad.cols, in_features));
+  NF4LinearArgs problem = to_problem(grad, to_matrix(weight, grad.cols, in_features));
   Tensor dx = grad.new_rows(in_features);
   problem.y = dx.mutable_data_ptr();
   problem.backward = true;
@@ -73,17 +73,17 @@ AdapterFactor to_factor(const Tensor& factor, int64_t rank, bool rank_first) {
 }
 
 // What forward and backward share, but for the rows that meet the weight.
-LoraLinear to_lora_linear(const Rows& x, const NF4Matrix& weight, Tensor& lora_A, Tensor& lora_B,
-                          const LowRankOptions& options) {
+LoraLinearArgs to_lora_linear(const Rows& x, const NF4Matrix& weight, Tensor& lora_A,
+                              Tensor& lora_B, const LowRankOptions& options) {
   const int64_t rank = check_rank(lora_A, 2, kMaxRank);
   const ScalarType type = lora_A.scalar_type();
   check_factor("lora_A", lora_A, {rank, weight.cols}, type, x);
   check_factor("lora_B", lora_B, {weight.rows, rank}, type, x);
   const DropoutArguments dropout = options.dropout(x);
-  LoraLinear op;
+  LoraLinearArgs op;
   op.x.data = x.tensor.const_data_ptr();
   op.x.dtype = x.dtype();
-  op.x.rows = x.count;
+  op.x.tokens = x.count;
   op.x.cols = x.cols;
   if (dropout.seed != nullptr) {
     op.x.dropout = {.seed = static_cast<uint64_t>(*dropout.seed),
@@ -102,7 +102,7 @@ std::tuple<Tensor, Tensor> lora_linear_cpu(const Tensor& given_x, NF4Tensors& we
                                            int64_t out_features, LowRankTensors& low) {
   const Rows x("x", given_x);
   const NF4Matrix matrix = to_matrix(weight, out_features, x.cols);
-  LoraLinear op = to_lora_linear(x, matrix, low.lora_A, low.lora_B, low.options);
+  LoraLinearArgs op = to_lora_linear(x, matrix, low.lora_A, low.lora_B, low.options);
   const int64_t rank = op.lora_A.rank;
   BiasSum sum, low_sum;
   sum.add("bias", low.bias, out_features, x);
@@ -143,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_b
   STD_TORCH_CHECK(grad.count == x.count, "grad must have as many rows as x (", x.count, "), got ",
                   grad.count);
   const NF4Matrix matrix = to_matrix(weight, grad.cols, x.cols);
-  LoraLinear op = to_lora_linear(x, matrix, lora_A, lora_B, options);
+  LoraLinearArgs op = to_lora_linear(x, matrix, lora_A, lora_B, options);
   const int64_t rank = op.lora_A.rank;
   check_dtype("h", h.tensor, ScalarType::Float);
   check_numel("h", h.tensor, x.count * rank, "the rank, ", rank, ", for every row of x");

@@ -79,15 +79,15 @@ constexpr Feature kFeatures[] = {
 };
 
 std::vector<std::string> detect_features() {
-  std::vector<std::string> found;
+  std::vector<std::string> names;
   const uint64_t saved = saved_state();
   for (const Feature& f : kFeatures) {
     if ((saved & f.state) != f.state) continue;
     if ((cpuid(f.leaf, f.subleaf)[f.where] >> f.bit & 1u) == 0) continue;
     if (f.state == kTile && !tiles_permitted()) continue;
-    found.emplace_back(f.name);
+    names.emplace_back(f.name);
   }
-  return found;
+  return names;
 }
 
 #else
@@ -97,8 +97,8 @@ std::vector<std::string> detect_features() { return {}; }
 #endif
 
 const std::vector<std::string>& features() {
-  static const std::vector<std::string> found = detect_features();
-  return found;
+  static const std::vector<std::string> names = detect_features();
+  return names;
 }
 
 bool has(std::string_view name) {

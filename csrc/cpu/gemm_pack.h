@@ -18,16 +18,16 @@ PYLORA_INLINE int64_t round_up(int64_t value, int64_t unit) { return ceil_div(va
 template <class S>
 struct TokenTiles {
   static constexpr int64_t kWidth = S::kMaxV * S::kLanes;
-  int64_t rows;
+  int64_t tokens;
 
-  PYLORA_INLINE int64_t count() const { return ceil_div(rows, kWidth); }
-  PYLORA_INLINE int64_t rows_in(int64_t t) const {
-    return rows - t * kWidth < kWidth ? rows - t * kWidth : kWidth;
+  PYLORA_INLINE int64_t count() const { return ceil_div(tokens, kWidth); }
+  PYLORA_INLINE int64_t tokens_in(int64_t t) const {
+    return tokens - t * kWidth < kWidth ? tokens - t * kWidth : kWidth;
   }
   PYLORA_INLINE int vectors(int64_t t) const {
-    return static_cast<int>(ceil_div(rows_in(t), S::kLanes));
+    return static_cast<int>(ceil_div(tokens_in(t), S::kLanes));
   }
-  PYLORA_INLINE int64_t padded() const { return round_up(rows, S::kLanes); }
+  PYLORA_INLINE int64_t padded() const { return round_up(tokens, S::kLanes); }
   // Where tile t starts in a buffer with `depth` values for each token.
   PYLORA_INLINE int64_t offset(int64_t t, int64_t depth) const { return t * kWidth * depth; }
 };
@@ -63,22 +63,22 @@ void pack_tile(const T* x, int64_t ld, int64_t rows, int64_t count, int v, float
   const int64_t elements = elements_of<Mac<S>>(count);
   for (int64_t m = 0; m < width; m += L) {
     for (int64_t k = 0; k < count; k += kValues) {
-      typename S::F block[L];
+      typename S::F square[L];
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i) {
-        block[i] =
+        square[i] =
             m + i < rows ? load_elements(Mac<S>{}, x + (m + i) * ld + k, count - k) : S::zero();
         __builtin_prefetch(x + (m + i) * ld + k + 8 * kValues, 0, 2);
       }
-      S::transpose(block);
+      S::transpose(square);
       const int64_t first = k / Mac<S>::kStep;
       float* out = packed + first * width + m;
       if (elements - first >= L) {
 #pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) S::store(out + i * width, block[i]);
+        for (int i = 0; i < L; ++i) S::store(out + i * width, square[i]);
       } else {
         for (int i = 0; i < static_cast<int>(elements - first); ++i) {
-          S::store(out + i * width, block[i]);
+          S::store(out + i * width, square[i]);
         }
       }
     }
@@ -90,7 +90,7 @@ template <class S, template <class> class Mac, class T>
 void pack_tokens(const T* x, int64_t ld, const TokenTiles<S>& tiles, int64_t count, float* packed) {
   const int64_t elements = elements_of<Mac<S>>(count);
   for (int64_t t = 0; t < tiles.count(); ++t) {
-    pack_tile<S, Mac>(x + t * tiles.kWidth * ld, ld, tiles.rows_in(t), count, tiles.vectors(t),
+    pack_tile<S, Mac>(x + t * tiles.kWidth * ld, ld, tiles.tokens_in(t), count, tiles.vectors(t),
                       packed + tiles.offset(t, elements));
   }
 }
@@ -108,25 +108,25 @@ void write_tile(const float* acc, int v, int64_t rows, int64_t cols, const float
     for (int64_t n = 0; n < cols; n += L) {
       const int left = static_cast<int>(cols - n < L ? cols - n : L);
       const typename S::F shift = bias != nullptr ? S::load_n(bias + n, left) : S::zero();
-      typename S::F block[L];
+      typename S::F square[L];
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) block[i] = S::load(acc + (n + i) * width + m);
-      S::transpose(block);
+      for (int i = 0; i < L; ++i) square[i] = S::load(acc + (n + i) * width + m);
+      S::transpose(square);
       if (extra != nullptr) {
         typename S::F more[L];
 #pragma GCC unroll 16
         for (int i = 0; i < L; ++i) more[i] = S::load(extra + (n + i) * width + m);
         S::transpose(more);
         for (int i = 0; i < count; ++i) {
-          block[i] = S::fma(more[i], S::load_n(factor + (m + i) * cols + n, left), block[i]);
+          square[i] = S::fma(more[i], S::load_n(factor + (m + i) * cols + n, left), square[i]);
         }
       }
       T* out = y + m * ld + n;
       if (left == L && count == L) {
 #pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) S::store(out + i * ld, S::add(block[i], shift));
+        for (int i = 0; i < L; ++i) S::store(out + i * ld, S::add(square[i], shift));
       } else {
-        for (int i = 0; i < count; ++i) S::store_n(out + i * ld, S::add(block[i], shift), left);
+        for (int i = 0; i < count; ++i) S::store_n(out + i * ld, S::add(square[i], shift), left);
       }
     }
   }

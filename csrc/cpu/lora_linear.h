@@ -27,7 +27,7 @@ inline constexpr int64_t kMaxRank = 1024;
 struct TokenMatrix {
   const void* data = nullptr;
   DType dtype = DType::kFloat32;
-  int64_t rows = 0;
+  int64_t tokens = 0;
   int64_t cols = 0;
   Dropout dropout;
 };
@@ -52,8 +52,8 @@ inline constexpr int64_t kLowPadding = 32;
 Project project_portable, project_avx2, project_avx512;
 Gather gather_portable, gather_avx2, gather_avx512;
 
-struct LoraLinear {
-  LinearProblem linear;  // backward: x is the gradient, y is dx, or null
+struct LoraLinearArgs {
+  NF4LinearArgs linear;  // backward: x is the gradient, y is dx, or null
   TokenMatrix x;
   AdapterFactor lora_A, lora_B;
   float scaling = 1.0f;
@@ -68,7 +68,7 @@ struct LoraLinear {
   float* grad_sums = nullptr;     // [N], the column sums of the gradient
 };
 
-void lora_linear(const LoraLinear& op);
-void lora_linear_backward(const LoraLinear& op);
+void lora_linear(const LoraLinearArgs& args);
+void lora_linear_backward(const LoraLinearArgs& args);
 
 }  // namespace pylora::cpu

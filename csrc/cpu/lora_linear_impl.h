@@ -37,19 +37,19 @@ void widen_tokens(const TokenMatrix& x, int64_t row, int64_t rows, int64_t col, 
 template <class S, class T, class TA>
 void project_dots(const TokenMatrix& x, const TA* factor, int64_t rank, const float* bias,
                   float* out) {
-  constexpr int kBlock = 4;
-  const int64_t grain = ceil_div(kDotGrain, kBlock * x.cols * x.rows + 1);
-  parallel_for(0, ceil_div(rank, kBlock), grain, [&](int64_t begin, int64_t end) {
+  constexpr int kRanks = 4;
+  const int64_t grain = ceil_div(kDotGrain, kRanks * x.cols * x.tokens + 1);
+  parallel_for(0, ceil_div(rank, kRanks), grain, [&](int64_t begin, int64_t end) {
     float* tokens = thread_workspace();
     float* rows = tokens + kDotTokens * kTileK;
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t j0 = block * kBlock;
-      const int64_t ranks = rank - j0 < kBlock ? rank - j0 : kBlock;
-      float sums[kDotTokens][kBlock] = {};
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t j0 = group * kRanks;
+      const int64_t ranks = rank - j0 < kRanks ? rank - j0 : kRanks;
+      float sums[kDotTokens][kRanks] = {};
       for (int64_t k = 0; k < x.cols; k += kTileK) {
         const int64_t count = x.cols - k < kTileK ? x.cols - k : kTileK;
         const int64_t padded = ceil_div(count, S::kLanes) * S::kLanes;
-        for (int64_t m = 0; m < x.rows; ++m) {
+        for (int64_t m = 0; m < x.tokens; ++m) {
           widen_tokens<S, T>(x, m, 1, k, count, tokens + m * kTileK, kTileK);
           for (int64_t i = count; i < padded; ++i) tokens[m * kTileK + i] = 0.0f;
         }
@@ -57,20 +57,20 @@ void project_dots(const TokenMatrix& x, const TA* factor, int64_t rank, const fl
           widen_row<S>(factor + (j0 + j) * x.cols + k, count, rows + j * kTileK);
           for (int64_t i = count; i < padded; ++i) rows[j * kTileK + i] = 0.0f;
         }
-        for (int64_t m = 0; m < x.rows; ++m) {
-          typename S::F acc[kBlock];
+        for (int64_t m = 0; m < x.tokens; ++m) {
+          typename S::F acc[kRanks];
           for (auto& a : acc) a = S::zero();
           for (int64_t i = 0; i < padded; i += S::kLanes) {
             const auto value = S::load(tokens + m * kTileK + i);
 #pragma GCC unroll 4
-            for (int j = 0; j < kBlock; ++j) {
+            for (int j = 0; j < kRanks; ++j) {
               acc[j] = S::fma(value, S::load(rows + j * kTileK + i), acc[j]);
             }
           }
           for (int64_t j = 0; j < ranks; ++j) sums[m][j] += S::sum(acc[j]);
         }
       }
-      for (int64_t m = 0; m < x.rows; ++m) {
+      for (int64_t m = 0; m < x.tokens; ++m) {
         for (int64_t j = 0; j < ranks; ++j) {
           out[m * rank + j0 + j] = sums[m][j] + (bias != nullptr ? bias[j0 + j] : 0.0f);
         }
@@ -91,29 +91,29 @@ void project_tiles(const TokenMatrix& x, const TA* factor, int64_t rank, bool ra
   const int64_t width = ranks.padded();
   const int64_t most = kFactorFloats / width / kChain * kChain;
   const int64_t stretch = most < kTileK ? most : kTileK;
-  int64_t share = ceil_div(x.rows, num_threads());
+  int64_t share = ceil_div(x.tokens, num_threads());
   if (share > kSumFloats / width) share = kSumFloats / width;
   share = (share < kTokens ? 1 : share / kTokens) * kTokens;
-  parallel_for(0, ceil_div(x.rows, share), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, ceil_div(x.tokens, share), 1, [&](int64_t begin, int64_t end) {
     float* packed = thread_workspace();
     float* tokens = packed + kFactorFloats;
     float* sums = tokens + kTokens * kTileLd;  // per tile of ranks: [share][ranks]
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t row = block * share;
-      const int64_t rows = x.rows - row < share ? x.rows - row : share;
+    for (int64_t batch = begin; batch < end; ++batch) {
+      const int64_t row = batch * share;
+      const int64_t rows = x.tokens - row < share ? x.tokens - row : share;
       for (int64_t k = 0; k < x.cols; k += stretch) {
         const int64_t count = x.cols - k < stretch ? x.cols - k : stretch;
         for (int64_t t = 0; t < ranks.count(); ++t) {
           const int v = ranks.vectors(t);
           float* to = packed + ranks.offset(t, count);
           if (rank_first) {
-            pack_tile<S, F32Mac>(factor + t * kWide * x.cols + k, x.cols, ranks.rows_in(t), count,
+            pack_tile<S, F32Mac>(factor + t * kWide * x.cols + k, x.cols, ranks.tokens_in(t), count,
                                  v, to);
           } else {
             for (int64_t i = 0; i < count; ++i) {
               float* line = to + i * v * S::kLanes;
-              widen_row<S>(factor + (k + i) * rank + t * kWide, ranks.rows_in(t), line);
-              for (int64_t j = ranks.rows_in(t); j < v * S::kLanes; ++j) line[j] = 0.0f;
+              widen_row<S>(factor + (k + i) * rank + t * kWide, ranks.tokens_in(t), line);
+              for (int64_t j = ranks.tokens_in(t); j < v * S::kLanes; ++j) line[j] = 0.0f;
             }
           }
         }
@@ -150,13 +150,13 @@ void project_tiles(const TokenMatrix& x, const TA* factor, int64_t rank, bool ra
 
 template <class S>
 void project_on(const TokenMatrix& x, const AdapterFactor& factor, const float* bias, float* out) {
-  if (x.rows == 0) return;
+  if (x.tokens == 0) return;
   visit_dtype(x.dtype, [&](auto token) {
     visit_dtype(factor.dtype, [&](auto weight) {
       using T = decltype(token);
       using TA = decltype(weight);
       const auto* values = static_cast<const TA*>(factor.data);
-      if (x.rows <= kDotTokens && factor.rank_first) {
+      if (x.tokens <= kDotTokens && factor.rank_first) {
         project_dots<S, T>(x, values, factor.rank, bias, out);
       } else {
         project_tiles<S, T>(x, values, factor.rank, factor.rank_first, bias, out);
@@ -183,8 +183,8 @@ void gather_columns(const TokenMatrix& x, const float* low, const AdapterFactor&
       for (int64_t i = cols; i < width; ++i) {
         for (int64_t m = 0; m < kTokens; ++m) tokens[m * width + i] = 0.0f;
       }
-      for (int64_t m = 0; m < x.rows; m += kTokens) {
-        const int64_t rows = x.rows - m < kTokens ? x.rows - m : kTokens;
+      for (int64_t m = 0; m < x.tokens; m += kTokens) {
+        const int64_t rows = x.tokens - m < kTokens ? x.tokens - m : kTokens;
         widen_tokens<S, T>(x, m, rows, col, cols, tokens, width);
         if (sums != nullptr) {
           for (int64_t i = 0; i < rows; i += kSumChain) {
@@ -210,7 +210,7 @@ void gather_columns(const TokenMatrix& x, const float* low, const AdapterFactor&
       if (gradient.data == nullptr) continue;
       visit_dtype(gradient.dtype, [&](auto element) {
         auto* out = static_cast<decltype(element)*>(gradient.data);
-        if (x.rows == 0) {
+        if (x.tokens == 0) {
           for (int64_t i = 0; i < gradient.rank * width; ++i) acc[i] = 0.0f;
         }
         if (gradient.rank_first) {

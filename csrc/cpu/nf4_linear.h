@@ -6,7 +6,7 @@
 //           (M = tokens, N = out_features, K = in_features, R = rank)
 // Numerics  fp32 accumulation. bf16 x on a processor with bf16 products: W rounded to bf16 as a
 //           dequantized weight is; else W and x in fp32. The low-rank term is fp32 throughout.
-// Method    M <= kVectorTokens: nf4_vector.h, the weight decoded in registers. Else a block of
+// Method    M <= kMaxSmallM: nf4_linear_small_m.h, the weight decoded in registers. Else a block of
 //           tokens is packed, and one panel of W after the other decoded into the cache and
 //           multiplied.
 // Threads   blocks of outputs; every output is summed in an order that depends on M alone.
@@ -20,13 +20,13 @@
 
 namespace pylora::cpu {
 
-inline constexpr int64_t kVectorTokens = 8;
+inline constexpr int64_t kMaxSmallM = 8;
 
-struct LinearProblem {
+struct NF4LinearArgs {
   const void* x = nullptr;  // [rows, depth], of `dtype`
   void* y = nullptr;        // [rows, width], of `dtype`
   DType dtype = DType::kFloat32;
-  int64_t rows = 0;  // M
+  int64_t tokens = 0;  // M
   NF4Matrix weight;
   bool backward = false;
   const float* bias = nullptr;    // [width], all biases in one
@@ -41,7 +41,7 @@ struct LinearProblem {
 };
 
 // One set of kernels for each instruction set; those with bf16 products take bf16 alone.
-using RunLinear = void(const LinearProblem& problem);
+using RunLinear = void(const NF4LinearArgs& args);
 RunLinear run_linear_portable;
 RunLinear run_linear_avx2;
 RunLinear run_linear_avx512;
@@ -49,6 +49,6 @@ RunLinear run_linear_avx512_bf16;
 RunLinear run_linear_amx;
 RunLinear run_linear_amx_emulated;
 
-void run_linear(const LinearProblem& problem);  // by cpu_isa()
+void run_linear(const NF4LinearArgs& args);  // by cpu_isa()
 
 }  // namespace pylora::cpu

@@ -109,7 +109,7 @@ struct Avx2 {
     return _mm256_mul_ps(look_up(codes(), index), _mm256_set1_ps(absmax));
   }
 
-  // See nf4_vector.h: a chunk of 64 weights, at most `left` of which are read.
+  // See nf4_linear_small_m.h: a chunk of 64 weights, at most `left` of which are read.
   PYLORA_INLINE static Codes chunk_table(F32Mac<Avx2>) { return codes(); }
   PYLORA_INLINE static constexpr float chunk_scale(F32Mac<Avx2>) { return 1.0f; }
   PYLORA_INLINE static void decode_chunk(const uint8_t* q, int64_t left, const Codes& codes,

@@ -126,7 +126,7 @@ struct Avx512 {
                          _mm512_set1_ps(absmax));
   }
 
-  // See nf4_vector.h: a chunk of 128 weights, at most `left` of which are read.
+  // See nf4_linear_small_m.h: a chunk of 128 weights, at most `left` of which are read.
   PYLORA_INLINE static __m512i load_chunk(const uint8_t* q, int64_t left) {
     if (left >= 128) return _mm512_loadu_si512(q);
     return _mm512_maskz_loadu_epi8((__mmask64{1} << (left / 2)) - 1, q);

@@ -79,7 +79,7 @@ struct Avx512Bf16 : Avx512 {
     _mm512_storeu_si512(out + 16, decode_32(high, shifts, bank, codes));
   }
 
-  // See nf4_vector.h. Multiplying the 16 codes by this before rounding them to bf16, and the sum by
+  // See nf4_linear_small_m.h. Multiplying the 16 codes by this before rounding them to bf16, and the sum by
   // its inverse, brings their root-mean-square rounding error down from 5.5e-4 to 3.2e-4; weights
   // that are each rounded to bf16 have 8e-4.
   static constexpr float kCodeScale = 1.437f;

@@ -63,7 +63,7 @@ struct Portable {
            set1(absmax);
   }
 
-  // See nf4_vector.h: a chunk of 32 weights, at most `left` of which are read.
+  // See nf4_linear_small_m.h: a chunk of 32 weights, at most `left` of which are read.
   PYLORA_INLINE static const float* chunk_table(F32Mac<Portable>) { return kNF4Code; }
   PYLORA_INLINE static constexpr float chunk_scale(F32Mac<Portable>) { return 1.0f; }
   PYLORA_INLINE static void decode_chunk(const uint8_t* q, int64_t /*left*/, const float* table,

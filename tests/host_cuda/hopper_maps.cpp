@@ -122,13 +122,13 @@ void check_partials() {
   constexpr int kSlices = 2, kTiles = 3, kUnits = kTokens / 8;
   Cover units(kSlices * kTiles * kConsumers * kUnits * kGroupThreads);
   for (int group = 0; group < kSlices * kTiles * kConsumers; ++group) {
-    const int slice = group / kConsumers / kTiles, tile = group / kConsumers % kTiles;
+    const int split = group / kConsumers / kTiles, tile = group / kConsumers % kTiles;
     for (int i = 0; i < kUnits * kGroupThreads; ++i) {
-      units.add(static_cast<int>(partial_index<kTokens>(slice, kTiles, tile, group % kConsumers,
-                                                        i / kGroupThreads, i % kGroupThreads)));
+      units.add(static_cast<int>(partial_vector<kTokens>(split, kTiles, tile, group % kConsumers,
+                                                         i / kGroupThreads, i % kGroupThreads)));
     }
   }
-  expect(units.complete(), "sums of slices");
+  expect(units.complete(), "sums of splits");
 }
 
 void check_ring() {

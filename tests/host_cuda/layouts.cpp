@@ -83,7 +83,7 @@ void print_descriptors() {
 template <class Kernel, class... Arguments>
 void run(Kernel* kernel, int threads, size_t shared_bytes, Arguments... arguments) {
   LaunchShape shape;
-  shape.block = threads;
+  shape.threads = threads;
   shape.shared_bytes = shared_bytes;
   launch(kernel, shape, arguments...);
   cudaDeviceSynchronize();

@@ -12,7 +12,7 @@ int main() {
   const Header in = *read_array<Header>(1);
   const int64_t size = pylora::dtype_size(dtype_of(in.dtype));
   const void* x = read_vector(in.dtype, in.tokens * in.cols).data;
-  pylora::cuda::LoraHidden op;
+  pylora::cuda::LoraShrinkArgs op;
   op.dtype = dtype_of(in.dtype);
   op.rank = static_cast<int>(in.rank);
   op.lora_A = read_vector(in.dtype, in.rank * in.cols).data;

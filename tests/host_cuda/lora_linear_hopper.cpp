@@ -4,7 +4,7 @@
 #include "linear_input.h"
 
 int main() {
-  pylora::cuda::LoraLinearHopper op;
+  pylora::cuda::LoraLinearHopperArgs op;
   const LinearHeader in = read_linear(op);
   pylora::cuda::HopperPlan plan =
       pylora::cuda::plan_hopper(in.tokens, in.rows, in.cols, static_cast<int>(in.processors));
@@ -16,9 +16,9 @@ int main() {
   op.partials = static_cast<float*>(make_output(4 * plan.partial_floats()));
   op.counters = static_cast<unsigned*>(make_output(4 * plan.counters()));
   const LinearOutput out = make_outputs(op, pylora::cuda::low_pitch(in.rank));
-  if (pylora::cuda::nf4_linear_hopper_cuda(op, plan, nullptr) != cudaSuccess) return 1;
+  if (pylora::cuda::lora_linear_hopper_cuda(op, plan, nullptr) != cudaSuccess) return 1;
   cudaDeviceSynchronize();
-  std::fprintf(stderr, "tokens %d, tiles %d, slices %d, grid %d\n", plan.tile_tokens,
-               static_cast<int>(plan.tiles), plan.slices, plan.grid);
+  std::fprintf(stderr, "tokens %d, tiles %d, splits %d, grid %d\n", plan.tile_tokens,
+               static_cast<int>(plan.tiles), plan.splits, plan.grid);
   write_outputs(op, out);
 }

@@ -168,7 +168,7 @@ bool result_is_right(const std::string& name) {
       std::memcpy(&map, &wrong, sizeof(wrong));
     }
     LaunchShape shape;
-    shape.block = 2 * kGroupThreads;
+    shape.threads = 2 * kGroupThreads;
     shape.shared_bytes = kSharedBytes;
     launch(multiply_through_ring<static_cast<Bug>(kBug)>, shape, map,
            static_cast<const uint16_t*>(a_bits.data()), y.data());

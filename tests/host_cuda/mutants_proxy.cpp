@@ -136,7 +136,7 @@ bool result_is_right(const std::string& name) {
     TensorMap map;
     if (encode_tensor_map(matrix, &map) != cudaSuccess) return false;
     LaunchShape shape;
-    shape.block = kGroupThreads;
+    shape.threads = kGroupThreads;
     shape.shared_bytes = kTileBytes + sizeof(Barrier);
     launch(multiply_stored<static_cast<Bug>(kBug)>, shape, map,
            static_cast<const uint16_t*>(a.data()), static_cast<const uint16_t*>(b), y.data());

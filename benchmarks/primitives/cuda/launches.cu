@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads) nothing() {
 LaunchShape shape_of(int ctas, bool dependent, cudaStream_t stream) {
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(ctas));
-  shape.block = kThreads;
+  shape.threads = kThreads;
   shape.stream = stream;
   shape.dependent = dependent;
   return shape;

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include "cuda/common/launch.cuh"
+#include "cuda/common/lora_args.cuh"
 
 namespace pylora::cuda {
 
@@ -40,14 +41,41 @@ __device__ __forceinline__ uint32_t pack_pair(float first, float second) {
   return pair.word;
 }
 
+// `kCount` elements that one load brings, aligned to their size.
+template <class T, int kCount>
+struct alignas(kCount * sizeof(T)) AlignedArray {
+  T values[kCount];
+};
+
+// 16 bytes of T.
 template <class T>
-struct Chunk {
+struct Bytes16 {
   static constexpr int kElements = kVectorBytes / sizeof(T);
   static constexpr int kPacked = kElements / 2;  // bytes of qweight that hold as many weights
   union {
     T values[kElements];
-    uint4 vector;
+    uint4 bits;
   };
 };
+
+// Element `index` of a vector whose dtype is known at run time.
+__device__ __forceinline__ float load_any(const TypedVector& vector, int64_t index) {
+  switch (vector.dtype) {
+    case DType::kFloat32:
+      return static_cast<const float*>(vector.data)[index];
+    case DType::kFloat16:
+      return to_fp32(static_cast<const __half*>(vector.data)[index]);
+    case DType::kBFloat16:
+      return to_fp32(static_cast<const __nv_bfloat16*>(vector.data)[index]);
+  }
+  return 0.0f;
+}
+
+// The bits of x rounded to nearest, ties away from 0, as cvt.rna.tf32 rounds; NaN stays NaN.
+__device__ __forceinline__ uint32_t to_tf32(float x) {
+  constexpr uint32_t kHalfUnit = 1u << 12;
+  const uint32_t bits = __float_as_uint(x);
+  return x != x ? bits : (bits + kHalfUnit) & ~(2 * kHalfUnit - 1);
+}
 
 }  // namespace pylora::cuda

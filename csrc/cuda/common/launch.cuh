@@ -17,9 +17,16 @@ inline bool aligned(const void* pointer, uintptr_t bytes = kVectorBytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
 
+// The exponent of a power of two.
+inline int log2_of(int64_t power) {
+  int result = 0;
+  while (int64_t{1} << result < power) ++result;
+  return result;
+}
+
 struct LaunchShape {
   dim3 grid;
-  int block = 0;
+  int threads = 0;
   size_t shared_bytes = 0;  // dynamic
   cudaStream_t stream = nullptr;
   bool dependent = false;  // may start before the kernel before it has ended (sm_90 on)
@@ -57,7 +64,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape,
   overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;
-  config.blockDim = dim3(static_cast<unsigned>(shape.block));
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = shape.stream;
   config.attrs = &overlap;
@@ -66,11 +73,11 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape,
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t grid, int block, cudaStream_t stream,
+cudaError_t launch(void (*kernel)(Parameters...), int64_t grid, int threads, cudaStream_t stream,
                    Arguments... arguments) {
   LaunchShape shape;
   shape.grid.x = static_cast<unsigned>(grid);
-  shape.block = block;
+  shape.threads = threads;
   shape.stream = stream;
   return launch(kernel, shape, arguments...);
 }

@@ -1,13 +1,11 @@
-// The fragments that the products of nf4_linear_hopper.cu take from registers: W, and lora_B.
+// The fragments that the products of lora_linear_hopper.cu take from registers: W, and lora_B.
 #pragma once
 
 #include "cuda/common/element.cuh"
-#include "cuda/common/load_any.cuh"
-#include "cuda/common/tf32.cuh"
 #include "cuda/hopper/lora_linear.cuh"
 #include "cuda/hopper/maps.cuh"
 #include "cuda/hopper/ptx.cuh"
-#include "cuda/nf4/nf4_pairs.cuh"
+#include "cuda/nf4/nf4_decode.cuh"
 
 #if PYLORA_SM90A
 
@@ -24,11 +22,11 @@ __device__ __forceinline__ Scale<T> scale_of(float absmax) {
   return {pack_pair<T>(absmax, absmax), pack_pair<T>(rest, rest)};
 }
 
-// 3. The fragments of a block out of the warpgroup's 64 rows of the packed tile.
+// 3. The fragments of a k_tile out of the warpgroup's 64 rows of the packed tile.
 template <class T>
-__device__ __forceinline__ void decode_block(uint32_t (&fragments)[kSteps][4], const uint8_t* pairs,
-                                             const uint8_t* packed, const Scale<T> (&scales)[2],
-                                             int thread) {
+__device__ __forceinline__ void decode_k_tile(uint32_t (&fragments)[kSteps][4],
+                                              const uint8_t* pairs, const uint8_t* packed,
+                                              const Scale<T> (&scales)[2], int thread) {
   const uint32_t lane_offset = 4 * static_cast<uint32_t>(thread % kLanes);
   uint4 units[2][2];
 #pragma unroll
@@ -55,17 +53,18 @@ __device__ __forceinline__ void decode_block(uint32_t (&fragments)[kSteps][4], c
 }
 
 // 5. lora_B as fragments, from column `first` of the rank on; 0 outside of it.
-__device__ __forceinline__ void load_lora_B(uint32_t (&fragments)[kSteps][4], const LoraLinear& op,
-                                            int64_t first_row, int first, int thread) {
-  const Vector lora_B = {op.lora_B, op.hidden.dtype};
+__device__ __forceinline__ void load_lora_B(uint32_t (&fragments)[kSteps][4],
+                                            const LoraLinearArgs& args, int64_t first_row,
+                                            int first, int thread) {
+  const TypedVector lora_B = {args.lora_B, args.shrink.dtype};
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64_t n = first_row + fragment_row(thread, i);
       const int r = first + fragment_rank(thread, step, i);
-      const bool valid = n < op.weight.rows && r < op.hidden.rank;
-      const float value = valid ? load_any(lora_B, n * op.hidden.rank + r) : 0.0f;
+      const bool valid = n < args.weight.rows && r < args.shrink.rank;
+      const float value = valid ? load_any(lora_B, n * args.shrink.rank + r) : 0.0f;
       fragments[step][i] = to_tf32(value);
     }
   }

@@ -1,6 +1,6 @@
 // y = x W^T + bias + scaling * (act(h) lora_B^T + lora_B_bias) for many tokens on Hopper (sm_90a),
 // W in NF4, decoded into the registers from which the tensor cores take it. With LoRA another
-// kernel, lora_hidden_many.cu, makes low = scaling * act(h) first; this one starts while that one
+// kernel, lora_shrink_many_rows.cu, makes low = scaling * act(h) first; this one starts while that one
 // runs (programmatic dependent launch) and waits for it before it copies low.
 //
 // Shapes    x [M, K] fp16|bf16; W NF4 over [N, K]; bias [N]; low [M, R] fp32, rows a multiple of 4
@@ -10,28 +10,28 @@
 // product
 //           once more: absmax goes in as the sum of two numbers of that dtype, into a fused
 //           multiply-add. Torch's dequantize rounds the product alone, to the same half unit each:
-//           at most twice its error. An fp32 sum for each block, times its absmax, would be more
+//           at most twice its error. An fp32 sum for each k_tile, times its absmax, would be more
 //           exact, but takes a second set of accumulators: half the tokens a tile, and an fma for
 //           each 64 products. Sums in fp32. low and lora_B are rounded to TF32, which has the
 //           11 bits of fp16 and the range of fp32, and holds fp16 and bf16 exactly. The order of
 //           sums is fixed: the result is the same from run to run.
 // Grid      persistent CTAs, one an SM, of three warpgroups: one thread of the first feeds the
 //           others, which own 64 rows of W each and share the tokens. Tiles are 128 rows by 128 or
-//           256 tokens, and a CTA takes every grid-th; the rows change fastest. K is sliced where
+//           256 tokens, and a CTA takes every grid-th; the rows change fastest. K is is_split where
 //           there are fewer tiles than SMs.
-// Algorithm 1. Fill the decode table (nf4_pairs.cuh), initialize the barriers.
-//           2. The feeding thread copies, a block of 64 columns after the other, the tile of x
+// Algorithm 1. Fill the decode table (nf4_decode.cuh), initialize the barriers.
+//           2. The feeding thread copies, a k_tile of 64 columns after the other, the tile of x
 //              (swizzled by 128 bytes, as the tensor cores read their operand B) and that of
 //              qweight (32 bytes a row) into a ring of stages, as soon as both warpgroups have left
-//              a stage. Behind the last block it copies low, 32 of the rank at a time, in its
+//              a stage. Behind the last k_tile it copies low, 32 of the rank at a time, in its
 //              place.
-//           3. A thread decodes 32 weights of the block, rows g and g + 8 of its warp's 16
+//           3. A thread decodes 32 weights of the k_tile, rows g and g + 8 of its warp's 16
 //              (hopper_maps.cuh), into the fragments of four m64 k16 products, while those of the
-//              block before are under way.
-//           4. It starts the four products, waits for those of the block before, and gives back the
+//              k_tile before are under way.
+//           4. It starts the four products, waits for those of the k_tile before, and gives back the
 //              stage that they read.
 //           5. low lora_B^T is added as more products, of TF32, with lora_B as the fragments; where
-//              there are several slices of K, by the last. Then each writes its sums to the
+//              there are several splits of K, by the last. Then each writes its sums to the
 //              workspace, and the warpgroup that comes last at its rows of a tile adds them in
 //              their order.
 //           6. + bias + scaling * lora_B_bias, rounded once; turned round through the holes of the
@@ -41,18 +41,18 @@
 // Source    CUTLASS example 55 and Machete for swapped operands with a converted A in registers;
 //           QLoRA, arXiv:2305.14314
 //
-// The columns of a block keep their order, since x comes as it lies in memory: lane t of a quad
+// The columns of a k_tile keep their order, since x comes as it lies in memory: lane t of a quad
 // then wants byte t of every word of qweight. It loads whole rows, 4 LDS.128 of which the quad
 // shares the addresses, and its decoder picks the byte (a PRMT's selector) at no cost. The
 // alternatives: x with its columns exchanged costs a pass over x; qweight reshuffled offline would
 // no longer be bitsandbytes' bytes; ldmatrix hands out words and needs 8 SHFL and 16 PRMT to
 // exchange them.
 //
-// Estimates, in issue slots of a scheduler and cycles of shared memory, for a block of a tile of
+// Estimates, in issue slots of a scheduler and cycles of shared memory, for a k_tile of a tile of
 // 256 tokens (1024 cycles of the tensor cores; 512 with 128 tokens). Nothing of this has run on a
 // GPU.
 //   decode  a warp: 16 PRMT + 16 LDS + 16 HMUL2 + 16 HFMA2 + 4 LDS.128 for 32 weights a lane; with
-//           absmax, barriers and descriptors some 170 instructions a block in the compiled loop
+//           absmax, barriers and descriptors some 170 instructions a k_tile in the compiled loop
 //           (benchmarks/results/kernel_resources.json), and two warps a scheduler: 340 slots. A
 //           decoder by byte permutes in registers takes 78 in place of 32, at half rate.
 //   memory  products read x twice: 512 cycles; copies write 288; the table 128, words 32 to 128:
@@ -63,45 +63,21 @@
 
 #include <cstdint>
 
-#include "cuda/limits.h"
-#include "cuda/small_m/lora_linear.cuh"
+#include "cuda/common/lora_args.cuh"
+#include "cuda/hopper/plan.cuh"
 
 namespace pylora::cuda {
-
-// How the work is cut. The thresholds are estimates: nothing of this has run on a GPU.
-struct HopperPlan {
-  int tile_tokens = 256;  // or 128
-  int64_t row_tiles = 0;
-  int64_t tiles = 0;
-  int slices = 1;        // of K
-  int slice_blocks = 0;  // blocks of 64 columns a slice; the last slice may have fewer
-  int grid = 0;
-
-  int64_t partial_floats() const;
-  int64_t counters() const;
-};
-
-HopperPlan plan_hopper(int64_t tokens, int64_t rows, int64_t cols, int processors);
-
-// What a caller who measures other plans than the rule's decides; the rest of a plan follows.
-struct HopperChoice {
-  int64_t tile_tokens = 0, slices = 0, grid = 0;
-};
-
-// Makes the chosen plan and returns null, or returns why the kernel cannot run it.
-const char* choose_hopper(const HopperChoice& choice, int64_t tokens, int64_t rows, int64_t cols,
-                          HopperPlan* plan);
 
 // Floats from one row of low to the next: the copy engine wants a multiple of 16 bytes.
 constexpr int64_t low_pitch(int64_t rank) { return ceil_div(rank, 4) * 4; }
 
-struct LoraLinearHopper : LoraLinear {
+struct LoraLinearHopperArgs : LoraLinearArgs {
   float* partials = nullptr;     // HopperPlan::partial_floats, aligned to 16 bytes
   unsigned* counters = nullptr;  // HopperPlan::counters, of any content
 };
 
-// Launches on `stream`; returns the first error. op.hidden.low has rows of low_pitch(rank).
-cudaError_t nf4_linear_hopper_cuda(const LoraLinearHopper& op, const HopperPlan& plan,
-                                   cudaStream_t stream);
+// Launches on `stream`; returns the first error. args.shrink.low has rows of low_pitch(rank).
+cudaError_t lora_linear_hopper_cuda(const LoraLinearHopperArgs& args, const HopperPlan& plan,
+                                    cudaStream_t stream);
 
 }  // namespace pylora::cuda

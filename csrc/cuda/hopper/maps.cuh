@@ -1,10 +1,10 @@
-// Who holds what in nf4_linear_hopper.cu: plain functions, which a test of the host checks for gaps
+// Who holds what in lora_linear_hopper.cu: plain functions, which a test of the host checks for gaps
 // and overlaps. A warpgroup has 128 threads, thread = 32 * warp + lane.
 #pragma once
 
 #include "common/nf4.h"
 #include "cuda/common/launch.cuh"
-#include "cuda/nf4/nf4_pairs.cuh"
+#include "cuda/nf4/nf4_decode.cuh"
 
 namespace pylora::cuda {
 
@@ -15,7 +15,7 @@ inline constexpr int kHopperThreads = (1 + kConsumers) * kGroupThreads;
 
 inline constexpr int kGroupRows = 64;  // of W: the m64 of a product
 inline constexpr int kTileRows = kConsumers * kGroupRows;
-inline constexpr int kSteps = 4;            // products a block: 4 * 32 bytes along k
+inline constexpr int kSteps = 4;            // products a k_tile: 4 * 32 bytes along k
 inline constexpr int kStepBytes = 32;       // of x along k
 inline constexpr int kTokenBytes = 128;     // of x: 64 columns, or 32 of low
 inline constexpr int kPackedRowBytes = 32;  // of qweight: 64 columns
@@ -77,9 +77,9 @@ PYLORA_HOST_DEVICE constexpr int accumulator_token(int thread, int i) {
 
 // Where the workspace has accumulators 4 * i to 4 * i + 3 of a thread, in units of 4 floats.
 template <int kTokens>
-PYLORA_HOST_DEVICE constexpr int64_t partial_index(int64_t slice, int64_t tiles, int64_t tile,
-                                                   int consumer, int i, int thread) {
-  const int64_t group = (slice * tiles + tile) * kConsumers + consumer;
+PYLORA_HOST_DEVICE constexpr int64_t partial_vector(int64_t split, int64_t tiles, int64_t tile,
+                                                    int consumer, int i, int thread) {
+  const int64_t group = (split * tiles + tile) * kConsumers + consumer;
   return (group * (kTokens / 8) + i) * kGroupThreads + thread;
 }
 

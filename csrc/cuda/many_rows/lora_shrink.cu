@@ -3,7 +3,6 @@
 #include "cuda/common/element.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/ptx.cuh"
-#include "cuda/common/tf32.cuh"
 #include "cuda/many_rows/lora_shrink.cuh"
 
 namespace pylora::cuda {
@@ -17,65 +16,60 @@ constexpr int kTokens = 16;  // of a CTA, on the matrix units
 constexpr int kColumns = 8;  // of a lane, in 16 bytes
 constexpr int kLoads = 2;    // of each row in a step
 constexpr int kStep = 4 * kLoads * kColumns;
-static_assert(kManyColumns % kStep == 0);
+static_assert(kManyRowsColumns % kStep == 0);
 
 constexpr int kSide = 8;  // tokens, and rows of lora_A, of a CTA in fp32
 constexpr int kSums = kSide * kSide;
 static_assert(kSums == 2 * kLanes);
 
 template <int kRows>
-struct Memory {
+struct WarpSums {
   float sums[kWarps][kTokens][kRows];
 };
-struct MemoryFp32 {
+struct WarpSumsFp32 {
   float sums[kWarps][kSums];
 };
 
-template <class T>
-struct alignas(kDraw * sizeof(T)) Columns {
-  T values[kDraw];
-};
-
-// Where low goes: to op.low, or kWide: beside a copy of x.
+// Where low goes: to args.low, or kWide: beside a copy of x.
 template <class T>
 struct LowRows {
   T* wide;        // [tokens, pitch]
-  int64_t pitch;  // of op.low, if not kWide
+  int64_t pitch;  // of args.low, if not kWide
   int columns;    // of low: the rank, and kWide: zeros behind it
 };
 
-__device__ __forceinline__ uint64_t seed_of(const LoraHidden& op) {
-  return op.seed != nullptr ? static_cast<uint64_t>(*op.seed) : 0;
+__device__ __forceinline__ uint64_t seed_of(const LoraShrinkArgs& args) {
+  return args.seed != nullptr ? static_cast<uint64_t>(*args.seed) : 0;
 }
 
 // 4.
 template <class L, bool kWide, class T>
-__device__ __forceinline__ void store_hidden(const LoraHidden& op, const LowRows<T>& low,
-                                             int64_t cols, int64_t token, int row, float h) {
+__device__ __forceinline__ void store_h_and_low(const LoraShrinkArgs& args, const LowRows<T>& low,
+                                                int64_t cols, int64_t token, int row, float h) {
   float value = 0.0f;
-  if (row < op.rank) {
-    if (op.lora_A_bias != nullptr) h += to_fp32(static_cast<const L*>(op.lora_A_bias)[row]);
-    op.h[token * op.rank + row] = h;
-    value = op.scaling * activate_fp32(op.activation, h);
+  if (row < args.rank) {
+    if (args.lora_A_bias != nullptr) h += to_fp32(static_cast<const L*>(args.lora_A_bias)[row]);
+    args.h[token * args.rank + row] = h;
+    value = args.scaling * activate_fp32(args.activation, h);
   }
   if constexpr (kWide) {
     low.wide[token * low.pitch + cols + row] = round_to<T>(value);
   } else {
-    reinterpret_cast<uint32_t*>(op.low)[token * low.pitch + row] = to_tf32(value);
+    reinterpret_cast<uint32_t*>(args.low)[token * low.pitch + row] = to_tf32(value);
   }
 }
 
 // Sets the elements to 0 that dropout leaves out; `element` is the number of the first one.
 template <class T>
-__device__ __forceinline__ void drop(Chunk<T>& chunk, const LoraHidden& op, uint64_t seed,
+__device__ __forceinline__ void drop(Bytes16<T>& chunk, const LoraShrinkArgs& args, uint64_t seed,
                                      int64_t element) {
 #pragma unroll
-  for (int first = 0; first < Chunk<T>::kElements; first += kDraw) {
+  for (int first = 0; first < Bytes16<T>::kElements; first += kDraw) {
     uint32_t words[kDraw];
     philox4(seed, static_cast<uint64_t>((element + first) / kDraw), words);
 #pragma unroll
     for (int j = 0; j < kDraw; ++j) {
-      if (words[j] < op.threshold) chunk.values[first + j] = round_to<T>(0.0f);
+      if (words[j] < args.threshold) chunk.values[first + j] = round_to<T>(0.0f);
     }
   }
 }
@@ -83,11 +77,11 @@ __device__ __forceinline__ void drop(Chunk<T>& chunk, const LoraHidden& op, uint
 // What lies beyond the last token or row of lora_A is read from the last one, and not stored.
 template <class T, int kRows, bool kWide>
 __global__ void __launch_bounds__(kThreads)
-    lora_hidden_many(LoraHidden op,            // device pointers
-                     const T* __restrict__ x,  // [tokens, cols]
-                     int tokens, int64_t cols, LowRows<T> low) {
+    lora_shrink_many_rows(LoraShrinkArgs args,      // device pointers
+                          const T* __restrict__ x,  // [tokens, cols]
+                          int tokens, int64_t cols, LowRows<T> low) {
   constexpr int kTiles = kRows / 8;
-  auto& shared = shared_memory<Memory<kRows>>();
+  auto& shared = shared_memory<WarpSums<kRows>>();
   const int thread = threadIdx.x;
   const int warp = thread / kLanes, lane = thread % kLanes;
   const int group = lane / 4, quarter = lane % 4;
@@ -98,7 +92,7 @@ __global__ void __launch_bounds__(kThreads)
   start_dependent_kernel();
 
   // 2.
-  const uint64_t seed = seed_of(op);
+  const uint64_t seed = seed_of(args);
   int64_t token_at[2], row_at[kTiles];  // elements
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -106,23 +100,23 @@ __global__ void __launch_bounds__(kThreads)
   }
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
-    row_at[tile] = min(first_row + 8 * tile + group, op.rank - 1) * cols;
+    row_at[tile] = min(first_row + 8 * tile + group, args.rank - 1) * cols;
   }
-  const T* lora_A = static_cast<const T*>(op.lora_A);
+  const T* lora_A = static_cast<const T*>(args.lora_A);
   const bool copies = blockIdx.x == 0;  // one CTA of those with the same tokens
   float sums[kTiles][4] = {};
   for (int64_t step = warp * kStep; step < cols; step += kWarps * kStep) {
-    Chunk<T> a[kLoads][2], b[kLoads][kTiles];
+    Bytes16<T> a[kLoads][2], b[kLoads][kTiles];
 #pragma unroll
     for (int load = 0; load < kLoads; ++load) {
       const int64_t k = step + (4 * load + quarter) * kColumns;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        a[load][half].vector = __ldg(reinterpret_cast<const uint4*>(x + token_at[half] + k));
+        a[load][half].bits = __ldg(reinterpret_cast<const uint4*>(x + token_at[half] + k));
       }
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        b[load][tile].vector = __ldg(reinterpret_cast<const uint4*>(lora_A + row_at[tile] + k));
+        b[load][tile].bits = __ldg(reinterpret_cast<const uint4*>(lora_A + row_at[tile] + k));
       }
     }
 #pragma unroll
@@ -132,18 +126,18 @@ __global__ void __launch_bounds__(kThreads)
       for (int half = 0; half < 2; ++half) {
         const int64_t token = first_token + group + 8 * half;
         if (kWide && copies && token < tokens) {
-          *reinterpret_cast<uint4*>(low.wide + token * low.pitch + k) = a[load][half].vector;
+          *reinterpret_cast<uint4*>(low.wide + token * low.pitch + k) = a[load][half].bits;
         }
       }
-      if (op.seed != nullptr) {
-        drop(a[load][0], op, seed, token_at[0] + k);
-        drop(a[load][1], op, seed, token_at[1] + k);
+      if (args.seed != nullptr) {
+        drop(a[load][0], args, seed, token_at[0] + k);
+        drop(a[load][1], args, seed, token_at[1] + k);
       }
-      const uint4& upper = a[load][0].vector;
-      const uint4& lower = a[load][1].vector;
+      const uint4& upper = a[load][0].bits;
+      const uint4& lower = a[load][1].bits;
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        const uint4& row = b[load][tile].vector;
+        const uint4& row = b[load][tile].bits;
         const uint32_t first[4] = {upper.x, lower.x, upper.y, lower.y};
         const uint32_t second[4] = {upper.z, lower.z, upper.w, lower.w};
         mma_16x8x16<T>(sums[tile], first, row.x, row.y);
@@ -167,8 +161,8 @@ __global__ void __launch_bounds__(kThreads)
     if (token >= tokens || row >= low.columns) continue;
     float h = 0.0f;
     for (int w = 0; w < kWarps; ++w) h += shared.sums[w][i / kRows][i % kRows];
-    if (op.seed != nullptr) h *= op.keep_scale;
-    store_hidden<T, kWide>(op, low, cols, token, row, h);
+    if (args.seed != nullptr) h *= args.keep_scale;
+    store_h_and_low<T, kWide>(args, low, cols, token, row, h);
   }
 }
 
@@ -188,10 +182,10 @@ __device__ __forceinline__ void add_lanes(float (&sums)[kSums], int lane) {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    lora_hidden_many_fp32(LoraHidden op,            // device pointers
-                          const T* __restrict__ x,  // [tokens, cols]
-                          int tokens, int64_t cols, LowRows<T> low) {
-  auto& shared = shared_memory<MemoryFp32>();
+    lora_shrink_many_rows_fp32(LoraShrinkArgs args,      // device pointers
+                               const T* __restrict__ x,  // [tokens, cols]
+                               int tokens, int64_t cols, LowRows<T> low) {
+  auto& shared = shared_memory<WarpSumsFp32>();
   const int thread = threadIdx.x;
   const int warp = thread / kLanes, lane = thread % kLanes;
   const int first_row = blockIdx.x * kSide;
@@ -201,28 +195,29 @@ __global__ void __launch_bounds__(kThreads)
   start_dependent_kernel();
 
   // 2.
-  const uint64_t seed = seed_of(op);
-  const auto* lora_A = static_cast<const float*>(op.lora_A);
+  const uint64_t seed = seed_of(args);
+  const auto* lora_A = static_cast<const float*>(args.lora_A);
   float sums[kSums] = {};  // [token][row of lora_A]
   for (int64_t k = kDraw * thread; k < cols; k += kDraw * kThreads) {
-    Columns<float> a[kSide];
+    AlignedArray<float, kDraw> a[kSide];
 #pragma unroll
     for (int i = 0; i < kSide; ++i) {
-      const int64_t row = min(first_row + i, op.rank - 1);
-      a[i] = *reinterpret_cast<const Columns<float>*>(lora_A + row * cols + k);
+      const int64_t row = min(first_row + i, args.rank - 1);
+      a[i] = *reinterpret_cast<const AlignedArray<float, kDraw>*>(lora_A + row * cols + k);
     }
 #pragma unroll
     for (int i = 0; i < kSide; ++i) {
       const int64_t token = min(first_token + i, tokens - 1);
-      const auto columns = *reinterpret_cast<const Columns<T>*>(x + token * cols + k);
+      const auto columns = *reinterpret_cast<const AlignedArray<T, kDraw>*>(x + token * cols + k);
       uint32_t words[kDraw];
-      if (op.seed != nullptr) {
+      if (args.seed != nullptr) {
         philox4(seed, static_cast<uint64_t>((token * cols + k) / kDraw), words);
       }
 #pragma unroll
       for (int j = 0; j < kDraw; ++j) {
         float value = to_fp32(columns.values[j]);
-        if (op.seed != nullptr) value = words[j] >= op.threshold ? value * op.keep_scale : 0.0f;
+        if (args.seed != nullptr)
+          value = words[j] >= args.threshold ? value * args.keep_scale : 0.0f;
 #pragma unroll
         for (int row = 0; row < kSide; ++row) sums[i * kSide + row] += value * a[row].values[j];
       }
@@ -242,60 +237,63 @@ __global__ void __launch_bounds__(kThreads)
   if (token >= tokens || row >= low.columns) return;
   float h = 0.0f;
   for (int i = 0; i < kWarps; ++i) h += shared.sums[i][thread];
-  store_hidden<float, false>(op, low, cols, token, row, h);
+  store_h_and_low<float, false>(args, low, cols, token, row, h);
 }
 
 template <class T, bool kWide>
-cudaError_t launch_hidden(const LoraHidden& op, const void* x, int tokens, int64_t cols,
+cudaError_t launch_shrink(const LoraShrinkArgs& args, const void* x, int tokens, int64_t cols,
                           const LowRows<T>& low, cudaStream_t stream) {
-  const bool is_fp32 = !kWide && op.dtype == DType::kFloat32;
-  const int rows = is_fp32 ? kSide : op.rank <= 16 ? 16 : 32;
+  const bool is_fp32 = !kWide && args.dtype == DType::kFloat32;
+  const int rows = is_fp32 ? kSide : args.rank <= 16 ? 16 : 32;
   LaunchShape shape;
-  shape.block = kThreads;
+  shape.threads = kThreads;
   shape.stream = stream;
   shape.grid.x = static_cast<unsigned>(ceil_div(low.columns, rows));
   shape.grid.y = static_cast<unsigned>(ceil_div(tokens, is_fp32 ? kSide : kTokens));
-  void (*kernel)(LoraHidden, const T*, int, int64_t, LowRows<T>) = lora_hidden_many<T, 32, kWide>;
-  if (rows == 16) kernel = lora_hidden_many<T, 16, kWide>;
-  if (is_fp32) kernel = lora_hidden_many_fp32<T>;
-  return launch(kernel, shape, op, static_cast<const T*>(x), tokens, cols, low);
+  void (*kernel)(LoraShrinkArgs, const T*, int, int64_t, LowRows<T>) =
+      lora_shrink_many_rows<T, 32, kWide>;
+  if (rows == 16) kernel = lora_shrink_many_rows<T, 16, kWide>;
+  if (is_fp32) kernel = lora_shrink_many_rows_fp32<T>;
+  return launch(kernel, shape, args, static_cast<const T*>(x), tokens, cols, low);
 }
 
 template <class T>
-cudaError_t launch_alone(const LoraHidden& op, const void* x, int tokens, int64_t cols,
+cudaError_t launch_alone(const LoraShrinkArgs& args, const void* x, int tokens, int64_t cols,
                          int64_t low_pitch, cudaStream_t stream) {
-  return launch_hidden<T, false>(op, x, tokens, cols, {nullptr, low_pitch, op.rank}, stream);
+  return launch_shrink<T, false>(args, x, tokens, cols, {nullptr, low_pitch, args.rank}, stream);
 }
 
 template <class T>
-cudaError_t launch_extend(const LoraHidden& op, const void* x, int tokens, int64_t cols, void* wide,
-                          cudaStream_t stream) {
-  const int64_t pitch = wide_cols(cols, op.rank);
+cudaError_t launch_extend(const LoraShrinkArgs& args, const void* x, int tokens, int64_t cols,
+                          void* wide, cudaStream_t stream) {
+  const int64_t pitch = wide_cols(cols, args.rank);
   const LowRows<T> low = {static_cast<T*>(wide), pitch, static_cast<int>(pitch - cols)};
-  return launch_hidden<T, true>(op, x, tokens, cols, low, stream);
+  return launch_shrink<T, true>(args, x, tokens, cols, low, stream);
 }
 
 }  // namespace
 
-cudaError_t lora_hidden_many_cuda(const LoraHidden& op, DType dtype, const void* x, int tokens,
-                                  int64_t cols, int64_t low_pitch, cudaStream_t stream) {
-  const bool takes = op.dtype == DType::kFloat32 || op.dtype == dtype;
-  if (!takes || cols % kManyColumns != 0) return cudaErrorInvalidValue;
+cudaError_t lora_shrink_many_rows_cuda(const LoraShrinkArgs& args, DType dtype, const void* x,
+                                       int tokens, int64_t cols, int64_t low_pitch,
+                                       cudaStream_t stream) {
+  const bool takes = args.dtype == DType::kFloat32 || args.dtype == dtype;
+  if (!takes || cols % kManyRowsColumns != 0) return cudaErrorInvalidValue;
   if (dtype == DType::kFloat16) {
-    return launch_alone<__half>(op, x, tokens, cols, low_pitch, stream);
+    return launch_alone<__half>(args, x, tokens, cols, low_pitch, stream);
   }
   if (dtype == DType::kBFloat16) {
-    return launch_alone<__nv_bfloat16>(op, x, tokens, cols, low_pitch, stream);
+    return launch_alone<__nv_bfloat16>(args, x, tokens, cols, low_pitch, stream);
   }
   return cudaErrorInvalidValue;
 }
 
-cudaError_t lora_extend_cuda(const LoraHidden& op, const void* x, int tokens, int64_t cols,
+cudaError_t lora_extend_cuda(const LoraShrinkArgs& args, const void* x, int tokens, int64_t cols,
                              void* wide, cudaStream_t stream) {
-  if (cols % kManyColumns != 0) return cudaErrorInvalidValue;
-  if (op.dtype == DType::kFloat16) return launch_extend<__half>(op, x, tokens, cols, wide, stream);
-  if (op.dtype == DType::kBFloat16) {
-    return launch_extend<__nv_bfloat16>(op, x, tokens, cols, wide, stream);
+  if (cols % kManyRowsColumns != 0) return cudaErrorInvalidValue;
+  if (args.dtype == DType::kFloat16)
+    return launch_extend<__half>(args, x, tokens, cols, wide, stream);
+  if (args.dtype == DType::kBFloat16) {
+    return launch_extend<__nv_bfloat16>(args, x, tokens, cols, wide, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -1,5 +1,5 @@
 // h = dropout(x) lora_A^T + lora_A_bias and low = scaling * act(h), for many tokens: the kernel of
-// lora_hidden.cuh reads x once for each row of lora_A, these once for 32 or 8 of them.
+// lora_shrink_small_m.cuh reads x once for each row of lora_A, these once for 32 or 8 of them.
 //
 // Shapes    x [M, K] fp16|bf16; lora_A [R, K] of x's dtype or fp32; lora_A_bias [R] of lora_A's
 //           -> h [M, R] fp32, and low: [M, pitch] fp32, or beside a copy of x, [x | low | 0] of
@@ -21,21 +21,26 @@
 // Source    LoRA, arXiv:2106.09685; pylora/reference/lora_linear.py
 #pragma once
 
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/common/lora_args.cuh"
 #include "cuda/limits.h"
-#include "cuda/small_m/lora_shrink.cuh"
 
 namespace pylora::cuda {
 
 // Columns of [x | low | 0], whose rows are of whole 16 bytes.
 constexpr int64_t wide_cols(int64_t cols, int64_t rank) { return cols + ceil_div(rank, 8) * 8; }
 
-// h and op.low [tokens, low_pitch]. Returns the launch's error.
-cudaError_t lora_hidden_many_cuda(const LoraHidden& op, DType dtype, const void* x, int tokens,
-                                  int64_t cols, int64_t low_pitch, cudaStream_t stream);
+// h and args.low [tokens, low_pitch]. Returns the launch's error.
+cudaError_t lora_shrink_many_rows_cuda(const LoraShrinkArgs& args, DType dtype, const void* x,
+                                       int tokens, int64_t cols, int64_t low_pitch,
+                                       cudaStream_t stream);
 
-// h and `wide` [tokens, wide_cols], aligned to 16 bytes, where x has lora_A's dtype; op.low is not
+// h and `wide` [tokens, wide_cols], aligned to 16 bytes, where x has lora_A's dtype; args.low is not
 // used. Returns the launch's error.
-cudaError_t lora_extend_cuda(const LoraHidden& op, const void* x, int tokens, int64_t cols,
+cudaError_t lora_extend_cuda(const LoraShrinkArgs& args, const void* x, int tokens, int64_t cols,
                              void* wide, cudaStream_t stream);
 
 }  // namespace pylora::cuda

@@ -3,7 +3,7 @@
 #include "cuda/common/element.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/ptx.cuh"
-#include "cuda/nf4/nf4_code.cuh"
+#include "cuda/nf4/nf4_decode.cuh"
 #include "cuda/nf4/nf4_dequantize.cuh"
 
 namespace pylora::cuda {
@@ -12,10 +12,10 @@ namespace {
 constexpr int kWarps = 8;                                 // a CTA
 constexpr int kTileElements = 2 * kVectorBytes * kLanes;  // 1024
 constexpr int kScalarThreads = 256;
-constexpr int64_t kScalarBlocks = 1 << 20;  // beyond it the threads loop
+constexpr int64_t kScalarGrid = 1 << 20;  // beyond it the threads loop
 
 // Where the rows of `out` begin. Rows without gaps count as a single one.
-struct Rows {
+struct OutputRows {
   int64_t cols;
   int64_t stride;
 
@@ -33,9 +33,9 @@ __global__ void __launch_bounds__(kWarps* kLanes)
     nf4_dequantize_tiles(NF4Matrix weight,                  // device pointers
                          const float* __restrict__ offset,  // [1], or null
                          int64_t tiles,                     // whole tiles of the weight
-                         Rows rows,  // with gaps: of kTileElements or more, in whole vectors
+                         OutputRows rows,  // with gaps: of kTileElements or more, in whole vectors
                          T* __restrict__ out) {
-  using Out = Chunk<T>;
+  using Out = Bytes16<T>;
   constexpr int kSteps = kTileElements / Out::kElements / kLanes;
   TileMemory& shared = shared_memory<TileMemory>();
   if (threadIdx.x < kNF4Size) shared.code[threadIdx.x] = nf4_code[threadIdx.x];
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kWarps* kLanes)
 
   // 4. A tile with gaps lies in two rows at most.
   auto* place = reinterpret_cast<uint4*>(out + first);
-  int row_ends = 0, gap = 0;  // chunks
+  int row_ends = 0, gap = 0;  // vectors
   if constexpr (kHasGaps) {
     const int64_t row = first / rows.cols;
     place += rows.gaps(row) / Out::kElements;
@@ -73,14 +73,14 @@ __global__ void __launch_bounds__(kWarps* kLanes)
   }
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    const int chunk = step * kLanes + lane;
+    const int vector = step * kLanes + lane;
     uint32_t word = 0;
     if constexpr (Out::kPacked == 4) {
-      word = *reinterpret_cast<const uint32_t*>(bytes + 4 * chunk);
+      word = *reinterpret_cast<const uint32_t*>(bytes + 4 * vector);
     } else {
-      word = *reinterpret_cast<const uint16_t*>(bytes + 2 * chunk);
+      word = *reinterpret_cast<const uint16_t*>(bytes + 2 * vector);
     }
-    const int block = chunk * Out::kElements >> shift;
+    const int block = vector * Out::kElements >> shift;
     const float absmax = shuffle(own_absmax, block);
     Out result;
 #pragma unroll
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kWarps* kLanes)
       result.values[2 * j + 1] =
           round_to<T>(__fmul_rn(shared.code[word >> (8 * j) & 0xFu], absmax));
     }
-    place[chunk + (kHasGaps && chunk >= row_ends ? gap : 0)] = result.vector;
+    place[vector + (kHasGaps && vector >= row_ends ? gap : 0)] = result.bits;
   }
 }
 
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kWarps* kLanes)
 template <class T>
 __global__ void __launch_bounds__(kScalarThreads)
     nf4_dequantize_elements(NF4Matrix weight, const float* __restrict__ offset, int64_t begin,
-                            int64_t end, Rows rows, T* __restrict__ out) {
+                            int64_t end, OutputRows rows, T* __restrict__ out) {
   if (offset != nullptr) weight.offset = __ldg(offset);
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kScalarThreads;
   int64_t i = begin + static_cast<int64_t>(blockIdx.x) * kScalarThreads + threadIdx.x;
@@ -114,10 +114,10 @@ __global__ void __launch_bounds__(kScalarThreads)
 template <class T>
 cudaError_t dequantize(const NF4Matrix& weight, const float* offset, int64_t stride, T* out,
                        cudaStream_t stream) {
-  constexpr int kVector = Chunk<T>::kElements;
+  constexpr int kVector = Bytes16<T>::kElements;
   const int64_t numel = weight.numel();
   const bool has_gaps = stride > weight.cols;
-  const Rows rows = has_gaps ? Rows{weight.cols, stride} : Rows{numel, numel};
+  const OutputRows rows = has_gaps ? OutputRows{weight.cols, stride} : OutputRows{numel, numel};
   const bool gaps_fit =
       rows.cols % kVector == 0 && rows.stride % kVector == 0 && rows.cols >= kTileElements;
   const bool in_tiles = aligned(weight.qweight) && aligned(out) && (gaps_fit || !has_gaps);
@@ -130,7 +130,7 @@ cudaError_t dequantize(const NF4Matrix& weight, const float* offset, int64_t str
   }
   const int64_t begin = tiles * kTileElements;
   if (begin == numel) return cudaSuccess;
-  const int64_t grid = std::min(ceil_div(numel - begin, kScalarThreads), kScalarBlocks);
+  const int64_t grid = std::min(ceil_div(numel - begin, kScalarThreads), kScalarGrid);
   return launch(nf4_dequantize_elements<T>, grid, kScalarThreads, stream, weight, offset, begin,
                 numel, rows, out);
 }

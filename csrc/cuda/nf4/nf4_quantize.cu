@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads)
                        int64_t blocksize,              // a power of two, at most kTileElements
                        uint8_t* __restrict__ qweight,  // [tiles * kTileElements / 2]
                        float* __restrict__ absmax) {   // [tiles * kTileElements / blocksize]
-  using In = Chunk<T>;
+  using In = Bytes16<T>;
   constexpr int kSteps = kWarpElements / In::kElements / kLanes;
   constexpr int kGroupLanes = kGroup / In::kElements;
   TileMemory& shared = shared_memory<TileMemory>();
@@ -103,11 +103,11 @@ __global__ void __launch_bounds__(kThreads)
 
   // 1.
   const int64_t first = tile * kTileElements + warp * kWarpElements;
-  In chunks[kSteps];
+  In vectors[kSteps];
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     const auto* source = reinterpret_cast<const uint4*>(weight + first);
-    chunks[step].vector = load_streaming(source + step * kLanes + lane);
+    vectors[step].bits = load_streaming(source + step * kLanes + lane);
   }
   if (thread < kCells) shared.cells[thread] = cell_table.cells[thread];
 
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads)
     float largest = 0.0f;
 #pragma unroll
     for (int i = 0; i < In::kElements; ++i) {
-      largest = fmaxf(largest, fabsf(to_fp32(chunks[step].values[i])));
+      largest = fmaxf(largest, fabsf(to_fp32(vectors[step].values[i])));
     }
     largest = max_of_lanes(largest, kGroupLanes);
     const int group = (step * kLanes + lane) / kGroupLanes;
@@ -144,18 +144,18 @@ __global__ void __launch_bounds__(kThreads)
   auto* bytes = reinterpret_cast<uint8_t*>(shared.packed[warp]);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    const int chunk = step * kLanes + lane;
-    const float inverse = shared.group_inverse[warp * kLanes + chunk / kGroupLanes];
+    const int vector = step * kLanes + lane;
+    const float inverse = shared.group_inverse[warp * kLanes + vector / kGroupLanes];
     uint32_t word = 0;
 #pragma unroll
     for (int i = 0; i < In::kElements; ++i) {
-      const float scaled = __fmul_rn(to_fp32(chunks[step].values[i]), inverse);
+      const float scaled = __fmul_rn(to_fp32(vectors[step].values[i]), inverse);
       word |= nearest_code(shared.cells, scaled) << (i % 2 == 0 ? 4 * i + 4 : 4 * i - 4);
     }
     if constexpr (In::kPacked == 4) {
-      *reinterpret_cast<uint32_t*>(bytes + 4 * chunk) = word;
+      *reinterpret_cast<uint32_t*>(bytes + 4 * vector) = word;
     } else {
-      *reinterpret_cast<uint16_t*>(bytes + 2 * chunk) = static_cast<uint16_t>(word);
+      *reinterpret_cast<uint16_t*>(bytes + 2 * vector) = static_cast<uint16_t>(word);
     }
   }
   __syncwarp();
@@ -170,10 +170,7 @@ __global__ void __launch_bounds__(kThreads)
     nf4_quantize_blocks(const T* __restrict__ weight, int64_t numel, int64_t blocksize,
                         int64_t begin, int64_t end, uint8_t* __restrict__ qweight,
                         float* __restrict__ absmax) {
-  struct Memory {
-    Cell cells[kCells];
-  };
-  Memory& shared = shared_memory<Memory>();
+  CellTable& shared = shared_memory<CellTable>();
   const int lane = threadIdx.x % kLanes;
   if (threadIdx.x < kCells) shared.cells[threadIdx.x] = cell_table.cells[threadIdx.x];
   __syncthreads();

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "cuda/common/ptx.cuh"
-#include "cuda/nf4/stored_absmax.cuh"
 #include "cuda/small_m/lora_linear.cuh"
 #include "cuda/small_m/work.cuh"
 
@@ -18,9 +17,9 @@ __device__ __forceinline__ int chunk_offset(int hole, int row) {
 }
 
 // What the kernel needs beside the plan, which is the same for all its CTAs.
-struct Problem {
-  LoraLinearSmall op;
-  SmallPlan plan;
+struct LoraLinearSmallMParams {
+  LoraLinearSmallMArgs args;
+  SmallMPlan plan;
   int block_shift;         // log2 of blocksize
   int nested_block_shift;  // and of nested_blocksize
   bool rank_vectors;       // lora_B can be read 8 elements at a time
@@ -29,24 +28,24 @@ struct Problem {
 // Brings a warp its chunks. What lies beyond the last row or column is read from the last one
 // instead: such rows are not stored, and x is 0 in such columns.
 template <int kAbsmax>  // a lane's share of the absmax of a chunk: 2 where blocks have 32 columns
-class Feed {
+class ChunkFeed {
  public:
-  __device__ __forceinline__ Feed(const Problem& problem, const Chunks& chunks, int row_warp,
-                                  int lane)
-      : problem_(problem),
+  __device__ __forceinline__ ChunkFeed(const LoraLinearSmallMParams& params, const Chunks& chunks,
+                                       int row_warp, int lane)
+      : params_(params),
         policy_(evict_first_policy()),
         chunks_(chunks),
         row_warp_(row_warp),
         lane_(lane),
-        row_granules_(static_cast<int>(problem.op.weight.cols) / kGranule) {
+        row_granules_(static_cast<int>(params.args.weight.cols) / kGranule) {
     open();
   }
 
   // Starts the copy of the next chunk into `stage`, loads its absmax, and closes a group of copies;
   // an empty one behind the last chunk.
   __device__ __forceinline__ void fetch(uint8_t* stage, StoredAbsmax (&absmax)[kAbsmax]) {
-    const NF4Matrix& weight = problem_.op.weight;
-    const int shift = problem_.block_shift;
+    const NF4Matrix& weight = params_.args.weight;
+    const int shift = params_.block_shift;
     if (chunks_.inside()) {
       const int chunk = chunks_.chunk();
       const uint32_t granule = static_cast<uint32_t>(
@@ -60,26 +59,26 @@ class Feed {
         const int column =
             min(chunk * kChunk + lane_ % 2 * 64 + i * kGranule, (row_granules_ - 1) * kGranule);
         const uint32_t block = first_block_ + (static_cast<uint32_t>(column) >> shift);
-        absmax[i].load(weight, block, problem_.nested_block_shift);
+        absmax[i].load(weight, block, params_.nested_block_shift);
       }
     }
-    if (chunks_.next(problem_.plan)) open();
+    if (chunks_.next(params_.plan)) open();
     copy_async_commit();
   }
 
  private:
   // Goes to the rows of the tile.
   __device__ __forceinline__ void open() {
-    const int row = (chunks_.tile() * problem_.plan.output_warps + row_warp_) * kWarpRows;
-    const int final_row = static_cast<int>(problem_.op.weight.rows) - 1;
+    const int row = (chunks_.tile() * params_.plan.output_warps + row_warp_) * kWarpRows;
+    const int final_row = static_cast<int>(params_.args.weight.rows) - 1;
     const auto granules = static_cast<uint32_t>(row_granules_);
-    const uint32_t blocks = granules * kGranule >> problem_.block_shift;
+    const uint32_t blocks = granules * kGranule >> params_.block_shift;
     upper_ = static_cast<uint32_t>(min(row + lane_ / kChunkGranules, final_row)) * granules;
     lower_ = static_cast<uint32_t>(min(row + lane_ / kChunkGranules + 8, final_row)) * granules;
     first_block_ = static_cast<uint32_t>(min(row + lane_ / 2, final_row)) * blocks;
   }
 
-  const Problem& problem_;
+  const LoraLinearSmallMParams& params_;
   uint64_t policy_;
   Chunks chunks_;
   int row_warp_, lane_, row_granules_;

@@ -2,11 +2,10 @@
 #pragma once
 
 #include "cuda/common/element.cuh"
-#include "cuda/common/load_any.cuh"
 #include "cuda/common/ptx.cuh"
 #include "cuda/small_m/chunk_feed.cuh"
 #include "cuda/small_m/lora_linear.cuh"
-#include "cuda/small_m/sizes.cuh"
+#include "cuda/small_m/tiles.cuh"
 
 namespace pylora::cuda {
 
@@ -18,26 +17,22 @@ static_assert(kThreads / (kRowWarpsMax * kWarpRows) * kTurnTokens >= kPassTokens
 // The rows of lora_B that the tile's outputs will want, of each token's adapter, towards L2: nobody
 // else has read them.
 template <class T>
-__device__ __forceinline__ void prefetch_lora_B(const LoraLinearSmall& op, int tile, int rows) {
-  const LoraHidden& hidden = op.hidden;
-  const int size = hidden.dtype == DType::kFloat32 ? sizeof(float) : sizeof(T);
-  const int64_t row_bytes = static_cast<int64_t>(hidden.rank) * size;
+__device__ __forceinline__ void prefetch_lora_B(const LoraLinearSmallMArgs& args, int tile,
+                                                int rows) {
+  const LoraShrinkArgs& shrink = args.shrink;
+  const int size = shrink.dtype == DType::kFloat32 ? sizeof(float) : sizeof(T);
+  const int64_t row_bytes = static_cast<int64_t>(shrink.rank) * size;
   const int64_t first = tile * rows * row_bytes;
-  const int64_t end = min(first + rows * row_bytes, op.weight.rows * row_bytes);
+  const int64_t end = min(first + rows * row_bytes, args.weight.rows * row_bytes);
   const int lines = static_cast<int>((end - first + kLineBytes - 1) / kLineBytes);
-  const int count = hidden.adapters.many() ? op.tokens * lines : lines;
+  const int count = shrink.adapters.many() ? args.tokens * lines : lines;
   for (int i = threadIdx.x; i < count; i += kThreads) {
-    const int64_t adapter = hidden.adapters.of(i / lines);
+    const int64_t adapter = shrink.adapters.of(i / lines);
     if (adapter < 0) continue;
-    const int64_t byte = adapter * op.weight.rows * row_bytes + first + i % lines * kLineBytes;
-    prefetch_to_l2(static_cast<const uint8_t*>(op.lora_B) + byte);
+    const int64_t byte = adapter * args.weight.rows * row_bytes + first + i % lines * kLineBytes;
+    prefetch_to_l2(static_cast<const uint8_t*>(args.lora_B) + byte);
   }
 }
-
-template <int kWidth, class L>
-struct alignas(kWidth * sizeof(L)) RankVector {
-  L values[kWidth];
-};
 
 template <int kWidth>
 __device__ __forceinline__ void load_low(float (&out)[kWidth], const float* low) {
@@ -53,12 +48,12 @@ __device__ __forceinline__ void load_low(float (&out)[kWidth], const float* low)
 // This lane's part of low . lora_B for row n and tokens `token`, `token` + `stride`, ...: every
 // `lanes`-th vector of the rank, from `part` on.
 template <int kWidth, class L>
-__device__ __forceinline__ void add_dots(const LoraLinearSmall& op, int64_t n, int token,
+__device__ __forceinline__ void add_dots(const LoraLinearSmallMArgs& args, int64_t n, int token,
                                          int stride, int end, int part, int lanes,
                                          float (&sums)[kTurnTokens]) {
-  const int rank = op.hidden.rank;
-  const Adapters& adapters = op.hidden.adapters;
-  const auto* lora_B = static_cast<const L*>(op.lora_B);
+  const int rank = args.shrink.rank;
+  const Adapters& adapters = args.shrink.adapters;
+  const auto* lora_B = static_cast<const L*>(args.lora_B);
   int adapter[kTurnTokens];  // -1: no token, or one without
 #pragma unroll
   for (int i = 0; i < kTurnTokens; ++i) {
@@ -67,17 +62,17 @@ __device__ __forceinline__ void add_dots(const LoraLinearSmall& op, int64_t n, i
   }
 #pragma unroll 1  // its loads are enough to have under way, and more cost registers
   for (int j = kWidth * part; j < rank; j += kWidth * lanes) {
-    RankVector<kWidth, L> b;
+    AlignedArray<L, kWidth> b;
 #pragma unroll
     for (int i = 0; i < kTurnTokens; ++i) {
       if (adapter[i] < 0) continue;
       if (i == 0 || adapters.many()) {
-        const int64_t first = (adapter[i] * op.weight.rows + n) * rank + j;
-        b = *reinterpret_cast<const RankVector<kWidth, L>*>(lora_B + first);
+        const int64_t first = (adapter[i] * args.weight.rows + n) * rank + j;
+        b = *reinterpret_cast<const AlignedArray<L, kWidth>*>(lora_B + first);
       }
       const int other = token + i * stride;
       float low[kWidth];
-      load_low(low, op.hidden.low + static_cast<int64_t>(other) * rank + j);
+      load_low(low, args.shrink.low + static_cast<int64_t>(other) * rank + j);
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) sums[i] += low[k] * to_fp32(b.values[k]);
     }
@@ -85,13 +80,13 @@ __device__ __forceinline__ void add_dots(const LoraLinearSmall& op, int64_t n, i
 }
 
 template <class L>
-__device__ __forceinline__ void add_low_rank(const Problem& problem, int64_t n, int token,
-                                             int stride, int end, int part, int lanes,
+__device__ __forceinline__ void add_low_rank(const LoraLinearSmallMParams& params, int64_t n,
+                                             int token, int stride, int end, int part, int lanes,
                                              float (&sums)[kTurnTokens]) {
-  if (problem.rank_vectors) {
-    add_dots<kRankVector, L>(problem.op, n, token, stride, end, part, lanes, sums);
+  if (params.rank_vectors) {
+    add_dots<kRankVector, L>(params.args, n, token, stride, end, part, lanes, sums);
   } else {
-    add_dots<1, L>(problem.op, n, token, stride, end, part, lanes, sums);
+    add_dots<1, L>(params.args, n, token, stride, end, part, lanes, sums);
   }
 }
 
@@ -100,16 +95,16 @@ __device__ __forceinline__ void add_low_rank(const Problem& problem, int64_t n, 
 // Where there are fewer outputs than threads, up to 16 lanes share one: they would wait for memory
 // one by one.
 template <class T, class Base>
-__device__ __forceinline__ void store_outputs(const Problem& problem, int tile, int first,
-                                              const Base& base) {
-  const LoraLinearSmall& op = problem.op;
-  const int N = static_cast<int>(op.weight.rows);
-  const int rows = problem.plan.output_warps * kWarpRows;
-  const int end = min(first + kPassTokens, op.tokens);
+__device__ __forceinline__ void store_outputs(const LoraLinearSmallMParams& params, int tile,
+                                              int first, const Base& base) {
+  const LoraLinearSmallMArgs& args = params.args;
+  const int N = static_cast<int>(args.weight.rows);
+  const int rows = params.plan.output_warps * kWarpRows;
+  const int end = min(first + kPassTokens, args.tokens);
   const int thread = threadIdx.x;
   const int per_row = kThreads / rows;
   int stride = per_row;
-  while (stride / 2 >= op.tokens) stride /= 2;
+  while (stride / 2 >= args.tokens) stride /= 2;
   const int lanes = per_row / stride;
   const int place = lanes == 1 ? thread / rows : thread % per_row;
   const int row = lanes == 1 ? thread % rows : thread / per_row;
@@ -118,23 +113,23 @@ __device__ __forceinline__ void store_outputs(const Problem& problem, int tile, 
   const int64_t n = static_cast<int64_t>(tile) * rows + row;
 
   float sums[kTurnTokens] = {};
-  if (n < N && op.hidden.rank > 0) {
-    if (op.hidden.dtype == DType::kFloat32) {
-      add_low_rank<float>(problem, n, token, stride, end, part, lanes, sums);
+  if (n < N && args.shrink.rank > 0) {
+    if (args.shrink.dtype == DType::kFloat32) {
+      add_low_rank<float>(params, n, token, stride, end, part, lanes, sums);
     } else {
-      add_low_rank<T>(problem, n, token, stride, end, part, lanes, sums);
+      add_low_rank<T>(params, n, token, stride, end, part, lanes, sums);
     }
   }
   // Lanes share an output only where a thread has one token.
   for (int other = 1; other < lanes; other *= 2) sums[0] += shuffle_xor(sums[0], other);
   if (n >= N || part != 0) return;
-  float bias = op.bias.data != nullptr ? load_any(op.bias, n) : 0.0f;
-  if (op.lora_B_bias.data != nullptr) bias += op.hidden.scaling * load_any(op.lora_B_bias, n);
+  float bias = args.bias.data != nullptr ? load_any(args.bias, n) : 0.0f;
+  if (args.lora_B_bias.data != nullptr) bias += args.shrink.scaling * load_any(args.lora_B_bias, n);
 #pragma unroll
   for (int i = 0; i < kTurnTokens; ++i) {
     const int other = token + i * stride;
     if (other >= end) break;
-    T* y = static_cast<T*>(op.y) + static_cast<int64_t>(other) * N;
+    T* y = static_cast<T*>(args.y) + static_cast<int64_t>(other) * N;
     y[n] = round_to<T>(base(other, row) + (sums[i] + bias));
   }
 }

@@ -1,33 +1,34 @@
 #include "cuda/common/element.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/ptx.cuh"
-#include "cuda/nf4/nf4_pairs.cuh"
+#include "cuda/limits.h"
+#include "cuda/nf4/nf4_decode.cuh"
 #include "cuda/small_m/chunk_feed.cuh"
 #include "cuda/small_m/lora_epilogue.cuh"
 #include "cuda/small_m/lora_linear.cuh"
-#include "cuda/small_m/sizes.cuh"
-#include "cuda/small_m/split_sum.cuh"
+#include "cuda/small_m/lora_shrink.cuh"
+#include "cuda/small_m/tiles.cuh"
 
 namespace pylora::cuda {
 namespace {
 
-__device__ __forceinline__ int64_t partial_index(const LoraLinearSmall& op, int slice, int token,
-                                                 int n) {
-  return (static_cast<int64_t>(slice) * op.tokens + token) * op.weight.rows + n;
+__device__ __forceinline__ int64_t partial_element(const LoraLinearSmallMArgs& args, int split,
+                                                   int token, int n) {
+  return (static_cast<int64_t>(split) * args.tokens + token) * args.weight.rows + n;
 }
 
 // kTokenTiles: of 8 tokens; the last may have none. kBlock32: blocks of 32, where one word of
 // qweight ends a block.
 template <class T, int kTokenTiles, bool kBlock32>
 __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
-    lora_linear_small(Problem problem) {
+    lora_linear_small_m(LoraLinearSmallMParams params) {
   constexpr int kPassTiles = pass_tiles(kTokenTiles);
   constexpr int kAbsmax = kBlock32 ? 2 : 1;  // a lane's share of the chunk's
-  const LoraLinearSmall& op = problem.op;
-  const SmallPlan& plan = problem.plan;
-  const NF4Matrix& weight = op.weight;
+  const LoraLinearSmallMArgs& args = params.args;
+  const SmallMPlan& plan = params.plan;
+  const NF4Matrix& weight = args.weight;
   const int N = static_cast<int>(weight.rows), K = static_cast<int>(weight.cols);
-  const int M = op.tokens;
+  const int M = args.tokens;
   const int pitch = plan.pitch;
   const int chunks = (K + kChunk - 1) / kChunk;
 
@@ -35,7 +36,7 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
   auto* sums = reinterpret_cast<float*>(pairs + kPairBytes);
   // Between the sums of two tokens, where no sum is written: who did not come last goes on while
   // others still read it.
-  bool* last_flag = reinterpret_cast<bool*>(sums + kWarpRows);
+  bool* is_last_flag = reinterpret_cast<bool*>(sums + kWarpRows);
   auto* staged_x = reinterpret_cast<uint4*>(sums + sum_floats(kPassTiles));
 
   const int thread = threadIdx.x;
@@ -45,12 +46,12 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
   const int quarter = lane % 4;  // place along k
   const int row_warp = warp % plan.output_warps;
   const int k_warp = warp / plan.output_warps;
-  const float offset = op.offset != nullptr ? __ldg(op.offset) : 0.0f;
+  const float offset = args.offset != nullptr ? __ldg(args.offset) : 0.0f;
 
   // 1.
   uint8_t* ring = hole(pairs, warp * kStages * kStageHoles);
-  Items item(plan);
-  Feed<kAbsmax> feed(problem, Chunks(plan, item, chunks, k_warp), row_warp, lane);
+  WorkRange work(plan);
+  ChunkFeed<kAbsmax> feed(params, Chunks(plan, work, chunks, k_warp), row_warp, lane);
   StoredAbsmax stored[kAhead][kAbsmax];
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) feed.fetch(ring + i * kStageBytes, stored[i]);
@@ -58,30 +59,31 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
   // 2.
   fill_pairs<T>(pairs, thread);
   const uint32_t lane_offset = 4 * static_cast<uint32_t>(lane);
-  int staged_slice = -1;
+  int staged_split = -1;
   unsigned stage = 0;
   bool is_first = true;
 
-  for (; item.left > 0; item.next(plan)) {
-    const int slice = item.slice, tile = item.tile;
-    const int first_chunk = slice * plan.slice_chunks;
-    const int slice_chunks = min(plan.slice_chunks, chunks - first_chunk);
-    if (slice != staged_slice) {  // all have left the slice before: the last barrier of 6.
-      const int vectors = plan.slice_chunks * (kChunk / 8) * M;
+  for (; work.left > 0; work.next(plan)) {
+    const int split = work.split, tile = work.tile;
+    const int first_chunk = split * plan.split_chunks;
+    const int split_chunks = min(plan.split_chunks, chunks - first_chunk);
+    if (split != staged_split) {  // all have left the split before: the last barrier of 6.
+      const int vectors = plan.split_chunks * (kChunk / 8) * M;
       for (int i = thread; i < vectors; i += kThreads) {
         const int column = first_chunk * kChunk + i / M * 8;
         uint4 value = {0, 0, 0, 0};
         if (column < K) {
-          const T* source = static_cast<const T*>(op.x) + static_cast<int64_t>(i % M) * K + column;
+          const T* source =
+              static_cast<const T*>(args.x) + static_cast<int64_t>(i % M) * K + column;
           value = __ldg(reinterpret_cast<const uint4*>(source));
         }
         store_shared(&staged_x[i / M * pitch + i % M], value);
       }
-      staged_slice = slice;
+      staged_split = split;
       __syncthreads();
     }
 
-    if (op.hidden.rank > 0) prefetch_lora_B<T>(op, tile, plan.output_warps * kWarpRows);
+    if (args.shrink.rank > 0) prefetch_lora_B<T>(args, tile, plan.output_warps * kWarpRows);
 
     float total[kTokenTiles][4] = {};
     for (int step = 0; step < plan.steps; ++step) {
@@ -100,17 +102,17 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
       feed.fetch(ring + (stage + kAhead) % kStages * kStageBytes, stored[kAhead - 1]);
       stage = (stage + 1) % kStages;
       const int chunk = step * plan.sum_warps + k_warp;
-      if (chunk >= slice_chunks) continue;
+      if (chunk >= split_chunks) continue;
 
 #pragma unroll
-      for (int block = 0; block < 2; ++block) {  // of 64 columns
+      for (int k64 = 0; k64 < 2; ++k64) {  // 64 columns each
         // 3.
         uint32_t words[4];  // rows `group` and `group` + 8; the same 32 columns on
-        load_matrices(words, used + chunk_offset(4 * block + lane / 8, lane % 8));
+        load_matrices(words, used + chunk_offset(4 * k64 + lane / 8, lane % 8));
         float part[kTokenTiles][4] = {};
 #pragma unroll
         for (int word = 0; word < 2; ++word) {
-          const int column = chunk * (kChunk / 8) + 8 * block + 4 * word + quarter;
+          const int column = chunk * (kChunk / 8) + 8 * k64 + 4 * word + quarter;
           uint4 tokens[kTokenTiles];
 #pragma unroll
           for (int n8 = 0; n8 < kTokenTiles; ++n8) {
@@ -137,8 +139,8 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
           // 5.
           if (!kBlock32 && word == 0) continue;
           const float own = absmax[kBlock32 ? word : 0];
-          const float upper = shuffle(own, 2 * group + block);
-          const float lower = shuffle(own, 2 * (group + 8) + block);
+          const float upper = shuffle(own, 2 * group + k64);
+          const float lower = shuffle(own, 2 * (group + 8) + k64);
 #pragma unroll
           for (int n8 = 0; n8 < kTokenTiles; ++n8) {
 #pragma unroll
@@ -152,16 +154,16 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
     }
 
     // 6. In passes of 16 tokens: the sums of more would take x's place in shared memory. Where K is
-    // sliced the CTA that comes last makes the passes once more, over the sums of the slices.
+    // is_split the CTA that comes last makes the passes once more, over the sums of the splits.
     const int passes = (M + kPassTokens - 1) / kPassTokens;
     const int rows = plan.output_warps * kWarpRows;
-    const bool sliced = plan.slices > 1;
+    const bool is_split = plan.splits > 1;
 #pragma unroll 1
-    for (int turn = 0; turn < (sliced ? 2 : 1) * passes; ++turn) {
+    for (int turn = 0; turn < (is_split ? 2 : 1) * passes; ++turn) {
       const bool again = turn >= passes;
       const int pass = again ? turn - passes : turn;
       const int first = pass * kPassTokens;
-      if (turn == passes && !comes_last(op.counters + tile, plan.slices, last_flag)) break;
+      if (turn == passes && !is_last_split(args.counters + tile, plan.splits, is_last_flag)) break;
       const auto sum_of_warps = [&](int token, int row) {
         float sum = 0.0f;
         for (int w = row / kWarpRows; w < kWarps; w += plan.output_warps) {
@@ -182,18 +184,19 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
         }
         __syncthreads();
         if (is_first && pass == 0) wait_for_previous_kernel();
-        const int outputs = sliced ? rows * min(kPassTokens, M - first) : 0;
+        const int outputs = is_split ? rows * min(kPassTokens, M - first) : 0;
         for (int i = thread; i < outputs; i += kThreads) {
           const int token = first + i / rows, row = i % rows, n = tile * rows + row;
-          if (n < N) op.partials[partial_index(op, slice, token, n)] = sum_of_warps(token, row);
+          if (n < N)
+            args.partials[partial_element(args, split, token, n)] = sum_of_warps(token, row);
         }
       }
-      if (again || !sliced) {
-        store_outputs<T>(problem, tile, first, [&](int token, int row) {
-          if (!sliced) return sum_of_warps(token, row);
+      if (again || !is_split) {
+        store_outputs<T>(params, tile, first, [&](int token, int row) {
+          if (!is_split) return sum_of_warps(token, row);
           float sum = 0.0f;
-          for (int s = 0; s < plan.slices; ++s) {
-            sum += load_from_l2(op.partials + partial_index(op, s, token, tile * rows + row));
+          for (int s = 0; s < plan.splits; ++s) {
+            sum += load_from_l2(args.partials + partial_element(args, s, token, tile * rows + row));
           }
           return sum;
         });
@@ -205,45 +208,45 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
 }
 
 template <class T>
-cudaError_t launch_small(const Problem& problem, const LaunchShape& shape) {
-  return with_token_tiles(problem.op.tokens, [&](auto tiles) {
+cudaError_t launch_small(const LoraLinearSmallMParams& params, const LaunchShape& shape) {
+  return with_token_tiles(params.args.tokens, [&](auto tiles) {
     constexpr int kTokenTiles = decltype(tiles)::count;
-    if constexpr (kTokenTiles <= token_tiles(kMaxSmallTokensOfBlock32)) {
-      if (problem.op.weight.blocksize == 32) {
-        return launch(lora_linear_small<T, kTokenTiles, true>, shape, problem);
+    if constexpr (kTokenTiles <= token_tiles(kMaxSmallMBlock32)) {
+      if (params.args.weight.blocksize == 32) {
+        return launch(lora_linear_small_m<T, kTokenTiles, true>, shape, params);
       }
     }
-    return launch(lora_linear_small<T, kTokenTiles, false>, shape, problem);
+    return launch(lora_linear_small_m<T, kTokenTiles, false>, shape, params);
   });
 }
 
 }  // namespace
 
-cudaError_t lora_linear_small_cuda(const LoraLinearSmall& op, const SmallPlan& plan,
-                                   bool dependent_launch, cudaStream_t stream) {
-  const bool block32 = op.weight.blocksize == 32;
-  if (op.tokens > (block32 ? kMaxSmallTokensOfBlock32 : kMaxSmallTokens)) {
+cudaError_t lora_linear_small_m_cuda(const LoraLinearSmallMArgs& args, const SmallMPlan& plan,
+                                     bool dependent_launch, cudaStream_t stream) {
+  const bool block32 = args.weight.blocksize == 32;
+  if (args.tokens > (block32 ? kMaxSmallMBlock32 : kMaxSmallM)) {
     return cudaErrorInvalidValue;
   }
   cudaError_t error = cudaSuccess;
   LaunchShape shape;
-  shape.block = kThreads;
+  shape.threads = kThreads;
   shape.shared_bytes = static_cast<size_t>(plan.shared_bytes);
   shape.stream = stream;
   shape.grid.x = static_cast<unsigned>(plan.grid);
-  if (op.hidden.rank > 0) {
-    error = lora_hidden_cuda(op.hidden, op.dtype, op.x, op.tokens, op.weight.cols, op.counters,
-                             plan.counters(), stream);
+  if (args.shrink.rank > 0) {
+    error = lora_shrink_small_m_cuda(args.shrink, args.dtype, args.x, args.tokens, args.weight.cols,
+                                     args.counters, plan.counters(), stream);
     shape.dependent = dependent_launch;
   } else if (plan.counters() > 0) {
-    error = cudaMemsetAsync(op.counters, 0, sizeof(unsigned) * plan.counters(), stream);
+    error = cudaMemsetAsync(args.counters, 0, sizeof(unsigned) * plan.counters(), stream);
   }
   if (error != cudaSuccess) return error;
-  const Problem problem = {op, plan, log2_of(op.weight.blocksize),
-                           log2_of(op.weight.nested_blocksize),
-                           op.hidden.rank % kRankVector == 0 && aligned(op.lora_B)};
-  if (op.dtype == DType::kFloat16) return launch_small<__half>(problem, shape);
-  if (op.dtype == DType::kBFloat16) return launch_small<__nv_bfloat16>(problem, shape);
+  const LoraLinearSmallMParams params = {
+      args, plan, log2_of(args.weight.blocksize), log2_of(args.weight.nested_blocksize),
+      args.shrink.rank % kRankVector == 0 && aligned(args.lora_B)};
+  if (args.dtype == DType::kFloat16) return launch_small<__half>(params, shape);
+  if (args.dtype == DType::kBFloat16) return launch_small<__nv_bfloat16>(params, shape);
   return cudaErrorInvalidValue;
 }
 

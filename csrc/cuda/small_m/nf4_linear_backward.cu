@@ -1,10 +1,8 @@
 #include "cuda/common/element.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/ptx.cuh"
-#include "cuda/nf4/nf4_pairs.cuh"
-#include "cuda/nf4/stored_absmax.cuh"
+#include "cuda/nf4/nf4_decode.cuh"
 #include "cuda/small_m/nf4_linear_backward.cuh"
-#include "cuda/small_m/split_sum.cuh"
 #include "cuda/small_m/work.cuh"
 
 namespace pylora::cuda {
@@ -16,9 +14,9 @@ constexpr int kSteps = kChunkRows / kRowsOfStep;
 constexpr int kLaneColumns = 8;  // one word of qweight
 static_assert(kChunkRows * kWarpColumns / 2 == kStageHoles * (kPairRow - kPairHole));
 
-struct BackwardProblem {
-  LinearBackwardSmall op;
-  SmallPlan plan;
+struct NF4LinearBackwardSmallMParams {
+  NF4LinearBackwardSmallMArgs args;
+  SmallMPlan plan;
   int block_shift;         // log2 of blocksize
   int nested_block_shift;  // and of nested_blocksize
   bool grad_vectors;       // grad can be read 16 bytes at a time
@@ -26,16 +24,16 @@ struct BackwardProblem {
 
 // Brings a warp its chunks. What lies beyond the last row or column is read from the last one
 // instead: grad is 0 for such rows, and such columns are not stored.
-class RowFeed {
+class BackwardChunkFeed {
  public:
-  __device__ __forceinline__ RowFeed(const BackwardProblem& problem, const Chunks& chunks,
-                                     int column_warp, int lane)
-      : problem_(problem),
+  __device__ __forceinline__ BackwardChunkFeed(const NF4LinearBackwardSmallMParams& params,
+                                               const Chunks& chunks, int column_warp, int lane)
+      : params_(params),
         policy_(evict_first_policy()),
         chunks_(chunks),
         column_warp_(column_warp),
         lane_(lane),
-        granules_(static_cast<uint32_t>(problem.op.weight.cols) / kGranule) {
+        granules_(static_cast<uint32_t>(params.args.weight.cols) / kGranule) {
     open();
   }
 
@@ -45,39 +43,39 @@ class RowFeed {
     if (chunks_.inside()) {
       // Rows 4 h to 4 h + 3 lie in hole h; a lane copies half of a row, and of the 16th after it.
       uint8_t* place = stage + lane_ / 8 * kPairRow + lane_ % 8 * kVectorBytes;
-      const NF4Matrix& weight = problem_.op.weight;
+      const NF4Matrix& weight = params_.args.weight;
       const auto* qweight = reinterpret_cast<const uint4*>(weight.qweight);
       const uint32_t lower = granule_ + kRowsOfStep * granules_;
       copy_async_16(place, qweight + min(granule_, final_granule_), policy_);
       copy_async_16(place + kStageHoles / 2 * kPairRow, qweight + min(lower, final_granule_),
                     policy_);
-      absmax.load(weight, min(block_, final_block_), problem_.nested_block_shift);
+      absmax.load(weight, min(block_, final_block_), params_.nested_block_shift);
     }
-    const uint32_t rows = problem_.plan.sum_warps * kChunkRows;
+    const uint32_t rows = params_.plan.sum_warps * kChunkRows;
     granule_ += rows * granules_;
-    block_ += rows * (granules_ * kGranule >> problem_.block_shift);
-    if (chunks_.next(problem_.plan)) open();
+    block_ += rows * (granules_ * kGranule >> params_.block_shift);
+    if (chunks_.next(params_.plan)) open();
     copy_async_commit();
   }
 
  private:
-  // Goes to the first chunk of the item.
+  // Goes to the first chunk of the work.
   __device__ __forceinline__ void open() {
-    const NF4Matrix& weight = problem_.op.weight;
+    const NF4Matrix& weight = params_.args.weight;
     const int column = min((chunks_.tile() * kColumnWarps + column_warp_) * kWarpColumns,
                            static_cast<int>(weight.cols) - kWarpColumns);
-    const uint32_t blocks = granules_ * kGranule >> problem_.block_shift;
+    const uint32_t blocks = granules_ * kGranule >> params_.block_shift;
     const auto row = static_cast<uint32_t>(chunks_.chunk() * kChunkRows);
     const auto final_row = static_cast<uint32_t>(weight.rows) - 1;
     const uint32_t granule = static_cast<uint32_t>(column) / kGranule + lane_ % 2;
-    const uint32_t block = static_cast<uint32_t>(column) >> problem_.block_shift;
+    const uint32_t block = static_cast<uint32_t>(column) >> params_.block_shift;
     granule_ = (row + lane_ / 2) * granules_ + granule;
     final_granule_ = final_row * granules_ + granule;
     block_ = (row + lane_) * blocks + block;
     final_block_ = final_row * blocks + block;
   }
 
-  const BackwardProblem& problem_;
+  const NF4LinearBackwardSmallMParams& params_;
   uint64_t policy_;
   Chunks chunks_;
   int column_warp_, lane_;
@@ -88,27 +86,28 @@ class RowFeed {
 
 // Elements [n, n + 8) of a token's grad, 0 beyond N.
 template <class T>
-__device__ __forceinline__ uint4 load_grad(const BackwardProblem& problem, int token, int n) {
-  const int N = static_cast<int>(problem.op.weight.rows);
-  const T* grad = static_cast<const T*>(problem.op.grad) + static_cast<int64_t>(token) * N + n;
-  if (problem.grad_vectors && n < N) return __ldg(reinterpret_cast<const uint4*>(grad));
-  Chunk<T> result;
+__device__ __forceinline__ uint4 load_grad(const NF4LinearBackwardSmallMParams& params, int token,
+                                           int n) {
+  const int N = static_cast<int>(params.args.weight.rows);
+  const T* grad = static_cast<const T*>(params.args.grad) + static_cast<int64_t>(token) * N + n;
+  if (params.grad_vectors && n < N) return __ldg(reinterpret_cast<const uint4*>(grad));
+  Bytes16<T> result;
 #pragma unroll
-  for (int i = 0; i < Chunk<T>::kElements; ++i) {
+  for (int i = 0; i < Bytes16<T>::kElements; ++i) {
     result.values[i] = n + i < N ? grad[i] : round_to<T>(0.0f);
   }
-  return result.vector;
+  return result.bits;
 }
 
 // 2. The rows of a chunk for one token, as four lanes want them: vector `quarter` has rows
 // `quarter`, + 4, ..., + 28, which are the columns 2q, 2q + 1, 2q + 8, 2q + 9 of two fragments.
 template <class T>
-__device__ __forceinline__ void stage_grad(const BackwardProblem& problem, int token, int n,
-                                           uint4* staged, int pitch) {
+__device__ __forceinline__ void stage_grad(const NF4LinearBackwardSmallMParams& params, int token,
+                                           int n, uint4* staged, int pitch) {
   uint32_t words[kChunkRows / 2];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint4 eight = load_grad<T>(problem, token, n + 8 * i);
+    const uint4 eight = load_grad<T>(params, token, n + 8 * i);
     words[4 * i] = eight.x, words[4 * i + 1] = eight.y;
     words[4 * i + 2] = eight.z, words[4 * i + 3] = eight.w;
   }
@@ -122,23 +121,24 @@ __device__ __forceinline__ void stage_grad(const BackwardProblem& problem, int t
   }
 }
 
-// 5. Where N is sliced: the tile's outputs from the sums of all slices, four columns a thread.
+// 5. Where N is is_split: the tile's outputs from the sums of all splits, four columns a thread.
 template <class T>
-__device__ __forceinline__ void add_slices(const BackwardProblem& problem, int tile) {
-  const LinearBackwardSmall& op = problem.op;
-  const int64_t K = op.weight.cols;
+__device__ __forceinline__ void store_sum_of_splits(const NF4LinearBackwardSmallMParams& params,
+                                                    int tile) {
+  const NF4LinearBackwardSmallMArgs& args = params.args;
+  const int64_t K = args.weight.cols;
   constexpr int kFours = kTileColumns / 4;
-  for (int i = threadIdx.x; i < kFours * op.tokens; i += kThreads) {
+  for (int i = threadIdx.x; i < kFours * args.tokens; i += kThreads) {
     const int64_t column = static_cast<int64_t>(tile) * kTileColumns + i % kFours * 4;
     if (column >= K) continue;
     float sums[4] = {};
-    for (int slice = 0; slice < problem.plan.slices; ++slice) {
-      const int64_t row = static_cast<int64_t>(slice) * op.tokens + i / kFours;
-      const auto* partials = reinterpret_cast<const float4*>(op.partials + row * K + column);
+    for (int split = 0; split < params.plan.splits; ++split) {
+      const int64_t row = static_cast<int64_t>(split) * args.tokens + i / kFours;
+      const auto* partials = reinterpret_cast<const float4*>(args.partials + row * K + column);
       const float4 four = load_from_l2(partials);
       sums[0] += four.x, sums[1] += four.y, sums[2] += four.z, sums[3] += four.w;
     }
-    T* dx = static_cast<T*>(op.dx) + i / kFours * K + column;
+    T* dx = static_cast<T*>(args.dx) + i / kFours * K + column;
 #pragma unroll
     for (int j = 0; j < 4; ++j) dx[j] = round_to<T>(sums[j]);
   }
@@ -147,13 +147,13 @@ __device__ __forceinline__ void add_slices(const BackwardProblem& problem, int t
 // kTokenTiles: of 8 tokens; the last may have none.
 template <class T, int kTokenTiles>
 __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
-    nf4_linear_backward_small(BackwardProblem problem) {
+    nf4_linear_backward_small_m(NF4LinearBackwardSmallMParams params) {
   constexpr int kFragments = kWarpColumns / 16;  // beside each other along the columns
-  const LinearBackwardSmall& op = problem.op;
-  const SmallPlan& plan = problem.plan;
-  const NF4Matrix& weight = op.weight;
+  const NF4LinearBackwardSmallMArgs& args = params.args;
+  const SmallMPlan& plan = params.plan;
+  const NF4Matrix& weight = args.weight;
   const int64_t K = weight.cols;
-  const int M = op.tokens;
+  const int M = args.tokens;
   const int pitch = plan.pitch;
   const int chunks = (static_cast<int>(weight.rows) + kChunkRows - 1) / kChunkRows;
 
@@ -168,12 +168,12 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
   const int quarter = lane % 4;  // place among the rows
   const int column_warp = warp % kColumnWarps;
   const int sum_warp = warp / kColumnWarps;
-  const float offset = op.offset != nullptr ? __ldg(op.offset) : 0.0f;
+  const float offset = args.offset != nullptr ? __ldg(args.offset) : 0.0f;
 
   // 1.
   uint8_t* ring = hole(pairs, warp * kStages * kStageHoles);
-  Items item(plan);
-  RowFeed feed(problem, Chunks(plan, item, chunks, sum_warp), column_warp, lane);
+  WorkRange work(plan);
+  BackwardChunkFeed feed(params, Chunks(plan, work, chunks, sum_warp), column_warp, lane);
   StoredAbsmax stored[kAhead];
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) feed.fetch(ring + i * kStageBytes, stored[i]);
@@ -181,20 +181,20 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
   // 2.
   fill_pairs<T>(pairs, thread);
   const uint32_t lane_offset = 4 * static_cast<uint32_t>(lane);
-  int staged_slice = -1;
+  int staged_split = -1;
   unsigned stage = 0;
 
-  for (; item.left > 0; item.next(plan)) {
-    const int slice = item.slice, tile = item.tile;
-    const int first_chunk = slice * plan.slice_chunks;
-    const int slice_chunks = min(plan.slice_chunks, chunks - first_chunk);
-    if (slice != staged_slice) {  // all have left the slice before: the last barrier of 5.
-      for (int i = thread; i < slice_chunks * M; i += kThreads) {
+  for (; work.left > 0; work.next(plan)) {
+    const int split = work.split, tile = work.tile;
+    const int first_chunk = split * plan.split_chunks;
+    const int split_chunks = min(plan.split_chunks, chunks - first_chunk);
+    if (split != staged_split) {  // all have left the split before: the last barrier of 5.
+      for (int i = thread; i < split_chunks * M; i += kThreads) {
         const int chunk = i / M, token = i % M;
-        stage_grad<T>(problem, token, (first_chunk + chunk) * kChunkRows,
+        stage_grad<T>(params, token, (first_chunk + chunk) * kChunkRows,
                       staged_grad + chunk * 4 * pitch + token, pitch);
       }
-      staged_slice = slice;
+      staged_split = split;
       __syncthreads();
     }
 
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
       feed.fetch(ring + (stage + kAhead) % kStages * kStageBytes, stored[kAhead - 1]);
       stage = (stage + 1) % kStages;
       const int chunk = step * plan.sum_warps + sum_warp;
-      if (chunk >= slice_chunks) continue;
+      if (chunk >= split_chunks) continue;
 
       // The absmax of rows n and n + 4 in one register: of lane n where n has no 4 in it.
       const float own = mine.decode(weight, offset);
@@ -288,15 +288,15 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
           float eight[kLaneColumns];
 #pragma unroll
           for (int i = 0; i < kLaneColumns; ++i) eight[i] = total[i / 2][n8][i % 2 * 2 + odd];
-          if (plan.slices == 1) {
-            Chunk<T> rounded;
+          if (plan.splits == 1) {
+            Bytes16<T> rounded;
 #pragma unroll
             for (int i = 0; i < kLaneColumns; ++i) rounded.values[i] = round_to<T>(eight[i]);
-            T* dx = static_cast<T*>(op.dx) + token * K + column;
-            *reinterpret_cast<uint4*>(dx) = rounded.vector;
+            T* dx = static_cast<T*>(args.dx) + token * K + column;
+            *reinterpret_cast<uint4*>(dx) = rounded.bits;
           } else {
-            const int64_t row = static_cast<int64_t>(slice) * M + token;
-            auto* partials = reinterpret_cast<float4*>(op.partials + row * K + column);
+            const int64_t row = static_cast<int64_t>(split) * M + token;
+            auto* partials = reinterpret_cast<float4*>(args.partials + row * K + column);
             partials[0] = {eight[0], eight[1], eight[2], eight[3]};
             partials[1] = {eight[4], eight[5], eight[6], eight[7]};
           }
@@ -304,9 +304,9 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
       }
       __syncthreads();  // before the next sums
     }
-    if (plan.slices > 1) {
-      if (comes_last(op.counters + tile, plan.slices, reinterpret_cast<bool*>(sums))) {
-        add_slices<T>(problem, tile);
+    if (plan.splits > 1) {
+      if (is_last_split(args.counters + tile, plan.splits, reinterpret_cast<bool*>(sums))) {
+        store_sum_of_splits<T>(params, tile);
       }
       __syncthreads();  // before the next sums
     }
@@ -314,33 +314,33 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
 }
 
 template <class T>
-cudaError_t launch_small(const BackwardProblem& problem, const LaunchShape& shape) {
-  return with_token_tiles(problem.op.tokens, [&](auto tiles) {
-    return launch(nf4_linear_backward_small<T, decltype(tiles)::count>, shape, problem);
+cudaError_t launch_small(const NF4LinearBackwardSmallMParams& params, const LaunchShape& shape) {
+  return with_token_tiles(params.args.tokens, [&](auto tiles) {
+    return launch(nf4_linear_backward_small_m<T, decltype(tiles)::count>, shape, params);
   });
 }
 
 }  // namespace
 
-cudaError_t nf4_linear_backward_small_cuda(const LinearBackwardSmall& op, const SmallPlan& plan,
-                                           cudaStream_t stream) {
-  if (op.weight.blocksize < kWarpColumns) return cudaErrorInvalidValue;
+cudaError_t nf4_linear_backward_small_m_cuda(const NF4LinearBackwardSmallMArgs& args,
+                                             const SmallMPlan& plan, cudaStream_t stream) {
+  if (args.weight.blocksize < kWarpColumns) return cudaErrorInvalidValue;
   LaunchShape shape;
-  shape.block = kThreads;
+  shape.threads = kThreads;
   shape.shared_bytes = static_cast<size_t>(plan.shared_bytes);
   shape.stream = stream;
   shape.grid.x = static_cast<unsigned>(plan.grid);
   if (plan.counters() > 0) {
     const cudaError_t error =
-        cudaMemsetAsync(op.counters, 0, sizeof(unsigned) * plan.counters(), stream);
+        cudaMemsetAsync(args.counters, 0, sizeof(unsigned) * plan.counters(), stream);
     if (error != cudaSuccess) return error;
   }
   constexpr int64_t kVectorElements = kVectorBytes / 2;
-  const BackwardProblem problem = {op, plan, log2_of(op.weight.blocksize),
-                                   log2_of(op.weight.nested_blocksize),
-                                   aligned(op.grad) && op.weight.rows % kVectorElements == 0};
-  if (op.dtype == DType::kFloat16) return launch_small<__half>(problem, shape);
-  if (op.dtype == DType::kBFloat16) return launch_small<__nv_bfloat16>(problem, shape);
+  const NF4LinearBackwardSmallMParams params = {
+      args, plan, log2_of(args.weight.blocksize), log2_of(args.weight.nested_blocksize),
+      aligned(args.grad) && args.weight.rows % kVectorElements == 0};
+  if (args.dtype == DType::kFloat16) return launch_small<__half>(params, shape);
+  if (args.dtype == DType::kBFloat16) return launch_small<__nv_bfloat16>(params, shape);
   return cudaErrorInvalidValue;
 }
 

@@ -1,11 +1,8 @@
 #include <algorithm>
-#include <map>
-#include <mutex>
 
-#include "cuda/nf4/nf4_pairs.cuh"
-#include "cuda/small_m/lora_linear.cuh"
-#include "cuda/small_m/nf4_linear_backward.cuh"
-#include "cuda/small_m/sizes.cuh"
+#include "cuda/nf4/nf4_decode.cuh"
+#include "cuda/small_m/plan.cuh"
+#include "cuda/small_m/tiles.cuh"
 
 namespace pylora::cuda {
 namespace {
@@ -14,8 +11,8 @@ constexpr int64_t kReserved = 1024;  // bytes of shared memory that a CTA costs 
 // Estimates. Up to 4 tokens a CTA reads less of x than of W with 16 rows a tile; beyond, taller
 // tiles read x less often.
 constexpr int64_t kTokensOfLowTiles = 4;
-// Slices that two CTAs an SM are worth: each slice is one more partial sum to write and read.
-constexpr int64_t kWorthwhileSlices = 4;
+// Slices that two CTAs an SM are worth: each split is one more partial sum to write and read.
+constexpr int64_t kWorthwhileSplits = 4;
 
 struct Work {
   int64_t tokens, outputs, summed;
@@ -24,44 +21,44 @@ struct Work {
   int64_t fixed;  // bytes of shared memory beside the staged x
 };
 
-// The plan with so many slices, or as many of them as are not empty; all of it but the grid.
-SmallPlan cut(const Work& work, int64_t slices) {
-  SmallPlan plan;
+// The plan with so many splits, or as many of them as are not empty; all of it but the grid.
+SmallMPlan cut(const Work& work, int64_t splits) {
+  SmallMPlan plan;
   plan.output_warps = work.output_warps;
   plan.sum_warps = kWarps / plan.output_warps;
   plan.tiles = static_cast<int>(ceil_div(work.outputs, work.warp_outputs * plan.output_warps));
   plan.pitch = x_pitch(work.tokens);
   const int64_t chunks = ceil_div(work.summed, work.chunk);
-  plan.slice_chunks = static_cast<int>(ceil_div(chunks, slices));
-  plan.slices = static_cast<int>(ceil_div(chunks, plan.slice_chunks));
-  plan.steps = static_cast<int>(ceil_div(plan.slice_chunks, plan.sum_warps));
-  plan.shared_bytes = work.fixed + plan.slice_chunks * (2 * work.chunk * plan.pitch);
+  plan.split_chunks = static_cast<int>(ceil_div(chunks, splits));
+  plan.splits = static_cast<int>(ceil_div(chunks, plan.split_chunks));
+  plan.steps = static_cast<int>(ceil_div(plan.split_chunks, plan.sum_warps));
+  plan.shared_bytes = work.fixed + plan.split_chunks * (2 * work.chunk * plan.pitch);
   return plan;
 }
 
-SmallPlan plan_work(const Work& work, const DeviceLimits& limits) {
-  const SmallPlan whole = cut(work, 1);
-  const int64_t chunks = whole.slice_chunks;
+SmallMPlan plan_work(const Work& work, const DeviceLimits& limits) {
+  const SmallMPlan whole = cut(work, 1);
+  const int64_t chunks = whole.split_chunks;
   const int64_t chunk_bytes = 2 * work.chunk * whole.pitch;  // of x
 
   // Slices whose share of x fits beside the table.
-  const auto slices_in = [&](int64_t bytes) {
+  const auto splits_in = [&](int64_t bytes) {
     int64_t fitting = (bytes - work.fixed) / chunk_bytes;
     // A chunk for each warp in every step.
     if (fitting > whole.sum_warps) fitting -= fitting % whole.sum_warps;
     return fitting > 0 ? ceil_div(chunks, std::min(fitting, chunks)) : chunks + 1;
   };
   const int64_t two = std::min(limits.shared_per_sm / 2 - kReserved, limits.shared_per_cta);
-  const int64_t idle_slices = 2 * limits.processors / whole.tiles;  // that fill two CTAs an SM
+  const int64_t idle_splits = 2 * limits.processors / whole.tiles;  // that fill two CTAs an SM
   const bool pair_up = ctas_per_sm(token_tiles(work.tokens)) == 2 &&
-                       slices_in(two) <= std::min(std::max(kWorthwhileSlices, idle_slices), chunks);
-  const int64_t needed = slices_in(pair_up ? two : limits.shared_per_cta);
+                       splits_in(two) <= std::min(std::max(kWorthwhileSplits, idle_splits), chunks);
+  const int64_t needed = splits_in(pair_up ? two : limits.shared_per_cta);
 
   // More of them while CTAs would have no tile, down to a chunk for each warp.
   const int64_t ctas = static_cast<int64_t>(limits.processors) * (pair_up ? 2 : 1);
   const int64_t finest = ceil_div(chunks, whole.sum_warps);
-  SmallPlan plan = cut(work, std::max(needed, std::min(ctas / whole.tiles, finest)));
-  plan.grid = static_cast<int>(std::min<int64_t>(ctas, int64_t{plan.tiles} * plan.slices));
+  SmallMPlan plan = cut(work, std::max(needed, std::min(ctas / whole.tiles, finest)));
+  plan.grid = static_cast<int>(std::min<int64_t>(ctas, int64_t{plan.tiles} * plan.splits));
   return plan;
 }
 
@@ -72,55 +69,28 @@ Work small_work(int64_t tokens, int64_t rows, int64_t cols, int row_warps) {
 
 }  // namespace
 
-cudaError_t device_limits(DeviceLimits* limits) {
-  static std::mutex mutex;
-  static std::map<int, DeviceLimits> known;
-  int device = 0, per_sm = 0, per_cta = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = known.find(device);
-  if (found != known.end()) {
-    *limits = found->second;
-    return cudaSuccess;
-  }
-  const auto read = [&](int* value, cudaDeviceAttr attribute) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
-  };
-  read(&limits->processors, cudaDevAttrMultiProcessorCount);
-  read(&per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  read(&per_cta, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  read(&limits->major, cudaDevAttrComputeCapabilityMajor);
-  read(&limits->minor, cudaDevAttrComputeCapabilityMinor);
-  limits->shared_per_sm = per_sm;
-  limits->shared_per_cta = per_cta;
-  limits->dependent_launch = limits->major >= 9;
-  if (error == cudaSuccess) known[device] = *limits;
-  return error;
-}
-
-SmallPlan plan_small(int64_t tokens, int64_t rows, int64_t cols, const DeviceLimits& limits) {
+SmallMPlan plan_small_m(int64_t tokens, int64_t rows, int64_t cols, const DeviceLimits& limits) {
   const int row_warps = tokens <= kTokensOfLowTiles ? 1 : kRowWarpsMax;
   return plan_work(small_work(tokens, rows, cols, row_warps), limits);
 }
 
-const char* choose_small(const SmallChoice& choice, int64_t tokens, int64_t rows, int64_t cols,
-                         const DeviceLimits& limits, SmallPlan* plan) {
+const char* choose_small_m(const SmallMChoice& choice, int64_t tokens, int64_t rows, int64_t cols,
+                           const DeviceLimits& limits, SmallMPlan* plan) {
   const int64_t warps = choice.output_warps;
   if (warps < 1 || warps > kRowWarpsMax || kWarps % warps != 0) {
     return "output_warps must be 1, 2 or 4";
   }
   const Work work = small_work(tokens, rows, cols, static_cast<int>(warps));
   const int64_t chunks = ceil_div(cols, kChunk);
-  if (choice.slices < 1 || choice.slices > chunks) {
+  if (choice.splits < 1 || choice.splits > chunks) {
     return "slices must be 1 to the chunks of 128 columns";
   }
-  *plan = cut(work, choice.slices);
-  if (plan->slices != choice.slices) {
+  *plan = cut(work, choice.splits);
+  if (plan->splits != choice.splits) {
     return "slices must not leave one empty: all but the last have the same number of chunks";
   }
-  if (choice.grid < 1 || choice.grid > int64_t{plan->tiles} * plan->slices) {
-    return "grid must be 1 to the tiles times slices";
+  if (choice.grid < 1 || choice.grid > int64_t{plan->tiles} * plan->splits) {
+    return "grid must be 1 to the tiles times splits";
   }
   if (plan->shared_bytes > limits.shared_per_cta) {
     return "slices must be so many that a slice of x fits shared memory";
@@ -129,8 +99,8 @@ const char* choose_small(const SmallChoice& choice, int64_t tokens, int64_t rows
   return nullptr;
 }
 
-SmallPlan plan_small_backward(int64_t tokens, int64_t rows, int64_t cols,
-                              const DeviceLimits& limits) {
+SmallMPlan plan_small_m_backward(int64_t tokens, int64_t rows, int64_t cols,
+                                 const DeviceLimits& limits) {
   const int64_t fixed = kPairBytes + kBackwardSumBytes;
   return plan_work({tokens, cols, rows, kWarpColumns, kChunkRows, kColumnWarps, fixed}, limits);
 }

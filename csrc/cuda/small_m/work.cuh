@@ -5,9 +5,9 @@
 #include <climits>
 
 #include "cuda/common/ptx.cuh"
-#include "cuda/nf4/nf4_pairs.cuh"
-#include "cuda/small_m/lora_linear.cuh"
-#include "cuda/small_m/sizes.cuh"
+#include "cuda/nf4/nf4_decode.cuh"
+#include "cuda/small_m/plan.cuh"
+#include "cuda/small_m/tiles.cuh"
 
 namespace pylora::cuda {
 
@@ -20,58 +20,52 @@ inline constexpr int kStageBytes = kStageHoles * kPairRow;  // from one stage to
 inline constexpr int kGranule = 32;                         // columns in 16 bytes
 static_assert(kWarps * kStages * kStageHoles == kPairEntries);
 
-inline int log2_of(int64_t power) {
-  int result = 0;
-  while (int64_t{1} << result < power) ++result;
-  return result;
-}
-
 // The thread's warp. That a quotient is the same in all lanes the compiler does not see; of a
 // shuffle it does, and keeps what follows from it in uniform registers.
 __device__ __forceinline__ int uniform_warp(int thread) { return shuffle(thread / kLanes, 0); }
 
-// The CTA's items: tiles of the outputs times slices of the sum, slice by slice.
-struct Items {
-  int left, slice, tile;
+// The CTA's work: tiles of the outputs times splits of the sum, split by split.
+struct WorkRange {
+  int left, split, tile;
 
-  __device__ __forceinline__ explicit Items(const SmallPlan& plan) {
-    const int64_t items = static_cast<int64_t>(plan.tiles) * plan.slices;
-    const int begin = static_cast<int>(items * blockIdx.x / gridDim.x);
-    left = static_cast<int>(items * (blockIdx.x + 1) / gridDim.x) - begin;
-    slice = begin / plan.tiles;
-    tile = begin - slice * plan.tiles;
+  __device__ __forceinline__ explicit WorkRange(const SmallMPlan& plan) {
+    const int64_t work = static_cast<int64_t>(plan.tiles) * plan.splits;
+    const int begin = static_cast<int>(work * blockIdx.x / gridDim.x);
+    left = static_cast<int>(work * (blockIdx.x + 1) / gridDim.x) - begin;
+    split = begin / plan.tiles;
+    tile = begin - split * plan.tiles;
   }
-  __device__ __forceinline__ void next(const SmallPlan& plan) {
+  __device__ __forceinline__ void next(const SmallMPlan& plan) {
     --left;
     if (++tile == plan.tiles) {
       tile = 0;
-      ++slice;
+      ++split;
     }
   }
 };
 
-// A warp's chunks of the sum, those of one item behind those of the other: every `sum_warps`-th of
-// a slice. All warps make the same number of steps, whether there is a chunk for each in the last
+// A warp's chunks of the sum, those of one work behind those of the other: every `sum_warps`-th of
+// a split. All warps make the same number of steps, whether there is a chunk for each in the last
 // or not.
 class Chunks {
  public:
   // `chunks` of the whole sum.
-  __device__ __forceinline__ Chunks(const SmallPlan& plan, const Items& items, int chunks,
+  __device__ __forceinline__ Chunks(const SmallMPlan& plan, const WorkRange& work, int chunks,
                                     int sum_warp)
-      : items_(items), chunks_(chunks), sum_warp_(sum_warp) {
-    if (items_.left > 0) open(plan);
+      : work_(work), chunks_(chunks), sum_warp_(sum_warp) {
+    if (work_.left > 0) open(plan);
   }
 
   __device__ __forceinline__ bool inside() const { return chunk_ < last_; }
   __device__ __forceinline__ int chunk() const { return chunk_; }
-  __device__ __forceinline__ int tile() const { return items_.tile; }
+  __device__ __forceinline__ int tile() const { return work_.tile; }
 
-  // Whether the next chunk, if there is one, is the first of an item.
-  __device__ __forceinline__ bool next(const SmallPlan& plan) {
+  // Whether the next chunk, if there is one, is the first of an work.
+  __device__ __forceinline__ bool next(const SmallMPlan& plan) {
     chunk_ += plan.sum_warps;
     if (chunk_ < end_) return false;
-    items_.next(plan);
-    if (items_.left <= 0) {
+    work_.next(plan);
+    if (work_.left <= 0) {
       last_ = 0;
       end_ = INT_MAX;
       return false;
@@ -81,20 +75,32 @@ class Chunks {
   }
 
  private:
-  __device__ __forceinline__ void open(const SmallPlan& plan) {
-    const int first = items_.slice * plan.slice_chunks;
+  __device__ __forceinline__ void open(const SmallMPlan& plan) {
+    const int first = work_.split * plan.split_chunks;
     chunk_ = first + sum_warp_;
-    last_ = min(first + plan.slice_chunks, chunks_);
+    last_ = min(first + plan.split_chunks, chunks_);
     end_ = first + plan.steps * plan.sum_warps;
   }
 
-  Items items_;
+  WorkRange work_;
   int chunks_, sum_warp_;
-  int chunk_ = 0, last_ = 0, end_ = INT_MAX;  // the next one; where the slice and its steps end
+  int chunk_ = 0, last_ = 0, end_ = INT_MAX;  // the next one; where the split and its steps end
 };
 
+// Whole CTA. True in the last of `splits` CTAs that come here: what all of them wrote before can be
+// read, past L1. `flag` is shared memory that nobody else uses until all threads have returned.
+__device__ __forceinline__ bool is_last_split(unsigned* counter, int splits, bool* flag) {
+  __threadfence();  // what was written is visible before it is counted
+  __syncthreads();
+  if (threadIdx.x == 0) *flag = atomicAdd(counter, 1u) == static_cast<unsigned>(splits - 1);
+  __syncthreads();
+  const bool last = *flag;
+  if (last) __threadfence();
+  return last;
+}
+
 template <int kCount>
-struct TokenTiles {
+struct TokenTileCount {
   static constexpr int count = kCount;
 };
 
@@ -103,19 +109,19 @@ template <class Launch>
 cudaError_t with_token_tiles(int64_t tokens, const Launch& launch) {
   switch (token_tiles(tokens)) {
     case 1:
-      return launch(TokenTiles<1>{});
+      return launch(TokenTileCount<1>{});
     case 2:
-      return launch(TokenTiles<2>{});
+      return launch(TokenTileCount<2>{});
     case 3:
-      return launch(TokenTiles<3>{});
+      return launch(TokenTileCount<3>{});
     case 4:
-      return launch(TokenTiles<4>{});
+      return launch(TokenTileCount<4>{});
     case 5:
     case 6:
-      return launch(TokenTiles<6>{});
+      return launch(TokenTileCount<6>{});
     case 7:
     case 8:
-      return launch(TokenTiles<8>{});
+      return launch(TokenTileCount<8>{});
   }
   return cudaErrorInvalidValue;
 }

@@ -19,17 +19,17 @@ namespace pylora::cpu {
 
 // Weights of a row that are read in one go: for more tokens, as many as leave these in the cache.
 template <int kTokens>
-inline constexpr int64_t kVectorStretch = kTokens <= 3 ? 8192 : 2048;
+inline constexpr int64_t kSmallMStretch = kTokens <= 3 ? 8192 : 2048;
 inline constexpr int64_t kPrefetchBytes =
     2048;  // at least, and a multiple of the rows read together
 inline constexpr int64_t kAdapterRowsAhead = 8;
-inline constexpr int64_t kRowBlock = 16;
+inline constexpr int64_t kRowBatch = 16;
 inline constexpr int64_t kTokenBytes =
     32 * 1024;  // of packed tokens that stay in a first-level cache
-inline constexpr int64_t kVectorGrain = 1 << 16;  // weights a thread must have to be worth waking
+inline constexpr int64_t kSmallMGrain = 1 << 16;  // weights a thread must have to be worth waking
 
 template <class S, template <class> class Mac>
-struct VectorLayout {
+struct SmallMLayout {
   static constexpr int kWeights = 8 * S::kLanes;        // of a chunk
   static constexpr int kVectors = 8 / Mac<S>::kStep;    // decoded vectors
   static constexpr int kFloats = kVectors * S::kLanes;  // 32-bit elements
@@ -39,8 +39,8 @@ struct VectorLayout {
 // One token in the order of the decoded weights, zeros after the last value. Chunks of all tokens
 // lie next to each other, `stride` floats from one chunk of a token to its next.
 template <class S, template <class> class Mac, class T>
-void pack_vector(const T* x, int64_t depth, float* packed, int64_t stride) {
-  using Layout = VectorLayout<S, Mac>;
+void pack_token(const T* x, int64_t depth, float* packed, int64_t stride) {
+  using Layout = SmallMLayout<S, Mac>;
   using Value = std::conditional_t<Mac<S>::kStep == 1, float, BFloat16>;
   constexpr int kUnit = Layout::kVectors;  // consecutive values in one lane of one permute
   constexpr int kPlaces = Layout::kWeights / kUnit;
@@ -94,7 +94,7 @@ template <class S, template <class> class Mac, int kTokens, int kRows, class Tab
 PYLORA_INLINE void add_chunk(const uint8_t* q, int64_t bytes, int64_t left, const Table& table,
                              const typename S::F (&absmax)[kRows], const float* x,
                              typename S::F (&acc)[kRows][kTokens]) {
-  constexpr int kVectors = VectorLayout<S, Mac>::kVectors;
+  constexpr int kVectors = SmallMLayout<S, Mac>::kVectors;
   typename S::F weights[kRows][kVectors];
 #pragma GCC unroll 2
   for (int n = 0; n < kRows; ++n) S::decode_chunk(q + n * bytes, left, table, weights[n]);
@@ -117,17 +117,17 @@ PYLORA_INLINE void add_chunk(const uint8_t* q, int64_t bytes, int64_t left, cons
 // sums[n][m] (+)= columns k0 .. of rows [row, row + kRows) times tokens [token, token + kTokens).
 // `ahead`: how many bytes after these weights the next to be read lie.
 template <class S, template <class> class Mac, int kTokens, int kRows, ChunkScales kScales>
-PYLORA_INLINE void add_stretch(const LinearProblem& p, const float* packed, int64_t token,
+PYLORA_INLINE void add_stretch(const NF4LinearArgs& args, const float* packed, int64_t token,
                                int64_t row, int64_t k0, int64_t ahead,
                                typename S::F (*sums)[kTokens]) {
   using F = typename S::F;
-  using Layout = VectorLayout<S, Mac>;
+  using Layout = SmallMLayout<S, Mac>;
   constexpr int64_t kBytes = Layout::kWeights / 2;
-  const NF4Matrix& w = p.weight;
+  const NF4Matrix& w = args.weight;
   const int64_t bytes = w.cols / 2;
-  const int64_t stride = p.rows * Layout::kFloats;
+  const int64_t stride = args.tokens * Layout::kFloats;
   const int64_t count =
-      w.cols - k0 < kVectorStretch<kTokens> ? w.cols - k0 : kVectorStretch<kTokens>;
+      w.cols - k0 < kSmallMStretch<kTokens> ? w.cols - k0 : kSmallMStretch<kTokens>;
   const int64_t groups = count / kGroup;
   const int64_t whole = count / Layout::kWeights;
   const auto table = S::chunk_table(Mac<S>{});
@@ -168,144 +168,145 @@ PYLORA_INLINE void add_stretch(const LinearProblem& p, const float* packed, int6
 
 // y[token + m][row] = sum of the lanes of sums[m] + low-rank term + bias.
 template <class S, template <class> class Mac, int kTokens>
-PYLORA_INLINE void finish_row(const LinearProblem& p, int64_t token, int64_t row,
+PYLORA_INLINE void finish_row(const NF4LinearArgs& args, int64_t token, int64_t row,
                               const typename S::F (&sums)[kTokens]) {
   using F = typename S::F;
   const F scale = S::set1(S::chunk_scale(Mac<S>{}));
   F acc[kTokens];
 #pragma GCC unroll 8
   for (int m = 0; m < kTokens; ++m) acc[m] = S::mul(sums[m], scale);
-  if (p.low != nullptr) {
-    visit_dtype(p.adapter_dtype, [&](auto element) {
-      const auto* adapter = static_cast<const decltype(element)*>(p.adapter) + row * p.rank;
-      const float* low = p.low + token * p.rank;
+  if (args.low != nullptr) {
+    visit_dtype(args.adapter_dtype, [&](auto element) {
+      const auto* adapter = static_cast<const decltype(element)*>(args.adapter) + row * args.rank;
+      const float* low = args.low + token * args.rank;
       // A line or so in each row: too sparse for the hardware to foresee.
-      __builtin_prefetch(adapter + kAdapterRowsAhead * p.rank);
+      __builtin_prefetch(adapter + kAdapterRowsAhead * args.rank);
       int64_t r = 0;
-      for (; r + S::kLanes <= p.rank; r += S::kLanes) {
+      for (; r + S::kLanes <= args.rank; r += S::kLanes) {
         const F b = S::load(adapter + r);
 #pragma GCC unroll 8
         for (int m = 0; m < kTokens; ++m) {
-          acc[m] = S::fma(b, S::load(low + m * p.rank + r), acc[m]);
+          acc[m] = S::fma(b, S::load(low + m * args.rank + r), acc[m]);
         }
       }
-      if (r < p.rank) {
-        const int left = static_cast<int>(p.rank - r);
+      if (r < args.rank) {
+        const int left = static_cast<int>(args.rank - r);
         const F b = S::load_n(adapter + r, left);
 #pragma GCC unroll 8
         for (int m = 0; m < kTokens; ++m) {
-          acc[m] = S::fma(b, S::load_n(low + m * p.rank + r, left), acc[m]);
+          acc[m] = S::fma(b, S::load_n(low + m * args.rank + r, left), acc[m]);
         }
       }
     });
   }
-  const float bias = p.bias != nullptr ? p.bias[row] : 0.0f;
-  visit_dtype(p.dtype, [&](auto element) {
+  const float bias = args.bias != nullptr ? args.bias[row] : 0.0f;
+  visit_dtype(args.dtype, [&](auto element) {
     using T = decltype(element);
-    T* y = static_cast<T*>(p.y) + token * p.weight.rows + row;
+    T* y = static_cast<T*>(args.y) + token * args.weight.rows + row;
 #pragma GCC unroll 8
     for (int m = 0; m < kTokens; ++m) {
-      y[m * p.weight.rows] = from_float<T>(S::sum(acc[m]) + bias);
+      y[m * args.weight.rows] = from_float<T>(S::sum(acc[m]) + bias);
     }
   });
 }
 
-// Rows [row, row + rows) of W, a multiple of kRows, at most kRowBlock: one stretch of all rows
+// Rows [row, row + rows) of W, a multiple of kRows, at most kRowBatch: one stretch of all rows
 // after the other, so that the tokens' stretch stays in the first-level cache.
 template <class S, template <class> class Mac, int kTokens, int kRows, ChunkScales kScales>
-PYLORA_INLINE void vector_block(const LinearProblem& p, const float* packed, int64_t token,
+PYLORA_INLINE void small_m_rows(const NF4LinearArgs& args, const float* packed, int64_t token,
                                 int64_t row, int64_t rows) {
-  typename S::F sums[kRowBlock][kTokens];
-  const int64_t cols = p.weight.cols;
+  typename S::F sums[kRowBatch][kTokens];
+  const int64_t cols = args.weight.cols;
   const int64_t bytes = cols / 2;
-  for (int64_t k0 = 0; k0 < cols; k0 += kVectorStretch<kTokens>) {
+  for (int64_t k0 = 0; k0 < cols; k0 += kSmallMStretch<kTokens>) {
     for (int64_t n = 0; n < rows; n += kRows) {
       int64_t ahead = round_up(kPrefetchBytes, kRows * bytes);
       if (rows > kRows && n + kRows == rows) {
-        ahead = k0 + kVectorStretch<kTokens> < cols ? kVectorStretch<kTokens> / 2 - n * bytes
+        ahead = k0 + kSmallMStretch<kTokens> < cols ? kSmallMStretch<kTokens> / 2 - n * bytes
                                                     : kRows * bytes - k0 / 2;
       }
-      add_stretch<S, Mac, kTokens, kRows, kScales>(p, packed, token, row + n, k0, ahead, sums + n);
+      add_stretch<S, Mac, kTokens, kRows, kScales>(args, packed, token, row + n, k0, ahead,
+                                                   sums + n);
     }
   }
-  for (int64_t n = 0; n < rows; ++n) finish_row<S, Mac, kTokens>(p, token, row + n, sums[n]);
+  for (int64_t n = 0; n < rows; ++n) finish_row<S, Mac, kTokens>(args, token, row + n, sums[n]);
 }
 
 template <class S, template <class> class Mac, int kTokens, ChunkScales kScales>
-void vector_range(const LinearProblem& p, const float* packed, int64_t begin, int64_t end) {
+void small_m_range(const NF4LinearArgs& args, const float* packed, int64_t begin, int64_t end) {
   // Two rows at a time share the tokens' loads; for one token there is nothing to gain.
   constexpr int kRows = kTokens == 1 ? 1 : 2;
-  const bool resident = kTokens * p.weight.cols * 4 / Mac<S>::kStep <= kTokenBytes;
-  const int64_t block = resident ? kRows : kRowBlock;
+  const bool resident = kTokens * args.weight.cols * 4 / Mac<S>::kStep <= kTokenBytes;
+  const int64_t batch = resident ? kRows : kRowBatch;
   int64_t row = begin;
   while (row + kRows <= end) {
-    const int64_t rows = end - row < block ? (end - row) / kRows * kRows : block;
-    vector_block<S, Mac, kTokens, kRows, kScales>(p, packed, 0, row, rows);
+    const int64_t rows = end - row < batch ? (end - row) / kRows * kRows : batch;
+    small_m_rows<S, Mac, kTokens, kRows, kScales>(args, packed, 0, row, rows);
     row += rows;
   }
   for (int m = 0; row < end && m < kTokens; ++m) {
-    vector_block<S, Mac, 1, 1, kScales>(p, packed, m, row, 1);
+    small_m_rows<S, Mac, 1, 1, kScales>(args, packed, m, row, 1);
   }
 }
 
 template <class S, template <class> class Mac, int kTokens>
-void run_vector_of(const LinearProblem& p, const float* packed) {
-  constexpr int kGroups = VectorLayout<S, Mac>::kGroups;
-  const NF4Matrix& w = p.weight;
+void run_small_m_of(const NF4LinearArgs& args, const float* packed) {
+  constexpr int kGroups = SmallMLayout<S, Mac>::kGroups;
+  const NF4Matrix& w = args.weight;
   const bool aligned = w.cols % w.blocksize == 0;  // every row starts a block
-  parallel_for(0, w.rows, ceil_div(kVectorGrain, w.cols), [&](int64_t begin, int64_t end) {
+  parallel_for(0, w.rows, ceil_div(kSmallMGrain, w.cols), [&](int64_t begin, int64_t end) {
     if (aligned && w.blocksize >= kGroups * kGroup) {
-      vector_range<S, Mac, kTokens, ChunkScales::kShared>(p, packed, begin, end);
+      small_m_range<S, Mac, kTokens, ChunkScales::kShared>(args, packed, begin, end);
       return;
     }
     if constexpr (kGroups == 4) {
       if (aligned && w.blocksize == 2 * kGroup) {
-        vector_range<S, Mac, kTokens, ChunkScales::kHalves>(p, packed, begin, end);
+        small_m_range<S, Mac, kTokens, ChunkScales::kHalves>(args, packed, begin, end);
         return;
       }
     }
-    vector_range<S, Mac, kTokens, ChunkScales::kGeneral>(p, packed, begin, end);
+    small_m_range<S, Mac, kTokens, ChunkScales::kGeneral>(args, packed, begin, end);
   });
 }
 
 // False where this way does not apply.
 template <class S, template <class> class Mac, class T>
-bool run_vector(const LinearProblem& p) {
-  using Layout = VectorLayout<S, Mac>;
-  const int64_t chunks = ceil_div(p.weight.cols, Layout::kWeights);
-  if (p.rows > kVectorTokens || p.backward || !has_aligned_groups(p.weight) ||
-      chunks * p.rows * Layout::kFloats * 4 > static_cast<int64_t>(kWorkspaceBytes)) {
+bool run_small_m(const NF4LinearArgs& args) {
+  using Layout = SmallMLayout<S, Mac>;
+  const int64_t chunks = ceil_div(args.weight.cols, Layout::kWeights);
+  if (args.tokens > kMaxSmallM || args.backward || !has_aligned_groups(args.weight) ||
+      chunks * args.tokens * Layout::kFloats * 4 > static_cast<int64_t>(kWorkspaceBytes)) {
     return false;
   }
   float* packed = thread_workspace();  // read by all threads, which need none of their own here
-  for (int64_t m = 0; m < p.rows; ++m) {
-    pack_vector<S, Mac>(static_cast<const T*>(p.x) + m * p.weight.cols, p.weight.cols,
-                        packed + m * Layout::kFloats, p.rows * Layout::kFloats);
+  for (int64_t m = 0; m < args.tokens; ++m) {
+    pack_token<S, Mac>(static_cast<const T*>(args.x) + m * args.weight.cols, args.weight.cols,
+                       packed + m * Layout::kFloats, args.tokens * Layout::kFloats);
   }
-  switch (p.rows) {
+  switch (args.tokens) {
     case 1:
-      run_vector_of<S, Mac, 1>(p, packed);
+      run_small_m_of<S, Mac, 1>(args, packed);
       break;
     case 2:
-      run_vector_of<S, Mac, 2>(p, packed);
+      run_small_m_of<S, Mac, 2>(args, packed);
       break;
     case 3:
-      run_vector_of<S, Mac, 3>(p, packed);
+      run_small_m_of<S, Mac, 3>(args, packed);
       break;
     case 4:
-      run_vector_of<S, Mac, 4>(p, packed);
+      run_small_m_of<S, Mac, 4>(args, packed);
       break;
     case 5:
-      run_vector_of<S, Mac, 5>(p, packed);
+      run_small_m_of<S, Mac, 5>(args, packed);
       break;
     case 6:
-      run_vector_of<S, Mac, 6>(p, packed);
+      run_small_m_of<S, Mac, 6>(args, packed);
       break;
     case 7:
-      run_vector_of<S, Mac, 7>(p, packed);
+      run_small_m_of<S, Mac, 7>(args, packed);
       break;
     case 8:
-      run_vector_of<S, Mac, 8>(p, packed);
+      run_small_m_of<S, Mac, 8>(args, packed);
       break;
     default:
       return false;

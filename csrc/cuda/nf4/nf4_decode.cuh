@@ -10,11 +10,18 @@
 // 16 LOP3 + 16 shifts; byte planes in registers 56 PRMT and more, and as many others again.
 #pragma once
 
+#include "common/nf4.h"
 #include "cuda/common/element.cuh"
 #include "cuda/common/ptx.cuh"
-#include "cuda/nf4/nf4_code.cuh"
 
 namespace pylora::cuda {
+
+// CODE
+static __constant__ float nf4_code[kNF4Size] = {
+    kNF4Code[0],  kNF4Code[1],  kNF4Code[2],  kNF4Code[3],  kNF4Code[4],  kNF4Code[5],
+    kNF4Code[6],  kNF4Code[7],  kNF4Code[8],  kNF4Code[9],  kNF4Code[10], kNF4Code[11],
+    kNF4Code[12], kNF4Code[13], kNF4Code[14], kNF4Code[15],
+};
 
 inline constexpr int kPairRow = 256;   // bytes, from one entry to the next
 inline constexpr int kPairHole = 128;  // where the hole of a row begins
@@ -47,5 +54,25 @@ __device__ __forceinline__ uint32_t decode_pair(const uint8_t* pairs, uint32_t l
 __device__ __forceinline__ uint8_t* hole(uint8_t* pairs, int index) {
   return pairs + index * kPairRow + kPairHole;
 }
+
+// ABSMAX
+struct StoredAbsmax {
+  float value = 0.0f;  // plain: absmax; nested: nested_absmax
+  uint32_t code = 0;   // nested
+
+  __device__ __forceinline__ void load(const NF4Matrix& weight, uint32_t block, int nested_shift) {
+    if (weight.absmax_q == nullptr) {
+      value = __ldg(weight.absmax + block);
+    } else {
+      code = __ldg(weight.absmax_q + block);
+      value = __ldg(weight.nested_absmax + (block >> nested_shift));
+    }
+  }
+
+  __device__ __forceinline__ float decode(const NF4Matrix& weight, float offset) const {
+    if (weight.absmax_q == nullptr) return value;
+    return __fadd_rn(__fmul_rn(__ldg(weight.nested_code + code), value), offset);
+  }
+};
 
 }  // namespace pylora::cuda
