@@ -1,12 +1,12 @@
-// The matrix product of gemm_tile.h in AMX tiles: 16 rows of 64 bytes.
+// The matrix product of gemm_tile.h in AMX tiles, which have 16 rows of 64 bytes.
 //
-// An A tile is 16 rows of the panel times 16 elements (bf16 pairs along the sum), a B tile 16
-// elements times 16 tokens, a C tile 16 rows times 16 tokens in fp32: the layouts that gemm_tile.h
-// and gemm_pack.h have anyway, but that the panel is row-major in the backward too. The sum comes
-// in whole tiles: panel and packed tokens are padded with zeros.
+// An A tile is 16 rows of the panel times 16 elements (pairs of bf16 along the sum), a B tile is 16
+// elements times 16 tokens, and a C tile is 16 rows times 16 tokens in fp32. gemm_tile.h and
+// gemm_pack.h use these layouts anyway, with one exception: the panel is row-major in the backward
+// too. The sum runs over whole tiles, so panel and packed tokens are padded with zeros.
 //
-// `Tiles` are the eight tile registers: those of the processor, or a twin of theirs in AVX-512
-// BF16, so that all but the instructions themselves runs and is tested on a machine without AMX.
+// `Tiles` stands for the eight tile registers: the processor's own, or a twin of them in AVX-512
+// BF16. With the twin, everything except the AMX instructions is tested on machines without AMX.
 #pragma once
 
 #include <immintrin.h>
@@ -24,8 +24,8 @@ inline constexpr int kAmxTileElements = 16;  // 64 bytes
 
 #if defined(__AMX_BF16__)
 struct HardwareTiles {
-  // All eight tiles whole. Released at the end, so that the tiles are not saved at every context
-  // switch, and whoever uses them next in this thread finds them unconfigured.
+  // Configures all eight tiles at full size while it lives. They are released at the end, so that
+  // the system need not save them at every context switch.
   struct Scope {
     Scope() {
       struct alignas(64) Config {
@@ -42,8 +42,8 @@ struct HardwareTiles {
     Scope& operator=(const Scope&) = delete;
   };
 
-  // In assembly, since the compiler's own macros paste the tile's number as text, and so cannot
-  // take a template's argument.
+  // This is assembly because the compiler's macros paste the tile's number as text, and so cannot
+  // take a template argument.
   template <int kTile>
   PYLORA_INLINE void zero() {
     asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
@@ -67,7 +67,7 @@ struct HardwareTiles {
 
 struct EmulatedTiles {
   struct Scope {};
-  // On the stack of each product: uninitialized, as the registers are.
+  // They live on the stack of each product, uninitialized, as the registers are.
   alignas(64) float tiles[8][kAmxTileRows][kAmxTileElements];
 
   template <int kTile>
@@ -154,7 +154,7 @@ inline void run_tile(AmxMac<S, Tiles>, int v, int64_t k_count, const float* a, i
     amx_tile<Tiles, 1>(k_count, a, b + j * kAmxTileRows, c + j * kAmxTileRows, ld, accumulate);
 }
 
-// Zeros from element `count / 2` of a row to the end of its last tile.
+// Fills a row with zeros from the end of its `count` values to the end of its last tile.
 PYLORA_INLINE void pad_row(int64_t count, float* row) {
   for (int64_t i = (count + 1) / 2; i % kAmxTileElements != 0; ++i) row[i] = 0.0f;
 }
@@ -168,7 +168,7 @@ void decode_panel(AmxMac<S, Tiles>, const NF4Matrix& w, int64_t row, int64_t row
   }
 }
 
-// As pairs of rows come, 16 of them at a time, transposed to the row-major panel.
+// Decodes pairs of rows, 16 pairs at a time, and transposes them into the row-major panel.
 template <class S, class Tiles>
 void decode_panel_t(AmxMac<S, Tiles>, const NF4Matrix& w, int64_t row, int64_t count, int64_t col,
                     int64_t cols, float* panel, int64_t ld) {

@@ -34,7 +34,8 @@ Registers cpuid(uint32_t leaf, uint32_t subleaf) {
   return r;
 }
 
-// The registers whose state the operating system saves: an extension without that must not be used.
+// The registers whose state the operating system saves. An extension must not be used if the system
+// does not save its registers.
 uint64_t saved_state() {
   constexpr uint32_t kOsxsave = 1u << 27;
   if ((cpuid(1, 0)[kEcx] & kOsxsave) == 0) return 0;
@@ -44,11 +45,12 @@ uint64_t saved_state() {
   return static_cast<uint64_t>(high) << 32 | low;
 }
 
-constexpr uint64_t kYmm = 0x6;          // SSE and AVX halves
-constexpr uint64_t kZmm = kYmm | 0xE0;  // mask registers and the AVX-512 halves
-constexpr uint64_t kTile = 3ull << 17;  // tile configuration and data
+constexpr uint64_t kYmm = 0x6;          // the SSE and AVX halves
+constexpr uint64_t kZmm = kYmm | 0xE0;  // also the mask registers and the AVX-512 halves
+constexpr uint64_t kTile = 3ull << 17;  // the tile configuration and data
 
-// Linux hands out the tile registers on request (8 KiB more to save at every context switch).
+// Linux gives a process the tile registers on request: they are 8 KiB more to save at every context
+// switch.
 bool tiles_permitted() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
   constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
@@ -123,7 +125,7 @@ std::string runnable_names() {
   return names;
 }
 
-// `source` is what the user set, as the message names it.
+// An error message says that `source`, which the user has set, has a wrong value.
 CpuIsa parse_isa(std::string_view name, const std::string& source) {
   for (size_t i = 0; i < kIsaNames.size(); ++i) {
     if (name != kIsaNames[i]) continue;

@@ -91,7 +91,7 @@ void lora_linear_backward(const LoraLinearArgs& args) {
     run_linear(linear);
   }
 
-  // 3. The adapter's gradients, in one pass over x and one over the gradient.
+  // 3. The adapter's gradients. They take one pass over x and one over the gradient.
   if (args.dlora_A != nullptr) {
     AdapterFactor out = args.lora_A;
     out.data = args.dlora_A;

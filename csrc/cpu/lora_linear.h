@@ -4,13 +4,15 @@
 //              y = x @ W^T + bias + low @ lora_B^T + scaling * lora_B_bias
 //   backward   dh = (scaling * g @ lora_B) * act'(h)
 //              dx = g @ W + mask / (1 - p) * (dh @ lora_A)
-//              dlora_B = g^T low;  dlora_A = dh^T dropout(x);  the biases' gradients are column
-//              sums
+//              dlora_B = g^T low;  dlora_A = dh^T dropout(x)
+//              the gradients of the biases are column sums
 //
 // Shapes    x [M, K]; g [M, N]; h, low, dh [M, R] fp32; lora_A [R, K]; lora_B [N, R]
-// Numerics  everything of rank R is fp32, whatever the dtypes of x and of the adapter.
-// Passes    forward reads x twice (h, then y); backward reads g three times and x once.
-// Memory    beside the outputs: low and dh, as large as h, and a fixed workspace for each thread.
+// Numerics  Everything of rank R is fp32, whatever the dtypes of x and of the adapter are.
+// Passes    The forward reads x twice (for h, then for y); the backward reads g three times and x
+//           once.
+// Memory    Beside its outputs a call needs low and dh, which are as large as h, and a fixed
+//           workspace for each thread.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +25,7 @@ namespace pylora::cpu {
 
 inline constexpr int64_t kMaxRank = 1024;
 
-// A tall matrix of activations [rows, cols]; `dropout` is applied to it as it is read.
+// Activations or their gradient [M, cols]; `dropout` is applied as they are read.
 struct TokenMatrix {
   const void* data = nullptr;
   DType dtype = DType::kFloat32;
@@ -32,7 +34,8 @@ struct TokenMatrix {
   Dropout dropout;
 };
 
-// A factor of the adapter, or its gradient: lora_A [rank, cols], or lora_B [cols, rank].
+// A factor of the adapter, or its gradient: lora_A [rank, cols] (rank_first) or lora_B [cols,
+// rank].
 struct AdapterFactor {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
@@ -40,11 +43,11 @@ struct AdapterFactor {
   bool rank_first = true;
 };
 
-// out [rows, rank] = x @ factor, and + bias [rank] unless that is null.
+// out [M, rank] = x @ factor, plus bias [rank] unless that is null.
 using Project = void(const TokenMatrix& x, const AdapterFactor& factor, const float* bias,
                      float* out);
-// gradient = low^T x, and sums [cols] = the column sums of x; each unless its pointer is null.
-// low [rows, rank] must be readable for kLowPadding floats beyond its end.
+// gradient = low^T x, and sums [cols] = the column sums of x. A result is skipped if its pointer is
+// null. low [M, rank] must be readable for kLowPadding floats beyond its end.
 using Gather = void(const TokenMatrix& x, const float* low, const AdapterFactor& gradient,
                     float* sums);
 inline constexpr int64_t kLowPadding = 32;
@@ -61,7 +64,7 @@ struct LoraLinearArgs {
   float* h = nullptr;  // forward: written; backward: read
   const float* lora_A_bias = nullptr;
 
-  // Backward: outputs, each null where it is not wanted.
+  // The outputs of the backward. Each is null if it was not requested.
   void* dlora_A = nullptr;
   void* dlora_B = nullptr;
   float* dlora_A_bias = nullptr;  // [rank]

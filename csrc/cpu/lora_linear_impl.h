@@ -1,8 +1,9 @@
-// The skinny products of LoRA (lora_linear.h), as templates over the vector primitives.
+// The products of LoRA with a side of the rank's length (lora_linear.h), as templates over the
+// vector primitives.
 //
-// Activations are converted to fp32, a stretch that fits the first-level cache at a time, with
-// dropout applied on the way; the products are tiles of gemm_tile.h. Sums run in chains of kChain
-// products, which are then added: as accurate as torch's many short chains.
+// Activations are converted to fp32, and dropout is applied, one stretch at a time that fits the
+// first-level cache. The products are tiles of gemm_tile.h. Sums run in chains of kChain products,
+// which are then added: this is as accurate as torch's many short chains.
 #pragma once
 
 #include "cpu/gemm_pack.h"
@@ -13,11 +14,11 @@
 namespace pylora::cpu {
 
 inline constexpr int64_t kChain = 32;
-inline constexpr int64_t kSumChain = 16;       // of column sums, continued in fp64
-inline constexpr int64_t kDotGrain = 1 << 17;  // products a thread must have to be worth waking
-inline constexpr int64_t kDotTokens = 16;      // up to here `project` shares out ranks, not tokens
+inline constexpr int64_t kSumChain = 16;       // column sums run in fp32 so far, then in fp64
+inline constexpr int64_t kDotGrain = 1 << 17;  // a thread is woken for at least so many products
+inline constexpr int64_t kDotTokens = 16;      // up to so many tokens, threads share out the ranks
 
-// x[row .. row + rows)[col .. col + count) as fp32 with dropout, to out [rows][ld].
+// Writes x[row .. row + rows)[col .. col + count) to out [rows][ld] as fp32, with dropout.
 template <class S, class T>
 void widen_tokens(const TokenMatrix& x, int64_t row, int64_t rows, int64_t col, int64_t count,
                   float* out, int64_t ld) {
@@ -33,7 +34,8 @@ void widen_tokens(const TokenMatrix& x, int64_t row, int64_t rows, int64_t col, 
   }
 }
 
-// Few tokens: dot products of rows of x and rows of lora_A, four by four; threads share the ranks.
+// The projection for few tokens: dot products of rows of x with four rows of lora_A at a time. The
+// threads share out the ranks.
 template <class S, class T, class TA>
 void project_dots(const TokenMatrix& x, const TA* factor, int64_t rank, const float* bias,
                   float* out) {
@@ -79,7 +81,8 @@ void project_dots(const TokenMatrix& x, const TA* factor, int64_t rank, const fl
   });
 }
 
-// Many tokens: tokens are the broadcast operand, ranks lie along the vectors.
+// The projection for many tokens: they are the broadcast operand, and the ranks lie along the
+// vectors. The threads share out the tokens.
 template <class S, class T, class TA>
 void project_tiles(const TokenMatrix& x, const TA* factor, int64_t rank, bool rank_first,
                    const float* bias, float* out) {
@@ -165,7 +168,7 @@ void project_on(const TokenMatrix& x, const AdapterFactor& factor, const float* 
   });
 }
 
-// gradient = low^T x: columns of x lie along the vectors, low is the broadcast operand.
+// gradient = low^T x: the columns of x lie along the vectors, and low is the broadcast operand.
 template <class S, class T>
 void gather_columns(const TokenMatrix& x, const float* low, const AdapterFactor& gradient,
                     float* sums) {

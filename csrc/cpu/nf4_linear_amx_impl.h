@@ -1,4 +1,4 @@
-// nf4_linear.h for bf16 on AMX tiles: the same panels, multiplied tile by tile.
+// nf4_linear.h for bf16 on AMX tiles: the panels of nf4_linear_impl.h, multiplied tile by tile.
 #pragma once
 
 #include "cpu/amx_tile.h"
@@ -6,8 +6,9 @@
 
 namespace pylora::cpu {
 
-// For fewer tokens a tile is mostly padding, and decoding into it costs more than the products.
-// Estimate: the kernels have not been timed on a processor with AMX.
+// Up to so many tokens a tile would be mostly padding, and decoding into it would cost more than
+// the products: AVX-512 takes the call. The number is an estimate: these kernels have not been
+// timed on a processor with AMX.
 inline constexpr int64_t kMaxAmxSmallM = 4;
 
 template <class Tiles>

@@ -1,9 +1,10 @@
 // nf4_linear.h for any number of tokens, as a template over the vector primitives.
 //
-// One task is a block of tokens times a block of outputs:
-//   1. for each stretch of the sum: pack the tokens' values, then, for each panel of outputs,
-//      decode W into the cache and multiply all tiles of tokens by it;
-//   2. for each panel: add the low-rank term, likewise; add the bias; transpose, round and store.
+// A task is a batch of tokens times a share of the outputs:
+//   1. For each stretch of the sum, pack the tokens' values. For each panel of outputs, decode W
+//      into the cache and multiply all tiles of tokens by it.
+//   2. For each panel, add the low-rank term in the same way, add the bias, transpose, round and
+//      store.
 #pragma once
 
 #include <type_traits>
@@ -18,23 +19,26 @@
 namespace pylora::cpu {
 
 inline constexpr int64_t kTokenBatch = 512;
-// Columns of W decoded at a time: a multiple of every rows_for(v), and of kGroup.
+// How many columns of W the backward decodes at a time: a multiple of every rows_for(v) and of
+// kGroup.
 inline constexpr int64_t kBackwardPanel = 96;
-inline constexpr int64_t kFewTokens = 48;  // up to here a longer stretch of the sum fits the cache
+inline constexpr int64_t kFewTokens =
+    48;  // up to so many, a longer stretch of the sum fits the cache
 
-// torch sums fp32 products in chains that are shorter, and so more accurate, than a stretch, the
-// more so for few tokens; so must we. (bf16 products are exact in fp32, and bf16 outweighs the
-// sum's rounding.)
+// Torch sums fp32 products in chains that are shorter than a stretch, and so more accurate, above
+// all for few tokens. To be as accurate, a sum here runs in chains of so many products, which are
+// then added. bf16 needs none: its products are exact in fp32, and rounding to bf16 outweighs the
+// rounding of the sum.
 inline constexpr int64_t kFewTokensChain = 32;
 inline constexpr int64_t kManyTokensChain = 64;
 
-// Parts of a thread's workspace, in floats; what they leave is for the sums. The more outputs a
-// task has, the less often its tokens are packed.
+// The parts of a thread's workspace, in floats. The sums get what the other parts leave: the more
+// outputs a task has, the less often its tokens are packed.
 struct WorkspaceParts {
   static constexpr int64_t kTotal = static_cast<int64_t>(kWorkspaceBytes / sizeof(float));
   static constexpr int64_t kPacked = kTokenBatch * kTileK / 2;
   int64_t panel;
-  int64_t low_rank = 0;  // only where dropout needs the low-rank term apart
+  int64_t low_rank = 0;  // only if dropout needs the low-rank term apart
   int64_t factors = 0;
 
   WorkspaceParts(int64_t panel_outputs, bool masked) : panel(panel_outputs * kTileLd) {
@@ -57,7 +61,7 @@ struct LinearTask {
   const NF4LinearArgs& args;
   int64_t row;   // first token
   int64_t out;   // first output
-  int64_t outs;  // outputs of this task
+  int64_t outs;  // number of outputs of this task
   TokenTiles<S> tiles;
   float* packed;
   float* panel;
@@ -72,7 +76,8 @@ struct LinearTask {
     const int64_t elements = stretch_elements();
     const int64_t step = panel_width();
     const int64_t stretch = elements * Sums::kStep;
-    // Few tokens: pack all of them first, then go through W row by row as it lies in memory.
+    // If all of the tokens' values fit, pack them first, and then read W row by row, as it lies in
+    // memory.
     const bool whole = tokens * elements_of<Sums>(depth) <= WorkspaceParts::kPacked;
     if (whole) {
       for (int64_t k = 0; k < depth; k += stretch) pack(k, min(stretch, depth - k), whole);
@@ -95,7 +100,8 @@ struct LinearTask {
     }
   }
 
-  // A panel that only one tile of tokens will read should not leave the first-level cache.
+  // How many elements of the sum are taken at a time. A panel that only one tile of tokens reads
+  // should stay in the first-level cache.
   int64_t stretch_elements() const {
     constexpr int64_t kShort = kByColumn<Sums> ? kTileK / 4 : kTileK / 2;
     if (tiles.count() == 1) return kShort;
@@ -117,12 +123,12 @@ struct LinearTask {
     pack_tokens<S, Mac>(x, depth, tiles, count, packed_at(k, whole));
   }
 
-  // Sums of outputs p .. over one stretch.
+  // 1. Adds one stretch to the sums of outputs p .. p + width.
   void add_panel(int64_t p, int64_t width, int64_t padded, int64_t k, int64_t count, bool whole) {
     if constexpr (kBackward) {
       decode_panel_t(Sums{}, args.weight, k, count, out + p, width, panel, kPanel);
     } else {
-      // Next comes the next stretch of these rows, or this stretch of the rows below.
+      // What is read next is the next stretch of these rows, or this stretch of the rows below.
       const int64_t cols = args.weight.cols;
       const int64_t ahead = (!whole             ? width * cols
                              : k + count < cols ? count
@@ -133,8 +139,8 @@ struct LinearTask {
     multiply<Mac>(packed_at(k, whole), elements_of<Sums>(count), width, sums, padded, p, k > 0);
   }
 
-  // All tiles of tokens times the panel, into outputs p .. p + width of `target`, which holds
-  // `height` outputs a tile.
+  // Multiplies all tiles of tokens by the panel, into outputs p .. p + width of `target`, which
+  // holds `height` outputs for each tile.
   template <template <class> class M>
   void multiply(const float* from, int64_t elements, int64_t width, float* target, int64_t height,
                 int64_t p, bool accumulate) {
@@ -163,7 +169,7 @@ struct LinearTask {
     pack_tokens<S, F32Mac>(args.low + row * args.rank + first, args.rank, tiles, count, packed);
   }
 
-  // Outputs p .. p + width: the low-rank term, the bias, and out.
+  // 2. Completes and stores outputs p .. p + width.
   void finish(int64_t p, int64_t width, int64_t padded, bool summed) {
     const bool masked = args.low != nullptr && args.dropout.enabled;
     if (args.low != nullptr) {
@@ -195,7 +201,7 @@ struct LinearTask {
     }
   }
 
-  // The adapter's part of the panel, as fp32, in the panel's own order.
+  // Loads the adapter's part that meets the panel, as fp32, in the panel's own order.
   void load_adapter(int64_t p, int64_t width, int64_t r, int64_t count) {
     visit_dtype(args.adapter_dtype, [&](auto element) {
       const auto* adapter = static_cast<const decltype(element)*>(args.adapter);
@@ -223,7 +229,7 @@ void run_panels(const NF4LinearArgs& args) {
   const int64_t most = parts.sums() / TokenTiles<S>{rows}.padded() / Task::kPanel * Task::kPanel;
   const int64_t panels = ceil_div(width, Task::kPanel);
   int64_t out_shares = ceil_div(width, most);
-  // An even share for every thread, where there are enough panels.
+  // Every thread gets the same number of tasks, if there are enough panels.
   while (token_batches * out_shares % num_threads() != 0 && out_shares < panels) ++out_shares;
   const int64_t outs = round_up(ceil_div(width, out_shares), Task::kPanel);
   out_shares = ceil_div(width, outs);

@@ -1,10 +1,17 @@
-// nf4_linear.h, forward, for a few tokens: dot products with rows of W decoded in registers.
+// The forward of nf4_linear.h for a few tokens: dot products with rows of W, which are decoded in
+// registers.
 //
-// A chunk is 8 * kLanes weights of a row, one 32-bit word of packed weights a lane. Shifting the
-// words by 4 j brings nibble j of each to where a permute reads its index, so that one shift and
-// one permute decode a vector of weights in the order (lane, j ^ 1); the tokens are packed once in
-// that order. Products are summed with the bare codes; absmax multiplies a chunk's sum, lane by
-// lane, since a lane never leaves a group of 32 weights.
+// Shapes    x [M, K], M <= kMaxSmallM; K % 32 == 0
+// Numerics  as nf4_linear.h. Products are summed with the bare codes; the absmax of a lane's
+//           weights then multiplies the lane's sum over a chunk. This works because a lane never
+//           leaves a group of 32 weights.
+// Algorithm 1. Pack the tokens once, in the order in which weights come out of the decoder.
+//           2. Decode a chunk of a row of W: 8 * kLanes weights, one 32-bit word of packed weights
+//              for each lane. Shifting the words by 4 j brings nibble j of each word to where a
+//              permute reads its index, so one shift and one permute decode a vector of weights, in
+//              the order (lane, j ^ 1).
+//           3. Multiply it by each token and add up.
+//           4. Add the low-rank term and the bias, round and store.
 #pragma once
 
 #include <type_traits>
@@ -17,27 +24,26 @@
 
 namespace pylora::cpu {
 
-// Weights of a row that are read in one go: for more tokens, as many as leave these in the cache.
+// How many weights of a row are read in one go. The tokens' values for them must stay in the
+// first-level cache, so more tokens mean a shorter stretch.
 template <int kTokens>
 inline constexpr int64_t kSmallMStretch = kTokens <= 3 ? 8192 : 2048;
-inline constexpr int64_t kPrefetchBytes =
-    2048;  // at least, and a multiple of the rows read together
+inline constexpr int64_t kPrefetchBytes = 2048;  // the least distance at which W is prefetched
 inline constexpr int64_t kAdapterRowsAhead = 8;
 inline constexpr int64_t kRowBatch = 16;
-inline constexpr int64_t kTokenBytes =
-    32 * 1024;  // of packed tokens that stay in a first-level cache
-inline constexpr int64_t kSmallMGrain = 1 << 16;  // weights a thread must have to be worth waking
+inline constexpr int64_t kTokenBytes = 32 * 1024;  // packed tokens that the first-level cache holds
+inline constexpr int64_t kSmallMGrain = 1 << 16;   // a thread is woken for at least so many weights
 
 template <class S, template <class> class Mac>
 struct SmallMLayout {
-  static constexpr int kWeights = 8 * S::kLanes;        // of a chunk
-  static constexpr int kVectors = 8 / Mac<S>::kStep;    // decoded vectors
-  static constexpr int kFloats = kVectors * S::kLanes;  // 32-bit elements
+  static constexpr int kWeights = 8 * S::kLanes;        // in a chunk
+  static constexpr int kVectors = 8 / Mac<S>::kStep;    // decoded vectors in a chunk
+  static constexpr int kFloats = kVectors * S::kLanes;  // 32-bit elements in a chunk
   static constexpr int kGroups = kWeights / static_cast<int>(kGroup);
 };
 
-// One token in the order of the decoded weights, zeros after the last value. Chunks of all tokens
-// lie next to each other, `stride` floats from one chunk of a token to its next.
+// 1. Packs one token in the order of the decoded weights, with zeros after its last value. The same
+// chunk of all tokens lies together: `stride` floats separate a token's chunk from its next one.
 template <class S, template <class> class Mac, class T>
 void pack_token(const T* x, int64_t depth, float* packed, int64_t stride) {
   using Layout = SmallMLayout<S, Mac>;
@@ -64,14 +70,14 @@ void pack_token(const T* x, int64_t depth, float* packed, int64_t stride) {
   }
 }
 
-// How absmax of a chunk is found: its kParts equal parts have one each, or share one.
+// How the absmax values of a chunk are found.
 enum class ChunkScales {
-  kShared,   // blocks of whole chunks
-  kHalves,   // two blocks in a chunk of four groups: the default blocksize on AVX-512
-  kGeneral,  // group by group
+  kShared,   // a block has whole chunks: one absmax a chunk
+  kHalves,   // a chunk has two blocks: the default blocksize, 64, on AVX-512
+  kGeneral,  // one look-up for each group of 32
 };
 
-// absmax of chunk `c` of the stretch, lane by lane.
+// The absmax of chunk `c` of the stretch, for each lane.
 template <class S, int kGroups, ChunkScales kScales>
 PYLORA_INLINE typename S::F chunk_absmax(const GroupScales<S>& scale, int64_t c, int64_t groups) {
   if constexpr (kScales == ChunkScales::kShared) {
@@ -89,7 +95,7 @@ PYLORA_INLINE typename S::F chunk_absmax(const GroupScales<S>& scale, int64_t c,
   }
 }
 
-// acc[n][m] += one chunk of row n times token m. Rows are `bytes` apart.
+// 2. and 3. acc[n][m] += one chunk of row n times token m. Rows are `bytes` apart.
 template <class S, template <class> class Mac, int kTokens, int kRows, class Table>
 PYLORA_INLINE void add_chunk(const uint8_t* q, int64_t bytes, int64_t left, const Table& table,
                              const typename S::F (&absmax)[kRows], const float* x,
@@ -114,8 +120,8 @@ PYLORA_INLINE void add_chunk(const uint8_t* q, int64_t bytes, int64_t left, cons
   }
 }
 
-// sums[n][m] (+)= columns k0 .. of rows [row, row + kRows) times tokens [token, token + kTokens).
-// `ahead`: how many bytes after these weights the next to be read lie.
+// sums[n][m] (+)= one stretch, from column k0 on, of rows [row, row + kRows) times tokens [token,
+// token + kTokens). The weights that are read next lie `ahead` bytes after these.
 template <class S, template <class> class Mac, int kTokens, int kRows, ChunkScales kScales>
 PYLORA_INLINE void add_stretch(const NF4LinearArgs& args, const float* packed, int64_t token,
                                int64_t row, int64_t k0, int64_t ahead,
@@ -166,7 +172,7 @@ PYLORA_INLINE void add_stretch(const NF4LinearArgs& args, const float* packed, i
   }
 }
 
-// y[token + m][row] = sum of the lanes of sums[m] + low-rank term + bias.
+// 4. y[token + m][row] = the sum over the lanes of sums[m] + the low-rank term + the bias.
 template <class S, template <class> class Mac, int kTokens>
 PYLORA_INLINE void finish_row(const NF4LinearArgs& args, int64_t token, int64_t row,
                               const typename S::F (&sums)[kTokens]) {
@@ -179,7 +185,7 @@ PYLORA_INLINE void finish_row(const NF4LinearArgs& args, int64_t token, int64_t 
     visit_dtype(args.adapter_dtype, [&](auto element) {
       const auto* adapter = static_cast<const decltype(element)*>(args.adapter) + row * args.rank;
       const float* low = args.low + token * args.rank;
-      // A line or so in each row: too sparse for the hardware to foresee.
+      // Each row has only a cache line or so, which is too sparse for the hardware's prefetcher.
       __builtin_prefetch(adapter + kAdapterRowsAhead * args.rank);
       int64_t r = 0;
       for (; r + S::kLanes <= args.rank; r += S::kLanes) {
@@ -210,8 +216,8 @@ PYLORA_INLINE void finish_row(const NF4LinearArgs& args, int64_t token, int64_t 
   });
 }
 
-// Rows [row, row + rows) of W, a multiple of kRows, at most kRowBatch: one stretch of all rows
-// after the other, so that the tokens' stretch stays in the first-level cache.
+// Rows [row, row + rows) of W. `rows` is a multiple of kRows and at most kRowBatch. The outer loop
+// goes over stretches, so that the tokens' stretch stays in the first-level cache for all rows.
 template <class S, template <class> class Mac, int kTokens, int kRows, ChunkScales kScales>
 PYLORA_INLINE void small_m_rows(const NF4LinearArgs& args, const float* packed, int64_t token,
                                 int64_t row, int64_t rows) {
@@ -269,7 +275,7 @@ void run_small_m_of(const NF4LinearArgs& args, const float* packed) {
   });
 }
 
-// False where this way does not apply.
+// Returns false, and has done nothing, if this kernel cannot take the call.
 template <class S, template <class> class Mac, class T>
 bool run_small_m(const NF4LinearArgs& args) {
   using Layout = SmallMLayout<S, Mac>;
@@ -278,7 +284,7 @@ bool run_small_m(const NF4LinearArgs& args) {
       chunks * args.tokens * Layout::kFloats * 4 > static_cast<int64_t>(kWorkspaceBytes)) {
     return false;
   }
-  float* packed = thread_workspace();  // read by all threads, which need none of their own here
+  float* packed = thread_workspace();  // read by all threads; none needs its own
   for (int64_t m = 0; m < args.tokens; ++m) {
     pack_token<S, Mac>(static_cast<const T*>(args.x) + m * args.weight.cols, args.weight.cols,
                        packed + m * Layout::kFloats, args.tokens * Layout::kFloats);
