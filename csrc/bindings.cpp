@@ -33,7 +33,9 @@ STABLE_TORCH_LIBRARY(pylora_C, m) {
   m.def("lora_linear_hopper(Tensor x, " LORA ") -> (Tensor y, Tensor h)");
   // A layer that the extension keeps for calls that name only x: the result is its address.
   m.def("prepare_nf4_linear(Tensor x, " NF4 ", int out_features, Tensor? bias) -> int");
+  m.def("prepare_nf4_linear_hopper(Tensor x, " NF4 ", int out_features, Tensor? bias) -> int");
   m.def("prepare_lora_linear(Tensor x, " LORA ") -> int");
+  m.def("prepare_lora_linear_hopper(Tensor x, " LORA ") -> int");
   // For measurements alone: lora_linear with another plan than the rule's, and the rule's own.
   m.def("lora_linear_planned(Tensor x, " LORA ", int output_warps, int slices, int grid) -> (Tensor y, Tensor h)");
   m.def("lora_linear_hopper_planned(Tensor x, " LORA ", int tile_tokens, int slices, int grid) -> (Tensor y, Tensor h)");
@@ -61,12 +63,12 @@ py::dict limits() {
   cpu["max_rank"] = pylora::cpu::kMaxRank;
   cuda["alignment"] = pylora::cuda::kAlignment;
   cuda["hopper_columns"] = pylora::cuda::kHopperColumns;
-  cuda["many_rows_columns"] = pylora::cuda::kManyColumns;
-  cuda["max_elements"] = pylora::cuda::kMaxSmallElements;
-  cuda["max_few_rows"] = pylora::cuda::kMaxSmallTokens;
-  cuda["max_few_rows_of_block_32"] = pylora::cuda::kMaxSmallTokensOfBlock32;
-  cuda["max_many_rows"] = pylora::cuda::kMaxManyTokens;
-  cuda["max_rank"] = pylora::cuda::kMaxSmallRank;
+  cuda["many_rows_columns"] = pylora::cuda::kManyRowsColumns;
+  cuda["max_elements"] = pylora::cuda::kMaxElements;
+  cuda["max_few_rows"] = pylora::cuda::kMaxSmallM;
+  cuda["max_few_rows_of_block_32"] = pylora::cuda::kMaxSmallMBlock32;
+  cuda["max_many_rows"] = pylora::cuda::kMaxM;
+  cuda["max_rank"] = pylora::cuda::kMaxRank;
   all["cpu"] = cpu;
   all["cuda"] = cuda;
   return all;

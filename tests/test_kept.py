@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,12 +13,12 @@ from pylora import dispatch
 from pylora.nn import LoRALinear, NF4Linear
 from pylora.nn import kept as kept_module
 
-IN, OUT, RANK = 96, 80, 4
-Make = Callable[[], nn.Module]
+NO_GPU = dispatch.BACKENDS["cuda"].unavailable()
+IN, OUT, RANK = 128, 80, 4
 
 
 def nf4_layer() -> NF4Linear:
-    return NF4Linear(IN, OUT, blocksize=32)
+    return NF4Linear(IN, OUT, blocksize=64)
 
 
 def lora_layer() -> LoRALinear:
@@ -59,6 +59,21 @@ def test_short_and_long_way_agree_in_every_bit(layer: nn.Module, shape: tuple[in
         assert torch.equal(short, long)
     with torch.no_grad():
         assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(NO_GPU is not None, reason=NO_GPU or "")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 40, 600])
+def test_short_and_long_way_agree_on_a_gpu(tokens: int, dtype: torch.dtype) -> None:
+    for layer in (nf4_layer().cuda(), lora_layer().cuda()):
+        memory = torch.randn(tokens * IN + 1, device="cuda", dtype=dtype)
+        for x in (memory[:-1].view(tokens, IN), memory[1:].view(tokens, IN)):  # not aligned
+            expected = by_the_long_way(layer, x)
+            layer(x)
+            assert torch.equal(layer(x), expected)
+            with torch.no_grad():
+                assert torch.equal(layer(x), expected)
 
 
 def test_each_call_has_results_of_its_own(layer: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.resources.cuda             compare with the table, exit 1 if worse
     python -m benchmarks.resources.cuda --write     replace the table
-    python -m benchmarks.resources.cuda --explain "lora_linear_small<bf16, 1, false>" sm_90a
+    python -m benchmarks.resources.cuda --explain "lora_linear_small_m<bf16, 1, false>" sm_90a
                                                     what keeps the SM busy in a main loop
 
 No GPU is needed: the numbers are read from the machine code in `pylora._C` by cuobjdump, which
@@ -89,14 +89,14 @@ class Decoder:
 
 DECODERS = {
     # One ldmatrix.x4 brings a lane 16 bytes of qweight.
-    "lora_linear_small": Decoder("LDSM", 32),
+    "lora_linear_small_m": Decoder("LDSM", 32),
     # A lane has 8 weights of the fragment of a mma.m16n8k16.
-    "nf4_linear_backward_small": Decoder("HMMA", 8, per_token_tile=True),
+    "nf4_linear_backward_small_m": Decoder("HMMA", 8, per_token_tile=True),
     # A lane decodes a quarter of the 16 bytes that it loads. The four lanes of a quad load the same
     # ones: with equal addresses in pairs of lanes a load of 16 bytes takes two passes, not four
     # (NVIDIA for compute capability 7.x, https://forums.developer.nvidia.com/t/77228; assumed to
     # hold for 9.0). The copy engine writes 64 columns of the tile's 128 rows and of its tokens.
-    "nf4_linear_hopper": Decoder(
+    "lora_linear_hopper": Decoder(
         "LDS.128",
         8,
         tile=128 * 64,
@@ -106,7 +106,7 @@ DECODERS = {
     ),
 }
 # Kernels that multiply without decoding NF4, and so have no cycles for a number of weights.
-WITHOUT_WEIGHTS = ("lora_hidden_many",)
+WITHOUT_WEIGHTS = ("lora_shrink_many_rows",)
 
 
 def find_extension() -> Path:
@@ -119,7 +119,7 @@ def find_extension() -> Path:
 
 
 def short_name(mangled: str) -> str:
-    """`lora_linear_small<bf16, 1, false>` of a mangled kernel name."""
+    """`lora_linear_small_m<bf16, 1, false>` of a mangled kernel name."""
     position, names = 3, []
     # Itanium mangling: _ZN, then each enclosing name behind its length.
     while match := re.match(r"\d+", mangled[position:]):

@@ -12,17 +12,6 @@
 
 namespace pylora {
 
-// What differs between the calls of a layer.
-struct PreparedCall {
-  const void* x = nullptr;  // [tokens, in_features], contiguous, of the prepared dtype and device
-  int64_t tokens = 0;
-  void* y = nullptr;   // [tokens, out_features], of x's dtype
-  float* h = nullptr;  // [tokens, r], or null if the caller does not want it
-  double scaling = 1.0;
-  double dropout_p = 0.0;
-  const int64_t* seed = nullptr;  // on the device of x; null without dropout
-};
-
 class PreparedLayer {
  public:
   virtual ~PreparedLayer() = default;
@@ -33,16 +22,16 @@ template <auto kRun>
 struct Prepared;
 
 // Runs kRun(x, call, tensors...), where x is the input as a matrix.
-template <class... Kept, void (*kRun)(const Rows&, const PreparedCall&, Kept&...)>
+template <class... Kept, void (*kRun)(Tokens&, const PreparedCall&, Kept&...)>
 struct Prepared<kRun> {
   class Layer : public PreparedLayer {
    public:
     // `like` has x's dtype, device and number of columns.
     Layer(const Tensor& like, const Kept&... kept)
-        : like_(torch::stable::new_empty(like, {0, Rows("x", like).cols})), kept_(kept...) {}
+        : like_(torch::stable::new_empty(like, {0, Tokens("x", like).cols})), kept_(kept...) {}
 
     void run(const PreparedCall& call) const override {
-      const Rows x("x", like_, call.x, call.tokens, like_.size(1));
+      Tokens x("x", like_, call.x, call.tokens, like_.size(1));
       auto kept = kept_;  // a check replaces what is not contiguous, for this call alone
       std::apply([&](Kept&... tensors) { kRun(x, call, tensors...); }, kept);
     }

@@ -16,10 +16,21 @@ inline void make_contiguous(Tensor& tensor) {
   if (!tensor.is_contiguous()) tensor = torch::stable::contiguous(tensor);
 }
 
-// A tensor [..., cols] as a matrix; its leading sizes multiply to the number of rows, also if there
+// What differs between the calls of a prepared layer (prepared.h).
+struct PreparedCall {
+  const void* x = nullptr;  // [tokens, in_features], contiguous, of the prepared dtype and device
+  int64_t tokens = 0;
+  void* y = nullptr;   // [tokens, out_features], of x's dtype
+  float* h = nullptr;  // [tokens, r], or null if the caller does not want it
+  double scaling = 1.0;
+  double dropout_p = 0.0;
+  const int64_t* seed = nullptr;  // on the device of x; null without dropout
+};
+
+// A tensor [..., cols] as a matrix of tokens; its leading sizes multiply to the number of tokens, also if there
 // are no columns.
-struct Rows {
-  Rows(const char* argument, const Tensor& given) : name(argument), tensor(given) {
+struct Tokens {
+  Tokens(const char* argument, const Tensor& given) : name(argument), tensor(given) {
     const auto sizes = tensor.sizes();
     STD_TORCH_CHECK(sizes.size() > 0, name, " must have 1 dimension or more, got a scalar");
     shape.assign(sizes.begin(), sizes.end());
@@ -29,15 +40,15 @@ struct Rows {
     data = tensor.const_data_ptr();
   }
 
-  // The rows of another tensor, contiguous and of the dtype and device of `like`.
-  Rows(const char* argument, const Tensor& like, const void* rows, int64_t row_count,
-       int64_t columns)
+  // The tokens of another tensor, contiguous and of the dtype and device of `like`.
+  Tokens(const char* argument, const Tensor& like, const void* memory, int64_t tokens,
+         int64_t columns)
       : name(argument),
         tensor(like),
-        shape{row_count, columns},
-        count(row_count),
+        shape{tokens, columns},
+        count(tokens),
         cols(columns),
-        data(rows) {
+        data(memory) {
     STD_TORCH_CHECK(data != nullptr || count * cols == 0, name, " must have memory, got none");
   }
 
@@ -125,11 +136,20 @@ struct NF4Tensors {
 };
 
 // A bias, or another vector with a value for each output.
-inline void check_vector(const char* name, Tensor& vector, int64_t size, const Rows& x) {
+inline void check_vector(const char* name, Tensor& vector, int64_t size, const Tokens& x) {
   to_dtype(name, vector.scalar_type());
   check_numel(name, vector, size, "one for every output");
   check_device(name, vector, x.tensor, x.name);
   make_contiguous(vector);
+}
+
+// A vector of known dtype.
+inline void check_values(const char* name, Tensor& values, ScalarType type, int64_t count,
+                         const char* why, const Tokens& x) {
+  check_dtype(name, values, type);
+  check_numel(name, values, count, why);
+  check_device(name, values, x.tensor, x.name);
+  make_contiguous(values);
 }
 
 // The rank of lora_A, a matrix [rank, in_features] or a stack of them, as `dim` says.
@@ -145,7 +165,7 @@ inline int64_t check_rank(const Tensor& lora_A, int64_t dim, int64_t most) {
 // lora_A or lora_B, a matrix or a stack of them. `type` is the dtype it must have.
 template <size_t kDims>
 inline void check_factor(const char* name, Tensor& factor, const int64_t (&sizes)[kDims],
-                         ScalarType type, const Rows& x) {
+                         ScalarType type, const Tokens& x) {
   check_given(name, factor);
   to_dtype(name, factor.scalar_type());
   check_dtype(name, factor, type);
@@ -168,12 +188,12 @@ struct LowRankOptions {
   int64_t activation_code;
   const int64_t* seed_data = nullptr;  // in place of `seed`, if the caller has no tensor
 
-  // Those of one call of a prepared layer.
-  void take(double call_scaling, double call_dropout_p, const int64_t* call_seed) {
-    scaling = call_scaling;
-    dropout_p = call_dropout_p;
+  // Takes the options of one call of a prepared layer.
+  void take(const PreparedCall& call) {
+    scaling = call.scaling;
+    dropout_p = call.dropout_p;
     seed.reset();
-    seed_data = call_seed;
+    seed_data = call.seed;
   }
 
   Activation activation() const {
@@ -184,7 +204,7 @@ struct LowRankOptions {
     return static_cast<Activation>(activation_code);
   }
 
-  DropoutArguments dropout(const Rows& x) const {
+  DropoutArguments dropout(const Tokens& x) const {
     STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p must be in [0, 1), got ",
                     dropout_p);
     if (dropout_p == 0.0) return {};

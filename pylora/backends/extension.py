@@ -125,17 +125,26 @@ def _prepared(op: str, *arguments: Any) -> Any:
     """Runs a layer whose tensors the extension keeps: see csrc/common/prepared.h."""
     module, _ = load()
     assert module is not None
-    return module.PreparedLayer(_op(op)(*arguments)).run
+    return module.PreparedLayer(_op(f"prepare_{op}")(*arguments)).run
 
 
-def prepare_nf4_linear(call: Nf4LinearCall) -> PreparedForward:
-    x, weight = call.x, call.layer.weight
-    base = (x, *weight.arguments, weight.out_features, call.layer.bias)
-    run = _prepared("prepare_nf4_linear", *base)
-    sizes = (*x.shape[:-1], weight.out_features)
-    tokens = math.prod(x.shape[:-1])
+def prepare_nf4_linear(
+    call: Nf4LinearCall, op: str = "nf4_linear", alignment: int = 1
+) -> PreparedForward:
+    """For layers that are called many times.
+
+    op         nf4_linear or its Hopper variant
+    alignment  of x, in bytes, that the kernel needs; another x is copied
+    """
+    weight = call.layer.weight
+    base = (call.x, *weight.arguments, weight.out_features, call.layer.bias)
+    run = _prepared(op, *base)
+    sizes = (*call.x.shape[:-1], weight.out_features)
+    tokens = math.prod(call.x.shape[:-1])
 
     def forward(x: Tensor, scaling: float, dropout: Dropout | None, wants_h: bool) -> Tensor:
+        if x.data_ptr() % alignment:
+            x = x.clone()
         y = x.new_empty(*sizes)
         run(x.data_ptr(), tokens, y.data_ptr())
         return y
@@ -143,16 +152,22 @@ def prepare_nf4_linear(call: Nf4LinearCall) -> PreparedForward:
     return forward
 
 
-def prepare_lora_linear(call: LoraLinearCall) -> PreparedForward:
-    x, layer, low = call.x, call.layer, call.layer.low_rank
+def prepare_lora_linear(
+    call: LoraLinearCall, op: str = "lora_linear", alignment: int = 1
+) -> PreparedForward:
+    """For layers that are called many times; the arguments are those of `prepare_nf4_linear`."""
+    layer, low = call.layer, call.layer.low_rank
     assert low is not None
-    base = (x, *layer.weight.arguments, layer.weight.out_features)
+    base = (call.x, *layer.weight.arguments, layer.weight.out_features)
     factors = (low.A, low.B, layer.bias, low.A_bias, low.B_bias)
-    run = _prepared("prepare_lora_linear", *base, *factors, *_lora_options(low))
-    sizes, h_sizes = (*x.shape[:-1], layer.weight.out_features), (*x.shape[:-1], low.rank)
-    tokens = math.prod(x.shape[:-1])
+    run = _prepared(op, *base, *factors, *_lora_options(low))
+    leading = call.x.shape[:-1]
+    sizes, h_sizes = (*leading, layer.weight.out_features), (*leading, low.rank)
+    tokens = math.prod(leading)
 
     def forward(x: Tensor, scaling: float, dropout: Dropout | None, wants_h: bool) -> Any:
+        if x.data_ptr() % alignment:
+            x = x.clone()
         y = x.new_empty(*sizes)
         h = x.new_empty(*h_sizes, dtype=torch.float32) if wants_h else None
         h_data = 0 if h is None else h.data_ptr()

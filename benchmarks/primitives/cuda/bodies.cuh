@@ -1,7 +1,7 @@
 // Look-ups in the decode table and mma.sync: bodies of timed loops that several programs use.
 #pragma once
 
-#include "cuda/nf4_pairs.cuh"
+#include "cuda/nf4/nf4_decode.cuh"
 #include "timed_loop.cuh"
 
 namespace primitives {
@@ -29,7 +29,7 @@ struct SlotSums {
   }
 };
 
-// The table of nf4_pairs.cuh with other words in it, and fixed random bytes: LDS.32 alone.
+// The table of nf4/nf4_decode.cuh with other words in it, and fixed random bytes: LDS.32 alone.
 struct PrivateTable : PlainBody {
   static constexpr int kSharedBytes = kPairBytes;
   static __host__ __device__ uint32_t offset(int thread, int slot) {
@@ -56,7 +56,7 @@ struct PrivateTable : PlainBody {
 };
 
 // As the kernels decode: two words of qweight, PRMT and LDS for each of their bytes, from the table
-// of nf4_pairs.cuh; the next round has other words.
+// of nf4/nf4_decode.cuh; the next round has other words.
 struct DecodeTable : PlainBody {
   static constexpr int kSharedBytes = kPairBytes;
   static constexpr uint32_t kStep = 0x3B1D2F47u;

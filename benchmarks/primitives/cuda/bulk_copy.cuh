@@ -1,8 +1,8 @@
 // Copies of bytes that lie side by side, to one CTA or to all of a cluster, and barriers of other
-// CTAs. It is here and not in ptx_hopper.cuh because the kernels copy tiles, and have no clusters.
+// CTAs. It is here and not in hopper/ptx.cuh because the kernels copy tiles, and have no clusters.
 #pragma once
 
-#include "cuda/ptx_hopper.cuh"
+#include "cuda/hopper/ptx.cuh"
 
 namespace pylora::cuda {}
 

@@ -1,7 +1,7 @@
 // What lies between two kernels that follow each other: in a stream, in a graph, and with
 // programmatic dependent launch in both.
-#include "cuda/launch.cuh"
-#include "cuda/ptx.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/common/ptx.cuh"
 #include "experiment.cuh"
 
 namespace primitives {
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads) nothing() {
 LaunchShape shape_of(int ctas, bool dependent, cudaStream_t stream) {
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(ctas));
-  shape.block = kThreads;
+  shape.threads = kThreads;
   shape.stream = stream;
   shape.dependent = dependent;
   return shape;

@@ -1,8 +1,8 @@
-// wgmma with 16, 32 and 64 columns, as ptx_hopper.cuh has it with 128 and 256. It is here and not
+// wgmma with 16, 32 and 64 columns, as hopper/ptx.cuh has it with 128 and 256. It is here and not
 // there because no kernel uses such tiles yet.
 #pragma once
 
-#include "cuda/ptx_hopper.cuh"
+#include "cuda/hopper/ptx.cuh"
 
 #if PYLORA_SM90A
 
@@ -16,7 +16,7 @@ namespace primitives {
   "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32.bf16.bf16 {" sums "}, {" a "}, " b \
   ", 1, 1, 1, 0;"
 
-// Whole warpgroup. Starts d += A B in bf16; the layouts are those of multiply() in ptx_hopper.cuh.
+// Whole warpgroup. Starts d += A B in bf16; the layouts are those of multiply() in hopper/ptx.cuh.
 template <int kTokens>
 __device__ __forceinline__ void multiply_bf16(float (&d)[kTokens / 2], const uint32_t (&a)[4],
                                               SharedOperand b) {
