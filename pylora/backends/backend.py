@@ -14,8 +14,8 @@ from torch import Tensor
 from pylora.calls import DequantizeCall, Dropout, Weight
 
 Reason = str | None
-# (x, scaling, dropout, whether h is wanted) -> what `Plan.run` gives, with None for an h that is
-# not wanted. x has the shape and dtype of the call that was prepared, and is contiguous.
+# (x, scaling, dropout, whether h is wanted) -> the results of `Plan.run` as a tuple, with None for
+# an h that is not wanted. x is contiguous, with the shape and dtype of the call that was prepared.
 PreparedForward = Callable[[Tensor, float, Dropout | None, bool], Any]
 
 # What the compiled kernels compute in; float64 is the reference's alone.

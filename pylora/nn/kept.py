@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,6 +55,10 @@ def _is_plain(x: Tensor) -> bool:
     return x.is_contiguous() and not x.is_neg() and not x._is_zerotensor()
 
 
+def _first(results: Tensor | Sequence[Tensor]) -> Tensor:
+    return results if isinstance(results, Tensor) else results[0]
+
+
 class KeptCall:
     """How a layer's calls with an x of one shape and dtype run."""
 
@@ -65,26 +70,26 @@ class KeptCall:
         self._forward = None if plan.prepare is None else plan.prepare(call)
         self._gradient: RepeatedGradient | None = None
 
-    def run(self, x: Tensor, scaling: float = 1.0, dropout: Dropout | None = None) -> Any:
-        """The results in the op's schema, with autograd. Without gradients, h may be None.
+    def run(self, x: Tensor, scaling: float = 1.0, dropout: Dropout | None = None) -> Tensor:
+        """y, with autograd.
 
         scaling, dropout   those of the low-rank path, if the layer has one
         """
         forward = self._forward
         if forward is None or not _is_plain(x):
-            return run_plan(self._op, self._call(x, scaling, dropout), self._plan)
+            return _first(run_plan(self._op, self._call(x, scaling, dropout), self._plan))
         if not torch.is_grad_enabled():
-            return forward(x, scaling, dropout, False)
+            return forward(x, scaling, dropout, False)[0]
         low = self._layer.low_rank
         if dropout is not None or (low is not None and low.scaling != scaling):
             call = self._call(x, scaling, dropout)
-            return with_gradient(self._op, call, lambda: forward(x, scaling, dropout, True))
+            run = partial(forward, x, scaling, dropout, True)
+            return _first(with_gradient(self._op, call, run))
         if self._gradient is None:
             with torch.no_grad():
                 results = forward(x, scaling, None, True)
-            results = (results,) if isinstance(results, Tensor) else results
             self._gradient = RepeatedGradient(self._op, self._record(x, self._layer), results)
-        return self._gradient.run(x, lambda: forward(x, scaling, None, True))
+        return self._gradient.run(x, partial(forward, x, scaling, None, True))
 
     def _call(self, x: Tensor, scaling: float, dropout: Dropout | None) -> Any:
         layer, low = self._layer, self._layer.low_rank

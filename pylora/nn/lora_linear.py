@@ -142,8 +142,7 @@ class LoRALinear(nn.Module):
         dropout = None
         if self.training and self.lora_dropout:
             dropout = Dropout(self.lora_dropout, functional.dropout_seed(None, kept.device))
-        y, _ = call.run(x, self.scaling, dropout)
-        return y
+        return call.run(x, self.scaling, dropout)
 
     def _long_forward(self, x: Tensor) -> Tensor:
         """The forward of a call whose arguments must be checked."""

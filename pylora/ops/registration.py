@@ -161,13 +161,15 @@ class RepeatedGradient:
     """`with_gradient` for a call that is made again and again with another x and nothing else new.
 
     The inputs of the op and what it saves are worked out once, since they are the same but for x
-    and the results.
+    and the results. Only the first result leaves the node.
     """
 
     def __init__(self, op: Op, call: Any, results: Sequence[Tensor]) -> None:
         """`call` was made, and its flat results are `results`; the op's first input is x."""
-        self._node, self._outputs = op.node, op.gradient.outputs(call)
+        self._node = op.node
         _, *self._inputs = op.gradient.inputs(call)
+        floating = (t for t in self._inputs if t is not None and t.is_floating_point())
+        self._trainable = tuple(floating)
         self._tensors, self._others = op.gradient.save(call, results)
         x = call.x
         new = (x, *results)
@@ -180,21 +182,27 @@ class RepeatedGradient:
         for place, _ in self._places:
             self._tensors[place] = x.new_empty(0)  # the memory of a call is not kept
 
-    def run(self, x: Tensor, forward: Callable[[], Any]) -> Any:
-        """What `forward` makes of x, with autograd."""
+    def run(self, x: Tensor, forward: Callable[[], Sequence[Tensor]]) -> Tensor:
+        """The first of the results that `forward` makes of x, with autograd."""
         needed = x.requires_grad
-        for tensor in self._inputs:
-            needed = needed or (tensor is not None and tensor.requires_grad)
+        for tensor in self._trainable:
+            needed = needed or tensor.requires_grad
         if not needed:
-            return forward()
+            return forward()[0]
+        new: tuple[Tensor, ...] = ()
 
-        def save(results: Sequence[Tensor]) -> Saved:
-            tensors, new = self._tensors.copy(), (x, *results)
+        def run() -> Tensor:
+            nonlocal new
+            new = (x, *forward())
+            return new[1]
+
+        def save(_: Sequence[Tensor]) -> Saved:
+            tensors = self._tensors.copy()
             for place, index in self._places:
                 tensors[place] = new[index]
             return tensors, self._others
 
-        return self._node(forward, save, self._outputs, x, *self._inputs)
+        return self._node(run, save, 1, x, *self._inputs)
 
 
 def on_reference(call: Call) -> Any:
