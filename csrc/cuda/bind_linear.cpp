@@ -224,7 +224,7 @@ struct ChosenFewTokens : FewTokens {
     const char* wrong = choose_small_m({output_warps, slices, grid}, op.tokens, op.weight.rows,
                                        op.weight.cols, limits, &plan);
     STD_TORCH_CHECK(wrong == nullptr, "the kernel cannot run this plan: ", wrong,
-                    "; got output_warps ", output_warps, ", slices ", slices, ", grid ", grid);
+                    "; got output_warps ", output_warps, ", splits ", slices, ", grid ", grid);
     return plan;
   }
 };
@@ -235,7 +235,7 @@ struct ChosenManyTokens : ManyTokens {
     const char* wrong = choose_hopper({tile_tokens, slices, grid}, op.tokens, op.weight.rows,
                                       op.weight.cols, &plan);
     STD_TORCH_CHECK(wrong == nullptr, "the kernel cannot run this plan: ", wrong,
-                    "; got tile_tokens ", tile_tokens, ", slices ", slices, ", grid ", grid);
+                    "; got tile_tokens ", tile_tokens, ", splits ", slices, ", grid ", grid);
     return plan;
   }
 };

@@ -52,11 +52,11 @@ const char* choose_hopper(const HopperChoice& choice, int64_t tokens, int64_t ro
     return "tile_tokens must be 128 or 256";
   }
   if (choice.splits < 1 || choice.splits > cols / kHopperColumns) {
-    return "slices must be 1 to the K tiles of 64 columns";
+    return "splits must be 1 to the K tiles of 64 columns";
   }
   *plan = cut(static_cast<int>(choice.tile_tokens), choice.splits, tokens, rows, cols);
   if (plan->splits != choice.splits) {
-    return "slices must not leave one empty: all but the last have the same number of K tiles";
+    return "splits must not leave one empty: all but the last have the same number of K tiles";
   }
   if (choice.grid < 1 || choice.grid > std::min<int64_t>(plan->tiles * plan->splits, INT32_MAX)) {
     return "grid must be 1 to the tiles times splits";

@@ -89,17 +89,17 @@ const char* choose_small_m(const SmallMChoice& choice, int64_t tokens, int64_t r
   const Work work = forward_work(tokens, rows, cols, static_cast<int>(warps));
   const int64_t chunks = ceil_div(cols, kChunk);
   if (choice.splits < 1 || choice.splits > chunks) {
-    return "slices must be 1 to the chunks of 128 columns";
+    return "splits must be 1 to the chunks of 128 columns";
   }
   *plan = cut(work, choice.splits);
   if (plan->splits != choice.splits) {
-    return "slices must not leave one empty: all but the last have the same number of chunks";
+    return "splits must not leave one empty: all but the last have the same number of chunks";
   }
   if (choice.grid < 1 || choice.grid > int64_t{plan->tiles} * plan->splits) {
     return "grid must be 1 to the tiles times splits";
   }
   if (plan->shared_bytes > limits.shared_per_cta) {
-    return "slices must be so many that a slice of x fits shared memory";
+    return "splits must be so many that the x of one split fits shared memory";
   }
   plan->grid = static_cast<int>(choice.grid);
   return nullptr;
