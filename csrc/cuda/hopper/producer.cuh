@@ -27,7 +27,7 @@ struct Ring {
   int* is_last;    // [kConsumers], for step 6
 };
 
-// A piece of work: an output tile and a split of K.
+// A work item: an output tile and a split of K.
 struct WorkItem {
   int64_t tile, first_row, first_token;
   int split, first_k_tile, end_k_tile;
