@@ -37,10 +37,10 @@ STABLE_TORCH_LIBRARY(pylora_C, m) {
   m.def("prepare_lora_linear(Tensor x, " LORA ") -> int");
   m.def("prepare_lora_linear_hopper(Tensor x, " LORA ") -> int");
   // For measurements alone: lora_linear with another plan than the rule's, and the rule's own.
-  m.def("lora_linear_planned(Tensor x, " LORA ", int output_warps, int slices, int grid) -> (Tensor y, Tensor h)");
-  m.def("lora_linear_hopper_planned(Tensor x, " LORA ", int tile_tokens, int slices, int grid) -> (Tensor y, Tensor h)");
-  m.def("lora_linear_plan(Tensor x, int out_features) -> (int output_warps, int slices, int grid)");
-  m.def("lora_linear_hopper_plan(Tensor x, int out_features) -> (int tile_tokens, int slices, int grid)");
+  m.def("lora_linear_planned(Tensor x, " LORA ", int output_warps, int splits, int grid) -> (Tensor y, Tensor h)");
+  m.def("lora_linear_hopper_planned(Tensor x, " LORA ", int tile_tokens, int splits, int grid) -> (Tensor y, Tensor h)");
+  m.def("lora_linear_plan(Tensor x, int out_features) -> (int output_warps, int splits, int grid)");
+  m.def("lora_linear_hopper_plan(Tensor x, int out_features) -> (int tile_tokens, int splits, int grid)");
   m.def("lora_extend(Tensor x, Tensor lora_A, Tensor? lora_A_bias, " LORA_OPTIONS ") -> (Tensor wide, Tensor h)");
   m.def("multi_lora_linear(Tensor x, " NF4 ", int out_features, Tensor lora_A, Tensor lora_B, Tensor adapter_ids, Tensor scalings, Tensor? bias) -> (Tensor y, Tensor h)");
   m.def("lora_linear_backward(Tensor grad, Tensor x, Tensor h, " NF4 ", Tensor lora_A, Tensor lora_B, " LORA_OPTIONS ", bool[] output_mask) -> (Tensor dx, Tensor dweight, Tensor dlora_A, Tensor dlora_B, Tensor dbias, Tensor dlora_A_bias, Tensor dlora_B_bias)");

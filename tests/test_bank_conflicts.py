@@ -135,7 +135,7 @@ SUMS = ("lora_linear_small_m", "load 4")
         (64, {SUMS: 667}),
     ],
 )
-def test_few_rows(compiled, counts, M: int, expected: dict[Access, int]):
+def test_small_m(compiled, counts, M: int, expected: dict[Access, int]):
     program = compiled("lora_linear", *SMALL_M_KERNELS)
     check_linear(program, (M, 70, 512), processors=2)
     found = counts()
@@ -161,7 +161,7 @@ STAGING_GRAD = ("stage_grad", "store 16")
         (64, {}),
     ],
 )
-def test_backward_of_few_rows(compiled, counts, M: int, expected: dict[Access, int]):
+def test_small_m_backward(compiled, counts, M: int, expected: dict[Access, int]):
     program = compiled("nf4_linear_backward", *BACKWARD_KERNELS)
     check_linear_backward(program, (M, 136, 320))
     found = counts()

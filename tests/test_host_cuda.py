@@ -220,10 +220,10 @@ def test_a_chosen_plan_is_right(lora_linear, M: int, plan: tuple[int, int, int])
     [
         ((3, 1, 1), "output_warps must be 1, 2 or 4"),
         ((8, 1, 1), "output_warps must be"),
-        ((4, 0, 1), "slices must be 1 to the chunks"),
-        ((4, 17, 1), "slices must be 1 to the chunks"),
-        ((4, 9, 1), "slices must not leave one empty"),
-        ((4, 1, 1), "a slice of x fits shared memory"),
+        ((4, 0, 1), "splits must be 1 to the chunks"),
+        ((4, 17, 1), "splits must be 1 to the chunks"),
+        ((4, 9, 1), "splits must not leave one empty"),
+        ((4, 1, 1), "the x of one split fits shared memory"),
         ((4, 4, 0), "grid must be 1 to the tiles"),
         ((4, 4, 9), "grid must be 1 to the tiles"),
     ],
@@ -240,7 +240,7 @@ def test_a_plan_that_cannot_run_is_refused(lora_linear, plan, message: str):
         ((1, 16, 4096), "H200", 8, 4),  # fewer tiles than CTAs
         ((2, 144, 1152), "H200", 2, 1),  # several tiles a CTA
         ((4, 32, 4096), "A100", 1, 4),  # x does not fit beside the table
-        ((16, 80, 2048), "L4", 1, 4),  # one CTA, which changes the slice
+        ((16, 80, 2048), "L4", 1, 4),  # one CTA, which changes the split
         ((12, 70, 1024), "A100", 30, 4),
         ((33, 130, 512), "A100", 2, 1),  # several tiles a CTA, in passes of tokens
         ((64, 70, 384), "L4", 1, 3),  # a chunk of x is all that fits

@@ -30,7 +30,7 @@ def hopper(compiled) -> Path:
         ((300, 120, 640), 1, 128, 3, 1),  # all stages, several times round; ends within a tile
         ((250, 200, 384), 1, 256, 2, 1),
         ((128, 128, 64), 132, 128, 1, 1),  # one block
-        ((130, 70, 1088), 5, 128, 2, 2),  # the second slice of K has a block less
+        ((130, 70, 1088), 5, 128, 2, 2),  # the second split of K has a K tile less
     ],
 )
 def test_hopper(hopper, shape, processors, tile_tokens, tiles, splits, dtype: torch.dtype):
@@ -46,7 +46,7 @@ def test_hopper(hopper, shape, processors, tile_tokens, tiles, splits, dtype: to
 
 
 def test_hopper_splits_in_any_order(hopper):
-    """A slice that is counted before it is written shows in one order of threads out of two."""
+    """A split that is counted before it is written shows in one order of threads out of two."""
     for seed in range(8):
         _, plan = check_linear(hopper, (20, 128, 1536), biases=False, processors=3, seed=seed)
         assert (plan["tiles"], plan["splits"]) == (1, 3)
@@ -69,9 +69,9 @@ def test_hopper_with_a_chosen_plan(hopper, plan: tuple[int, int, int]):
     ("plan", "message"),
     [
         ((64, 1, 1), "tile_tokens must be 128 or 256"),
-        ((128, 0, 1), "slices must be 1 to the blocks"),
-        ((128, 18, 1), "slices must be 1 to the blocks"),
-        ((128, 10, 1), "slices must not leave one empty"),
+        ((128, 0, 1), "splits must be 1 to the K tiles"),
+        ((128, 18, 1), "splits must be 1 to the K tiles"),
+        ((128, 10, 1), "splits must not leave one empty"),
         ((128, 1, 3), "grid must be 1 to the tiles"),
         ((256, 1, 0), "grid must be 1 to the tiles"),
     ],

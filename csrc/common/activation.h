@@ -1,5 +1,6 @@
-// The activations between the two projections of an adapter, and their derivatives. In fp64, since
-// there are few of them: a bias gradient sums them over tokens, and their errors would add up.
+// The activations between the two projections of an adapter, and their derivatives. They are fp64:
+// a bias gradient sums derivatives over all tokens, so their errors would add up, and there are so
+// few of them that fp64 costs nothing.
 #pragma once
 
 #include <cmath>
@@ -7,7 +8,7 @@
 
 namespace pylora {
 
-// The ops take an activation as its number here.
+// The ops take an activation as its number in this list.
 enum class Activation { kIdentity, kRelu, kGelu, kGeluTanh, kSilu, kTanh, kSigmoid };
 inline constexpr int kActivations = 7;
 inline constexpr const char* kActivationNames[kActivations] = {
@@ -15,7 +16,8 @@ inline constexpr const char* kActivationNames[kActivations] = {
 
 inline double sigmoid(double h) { return 1.0 / (1.0 + std::exp(-h)); }
 
-// tanh's argument in the approximation of GELU (Hendrycks and Gimpel, arXiv:1606.08415).
+// The tanh approximation of GELU (Hendrycks and Gimpel, arXiv:1606.08415) takes tanh(kGeluScale *
+// (h + kGeluCubic * h^3)).
 inline constexpr double kGeluScale = 0.7978845608028654;  // sqrt(2 / pi)
 inline constexpr double kGeluCubic = 0.044715;
 
@@ -39,7 +41,7 @@ inline double activate(Activation activation, double h) {
   return h;
 }
 
-// d activate(h) / dh.
+// The derivative of activate(h).
 inline double activation_slope(Activation activation, double h) {
   switch (activation) {
     case Activation::kIdentity:

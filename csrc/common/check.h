@@ -1,6 +1,6 @@
-// Checks of op arguments: they run before any memory is touched, and each error names the argument,
-// what it must be and what it was. They are those that memory safety needs; pylora checks the rest
-// in Python.
+// Checks of op arguments. They run before any memory is touched, and each error names the argument,
+// what it must be and what it was. Here are only the checks that memory safety needs; pylora makes
+// the others in Python.
 #pragma once
 
 #include <torch/csrc/stable/device.h>
@@ -44,7 +44,7 @@ inline DType to_dtype(const char* name, ScalarType type) {
   }
 }
 
-// Torch takes None for a tensor that a schema requires, and hands over an undefined one.
+// Torch accepts None for a tensor that a schema requires, and passes an undefined tensor.
 inline void check_given(const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.defined(), name, " must be a tensor, got None");
 }
@@ -64,7 +64,7 @@ inline void check_device(const char* name, const Tensor& tensor, const Tensor& l
                   static_cast<int>(device.type()), ", index ", device.index(), ")");
 }
 
-// `why` says in one or more parts where the number comes from.
+// The parts of `why` say, in the error, where the expected number comes from.
 template <class... Why>
 inline void check_numel(const char* name, const Tensor& tensor, int64_t expected,
                         const Why&... why) {
@@ -92,7 +92,8 @@ inline void check_blocksize(int64_t blocksize) {
                   "blocksize must be 32, 64, 128, 256, 512, 1024, 2048 or 4096, got ", blocksize);
 }
 
-// The product of a shape whose sizes may come from a caller; neither negative nor beyond int64.
+// The number of elements of a shape that may come from a caller. Raises if a size is negative or
+// the product would overflow.
 template <class Sizes>
 inline int64_t checked_numel(const char* name, const Sizes& sizes) {
   int64_t numel = 1;

@@ -1,5 +1,6 @@
-// fp16 and bf16 as 16-bit patterns, to and from fp32, in plain C++ (the portable kernels' way, and
-// the vector kernels' remainder loops). Rounding is to nearest, ties to even.
+// Converts fp16 and bf16, held as 16-bit patterns, to and from fp32 in plain C++. The portable
+// kernels and the remainder loops of the vector kernels use it. Rounding is to nearest, ties to
+// even.
 #pragma once
 
 #include <bit>
@@ -26,10 +27,10 @@ PYLORA_INLINE float to_float(BFloat16 x) {
 PYLORA_INLINE float to_float(Half x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7FFFu;
-  if (magnitude >= 0x7C00u) {  // infinity, NaN
+  if (magnitude >= 0x7C00u) {  // infinity or NaN
     return std::bit_cast<float>(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);
   }
-  if (magnitude >= 0x400u) {  // normal: move the exponent's bias from 15 to 127
+  if (magnitude >= 0x400u) {  // normal: the exponent's bias changes from 15 to 127
     return std::bit_cast<float>(sign | ((magnitude << 13) + (112u << 23)));
   }
   const float value = static_cast<float>(magnitude) * 0x1p-24f;  // subnormal or zero, exact
@@ -47,7 +48,7 @@ PYLORA_INLINE float from_float<float>(float x) {
 template <>
 PYLORA_INLINE BFloat16 from_float<BFloat16>(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
-  if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return {0x7FC0u};  // NaN: rounding could make it infinite
+  if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return {0x7FC0u};  // rounding could make NaN infinite
   return {static_cast<uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16)};
 }
 

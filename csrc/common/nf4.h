@@ -1,12 +1,12 @@
-// NF4 in C++: the code table, the nibble order, blocks, and the dtypes weights come in.
+// NF4 in C++: the code table, the order of nibbles, blocks, and the dtypes of weights.
 //
 // Elements are counted over the flat [out_features, in_features] tensor. Element 2j is the HIGH
-// nibble of byte j, element 2j + 1 the low one. Block b covers elements [b * blocksize,
-// (b + 1) * blocksize) and may straddle rows.
+// nibble of byte j, and element 2j + 1 is the low one. Block b covers elements [b * blocksize,
+// (b + 1) * blocksize), and may straddle rows.
 //
-// Files compiled for different instruction sets include this header. A plain inline function that
-// the compiler chose not to inline would be kept once by the linker, perhaps in its AVX-512 form,
-// and then run on a machine without it: hence everything here is inlined by force.
+// Everything here is inlined by force, since files compiled for different instruction sets include
+// this header. If the compiler chose not to inline a function, the linker would keep one copy of
+// it, perhaps the one for AVX-512, and a machine without AVX-512 would run that.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ namespace pylora {
 
 inline constexpr int kNF4Size = 16;
 
-// QLoRA (arXiv:2305.14314), the exact fp32 values of bitsandbytes.
+// The code of QLoRA (arXiv:2305.14314), in the exact fp32 values of bitsandbytes.
 inline constexpr float kNF4Code[kNF4Size] = {
     -1.0f,
     -0.6961928009986877f,
@@ -44,12 +44,13 @@ inline constexpr float kNF4Code[kNF4Size] = {
     1.0f,
 };
 
-// A scaled value takes the code that counts the midpoints below it; a tie goes down.
+// The code of a scaled value is the number of midpoints below it, so a tie goes down.
 PYLORA_INLINE constexpr float nf4_midpoint(int i) { return (kNF4Code[i] + kNF4Code[i + 1]) / 2.0f; }
 
-inline constexpr int kNF4ZeroCode = 7;  // decodes to 0; also fills the last nibble of an odd count
+// This code decodes to 0. It also fills the last nibble if the number of elements is odd.
+inline constexpr int kNF4ZeroCode = 7;
 
-// bitsandbytes clamps absmax to this before it divides, which keeps the reciprocal finite.
+// bitsandbytes clamps absmax to this before it divides, so that the reciprocal is finite.
 inline constexpr float kNF4MinAbsmax = 1e-38f;
 
 PYLORA_INLINE constexpr uint8_t nf4_pack(uint32_t even, uint32_t odd) {
@@ -70,11 +71,11 @@ enum class DType { kFloat32, kFloat16, kBFloat16 };
 
 PYLORA_INLINE constexpr int64_t dtype_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-// A quantized weight as the ops receive it. Exactly one of absmax and absmax_q is set.
+// A quantized weight as a kernel receives it. Exactly one of absmax and absmax_q is set.
 struct NF4Matrix {
   const uint8_t* qweight = nullptr;      // [ceil(rows * cols / 2)]
-  const float* absmax = nullptr;         // [blocks], plain
-  const uint8_t* absmax_q = nullptr;     // [blocks], nested: codes into nested_code
+  const float* absmax = nullptr;         // [blocks]; null if absmax is nested
+  const uint8_t* absmax_q = nullptr;     // [blocks], indices into nested_code; null if not nested
   const float* nested_absmax = nullptr;  // [ceil(blocks / nested_blocksize)]
   const float* nested_code = nullptr;    // [256]
   float offset = 0.0f;                   // added to a decoded nested absmax
@@ -87,7 +88,8 @@ struct NF4Matrix {
   PYLORA_INLINE int64_t num_blocks() const { return ceil_div(rows * cols, blocksize); }
   PYLORA_INLINE bool nested() const { return absmax_q != nullptr; }
 
-  // Two roundings, as in bitsandbytes: host files are compiled with -ffp-contract=off.
+  // The result is rounded twice, as in bitsandbytes. Host files are compiled with
+  // -ffp-contract=off, which keeps the product and the sum apart.
   PYLORA_INLINE float absmax_at(int64_t block) const {
     if (!nested()) return absmax[block];
     const float scale = nested_absmax[block / nested_blocksize];

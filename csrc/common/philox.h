@@ -1,5 +1,5 @@
-// One counter of Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC
-// 2011), as pylora/reference/dropout.py draws it. The CPU's kernels take 16 at a time
+// Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011), one
+// counter at a time, as in pylora/reference/dropout.py. The CPU kernels draw 16 counters at a time
 // (cpu/philox.h).
 #pragma once
 
@@ -33,7 +33,8 @@ PYLORA_INLINE void philox_round(const PhiloxKey& key, uint32_t& c0, uint32_t& c1
   c3 = static_cast<uint32_t>(p0);
 }
 
-// Key `seed`, counter (counter, 0) -> the words of elements 4 * counter to 4 * counter + 3.
+// Draws the words of elements 4 * counter to 4 * counter + 3, with key `seed` and counter (counter,
+// 0).
 PYLORA_INLINE void philox4(uint64_t seed, uint64_t counter, uint32_t (&words)[4]) {
   uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32);
   uint32_t c2 = 0, c3 = 0;

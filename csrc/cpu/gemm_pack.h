@@ -53,10 +53,10 @@ PYLORA_INLINE void widen_row(const T* x, int64_t count, float* out) {
   for (; i < count; ++i) out[i] = to_float(x[i]);
 }
 
-// Packs one tile: `count` values along k of tokens [0, rows) of x, whose rows are `ld` apart, into
+// Packs one tile: `count` values along k of tokens [0, tokens) of x, whose rows are `ld` apart, into
 // [elements][v * kLanes]. Zeros follow the last token and the last value.
 template <class S, template <class> class Mac, class T>
-void pack_tile(const T* x, int64_t ld, int64_t rows, int64_t count, int v, float* packed) {
+void pack_tile(const T* x, int64_t ld, int64_t tokens, int64_t count, int v, float* packed) {
   constexpr int L = S::kLanes;
   constexpr int64_t kValues = L * Mac<S>::kStep;
   const int64_t width = v * L;
@@ -67,7 +67,7 @@ void pack_tile(const T* x, int64_t ld, int64_t rows, int64_t count, int v, float
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i) {
         square[i] =
-            m + i < rows ? load_elements(Mac<S>{}, x + (m + i) * ld + k, count - k) : S::zero();
+            m + i < tokens ? load_elements(Mac<S>{}, x + (m + i) * ld + k, count - k) : S::zero();
         __builtin_prefetch(x + (m + i) * ld + k + 8 * kValues, 0, 2);
       }
       S::transpose(square);
@@ -96,15 +96,15 @@ void pack_tokens(const T* x, int64_t ld, const TokenTiles<S>& tiles, int64_t cou
 }
 
 // Writes one tile: y[m][n] = acc[n][m] + bias[n] + extra[n][m] * factor[m][n]. `bias` and `extra`
-// may be null; `factor` is [rows][cols]; `acc` and `extra` are [cols, padded to kLanes][v *
+// may be null; `factor` is [tokens][cols]; `acc` and `extra` are [cols, padded to kLanes][v *
 // kLanes].
 template <class S, class T>
-void write_tile(const float* acc, int v, int64_t rows, int64_t cols, const float* bias,
+void write_tile(const float* acc, int v, int64_t tokens, int64_t cols, const float* bias,
                 const float* extra, const float* factor, T* y, int64_t ld) {
   constexpr int L = S::kLanes;
   const int64_t width = v * L;
-  for (int64_t m = 0; m < rows; m += L) {
-    const int count = static_cast<int>(rows - m < L ? rows - m : L);
+  for (int64_t m = 0; m < tokens; m += L) {
+    const int count = static_cast<int>(tokens - m < L ? tokens - m : L);
     for (int64_t n = 0; n < cols; n += L) {
       const int left = static_cast<int>(cols - n < L ? cols - n : L);
       const typename S::F shift = bias != nullptr ? S::load_n(bias + n, left) : S::zero();

@@ -18,13 +18,14 @@ inline constexpr int64_t kSumChain = 16;       // column sums run in fp32 so far
 inline constexpr int64_t kDotGrain = 1 << 17;  // a thread is woken for at least so many products
 inline constexpr int64_t kDotTokens = 16;      // up to so many tokens, threads share out the ranks
 
-// Writes x[row .. row + rows)[col .. col + count) to out [rows][ld] as fp32, with dropout.
+// Writes x[first_token .. first_token + tokens)[col .. col + count) to out [tokens][ld] as fp32,
+// with dropout.
 template <class S, class T>
-void widen_tokens(const TokenMatrix& x, int64_t row, int64_t rows, int64_t col, int64_t count,
-                  float* out, int64_t ld) {
+void widen_tokens(const TokenMatrix& x, int64_t first_token, int64_t tokens, int64_t col,
+                  int64_t count, float* out, int64_t ld) {
   float factors[kTileK];
-  for (int64_t m = 0; m < rows; ++m) {
-    const int64_t first = (row + m) * x.cols + col;
+  for (int64_t m = 0; m < tokens; ++m) {
+    const int64_t first = (first_token + m) * x.cols + col;
     float* to = out + m * ld;
     widen_row<S>(static_cast<const T*>(x.data) + first, count, to);
     if (x.dropout.enabled) {
@@ -42,8 +43,8 @@ void project_dots(const TokenMatrix& x, const TA* factor, int64_t rank, const fl
   constexpr int kRanks = 4;
   const int64_t grain = ceil_div(kDotGrain, kRanks * x.cols * x.tokens + 1);
   parallel_for(0, ceil_div(rank, kRanks), grain, [&](int64_t begin, int64_t end) {
-    float* tokens = thread_workspace();
-    float* rows = tokens + kDotTokens * kTileK;
+    float* values = thread_workspace();
+    float* rows = values + kDotTokens * kTileK;
     for (int64_t group = begin; group < end; ++group) {
       const int64_t j0 = group * kRanks;
       const int64_t ranks = rank - j0 < kRanks ? rank - j0 : kRanks;
@@ -52,8 +53,8 @@ void project_dots(const TokenMatrix& x, const TA* factor, int64_t rank, const fl
         const int64_t count = x.cols - k < kTileK ? x.cols - k : kTileK;
         const int64_t padded = ceil_div(count, S::kLanes) * S::kLanes;
         for (int64_t m = 0; m < x.tokens; ++m) {
-          widen_tokens<S, T>(x, m, 1, k, count, tokens + m * kTileK, kTileK);
-          for (int64_t i = count; i < padded; ++i) tokens[m * kTileK + i] = 0.0f;
+          widen_tokens<S, T>(x, m, 1, k, count, values + m * kTileK, kTileK);
+          for (int64_t i = count; i < padded; ++i) values[m * kTileK + i] = 0.0f;
         }
         for (int64_t j = 0; j < ranks; ++j) {
           widen_row<S>(factor + (j0 + j) * x.cols + k, count, rows + j * kTileK);
@@ -63,7 +64,7 @@ void project_dots(const TokenMatrix& x, const TA* factor, int64_t rank, const fl
           typename S::F acc[kRanks];
           for (auto& a : acc) a = S::zero();
           for (int64_t i = 0; i < padded; i += S::kLanes) {
-            const auto value = S::load(tokens + m * kTileK + i);
+            const auto value = S::load(values + m * kTileK + i);
 #pragma GCC unroll 4
             for (int j = 0; j < kRanks; ++j) {
               acc[j] = S::fma(value, S::load(rows + j * kTileK + i), acc[j]);
@@ -99,11 +100,11 @@ void project_tiles(const TokenMatrix& x, const TA* factor, int64_t rank, bool ra
   share = (share < kTokens ? 1 : share / kTokens) * kTokens;
   parallel_for(0, ceil_div(x.tokens, share), 1, [&](int64_t begin, int64_t end) {
     float* packed = thread_workspace();
-    float* tokens = packed + kFactorFloats;
-    float* sums = tokens + kTokens * kTileLd;  // per tile of ranks: [share][ranks]
+    float* values = packed + kFactorFloats;
+    float* sums = values + kTokens * kTileLd;  // per tile of ranks: [share][ranks]
     for (int64_t batch = begin; batch < end; ++batch) {
-      const int64_t row = batch * share;
-      const int64_t rows = x.tokens - row < share ? x.tokens - row : share;
+      const int64_t first_token = batch * share;
+      const int64_t tokens = x.tokens - first_token < share ? x.tokens - first_token : share;
       for (int64_t k = 0; k < x.cols; k += stretch) {
         const int64_t count = x.cols - k < stretch ? x.cols - k : stretch;
         for (int64_t t = 0; t < ranks.count(); ++t) {
@@ -120,16 +121,16 @@ void project_tiles(const TokenMatrix& x, const TA* factor, int64_t rank, bool ra
             }
           }
         }
-        for (int64_t m = 0; m < rows; m += kTokens) {
-          widen_tokens<S, T>(x, row + m, rows - m < kTokens ? rows - m : kTokens, k, count, tokens,
-                             kTileLd);
+        for (int64_t m = 0; m < tokens; m += kTokens) {
+          widen_tokens<S, T>(x, first_token + m, tokens - m < kTokens ? tokens - m : kTokens, k,
+                             count, values, kTileLd);
           for (int64_t t = 0; t < ranks.count(); ++t) {
             const int v = ranks.vectors(t);
-            for (int64_t i = 0; i < kTokens && m + i < rows; i += S::rows_for(v)) {
+            for (int64_t i = 0; i < kTokens && m + i < tokens; i += S::rows_for(v)) {
               for (int64_t c = 0; c < count; c += kChain) {
                 run_tile<Broadcast::kRowMajor>(
                     F32Mac<S>{}, v, count - c < kChain ? count - c : kChain,
-                    tokens + i * kTileLd + c, 0,
+                    values + i * kTileLd + c, 0,
                     packed + ranks.offset(t, count) + c * v * S::kLanes,
                     sums + ranks.offset(t, share) + (m + i) * v * S::kLanes, k + c > 0);
               }
@@ -137,14 +138,14 @@ void project_tiles(const TokenMatrix& x, const TA* factor, int64_t rank, bool ra
           }
         }
       }
-      for (int64_t m = 0; m < rows; ++m) {
+      for (int64_t m = 0; m < tokens; ++m) {
         for (int64_t j = 0; j < rank; ++j) {
           const int64_t t = j / kWide;
           const float sum =
               x.cols == 0
                   ? 0.0f
                   : sums[ranks.offset(t, share) + m * ranks.vectors(t) * S::kLanes + j % kWide];
-          out[(row + m) * rank + j] = sum + (bias != nullptr ? bias[j] : 0.0f);
+          out[(first_token + m) * rank + j] = sum + (bias != nullptr ? bias[j] : 0.0f);
         }
       }
     }
@@ -175,8 +176,8 @@ void gather_columns(const TokenMatrix& x, const float* low, const AdapterFactor&
   constexpr int64_t kWide = TokenTiles<S>::kWidth;
   constexpr int64_t kTokens = 2 * kChain;
   parallel_for(0, ceil_div(x.cols, kWide), 1, [&](int64_t begin, int64_t end) {
-    float* tokens = thread_workspace();
-    float* acc = tokens + kTokens * kWide;  // [rank, padded][v * kLanes]
+    float* values = thread_workspace();
+    float* acc = values + kTokens * kWide;  // [rank, padded][v * kLanes]
     for (int64_t strip = begin; strip < end; ++strip) {
       const int64_t col = strip * kWide;
       const int64_t cols = x.cols - col < kWide ? x.cols - col : kWide;
@@ -184,26 +185,27 @@ void gather_columns(const TokenMatrix& x, const float* low, const AdapterFactor&
       const int64_t width = v * S::kLanes;
       double totals[kWide] = {};
       for (int64_t i = cols; i < width; ++i) {
-        for (int64_t m = 0; m < kTokens; ++m) tokens[m * width + i] = 0.0f;
+        for (int64_t m = 0; m < kTokens; ++m) values[m * width + i] = 0.0f;
       }
       for (int64_t m = 0; m < x.tokens; m += kTokens) {
-        const int64_t rows = x.tokens - m < kTokens ? x.tokens - m : kTokens;
-        widen_tokens<S, T>(x, m, rows, col, cols, tokens, width);
+        const int64_t tokens = x.tokens - m < kTokens ? x.tokens - m : kTokens;
+        widen_tokens<S, T>(x, m, tokens, col, cols, values, width);
         if (sums != nullptr) {
-          for (int64_t i = 0; i < rows; i += kSumChain) {
+          for (int64_t i = 0; i < tokens; i += kSumChain) {
             float part[kWide] = {};
-            for (int64_t l = i; l < rows && l < i + kSumChain; ++l) {
-              for (int64_t j = 0; j < width; ++j) part[j] += tokens[l * width + j];
+            for (int64_t l = i; l < tokens && l < i + kSumChain; ++l) {
+              for (int64_t j = 0; j < width; ++j) part[j] += values[l * width + j];
             }
             for (int64_t j = 0; j < cols; ++j) totals[j] += part[j];
           }
         }
         if (gradient.data == nullptr) continue;
         for (int64_t r = 0; r < gradient.rank; r += S::rows_for(v)) {
-          for (int64_t c = 0; c < rows; c += kChain) {
-            run_tile<Broadcast::kColMajor>(F32Mac<S>{}, v, rows - c < kChain ? rows - c : kChain,
+          for (int64_t c = 0; c < tokens; c += kChain) {
+            run_tile<Broadcast::kColMajor>(F32Mac<S>{}, v,
+                                           tokens - c < kChain ? tokens - c : kChain,
                                            low + (m + c) * gradient.rank + r, gradient.rank,
-                                           tokens + c * width, acc + r * width, m + c > 0);
+                                           values + c * width, acc + r * width, m + c > 0);
           }
         }
       }

@@ -59,18 +59,18 @@ struct LinearTask {
   static constexpr bool kByColumn = kBackward && !M::kRowMajorOnly;
 
   const NF4LinearArgs& args;
-  int64_t row;   // first token
-  int64_t out;   // first output
-  int64_t outs;  // number of outputs of this task
+  int64_t first_token;
+  int64_t first_output;
+  int64_t outputs;  // how many
   TokenTiles<S> tiles;
   float* packed;
   float* panel;
   float* low_rank;
   float* factors;
-  float* sums;  // per tile of tokens: [outs, padded to panels][tokens]
+  float* sums;  // per tile of tokens: [outputs, padded to panels][tokens]
 
   void run() {
-    const int64_t padded = round_up(outs, kPanel);
+    const int64_t padded = round_up(outputs, kPanel);
     const int64_t depth = args.depth();
     const int64_t tokens = tiles.padded();
     const int64_t elements = stretch_elements();
@@ -81,22 +81,22 @@ struct LinearTask {
     const bool whole = tokens * elements_of<Sums>(depth) <= WorkspaceParts::kPacked;
     if (whole) {
       for (int64_t k = 0; k < depth; k += stretch) pack(k, min(stretch, depth - k), whole);
-      for (int64_t p = 0; p < outs; p += step) {
+      for (int64_t p = 0; p < outputs; p += step) {
         for (int64_t k = 0; k < depth; k += stretch) {
-          add_panel(p, min(step, outs - p), padded, k, min(stretch, depth - k), whole);
+          add_panel(p, min(step, outputs - p), padded, k, min(stretch, depth - k), whole);
         }
       }
     } else {
       for (int64_t k = 0; k < depth; k += stretch) {
         pack(k, min(stretch, depth - k), whole);
-        for (int64_t p = 0; p < outs; p += step) {
-          add_panel(p, min(step, outs - p), padded, k, min(stretch, depth - k), whole);
+        for (int64_t p = 0; p < outputs; p += step) {
+          add_panel(p, min(step, outputs - p), padded, k, min(stretch, depth - k), whole);
         }
       }
     }
     if (args.low != nullptr && args.rank <= kTileK / 2) pack_low(0, args.rank);
-    for (int64_t p = 0; p < outs; p += kPanel) {
-      finish(p, min(kPanel, outs - p), padded, depth > 0);
+    for (int64_t p = 0; p < outputs; p += kPanel) {
+      finish(p, min(kPanel, outputs - p), padded, depth > 0);
     }
   }
 
@@ -119,14 +119,14 @@ struct LinearTask {
 
   void pack(int64_t k, int64_t count, bool whole) {
     const int64_t depth = args.depth();
-    const T* x = static_cast<const T*>(args.x) + row * depth + k;
+    const T* x = static_cast<const T*>(args.x) + first_token * depth + k;
     pack_tokens<S, Mac>(x, depth, tiles, count, packed_at(k, whole));
   }
 
   // 1. Adds one stretch to the sums of outputs p .. p + width.
   void add_panel(int64_t p, int64_t width, int64_t padded, int64_t k, int64_t count, bool whole) {
     if constexpr (kBackward) {
-      decode_panel_t(Sums{}, args.weight, k, count, out + p, width, panel, kPanel);
+      decode_panel_t(Sums{}, args.weight, k, count, first_output + p, width, panel, kPanel);
     } else {
       // What is read next is the next stretch of these rows, or this stretch of the rows below.
       const int64_t cols = args.weight.cols;
@@ -134,7 +134,7 @@ struct LinearTask {
                              : k + count < cols ? count
                                                 : width * cols - k) /
                             2;
-      decode_panel(Sums{}, args.weight, out + p, width, k, count, ahead, panel);
+      decode_panel(Sums{}, args.weight, first_output + p, width, k, count, ahead, panel);
     }
     multiply<Mac>(packed_at(k, whole), elements_of<Sums>(count), width, sums, padded, p, k > 0);
   }
@@ -166,7 +166,8 @@ struct LinearTask {
   }
 
   void pack_low(int64_t first, int64_t count) {
-    pack_tokens<S, F32Mac>(args.low + row * args.rank + first, args.rank, tiles, count, packed);
+    pack_tokens<S, F32Mac>(args.low + first_token * args.rank + first, args.rank, tiles, count,
+                           packed);
   }
 
   // 2. Completes and stores outputs p .. p + width.
@@ -185,19 +186,20 @@ struct LinearTask {
       }
     }
     const int64_t total = args.width();
-    const float* bias = args.bias != nullptr ? args.bias + out + p : nullptr;
+    const float* bias = args.bias != nullptr ? args.bias + first_output + p : nullptr;
     for (int64_t t = 0; t < tiles.count(); ++t) {
       const int v = tiles.vectors(t);
-      const int64_t rows = tiles.tokens_in(t);
-      const int64_t first = (row + t * tiles.kWidth) * total + out + p;
+      const int64_t tokens = tiles.tokens_in(t);
+      const int64_t first = (first_token + t * tiles.kWidth) * total + first_output + p;
       if (masked) {
-        for (int64_t m = 0; m < rows; ++m) {
+        for (int64_t m = 0; m < tokens; ++m) {
           dropout_factors<S>(args.dropout, first + m * total, width, factors + m * width);
         }
       }
       float* c = sums + tiles.offset(t, padded) + p * v * S::kLanes;
-      write_tile<S>(c, v, rows, width, bias, masked ? low_rank + tiles.offset(t, kPanel) : nullptr,
-                    factors, static_cast<T*>(args.y) + first, total);
+      write_tile<S>(c, v, tokens, width, bias,
+                    masked ? low_rank + tiles.offset(t, kPanel) : nullptr, factors,
+                    static_cast<T*>(args.y) + first, total);
     }
   }
 
@@ -207,11 +209,13 @@ struct LinearTask {
       const auto* adapter = static_cast<const decltype(element)*>(args.adapter);
       if constexpr (kBackward) {
         for (int64_t i = 0; i < count; ++i) {
-          widen_row<S>(adapter + (r + i) * args.width() + out + p, width, panel + i * kPanel);
+          widen_row<S>(adapter + (r + i) * args.width() + first_output + p, width,
+                       panel + i * kPanel);
         }
       } else {
         for (int64_t i = 0; i < width; ++i) {
-          widen_row<S>(adapter + (out + p + i) * args.rank + r, count, panel + i * kTileLd);
+          widen_row<S>(adapter + (first_output + p + i) * args.rank + r, count,
+                       panel + i * kTileLd);
         }
       }
     });
@@ -222,31 +226,31 @@ template <class S, template <class> class Mac, class T, bool kBackward>
 void run_panels(const NF4LinearArgs& args) {
   using Task = LinearTask<S, Mac, T, kBackward>;
   const int64_t token_batches = ceil_div(args.tokens, kTokenBatch);
-  const int64_t rows =
+  const int64_t tokens =
       round_up(ceil_div(args.tokens, token_batches), token_batches > 1 ? TokenTiles<S>::kWidth : 1);
   const int64_t width = args.width();
   const WorkspaceParts parts(Task::kPanel, args.low != nullptr && args.dropout.enabled);
-  const int64_t most = parts.sums() / TokenTiles<S>{rows}.padded() / Task::kPanel * Task::kPanel;
+  const int64_t most = parts.sums() / TokenTiles<S>{tokens}.padded() / Task::kPanel * Task::kPanel;
   const int64_t panels = ceil_div(width, Task::kPanel);
   int64_t out_shares = ceil_div(width, most);
   // Every thread gets the same number of tasks, if there are enough panels.
   while (token_batches * out_shares % num_threads() != 0 && out_shares < panels) ++out_shares;
-  const int64_t outs = round_up(ceil_div(width, out_shares), Task::kPanel);
-  out_shares = ceil_div(width, outs);
+  const int64_t outputs = round_up(ceil_div(width, out_shares), Task::kPanel);
+  out_shares = ceil_div(width, outputs);
 
   parallel_for(0, token_batches * out_shares, 1, [&](int64_t begin, int64_t end) {
     float* memory = thread_workspace();
     [[maybe_unused]] const typename Mac<S>::Scope scope;
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i % token_batches * rows;
-      const int64_t out = i / token_batches * outs;
-      if (row >= args.tokens) continue;
+      const int64_t first_token = i % token_batches * tokens;
+      const int64_t first_output = i / token_batches * outputs;
+      if (first_token >= args.tokens) continue;
       Task task{
           args,
-          row,
-          out,
-          width - out < outs ? width - out : outs,
-          TokenTiles<S>{args.tokens - row < rows ? args.tokens - row : rows},
+          first_token,
+          first_output,
+          width - first_output < outputs ? width - first_output : outputs,
+          TokenTiles<S>{args.tokens - first_token < tokens ? args.tokens - first_token : tokens},
           memory,
           memory + parts.kPacked,
           memory + parts.kPacked + parts.panel,

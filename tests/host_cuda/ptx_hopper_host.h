@@ -32,12 +32,22 @@ inline uint8_t* tiled_shared_memory() {
   return memory.get();
 }
 
+// Register `i` of a product's accumulators has this token of the tile, and row fragment_row(i / 2).
+// The kernels never need the token's number: the tests do.
+inline constexpr int accumulator_token(int thread, int i) {
+  return i / 4 * 8 + 2 * (thread % 4) + i % 2;
+}
+
 // The async proxy's view of the CTA's shared memory.
 inline host_cuda::AsyncProxy& async_proxy() {
   const host_cuda::Cta& cta = *host_cuda::executor.current().cta;
   if (cta.async_proxy == nullptr) host_cuda::fail("not the memory of tiled_shared_memory()");
   return *cta.async_proxy;
 }
+
+// fence.proxy.async: each thread that has written shared memory with ordinary stores calls it before
+// the barrier behind which the copy engine or a product reaches those bytes. No kernel writes such
+// bytes today; the toy kernels that test the executor do.
 inline void fence_async_proxy() { async_proxy().fence(host_cuda::executor.current().thread); }
 
 template <int kRegisters>

@@ -151,6 +151,7 @@ inline void load_matrices(uint32_t (&out)[4], const void* row,
                           const Where& where = Where::current()) {
   load_matrices(out, row, false, where);
 }
+// ldmatrix.trans. Only the toy kernels that test the executor use it.
 inline void load_matrices_transposed(uint32_t (&out)[4], const void* row,
                                      const Where& where = Where::current()) {
   load_matrices(out, row, true, where);

@@ -1,4 +1,4 @@
-// The activations of the low-rank path in fp32, as pylora/reference/activation.py has them.
+// The activations of the low-rank path in fp32, as pylora/reference/activation.py defines them.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,4 +1,4 @@
-// The three element types in kernels: to and from fp32, and 16 bytes of them at a time.
+// The three element types in kernels: converted to and from fp32, and moved several at a time.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,7 +13,7 @@ __device__ __forceinline__ float to_fp32(float x) { return x; }
 __device__ __forceinline__ float to_fp32(__half x) { return __half2float(x); }
 __device__ __forceinline__ float to_fp32(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-// To nearest, ties to even.
+// Rounds to nearest, ties to even.
 template <class T>
 __device__ __forceinline__ T round_to(float x);
 template <>
@@ -29,7 +29,7 @@ __device__ __forceinline__ __nv_bfloat16 round_to<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-// Two elements in a register, the first in its low half.
+// Rounds two numbers into one register, the first into its low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack_pair(float first, float second) {
   union {
@@ -51,7 +51,7 @@ struct alignas(kCount * sizeof(T)) AlignedArray {
 template <class T>
 struct Bytes16 {
   static constexpr int kElements = kVectorBytes / sizeof(T);
-  static constexpr int kPacked = kElements / 2;  // bytes of qweight that hold as many weights
+  static constexpr int kPacked = kElements / 2;  // so many bytes of qweight hold as many weights
   union {
     T values[kElements];
     uint4 bits;
@@ -71,7 +71,8 @@ __device__ __forceinline__ float load_any(const TypedVector& vector, int64_t ind
   return 0.0f;
 }
 
-// The bits of x rounded to nearest, ties away from 0, as cvt.rna.tf32 rounds; NaN stays NaN.
+// The bits of x rounded to TF32, in which the tensor cores leave out the 13 lowest bits of fp32. It
+// rounds to nearest, ties away from 0, as cvt.rna.tf32 does; NaN stays NaN.
 __device__ __forceinline__ uint32_t to_tf32(float x) {
   constexpr uint32_t kHalfUnit = 1u << 12;
   const uint32_t bits = __float_as_uint(x);

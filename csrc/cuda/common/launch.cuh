@@ -1,4 +1,4 @@
-// What every kernel file of this folder shares: warp geometry, alignment, one way to launch.
+// What every kernel file of csrc/cuda shares: warp geometry, alignment, and one way to launch.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,7 +11,7 @@
 namespace pylora::cuda {
 
 inline constexpr int kLanes = 32;
-inline constexpr int kVectorBytes = 16;  // the widest load or store of a lane
+inline constexpr int kVectorBytes = 16;  // of the widest load or store of a lane
 
 inline bool aligned(const void* pointer, uintptr_t bytes = kVectorBytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
@@ -25,15 +25,15 @@ inline int log2_of(int64_t power) {
 }
 
 struct LaunchShape {
-  dim3 grid;
-  int threads = 0;
-  size_t shared_bytes = 0;  // dynamic
+  dim3 grid;                // CTAs
+  int threads = 0;          // of a CTA
+  size_t shared_bytes = 0;  // of dynamic shared memory
   cudaStream_t stream = nullptr;
-  bool dependent = false;  // may start before the kernel before it has ended (sm_90 on)
+  bool dependent = false;  // it may start before the previous kernel has ended (sm_90 and later)
 };
 
-// Lets a kernel have so much dynamic shared memory on the current device. The driver keeps that, and
-// is told only if a launch needs more than those before.
+// Lets a kernel have `bytes` of dynamic shared memory on the current device. The driver keeps the
+// limit, so it is told only if a launch needs more than all launches before.
 inline cudaError_t allow_shared_memory(const void* kernel, size_t bytes) {
   static std::mutex mutex;
   static std::map<std::pair<int, const void*>, size_t> allowed;
@@ -49,7 +49,8 @@ inline cudaError_t allow_shared_memory(const void* kernel, size_t bytes) {
   return error;
 }
 
-// A plain function call where <<<>>> would do: tests/host_cuda compiles the kernels as C++.
+// Launches a kernel by a plain function call instead of <<<>>>, since tests/host_cuda compiles the
+// kernels as C++.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape,
                    Arguments... arguments) {

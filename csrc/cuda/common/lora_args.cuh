@@ -1,5 +1,5 @@
-// Descriptors of a call, as the host code fills them and passes them to a launcher. All pointers are
-// device pointers. This header includes no device code: the bindings are compiled without nvcc.
+// Descriptors of a call, as the host code fills them and passes them to a launcher. All pointers
+// are device pointers. This header includes no device code: the bindings are compiled without nvcc.
 #pragma once
 
 #include <cstdint>

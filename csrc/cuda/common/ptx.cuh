@@ -1,6 +1,6 @@
-// What kernels need below CUDA C++: inline PTX is here and, for sm_90a, in ptx_hopper.cuh, nowhere
-// else. tests/host_cuda/ptx_host.h has the same functions for the CPU, written from the PTX ISA, so
-// that the kernels run there as they are.
+// Wrappers of the instructions that CUDA C++ does not offer. Inline PTX is only here and, for
+// sm_90a, in hopper/ptx.cuh. tests/host_cuda/ptx_host.h has the same functions for the CPU, written
+// from the PTX ISA, so that the kernels run there as they are.
 //
 // Every function that a whole warp must call together says so.
 #pragma once
@@ -16,15 +16,14 @@
 
 namespace pylora::cuda {
 
-// The CTA's static shared memory: one T for each kernel, which asks for it once. T has no
-// constructors.
+// The CTA's static shared memory as a T. A kernel calls this once. T must have no constructor.
 template <class T>
 __device__ __forceinline__ T& shared_memory() {
   __shared__ T memory;
   return memory;
 }
 
-// The bytes that the launch asked for; aligned to 256 bytes of the address space.
+// The dynamic shared memory that the launch asked for. It is aligned to 256 bytes.
 __device__ __forceinline__ uint8_t* dynamic_shared_memory() {
   extern __shared__ __align__(256) uint8_t dynamic_memory[];
   return dynamic_memory;
@@ -34,8 +33,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// A load from shared memory, and a store to it. They compile to the plain access; on the host they
-// tell the executor which bank each lane wants, and which thread wrote a byte.
+// A load from shared memory and a store to it. They compile to plain accesses. On the host they
+// tell the executor which bank each lane wants and which thread has written a byte.
 template <class T>
 __device__ __forceinline__ T load_shared(const T* pointer) {
   return *pointer;
@@ -45,15 +44,15 @@ __device__ __forceinline__ void store_shared(T* pointer, T value) {
   *pointer = value;
 }
 
-// `base` is the same in every lane: it then sits in a uniform register, and `offset` is the
-// address.
+// A load from `base` + `offset`. `base` must be the same in every lane: it then stays in a uniform
+// register, and no lane adds it.
 __device__ __forceinline__ uint32_t load_shared(const void* base, uint32_t offset) {
   uint32_t value;
   asm("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(shared_address(base) + offset));
   return value;
 }
 
-// Read once: past L1, where it would push out what is read again.
+// A load of data that is read once. It bypasses L1, where it would push out what is read again.
 __device__ __forceinline__ uint4 load_streaming(const uint4* pointer) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -66,14 +65,15 @@ __device__ __forceinline__ void prefetch_to_l2(const void* pointer) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
 }
 
-// What another CTA of the same launch has written: from L2, since L1 may hold what was there
-// before.
+// A load of what another CTA of the same launch has written. It reads from L2, since L1 may hold an
+// older value.
 template <class T>
 __device__ __forceinline__ T load_from_l2(const T* pointer) {
   return __ldcg(pointer);
 }
 
-// Whole warp. The value of lane `lane` % 32, and that of the lane whose number differs in `mask`.
+// Whole warp. `shuffle` returns the value of lane `lane` % 32, and `shuffle_xor` that of the lane
+// whose number differs from this one in the bits of `mask`.
 template <class T>
 __device__ __forceinline__ T shuffle(T value, int lane) {
   return __shfl_sync(0xFFFFFFFFu, value, lane);
@@ -99,27 +99,28 @@ __device__ __forceinline__ uint32_t multiply_pairs<__half>(uint32_t a, uint32_t 
 }
 template <>
 __device__ __forceinline__ uint32_t multiply_pairs<__nv_bfloat16>(uint32_t a, uint32_t b) {
-  uint32_t product;  // sm_80 has no mul of bf16: less zero it is the same
+  uint32_t product;  // sm_80 has no mul of bf16; an fma that adds -0 gives the same result
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
   return product;
 }
 
-// L2's policy for data that is read once.
+// The cache policy of L2 for data that is read once.
 __device__ __forceinline__ uint64_t evict_first_policy() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
 
-// 16 bytes from global to shared memory without a register between. They may be read after commit,
-// wait and a barrier.
+// Copies 16 bytes from global to shared memory without going through registers. They may be read
+// after commit, wait and a barrier.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global, uint64_t policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(
                    shared_address(shared)),
                "l"(global), "l"(policy)
                : "memory");
 }
-// Closes a group of this thread's copies; and waits until at most `kPending` groups are under way.
+// `commit` closes a group of this thread's copies. `wait` waits until at most `kPending` groups are
+// under way.
 __device__ __forceinline__ void copy_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -128,24 +129,18 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Whole warp. Lane l gives the address of row l % 8 (16 bytes) of matrix l / 8, and gets in
-// register i the 4 bytes l % 4 of row l / 4 of matrix i.
+// Whole warp. Loads four matrices of 8 rows by 16 bytes. Lane l gives the address of row l % 8 of
+// matrix l / 8. Its register i gets bytes 4 (l % 4) to 4 (l % 4) + 3 of row l / 4 of matrix i.
 __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
                : "r"(shared_address(row))
                : "memory");
 }
-// The same of the transposed matrices of 16-bit elements.
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
 
-// Whole warp. d += A B with A [16, 16], B [16, 8] of T and d [16, 8] in fp32. With g = lane / 4 and
-// t = lane % 4 a lane holds, each register the two elements of k = 2t, 2t + 1 (+ 8):
+// Whole warp. d += A B with A [16, 16] and B [16, 8] of T, and d [16, 8] in fp32. With g = lane / 4
+// and t = lane % 4, each register of A or B holds two elements, at k = 2t and 2t + 1 unless it says
+// k + 8:
 //   a[0] row g, a[1] row g + 8, a[2] row g and k + 8, a[3] row g + 8 and k + 8
 //   b0 column g, b1 column g and k + 8
 //   d[0], d[1] row g, columns 2t and 2t + 1; d[2], d[3] the same of row g + 8
@@ -171,9 +166,9 @@ __device__ __forceinline__ void mma_16x8x16<__nv_bfloat16>(float (&d)[4], const 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Programmatic dependent launch (sm_90 on; elsewhere the launch waits for the kernel before it).
-// The first lets the next kernel of the stream start; the second waits until the one before has
-// ended and its results can be seen.
+// Programmatic dependent launch, on sm_90 and later. (Before, a kernel starts when the previous one
+// has ended, and both functions do nothing.) The first lets the next kernel of the stream start.
+// The second waits until the previous kernel has ended and its results are visible.
 __device__ __forceinline__ void start_dependent_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

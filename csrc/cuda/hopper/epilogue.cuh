@@ -1,4 +1,4 @@
-// What becomes of the sums of lora_linear_hopper.cu: splits of K added, biases, y stored.
+// The end of hopper/lora_linear.cu: the sums of splits are added, the biases too, and y is stored.
 #pragma once
 
 #include "cuda/common/element.cuh"
@@ -11,7 +11,8 @@
 
 namespace pylora::cuda {
 
-// 5. Leaves the split's sums in the workspace; whether it was the last one to come.
+// 6. Writes the sums of this split to the workspace. Returns true in the consumer that comes last
+// at these rows of the tile: it may then read what all of them wrote.
 template <int kTokens>
 __device__ __forceinline__ bool store_partials(const LoraLinearHopperParams& params,
                                                const WorkItem& item, int* is_last,
@@ -27,25 +28,25 @@ __device__ __forceinline__ bool store_partials(const LoraLinearHopperParams& par
     for (int j = 0; j < 4; ++j) chunk.values[j] = sums[4 * i + j];
     partials[i * kGroupThreads] = chunk.bits;
   }
-  __threadfence();  // they are visible before they are counted
+  __threadfence();  // the sums are visible before they are counted
   named_barrier<kGroupThreads>(1 + consumer);
   if (thread == 0) {
     const unsigned before = atomicAdd(params.args.counters + item.tile * kConsumers + consumer, 1u);
     *is_last = before == static_cast<unsigned>(plan.splits - 1);
   }
   named_barrier<kGroupThreads>(1 + consumer);
-  const bool last = any_lane(*is_last != 0);
-  if (last) __threadfence();
-  return last;
+  const bool comes_last = any_lane(*is_last != 0);
+  if (comes_last) __threadfence();
+  return comes_last;
 }
 
-// The sums of all splits, of batch `batch` of the accumulators. Not in the registers of the
-// products themselves: ptxas would no longer let these overlap.
+// 6. Adds the sums of all splits, for batch `batch` of the accumulators. The total is not in the
+// registers of the products themselves: ptxas would then no longer let the products overlap.
 template <int kTokens>
 __device__ __forceinline__ void sum_splits(const LoraLinearHopperParams& params,
                                            const WorkItem& item, float (&total)[kBatchSums],
                                            int batch, int consumer, int thread) {
-  constexpr int kLoads = kBatchSums / 4;  // under way at a time
+  constexpr int kLoads = kBatchSums / 4;  // loads under way at a time
   const HopperPlan& plan = params.plan;
   const auto* partials = reinterpret_cast<const uint4*>(params.args.partials);
 #pragma unroll
@@ -64,7 +65,7 @@ __device__ __forceinline__ void sum_splits(const LoraLinearHopperParams& params,
   }
 }
 
-// 6. What the biases add to the outputs of a row of W.
+// 7. What the biases add to the outputs of row n of W.
 __device__ __forceinline__ float bias_of(const LoraLinearArgs& args, int64_t n) {
   float sum = 0.0f;
   if (n >= args.weight.rows) return sum;
@@ -73,8 +74,8 @@ __device__ __forceinline__ float bias_of(const LoraLinearArgs& args, int64_t n) 
   return sum;
 }
 
-// 6. A turn: y of as many tokens as the holes of the decode table take. sums_of(batch, sums) gives
-// the accumulators of a batch of the turn.
+// 7. Stores y of kStagedTokens tokens, which is what the holes of the decode table take in a turn.
+// sums_of(batch, sums) gives the accumulators of a batch of the turn.
 template <class T, class SumsOf>
 __device__ __forceinline__ void store_turn(const LoraLinearArgs& args, uint8_t* pairs,
                                            int64_t first_row, int64_t first_token, int consumer,
@@ -85,10 +86,10 @@ __device__ __forceinline__ void store_turn(const LoraLinearArgs& args, uint8_t* 
   const auto place = [&](int token, int unit) {
     return hole(pairs, staging_hole(consumer, token)) + staging_unit(token, unit) * kVectorBytes;
   };
-  float added[2];
+  float row_bias[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    added[half] = bias_of(args, first_row + fragment_row(thread, half));
+    row_bias[half] = bias_of(args, first_row + fragment_row(thread, half));
   }
 #pragma unroll
   for (int batch = 0; batch < kStagedTokens / (16 * kBatchPairs); ++batch) {
@@ -100,7 +101,7 @@ __device__ __forceinline__ void store_turn(const LoraLinearArgs& args, uint8_t* 
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int sum = 4 * staged_octet(pair, i) + i % 2 * 2;
-        out[i] = pack_pair<T>(sums[sum] + added[i % 2], sums[sum + 1] + added[i % 2]);
+        out[i] = pack_pair<T>(sums[sum] + row_bias[i % 2], sums[sum + 1] + row_bias[i % 2]);
       }
       const int token = staged_token(batch * kBatchPairs + pair, lane);
       store_matrices_transposed(place(token, staged_unit(warp, lane)), out);

@@ -1,4 +1,4 @@
-// The fragments that the products of lora_linear_hopper.cu take from registers: W, and lora_B.
+// The fragments that the products of hopper/lora_linear.cu take from registers: W and lora_B.
 #pragma once
 
 #include "cuda/common/element.cuh"
@@ -11,7 +11,7 @@
 
 namespace pylora::cuda {
 
-// absmax as two numbers of T whose sum it is, each twice in a register.
+// absmax as the sum of two numbers of T. A register holds each of them twice.
 template <class T>
 struct Scale {
   uint32_t high, low;
@@ -22,7 +22,7 @@ __device__ __forceinline__ Scale<T> scale_of(float absmax) {
   return {pack_pair<T>(absmax, absmax), pack_pair<T>(rest, rest)};
 }
 
-// 3. The fragments of a k_tile out of the warpgroup's 64 rows of the packed tile.
+// 3. Decodes the fragments of a K tile from the consumer's 64 rows of the tile of qweight.
 template <class T>
 __device__ __forceinline__ void decode_k_tile(uint32_t (&fragments)[kSteps][4],
                                               const uint8_t* pairs, const uint8_t* packed,
@@ -52,7 +52,7 @@ __device__ __forceinline__ void decode_k_tile(uint32_t (&fragments)[kSteps][4],
   }
 }
 
-// 5. lora_B as fragments, from column `first` of the rank on; 0 outside of it.
+// 5. Loads fragments of lora_B from column `first` of the rank on; they are 0 beyond its end.
 __device__ __forceinline__ void load_lora_B(uint32_t (&fragments)[kSteps][4],
                                             const LoraLinearArgs& args, int64_t first_row,
                                             int first, int thread) {

@@ -16,7 +16,7 @@ namespace {
 
 #if PYLORA_SM90A
 
-// Registers of a thread: 128 * (24 + 2 * 240) are the SM's, less 1024.
+// Registers of a thread. 128 * (24 + 2 * 240) are all of the SM's registers but 1024.
 constexpr int kProducerRegisters = 24;
 constexpr int kConsumerRegisters = 240;
 
@@ -37,24 +37,24 @@ __device__ __forceinline__ void consume(const LoraLinearHopperParams& params, co
   for (int64_t number = blockIdx.x; number < items; number += gridDim.x) {
     const WorkItem item = WorkItem::make<kTokens>(params, number);
     const int64_t first_row = item.first_row + consumer * kGroupRows;
-    uint32_t row_k_tile[2] = {};  // where the two rows begin, counted in 64 columns
-    StoredAbsmax stored[2];       // of the next k_tile
+    uint32_t row_start[2] = {};  // where the two rows begin in W, counted in K tiles
+    StoredAbsmax stored[2];      // of the next K tile
     const auto fetch_absmax = [&](int half, int k_tile) {
-      const uint32_t of_absmax = (row_k_tile[half] + k_tile) >> params.block_shift;
-      stored[half].load(weight, of_absmax, params.nested_block_shift);
+      const uint32_t block = (row_start[half] + k_tile) >> params.block_shift;
+      stored[half].load(weight, block, params.nested_block_shift);
     };
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t n = min(first_row + fragment_row(thread, half), weight.rows - 1);
-      row_k_tile[half] = static_cast<uint32_t>(n * k_tiles);
+      row_start[half] = static_cast<uint32_t>(n * k_tiles);
       fetch_absmax(half, item.first_k_tile);
     }
 
     float sums[kTokens / 2];
     uint32_t fragments[2][kSteps][4];
-    int used = 0;  // the stage of the k_tile before
-    const auto take_k_tile = [&](int k_tile, uint32_t (&mine)[kSteps][4]) {
-      // 3.
+    int previous_stage = 0;  // that of the K tile before
+    const auto take_k_tile = [&](int k_tile, uint32_t (&fragment)[kSteps][4]) {
+      // 3. Decode the K tile. The absmax of the next one is fetched at the same time.
       Scale<T> scales[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -64,20 +64,20 @@ __device__ __forceinline__ void consume(const LoraLinearHopperParams& params, co
       const uint8_t* stage = ring.stages + place.stage * Stages::kBytes;
       barrier_wait(ring.full + place.stage, place.parity);
       const uint8_t* packed = stage + Stages::kXBytes + consumer * kGroupRows * kPackedRowBytes;
-      decode_k_tile<T>(mine, pairs, packed, scales, thread);
-      // 4.
+      decode_k_tile<T>(fragment, pairs, packed, scales, thread);
+      // 4. Start its products, and wait for those of the K tile before.
       const SharedOperand x = shared_operand(stage);
-      settle(mine);
+      settle(fragment);
       multiply_fence();
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
-        multiply<T, kTokens>(sums, mine[step], x.behind(step * kStepBytes),
+        multiply<T, kTokens>(sums, fragment[step], x.behind(step * kStepBytes),
                              k_tile > item.first_k_tile || step > 0);
       }
       multiply_commit();
       multiply_wait<1>();
-      if (k_tile > item.first_k_tile) leave(used);
-      used = place.stage;
+      if (k_tile > item.first_k_tile) leave(previous_stage);
+      previous_stage = place.stage;
       place.advance(Stages::kCount);
     };
     int k_tile = item.first_k_tile;
@@ -87,9 +87,9 @@ __device__ __forceinline__ void consume(const LoraLinearHopperParams& params, co
     }
     if (k_tile < item.end_k_tile) take_k_tile(k_tile, fragments[0]);
     multiply_wait<0>();
-    leave(used);
+    leave(previous_stage);
 
-    // 5.
+    // 5. Add low lora_B^T.
     for (int first = 0; item.has_low && first < args.shrink.rank; first += kLowColumns) {
       load_lora_B(fragments[0], args, first_row, first, thread);
       barrier_wait(ring.full + place.stage, place.parity);
@@ -107,18 +107,19 @@ __device__ __forceinline__ void consume(const LoraLinearHopperParams& params, co
     }
     settle(sums);
     constexpr int kTurns = kTokens / kStagedTokens;
-    constexpr int kBatches = kTokens / 2 / kBatchSums / kTurns;  // of a turn
+    constexpr int kBatches = kTokens / 2 / kBatchSums / kTurns;  // in a turn
     const auto store = [&](int turn, const auto& sums_of) {
       const int64_t first_token = item.first_token + turn * kStagedTokens;
       store_turn<T>(args, pairs, first_row, first_token, consumer, thread, sums_of);
     };
+    // 6. and 7. Add the sums of the splits, if there are several, and store y.
     if (params.plan.splits == 1) {
 #pragma unroll
       for (int turn = 0; turn < kTurns; ++turn) {
-        store(turn, [&](int batch, float (&of_batch)[kBatchSums]) {
+        store(turn, [&](int batch, float (&batch_sums)[kBatchSums]) {
 #pragma unroll
           for (int i = 0; i < kBatchSums; ++i) {
-            of_batch[i] = sums[(turn * kBatches + batch) * kBatchSums + i];
+            batch_sums[i] = sums[(turn * kBatches + batch) * kBatchSums + i];
           }
         });
       }
@@ -126,8 +127,8 @@ __device__ __forceinline__ void consume(const LoraLinearHopperParams& params, co
                                        thread)) {
 #pragma unroll 1
       for (int turn = 0; turn < kTurns; ++turn) {
-        store(turn, [&](int batch, float (&of_batch)[kBatchSums]) {
-          sum_splits<kTokens>(params, item, of_batch, turn * kBatches + batch, consumer, thread);
+        store(turn, [&](int batch, float (&batch_sums)[kBatchSums]) {
+          sum_splits<kTokens>(params, item, batch_sums, turn * kBatches + batch, consumer, thread);
         });
       }
     }
@@ -150,7 +151,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   const int thread = threadIdx.x % kGroupThreads;
   const int group = threadIdx.x / kGroupThreads;
 
-  // 1.
+  // 1. Fill the decode table and initialize the barriers.
   if (threadIdx.x < kPairEntries) fill_pairs<T>(pairs, static_cast<int>(threadIdx.x));
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Stages::kCount; ++stage) {
@@ -169,7 +170,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     consume<T, kTokens>(params, ring, pairs, group - 1, thread);
   }
 #else
-  __trap();  // the launcher's caller has asked for the capability; code for others has no body
+  __trap();  // never launched: the caller of the launcher has checked the compute capability
 #endif
 }
 

@@ -7,7 +7,7 @@
 namespace pylora::cuda {
 namespace {
 
-// The plan with so many splits, or as many of them as are not empty; all of it but the grid.
+// The plan with `splits` splits, or fewer if some would be empty. It still lacks the grid.
 HopperPlan cut(int tile_tokens, int64_t splits, int64_t tokens, int64_t rows, int64_t cols) {
   HopperPlan plan;
   plan.tile_tokens = tile_tokens;
@@ -22,10 +22,10 @@ HopperPlan cut(int tile_tokens, int64_t splits, int64_t tokens, int64_t rows, in
 }  // namespace
 
 HopperPlan plan_hopper(int64_t tokens, int64_t rows, int64_t cols, int processors) {
-  // What a k_tile costs in a tile of 128 and of 256 tokens, where shared memory and the tensor cores
-  // are the limit; and in k_tiles, what a tile costs beside them, and what splits of K add to that.
-  constexpr int64_t kKTileCosts[] = {6, 10}, kOutputTileKTiles = 8, kSplitKTiles = 8;
-  constexpr int64_t kLeastKTiles = 8;  // of a split
+  // The cost of a K tile in an output tile of 128 and of 256 tokens. Beside its K tiles an output
+  // tile costs as much as kOutputTileCost of them, and kSplitCost more if K is split.
+  constexpr int64_t kKTileCosts[] = {6, 10}, kOutputTileCost = 8, kSplitCost = 8;
+  constexpr int64_t kLeastKTiles = 8;  // a split has no fewer
   HopperPlan best;
   int64_t least_cost = 0;
   for (const int tile_tokens : {128, 256}) {
@@ -35,7 +35,7 @@ HopperPlan plan_hopper(int64_t tokens, int64_t rows, int64_t cols, int processor
     HopperPlan plan = cut(tile_tokens, splits, tokens, rows, cols);
     const int64_t items = plan.tiles * plan.splits;
     plan.grid = static_cast<int>(std::min<int64_t>(items, processors));
-    const int64_t beside = kOutputTileKTiles + (plan.splits > 1 ? kSplitKTiles : 0);
+    const int64_t beside = kOutputTileCost + (plan.splits > 1 ? kSplitCost : 0);
     const int64_t cost = ceil_div(items, processors) * (plan.split_k_tiles + beside) *
                          kKTileCosts[tile_tokens == 256];
     if (least_cost == 0 || cost < least_cost) {
@@ -52,11 +52,11 @@ const char* choose_hopper(const HopperChoice& choice, int64_t tokens, int64_t ro
     return "tile_tokens must be 128 or 256";
   }
   if (choice.splits < 1 || choice.splits > cols / kHopperColumns) {
-    return "slices must be 1 to the k_tiles of 64 columns";
+    return "splits must be 1 to the K tiles of 64 columns";
   }
   *plan = cut(static_cast<int>(choice.tile_tokens), choice.splits, tokens, rows, cols);
   if (plan->splits != choice.splits) {
-    return "slices must not leave one empty: all but the last have the same number of k_tiles";
+    return "splits must not leave one empty: all but the last have the same number of K tiles";
   }
   if (choice.grid < 1 || choice.grid > std::min<int64_t>(plan->tiles * plan->splits, INT32_MAX)) {
     return "grid must be 1 to the tiles times splits";

@@ -1,4 +1,4 @@
-// What a CTA of lora_linear_hopper.cu works on, and what brings it to shared memory.
+// The producer of hopper/lora_linear.cu: what a CTA works on, and how it gets to shared memory.
 #pragma once
 
 #include "cuda/hopper/lora_linear.cuh"
@@ -8,6 +8,7 @@
 
 namespace pylora::cuda {
 
+// The parameters of the kernel: the call, its plan, and what the launcher derives from them.
 struct LoraLinearHopperParams {
   TensorMap x_map, packed_map, low_map;
   LoraLinearHopperArgs args;
@@ -18,19 +19,19 @@ struct LoraLinearHopperParams {
 
 #if PYLORA_SM90A
 
-// What the CTA has in shared memory beside the decode table.
+// What a CTA has in shared memory beside the decode table. Stages go round in a ring.
 struct Ring {
   uint8_t* stages;
-  Barrier* full;   // a stage's copies have come
-  Barrier* empty;  // the consumers have left it
-  int* is_last;    // [kConsumers] in 5.
+  Barrier* full;   // [stages]; completes when the copies into a stage have come
+  Barrier* empty;  // [stages]; completes when the consumers have left a stage
+  int* is_last;    // [kConsumers], for step 6
 };
 
-// A tile of y and a split of K.
+// A work item: an output tile and a split of K.
 struct WorkItem {
   int64_t tile, first_row, first_token;
   int split, first_k_tile, end_k_tile;
-  bool has_low;  // the last split has LoRA's product
+  bool has_low;  // the last split adds low lora_B^T
 
   template <int kTokens>
   static __device__ __forceinline__ WorkItem make(const LoraLinearHopperParams& params,
@@ -49,12 +50,12 @@ struct WorkItem {
   }
 };
 
-// 2.
+// 2. Copies the K tiles of all work items, and low, through the ring.
 template <int kTokens>
 __device__ __forceinline__ void produce(const LoraLinearHopperParams& params, const Ring& ring) {
   using Stages = HopperStages<kTokens>;
   const int64_t items = params.plan.tiles * params.plan.splits;
-  bool low_is_there = false;
+  bool has_waited = false;  // for the kernel that makes low
   RingPlace place;
   prefetch_map(params.x_map);
   prefetch_map(params.packed_map);
@@ -72,8 +73,8 @@ __device__ __forceinline__ void produce(const LoraLinearHopperParams& params, co
       place.advance(Stages::kCount);
     }
     if (!item.has_low) continue;
-    if (!low_is_there) wait_for_previous_kernel();
-    low_is_there = true;
+    if (!has_waited) wait_for_previous_kernel();
+    has_waited = true;
 #pragma unroll 1
     for (int first = 0; first < params.args.shrink.rank; first += kLowColumns) {
       Barrier* full = ring.full + place.stage;

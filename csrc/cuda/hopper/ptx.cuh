@@ -1,9 +1,10 @@
-// What sm_90a has below CUDA C++ beyond ptx.cuh: barriers in shared memory that count bytes, the
-// copy engine for tiles of tensors (TMA), and matrix products of a whole warpgroup (WGMMA). The
-// second and last file with inline PTX; its twin for the CPU is tests/host_cuda/ptx_hopper_host.h.
+// Wrappers of what sm_90a adds to common/ptx.cuh: barriers in shared memory that count bytes, the
+// copy engine for tiles of matrices (TMA), and matrix products of a whole warpgroup (WGMMA). Inline
+// PTX is only in these two files. The twin of this one for the CPU is
+// tests/host_cuda/ptx_hopper_host.h.
 //
-// A warpgroup is four warps, the first of them a multiple of four. Every function that a whole warp
-// or warpgroup must call together says so.
+// A warpgroup is four warps, and the number of the first one is a multiple of four. Every function
+// that a whole warp or warpgroup must call together says so.
 #pragma once
 
 #include <type_traits>
@@ -11,7 +12,7 @@
 #include "common/nf4.h"
 #include "cuda/common/ptx.cuh"
 
-// Whether this pass of the compiler has these instructions: kernels have no body where it has not.
+// 1 if this pass of the compiler has these instructions. If not, kernels have no body.
 #if !defined(__CUDACC__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define PYLORA_SM90A 1
 #else
@@ -20,33 +21,36 @@
 
 namespace pylora::cuda {
 
-enum class Swizzle { k32, k128 };  // bytes; which 16-byte units of a tile change places
+// Within so many bytes of a tile, units of 16 bytes change places.
+enum class Swizzle { k32, k128 };
 
-// Describes a matrix in global memory and the tile that one copy brings: tensor_map.cuh fills it.
+// Describes a matrix in global memory and the tile that one copy brings. tensor_map.cuh fills it.
 struct alignas(128) TensorMap {
   uint64_t opaque[16];
 };
 
-// A tile in shared memory as B of a product: tokens of 128 bytes along k, swizzled by 128 bytes as
-// copy_tile leaves them, aligned to 1024 bytes. This is the PTX ISA's matrix descriptor.
+// A tile in shared memory as the operand B of a product, in the form of the PTX ISA's matrix
+// descriptor. The tile has 128 bytes of each token along k, is swizzled by 128 bytes as copy_tile
+// leaves it, and is aligned to 1024 bytes.
 struct SharedOperand {
   uint64_t descriptor;
 
-  // `address` is in the shared window.
+  // `address` is an address in shared memory.
   static PYLORA_HOST_DEVICE constexpr SharedOperand at(uint32_t address) {
     constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-    constexpr uint64_t kEightTokens = uint64_t{1024 >> 4} << 32;  // to the next group of 8
+    constexpr uint64_t kEightTokens = uint64_t{1024 >> 4} << 32;  // to the next 8 tokens
     constexpr uint64_t kLeading = uint64_t{1} << 16;              // not used with this swizzle
     return {kSwizzle128 | kEightTokens | kLeading | (address & 0x3FFFF) >> 4};
   }
 
-  // `bytes` further along k, a multiple of 16.
+  // The operand that begins `bytes` further along k, a multiple of 16.
   PYLORA_HOST_DEVICE constexpr SharedOperand behind(int bytes) const {
     return {descriptor + (bytes >> 4)};
   }
 };
 
-// Completes a phase when so many threads have arrived, and so many bytes have come, as it expects.
+// A barrier completes a phase when as many threads have arrived, and as many bytes have come, as it
+// expects.
 using Barrier = uint64_t;
 
 }  // namespace pylora::cuda
@@ -57,13 +61,14 @@ using Barrier = uint64_t;
 
 namespace pylora::cuda {
 
-// dynamic_shared_memory() at an address that tiles with a swizzle of 128 bytes may have.
+// The dynamic shared memory, aligned as tiles with a swizzle of 128 bytes need it.
 __device__ __forceinline__ uint8_t* tiled_shared_memory() {
   extern __shared__ __align__(1024) uint8_t tiled_memory[];
   return tiled_memory;
 }
 
-// Whole warpgroup, all warpgroups of the CTA: what one gives another gets. Multiples of 8.
+// Whole warpgroup. Every warpgroup of the CTA calls one of these two, so that some can take the
+// registers that others give. kRegisters, a multiple of 8, is what a thread has afterwards.
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -73,23 +78,24 @@ __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Whole warp. Whether it is true in any lane; the compiler knows that all have the same answer, and
-// keeps what depends on it in uniform registers.
+// Whole warp. Returns true if `value` is true in any lane. The compiler knows that all lanes get
+// the same answer, and keeps what depends on it in uniform registers.
 __device__ __forceinline__ bool any_lane(bool value) { return __any_sync(0xFFFFFFFFu, value); }
 
-// Barrier `id` (1 to 15; 0 is __syncthreads) for as many threads of the CTA, whole warps.
+// Waits at barrier `id` for kThreads threads of the CTA, which are whole warps. `id` is 1 to 15: 0
+// is that of __syncthreads.
 template <int kThreads>
 __device__ __forceinline__ void named_barrier(int id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
 }
 
-// One thread; the others may use the barrier after init_fence and __syncthreads.
+// One thread calls this. The others may use the barrier after barrier_init_fence and __syncthreads.
 __device__ __forceinline__ void barrier_init(Barrier* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(arrivals)
                : "memory");
 }
-// So that the copy engine sees it as well.
+// Makes initialized barriers visible to the copy engine.
 __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -98,15 +104,15 @@ __device__ __forceinline__ void barrier_arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
                : "memory");
 }
-// Arrives, and adds to the bytes that the phase waits for.
+// Arrives, and adds `bytes` to what the phase waits for.
 __device__ __forceinline__ void barrier_arrive_expect(Barrier* barrier, int bytes) {
   asm volatile(
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
       "r"(bytes)
       : "memory");
 }
-// Until the phase of this parity is complete: phases are numbered from 0, and before the first one
-// the phase of parity 1 counts as complete.
+// Waits until the phase of this parity is complete. Phases are numbered from 0. Before the first
+// one is complete, a phase of parity 1 counts as complete.
 __device__ __forceinline__ void barrier_wait(Barrier* barrier, int parity) {
   asm volatile(
       "{\n"
@@ -122,8 +128,8 @@ __device__ __forceinline__ void barrier_wait(Barrier* barrier, int parity) {
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
-// One thread. The tile whose first element is at (row, column) to `shared`; what lies outside the
-// matrix is 0. All bytes of the tile are counted at `barrier`, those as well.
+// One thread calls this. Copies the tile whose first element is at (row, column) to `shared`. What
+// lies outside the matrix becomes 0. `barrier` counts all bytes of the tile, also those outside.
 __device__ __forceinline__ void copy_tile(void* shared, const TensorMap& map, int row, int column,
                                           Barrier* barrier) {
   asm volatile(
@@ -133,16 +139,9 @@ __device__ __forceinline__ void copy_tile(void* shared, const TensorMap& map, in
       : "memory");
 }
 
-// Each thread that has written shared memory with ordinary stores (stmatrix and cp.async count as
-// such), before the barrier behind which the copy engine or a product reaches those bytes: their
-// path to shared memory is another one, on which the stores become visible only now.
-__device__ __forceinline__ void fence_async_proxy() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-// Whole warp. The inverse of load_matrices_transposed: lane l gives the address of row l % 8 of
-// matrix l / 8, and holds in register i the elements 2 * (l % 4) and the next of column l / 4 of
-// matrix i.
+// Whole warp. Stores four transposed matrices of 8 x 8 elements of 16 bits. Lane l gives the
+// address of row l % 8 of matrix l / 8. Its register i holds elements 2 * (l % 4) and 2 * (l % 4) +
+// 1 of column l / 4 of matrix i.
 __device__ __forceinline__ void store_matrices_transposed(void* row, const uint32_t (&in)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
                    shared_address(row)),
@@ -150,7 +149,7 @@ __device__ __forceinline__ void store_matrices_transposed(void* row, const uint3
                : "memory");
 }
 
-// a * b, and a * b + c rounded once, of two elements in a register.
+// a * b and a * b + c, each rounded once, for the two elements of a register.
 template <class T>
 __device__ __forceinline__ uint32_t multiply_pair(uint32_t a, uint32_t b);
 template <>
@@ -184,12 +183,13 @@ __device__ __forceinline__ SharedOperand shared_operand(const void* tile) {
   return SharedOperand::at(shared_address(tile));
 }
 
-// Whole warpgroup. Before the first product, and between any other access to the registers of one
-// and that product.
+// Whole warpgroup. Must come before the first product, and between any other access to registers of
+// a product and that product.
 __device__ __forceinline__ void multiply_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
-// Whole warpgroup. Closes a group of products; waits until at most `kPending` groups are under way.
+// Whole warpgroup. `commit` closes a group of products. `wait` waits until at most `kPending`
+// groups are under way.
 __device__ __forceinline__ void multiply_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
@@ -198,8 +198,8 @@ __device__ __forceinline__ void multiply_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Keeps the compiler, to which a product is done when it has been started, from moving other uses
-// of its registers across this point.
+// Keeps the compiler from moving other uses of these registers across this point. It takes a
+// product for done as soon as it has been started.
 template <int kCount>
 __device__ __forceinline__ void settle(float (&registers)[kCount]) {
 #pragma unroll
@@ -242,13 +242,14 @@ __device__ __forceinline__ void settle(uint32_t (&registers)[kCount][4]) {
       : PYLORA_D_64(0), PYLORA_D_64(64)                                                           \
       : PYLORA_A_B)
 
-// Whole warpgroup. Starts d = A B, or d += A B where `add`, with A [64, 32 bytes] in registers,
-// B [32 bytes, kTokens] of the same type and d in fp32; float stands for TF32, which leaves out the
-// 13 lowest bits. With w the warp of the group, g = lane / 4 and t = lane % 4 a lane holds
+// Whole warpgroup. Starts d = A B, or d += A B if `add` is not 0, with A [64, 32 bytes] in
+// registers, B [32 bytes, kTokens] of the same type, and d in fp32. float stands for TF32, which
+// leaves out the 13 lowest bits. With w the warp of the group, g = lane / 4 and t = lane % 4, a
+// lane holds
 //   16 bits  a[0] row 16 w + g, k = 2t, 2t + 1; a[1] row + 8; a[2] k + 8; a[3] both
 //   float    a[0] row 16 w + g, k = t;          a[1] row + 8; a[2] k + 4; a[3] both
 //   d[4 j], d[4 j + 1] row 16 w + g, columns 8 j + 2t and the next; d[4 j + 2], d[4 j + 3] row + 8
-// Neither d nor a nor B may be touched until it has been waited for.
+// d, a and B must not be touched until the product has been waited for.
 template <class T, int kTokens>
 __device__ __forceinline__ void multiply(float (&d)[kTokens / 2], const uint32_t (&a)[4],
                                          SharedOperand b, int add) {

@@ -10,27 +10,28 @@ namespace {
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
-// From the driver that is loaded, once; an error if it is older than the copy engine. Threads that
-// come first at the same time find the same function.
+// Finds the encoder in the driver that is loaded. Returns an error if the driver is older than the
+// copy engine. The driver is asked once; if several threads come first at the same time, all of
+// them ask, and find the same function.
 cudaError_t find_encoder(Encode* encode) {
-  static std::atomic<Encode> known = nullptr;
-  *encode = known.load();
+  static std::atomic<Encode> cached = nullptr;
+  *encode = cached.load();
   if (*encode != nullptr) return cudaSuccess;
   void* function = nullptr;
-  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+  cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
   constexpr unsigned kFirstVersion = 12000;
 #if CUDART_VERSION >= 12050
   const cudaError_t error = cudaGetDriverEntryPointByVersion(
-      "cuTensorMapEncodeTiled", &function, kFirstVersion, cudaEnableDefault, &found);
+      "cuTensorMapEncodeTiled", &function, kFirstVersion, cudaEnableDefault, &result);
 #else
   static_assert(CUDART_VERSION >= kFirstVersion);
   const cudaError_t error =
-      cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+      cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
 #endif
   if (error != cudaSuccess) return error;
-  if (found != cudaDriverEntryPointSuccess || function == nullptr) return cudaErrorNotSupported;
+  if (result != cudaDriverEntryPointSuccess || function == nullptr) return cudaErrorNotSupported;
   *encode = reinterpret_cast<Encode>(function);
-  known.store(*encode);
+  cached.store(*encode);
   return cudaSuccess;
 }
 

@@ -1,5 +1,6 @@
-// Makes the descriptions that the copy engine of sm_90 reads matrices by. The driver's encoder is
-// asked for at run time: the extension links to no driver, and imports where there is none.
+// Makes the tensor maps, by which the copy engine (TMA) of sm_90 reads matrices. The driver's
+// encoder is looked up at run time: the extension links to no driver, and can be imported without
+// one.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,11 +12,11 @@
 
 namespace pylora::cuda {
 
-// A row-major matrix in global memory, and the tile of it that one copy brings; a tile's rows are
-// as long as its swizzle.
+// A row-major matrix in global memory, and the tile of it that one copy brings. A row of the tile
+// has as many bytes as the swizzle.
 struct TiledMatrix {
   const void* data = nullptr;  // aligned to 16 bytes
-  int item_bytes = 1;          // 1, 2 (moved as they are) or 4
+  int item_bytes = 1;          // 1 (uint8), 2 (fp16 or bf16, moved as uint16) or 4 (fp32)
   int64_t rows = 0;
   int64_t cols = 0;
   int64_t pitch = 0;  // bytes from one row to the next, a multiple of 16

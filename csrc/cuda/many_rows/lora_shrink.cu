@@ -10,15 +10,15 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kLanes;
-constexpr int kDraw = 4;  // columns of one draw of Philox
+constexpr int kDraw = 4;  // columns that one draw of Philox serves
 
-constexpr int kTokens = 16;  // of a CTA, on the matrix units
-constexpr int kColumns = 8;  // of a lane, in 16 bytes
-constexpr int kLoads = 2;    // of each row in a step
+constexpr int kTokens = 16;  // of a CTA on the matrix units
+constexpr int kColumns = 8;  // of a lane in one load: 16 bytes
+constexpr int kLoads = 2;    // loads of each row in a step
 constexpr int kStep = 4 * kLoads * kColumns;
 static_assert(kManyRowsColumns % kStep == 0);
 
-constexpr int kSide = 8;  // tokens, and rows of lora_A, of a CTA in fp32
+constexpr int kSide = 8;  // tokens of a CTA in fp32, and its rows of lora_A
 constexpr int kSums = kSide * kSide;
 static_assert(kSums == 2 * kLanes);
 
@@ -30,19 +30,19 @@ struct WarpSumsFp32 {
   float sums[kWarps][kSums];
 };
 
-// Where low goes: to args.low, or kWide: beside a copy of x.
+// Where a kernel writes low: to args.low or, with kWide, beside a copy of x.
 template <class T>
 struct LowRows {
-  T* wide;        // [tokens, pitch]
-  int64_t pitch;  // of args.low, if not kWide
-  int columns;    // of low: the rank, and kWide: zeros behind it
+  T* wide;        // [M, pitch]; only with kWide
+  int64_t pitch;  // without kWide, that of args.low
+  int columns;    // of low: the rank and, with kWide, zeros after it
 };
 
 __device__ __forceinline__ uint64_t seed_of(const LoraShrinkArgs& args) {
   return args.seed != nullptr ? static_cast<uint64_t>(*args.seed) : 0;
 }
 
-// 4.
+// 4. Stores h and low of one token and row of lora_A.
 template <class L, bool kWide, class T>
 __device__ __forceinline__ void store_h_and_low(const LoraShrinkArgs& args, const LowRows<T>& low,
                                                 int64_t cols, int64_t token, int row, float h) {
@@ -59,7 +59,7 @@ __device__ __forceinline__ void store_h_and_low(const LoraShrinkArgs& args, cons
   }
 }
 
-// Sets the elements to 0 that dropout leaves out; `element` is the number of the first one.
+// Sets the elements to 0 that dropout drops. `element` is the number of the first one.
 template <class T>
 __device__ __forceinline__ void drop(Bytes16<T>& chunk, const LoraShrinkArgs& args, uint64_t seed,
                                      int64_t element) {
@@ -74,7 +74,8 @@ __device__ __forceinline__ void drop(Bytes16<T>& chunk, const LoraShrinkArgs& ar
   }
 }
 
-// What lies beyond the last token or row of lora_A is read from the last one, and not stored.
+// In place of a token or row of lora_A beyond the end the kernel reads the last one, and does not
+// store the result.
 template <class T, int kRows, bool kWide>
 __global__ void __launch_bounds__(kThreads)
     lora_shrink_many_rows(LoraShrinkArgs args,      // device pointers
@@ -88,12 +89,12 @@ __global__ void __launch_bounds__(kThreads)
   const int first_row = blockIdx.x * kRows;
   const int first_token = blockIdx.y * kTokens;
 
-  // 1.
+  // 1. Let the next kernel start.
   start_dependent_kernel();
 
-  // 2.
+  // 2. Sum the products.
   const uint64_t seed = seed_of(args);
-  int64_t token_at[2], row_at[kTiles];  // elements
+  int64_t token_at[2], row_at[kTiles];  // in elements
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     token_at[half] = min(first_token + group + 8 * half, tokens - 1) * cols;
@@ -103,7 +104,7 @@ __global__ void __launch_bounds__(kThreads)
     row_at[tile] = min(first_row + 8 * tile + group, args.rank - 1) * cols;
   }
   const T* lora_A = static_cast<const T*>(args.lora_A);
-  const bool copies = blockIdx.x == 0;  // one CTA of those with the same tokens
+  const bool copies = blockIdx.x == 0;  // one of the CTAs that have the same tokens
   float sums[kTiles][4] = {};
   for (int64_t step = warp * kStep; step < cols; step += kWarps * kStep) {
     Bytes16<T> a[kLoads][2], b[kLoads][kTiles];
@@ -154,7 +155,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
 
-  // 4.
+  // 4. Add the sums of the warps, and store.
   for (int i = thread; i < kTokens * kRows; i += kThreads) {
     const int64_t token = first_token + i / kRows;
     const int row = first_row + i % kRows;
@@ -166,8 +167,9 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// 3. Sums of the warp: sums[0] and [1] become those with the numbers 2 * lane and 2 * lane + 1. Of
-// 4 * kBit sums a lane keeps the half that its bit names, and gives the other away.
+// 3. Adds the sums of a warp's lanes: sums[0] and sums[1] become the totals number 2 * lane and 2 *
+// lane + 1. A lane has 4 * kBit sums; it keeps the half that its bit names, and gives away the
+// other.
 template <int kBit>
 __device__ __forceinline__ void add_lanes(float (&sums)[kSums], int lane) {
   const bool upper = (lane & kBit) != 0;
@@ -191,10 +193,10 @@ __global__ void __launch_bounds__(kThreads)
   const int first_row = blockIdx.x * kSide;
   const int first_token = blockIdx.y * kSide;
 
-  // 1.
+  // 1. Let the next kernel start.
   start_dependent_kernel();
 
-  // 2.
+  // 2. Sum the products.
   const uint64_t seed = seed_of(args);
   const auto* lora_A = static_cast<const float*>(args.lora_A);
   float sums[kSums] = {};  // [token][row of lora_A]
@@ -224,13 +226,13 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 
-  // 3.
+  // 3. Add the sums of the lanes.
   add_lanes<kLanes / 2>(sums, lane);
   shared.sums[warp][2 * lane] = sums[0];
   shared.sums[warp][2 * lane + 1] = sums[1];
   __syncthreads();
 
-  // 4.
+  // 4. Add the sums of the warps, and store.
   if (thread >= kSums) return;
   const int64_t token = first_token + thread / kSide;
   const int row = first_row + thread % kSide;
@@ -276,8 +278,8 @@ cudaError_t launch_extend(const LoraShrinkArgs& args, const void* x, int tokens,
 cudaError_t lora_shrink_many_rows_cuda(const LoraShrinkArgs& args, DType dtype, const void* x,
                                        int tokens, int64_t cols, int64_t low_pitch,
                                        cudaStream_t stream) {
-  const bool takes = args.dtype == DType::kFloat32 || args.dtype == dtype;
-  if (!takes || cols % kManyRowsColumns != 0) return cudaErrorInvalidValue;
+  const bool is_known_dtype = args.dtype == DType::kFloat32 || args.dtype == dtype;
+  if (!is_known_dtype || cols % kManyRowsColumns != 0) return cudaErrorInvalidValue;
   if (dtype == DType::kFloat16) {
     return launch_alone<__half>(args, x, tokens, cols, low_pitch, stream);
   }

@@ -1,13 +1,15 @@
-// NF4 decoded by a byte at a time: a table in shared memory gives the two weights of a byte of
-// qweight as one register of fp16 or bf16, the even weight in its low half.
+// How kernels decode NF4: the code table, a table of pairs in shared memory, and absmax.
 //
-// Every lane has a copy in a bank of its own, so that a lookup never meets a conflict. Entry b of
-// lane l lies at 256 b + 4 l: then one PRMT makes the address of a lookup out of a word of qweight,
-// where rows of 128 bytes would take a shift and an AND. The upper half of each row is left over,
-// 256 times 128 bytes; the kernels keep other things in these holes.
+// The table of pairs decodes a byte of qweight at a time: it gives the two weights of the byte,
+// before absmax, as one register of fp16 or bf16 with the even weight in its low half. Every lane
+// has a copy of the table in a bank of its own, so look-ups never conflict. Entry b of lane l lies
+// at 256 b + 4 l, so one PRMT makes its address out of a word of qweight; rows of 128 bytes would
+// need a shift and an AND. The upper half of each row is unused: these 256 holes of 128 bytes hold
+// other data of the kernels.
 //
-// For 32 weights this is 16 PRMT + 16 LDS in the code for sm_90a. Rows of 128 bytes take 16 LDS +
-// 16 LOP3 + 16 shifts; byte planes in registers 56 PRMT and more, and as many others again.
+// For 32 weights this takes 16 PRMT + 16 LDS in the code for sm_90a. Rows of 128 bytes would take
+// 16 LDS + 16 LOP3 + 16 shifts. Decoding in registers, from byte planes, would take 56 PRMT or more
+// and as many other instructions.
 #pragma once
 
 #include "common/nf4.h"
@@ -16,19 +18,21 @@
 
 namespace pylora::cuda {
 
-// CODE
+// The code table in constant memory, filled from the one in common/nf4.h: a kernel cannot read an
+// array of the host.
 static __constant__ float nf4_code[kNF4Size] = {
     kNF4Code[0],  kNF4Code[1],  kNF4Code[2],  kNF4Code[3],  kNF4Code[4],  kNF4Code[5],
     kNF4Code[6],  kNF4Code[7],  kNF4Code[8],  kNF4Code[9],  kNF4Code[10], kNF4Code[11],
     kNF4Code[12], kNF4Code[13], kNF4Code[14], kNF4Code[15],
 };
 
-inline constexpr int kPairRow = 256;   // bytes, from one entry to the next
-inline constexpr int kPairHole = 128;  // where the hole of a row begins
+inline constexpr int kPairRow = 256;   // bytes from one entry to the next
+inline constexpr int kPairHole = 128;  // the hole of a row begins here
 inline constexpr int kPairEntries = 256;
 inline constexpr int kPairBytes = kPairEntries * kPairRow;
 
-// Written by kPairEntries threads, one entry each; they may be read after a barrier.
+// Fills one entry of the table. kPairEntries threads call this, and the table may be read after a
+// barrier.
 template <class T>
 __device__ __forceinline__ void fill_pairs(uint8_t* pairs, int entry) {
   const uint32_t pair = pack_pair<T>(nf4_code[entry >> 4], nf4_code[entry & 0xF]);
@@ -36,29 +40,31 @@ __device__ __forceinline__ void fill_pairs(uint8_t* pairs, int entry) {
   constexpr int kStores = kPairHole / kVectorBytes;
 #pragma unroll
   for (int i = 0; i < kStores; ++i) {
-    // Turned by the entry's number: eight neighbours write to different banks.
+    // Each entry begins at another store, so that eight neighbours write to different banks.
     const int store = (i + entry) % kStores;
     uint8_t* place = pairs + entry * kPairRow + store * kVectorBytes;
     store_shared(reinterpret_cast<uint4*>(place), copies);
   }
 }
 
-// The weights of byte `which` of `word`. `lane_offset` is 4 * lane.
+// Decodes byte `byte` of `word`. `lane_offset` is 4 * lane.
 __device__ __forceinline__ uint32_t decode_pair(const uint8_t* pairs, uint32_t lane_offset,
-                                                uint32_t word, int which) {
-  // Bytes 4 to 7 are lane_offset's: [4 * lane, byte of the word, 0, 0].
-  return load_shared(pairs, permute_bytes(word, lane_offset, 0x5504u | which << 4));
+                                                uint32_t word, int byte) {
+  // The address is [4 * lane, byte of the word, 0, 0]; in the selector, 4 to 7 are the bytes of
+  // lane_offset.
+  return load_shared(pairs, permute_bytes(word, lane_offset, 0x5504u | byte << 4));
 }
 
-// The 128 bytes behind entry `index`.
+// The hole of 128 bytes after entry `index`.
 __device__ __forceinline__ uint8_t* hole(uint8_t* pairs, int index) {
   return pairs + index * kPairRow + kPairHole;
 }
 
-// ABSMAX
+// absmax on its way through registers, as it lies in memory: a kernel loads the parts of a nested
+// absmax some chunks before it needs the value.
 struct StoredAbsmax {
-  float value = 0.0f;  // plain: absmax; nested: nested_absmax
-  uint32_t code = 0;   // nested
+  float value = 0.0f;  // absmax, or nested_absmax if absmax is nested
+  uint32_t code = 0;   // of a nested absmax: the index into nested_code
 
   __device__ __forceinline__ void load(const NF4Matrix& weight, uint32_t block, int nested_shift) {
     if (weight.absmax_q == nullptr) {

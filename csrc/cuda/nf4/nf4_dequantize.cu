@@ -9,17 +9,17 @@
 namespace pylora::cuda {
 namespace {
 
-constexpr int kWarps = 8;                                 // a CTA
+constexpr int kWarps = 8;                                 // of a CTA
 constexpr int kTileElements = 2 * kVectorBytes * kLanes;  // 1024
 constexpr int kScalarThreads = 256;
-constexpr int64_t kScalarGrid = 1 << 20;  // beyond it the threads loop
+constexpr int64_t kScalarGrid = 1 << 20;  // CTAs; with more elements the threads loop
 
-// Where the rows of `out` begin. Rows without gaps count as a single one.
+// Where the rows of `out` begin. Rows without gaps between them count as a single row.
 struct OutputRows {
   int64_t cols;
   int64_t stride;
 
-  // Elements that lie in gaps before row `row`.
+  // How many elements lie in the gaps before row `row`.
   __device__ __forceinline__ int64_t gaps(int64_t row) const { return row * (stride - cols); }
 };
 
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kWarps* kLanes)
     nf4_dequantize_tiles(NF4Matrix weight,                  // device pointers
                          const float* __restrict__ offset,  // [1], or null
                          int64_t tiles,                     // whole tiles of the weight
-                         OutputRows rows,  // with gaps: of kTileElements or more, in whole vectors
+                         OutputRows rows,  // with gaps: kTileElements or longer, whole vectors
                          T* __restrict__ out) {
   using Out = Bytes16<T>;
   constexpr int kSteps = kTileElements / Out::kElements / kLanes;
@@ -47,21 +47,22 @@ __global__ void __launch_bounds__(kWarps* kLanes)
   if (tile >= tiles) return;
   const int64_t first = tile * kTileElements;
 
-  // 1. and 3. (the latency of 2. overlaps)
+  // 1. Load. The latency overlaps with step 2.
   const uint4 packed = __ldg(reinterpret_cast<const uint4*>(weight.qweight + first / 2) + lane);
 
-  // 2.
+  // 2. Decode absmax.
   if (offset != nullptr) weight.offset = __ldg(offset);
   const int shift = __ffsll(weight.blocksize) - 1;
   const int64_t first_block = first >> shift;
   const int blocks = max(1, kTileElements >> shift);
-  const float own_absmax = lane < blocks ? weight.absmax_at(first_block + lane) : 0.0f;
+  const float lane_absmax = lane < blocks ? weight.absmax_at(first_block + lane) : 0.0f;
 
+  // 3. Exchange.
   shared.staged[warp][lane] = packed;
   __syncwarp();
   const auto* bytes = reinterpret_cast<const uint8_t*>(shared.staged[warp]);
 
-  // 4. A tile with gaps lies in two rows at most.
+  // 4. Decode and store. A tile lies in two rows at most.
   auto* place = reinterpret_cast<uint4*>(out + first);
   int row_ends = 0, gap = 0;  // vectors
   if constexpr (kHasGaps) {
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kWarps* kLanes)
       word = *reinterpret_cast<const uint16_t*>(bytes + 2 * vector);
     }
     const int block = vector * Out::kElements >> shift;
-    const float absmax = shuffle(own_absmax, block);
+    const float absmax = shuffle(lane_absmax, block);
     Out result;
 #pragma unroll
     for (int j = 0; j < Out::kPacked; ++j) {
@@ -94,8 +95,7 @@ __global__ void __launch_bounds__(kWarps* kLanes)
   }
 }
 
-// Elements [begin, end), one a thread and step: what is left of the last tile, and all that tiles
-// do not take.
+// Decodes elements [begin, end), which no tile covers. A thread takes one element a step.
 template <class T>
 __global__ void __launch_bounds__(kScalarThreads)
     nf4_dequantize_elements(NF4Matrix weight, const float* __restrict__ offset, int64_t begin,
@@ -106,7 +106,8 @@ __global__ void __launch_bounds__(kScalarThreads)
 #pragma unroll 1  // unrolled, it spills on sm_100
   for (; i < end; i += stride) {
     const float code = nf4_code[nf4_code_at(weight.qweight, i)];
-    const int64_t row = i < rows.cols ? 0 : i / rows.cols;  // most often there are no gaps
+    // Mostly there are no gaps, hence only one row, and no division is needed.
+    const int64_t row = i < rows.cols ? 0 : i / rows.cols;
     out[i + rows.gaps(row)] = round_to<T>(__fmul_rn(code, weight.absmax_at(i / weight.blocksize)));
   }
 }

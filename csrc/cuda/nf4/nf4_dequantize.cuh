@@ -1,20 +1,23 @@
-// NF4 dequantization on the GPU: w = T(code[nibble] * absmax), plain or nested absmax.
+// NF4 dequantization on the GPU: w = T(code[nibble] * absmax), with a plain or a nested absmax.
 //
-// Shapes    weight: NF4 over [rows, cols], pointers on the device -> out [rows, cols] of out_dtype,
-//           whose rows may lie further apart, with columns beside them that are another's
-// Numerics  one fp32 rounding for the product, one to nearest even for T; bit for bit the CPU's.
-// Grid      one warp a tile of 1024 elements, 8 warps a CTA.
-// Algorithm 1. A lane reads 16 bytes of qweight: 32 elements, 512 bytes a warp.
-//           2. Lane b decodes absmax of the tile's block b: 1024 elements are at most 32 blocks.
-//           3. The bytes change lanes through shared memory, so that a store of the warp covers
-//              512 bytes in a row.
-//           4. Each step a lane takes its bytes for 16 bytes of output, fetches the absmax of their
-//              block from the lane that has it, decodes from the table in shared memory (16 entries
-//              in 16 banks: free of conflicts whatever the nibbles are), and stores 16 bytes.
-//              Where the tile's second row begins, it steps over the columns in between.
-// Limits    the path above wants qweight, out and the rows of out aligned to 16 bytes, rows of a
-//           tile or more where they lie apart, and covers whole tiles; the rest, and everything
-//           that is not so, goes element by element.
+// Shapes    weight: NF4 over [rows, cols] -> out [rows, cols] of out_dtype. The rows of `out` may
+//           lie further apart, with columns between them that belong to something else.
+// Numerics  The product is rounded once to fp32 and once, to nearest even, to T: bit for bit what
+//           the CPU computes.
+// Grid      One warp for each tile of 1024 elements, 8 warps a CTA.
+// Algorithm 1. Load. A lane reads 16 bytes of qweight, which are 32 elements; a warp reads 512
+//              bytes.
+//           2. Lane b decodes the absmax of the tile's block b. 1024 elements are at most 32
+//              blocks.
+//           3. Exchange. The bytes change lanes through shared memory, so that a store of the warp
+//              covers 512 bytes in a row.
+//           4. Decode and store. In each step a lane takes the bytes for 16 bytes of output, gets
+//              the absmax of their block from the lane that has it, decodes, and stores. The code
+//              table is in shared memory; its 16 entries lie in 16 banks, so no look-up conflicts.
+//              If the tile runs into a second row, the lane steps over the columns in between.
+// Limits    This path needs qweight, out and the rows of out aligned to 16 bytes; if rows lie
+//           apart, they must be as long as a tile. It covers whole tiles. The rest, and the whole
+//           tensor if these conditions are not met, goes element by element.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -25,8 +28,8 @@
 
 namespace pylora::cuda {
 
-// `offset` is a device pointer, null where absmax is not nested; `stride` counts the elements from
-// one row of `out` to the next. Returns the launch's error.
+// All pointers are device pointers. `offset` is null if absmax is not nested. `stride` is the
+// distance of two rows of `out`, in elements. Returns the error of the launch.
 cudaError_t nf4_dequantize_cuda(const NF4Matrix& weight, const float* offset, DType out_dtype,
                                 int64_t stride, void* out, cudaStream_t stream);
 

@@ -8,24 +8,24 @@
 namespace pylora::cuda {
 namespace {
 
-constexpr int kWarps = 4;  // a CTA
+constexpr int kWarps = 4;  // of a CTA
 constexpr int kThreads = kWarps * kLanes;
 constexpr int kWarpElements = 1024;
 constexpr int kTileElements = kWarps * kWarpElements;
-constexpr int kGroup = 32;                     // elements; the smallest block
+constexpr int kGroup = 32;                     // elements of a group: the smallest block
 constexpr int64_t kMaxGrid = (1LL << 31) - 1;  // CTAs
-constexpr int64_t kScalarGrid = 1LL << 20;     // beyond it the warps loop
+constexpr int64_t kScalarGrid = 1LL << 20;     // CTAs; with more blocks the warps loop
 static_assert(kTileElements / kGroup == kThreads, "a thread reduces one group");
 
-// Cell c holds the s with round(15 s) + 16 == c. The rounding of 15 s is exact in one fused
-// multiply-add with a number so large that its unit is 1, and monotonic: no s is in a wrong cell.
+// Cell c holds the s with round(15 s) + 16 == c. One fused multiply-add with a number so large that
+// its unit is 1 rounds 15 s. This is exact and monotonic, so no s falls into a wrong cell.
 constexpr int kCells = 32;
 constexpr float kCellsPerUnit = 15.0f;
 constexpr float kCellMagic = 12582912.0f + 16.0f;  // 1.5 * 2^23
 
 struct Cell {
-  float midpoint;  // the one in the cell, or infinity
-  uint32_t below;  // how many lie below the cell
+  float midpoint;  // the midpoint in the cell, or infinity if there is none
+  uint32_t below;  // how many midpoints lie below the cell
 };
 
 constexpr Cell make_cell(int index) {
@@ -40,14 +40,14 @@ constexpr Cell make_cell(int index) {
   return cell;
 }
 
-// Every midpoint is the midpoint of exactly one cell, and that cell counts those before it.
+// Returns true if every midpoint lies in exactly one cell, and that cell counts those below it.
 constexpr bool cells_are_exact() {
-  int found = 0;
+  int exact = 0;
   for (int index = 0; index < kCells; ++index) {
     const Cell cell = make_cell(index);
-    if (cell.midpoint <= 1.0f) found += nf4_midpoint(static_cast<int>(cell.below)) == cell.midpoint;
+    if (cell.midpoint <= 1.0f) exact += nf4_midpoint(static_cast<int>(cell.below)) == cell.midpoint;
   }
-  return found == kNF4Size - 1;
+  return exact == kNF4Size - 1;
 }
 static_assert(cells_are_exact());
 
@@ -64,16 +64,16 @@ constexpr CellTable make_cells() {
 __constant__ CellTable cell_table = make_cells();
 
 __device__ __forceinline__ uint32_t nearest_code(const Cell* cells, float scaled) {
-  // The mask keeps what is not finite inside the table.
+  // The remainder keeps the index inside the table if the value is not finite.
   const uint32_t index = __float_as_uint(__fmaf_rn(scaled, kCellsPerUnit, kCellMagic)) % kCells;
   const Cell cell = cells[index];
   return cell.below + (scaled > cell.midpoint ? 1u : 0u);
 }
 
-// The largest of `value` over aligned runs of `lanes` lanes.
+// The largest `value` of each aligned run of `lanes` lanes.
 __device__ __forceinline__ float max_of_lanes(float value, int lanes) {
-  for (int other = 1; other < lanes; other *= 2) {
-    value = fmaxf(value, shuffle_xor(value, other));
+  for (int mask = 1; mask < lanes; mask *= 2) {
+    value = fmaxf(value, shuffle_xor(value, mask));
   }
   return value;
 }
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = thread % kLanes;
   const int64_t tile = blockIdx.x;
 
-  // 1.
+  // 1. Load.
   const int64_t first = tile * kTileElements + warp * kWarpElements;
   In vectors[kSteps];
 #pragma unroll
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (thread < kCells) shared.cells[thread] = cell_table.cells[thread];
 
-  // 2.
+  // 2. Reduce groups.
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     float largest = 0.0f;
@@ -125,8 +125,8 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
 
-  // 3.
-  const int groups = static_cast<int>(blocksize) / kGroup;  // a block
+  // 3. Reduce blocks.
+  const int groups = static_cast<int>(blocksize) / kGroup;  // in a block
   float largest = max_of_lanes(shared.group_max[thread], groups < kLanes ? groups : kLanes);
   if (groups > kLanes) {
     if (lane == 0) shared.warp_max[warp] = largest;
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads)
   if (thread % groups == 0) absmax[(tile * kThreads + thread) / groups] = largest;
   __syncthreads();
 
-  // 4.
+  // 4. Scale, find the codes, pack.
   auto* bytes = reinterpret_cast<uint8_t*>(shared.packed[warp]);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
@@ -160,11 +160,11 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncwarp();
 
-  // 5.
+  // 5. Store.
   reinterpret_cast<uint4*>(qweight + first / 2)[lane] = shared.packed[warp][lane];
 }
 
-// Blocks [begin, end), the last of them perhaps short: a warp each.
+// Quantizes blocks [begin, end), one warp a block. The last block may be short.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     nf4_quantize_blocks(const T* __restrict__ weight, int64_t numel, int64_t blocksize,

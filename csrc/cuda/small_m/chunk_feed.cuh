@@ -1,4 +1,5 @@
-// What brings qweight and absmax to a warp of lora_linear.cu, three chunks ahead of its arithmetic.
+// How qweight and absmax reach a warp of small_m/lora_linear.cu, three chunks ahead of its
+// arithmetic.
 #pragma once
 
 #include "cuda/common/ptx.cuh"
@@ -7,27 +8,28 @@
 
 namespace pylora::cuda {
 
-// The bytes of a chunk, 16 rows by 128 columns, lie in 8 holes of the decode table: hole 2 j + h
+// The bytes of a chunk, 16 rows by 128 columns, lie in 8 holes of the decode table. Hole 2 j + h
 // has granule j (16 bytes, 32 columns) of rows 8 h to 8 h + 7, which is a matrix for ldmatrix. Its
-// rows change places by j: eight lanes copy two rows of four granules to eight different banks.
+// rows change places by j, so that eight lanes, which copy two rows of four granules, write to
+// different banks.
 inline constexpr int kChunkGranules = kChunk / kGranule;
 static_assert(2 * kChunkGranules == kStageHoles);
 __device__ __forceinline__ int chunk_offset(int hole, int row) {
   return hole * kPairRow + (row ^ hole / 2 * 2) * kVectorBytes;
 }
 
-// What the kernel needs beside the plan, which is the same for all its CTAs.
+// The parameters of the kernel: the call, its plan, and what the launcher derives from them.
 struct LoraLinearSmallMParams {
   LoraLinearSmallMArgs args;
   SmallMPlan plan;
   int block_shift;         // log2 of blocksize
-  int nested_block_shift;  // and of nested_blocksize
-  bool rank_vectors;       // lora_B can be read 8 elements at a time
+  int nested_block_shift;  // log2 of nested_blocksize
+  bool rank_vectors;       // lora_B can be read kRankVector elements at a time
 };
 
-// Brings a warp its chunks. What lies beyond the last row or column is read from the last one
-// instead: such rows are not stored, and x is 0 in such columns.
-template <int kAbsmax>  // a lane's share of the absmax of a chunk: 2 where blocks have 32 columns
+// Brings a warp its chunks. In place of a row or column beyond the end of W it reads the last one:
+// the outputs of such rows are not stored, and x is 0 in such columns.
+template <int kAbsmax>  // how many absmax of a chunk a lane loads: 2 if blocksize is 32
 class ChunkFeed {
  public:
   __device__ __forceinline__ ChunkFeed(const LoraLinearSmallMParams& params, const Chunks& chunks,
@@ -41,8 +43,8 @@ class ChunkFeed {
     open();
   }
 
-  // Starts the copy of the next chunk into `stage`, loads its absmax, and closes a group of copies;
-  // an empty one behind the last chunk.
+  // Starts the copy of the next chunk into `stage`, loads its absmax, and closes the group of
+  // copies. After the last chunk the group is empty.
   __device__ __forceinline__ void fetch(uint8_t* stage, StoredAbsmax (&absmax)[kAbsmax]) {
     const NF4Matrix& weight = params_.args.weight;
     const int shift = params_.block_shift;
@@ -67,7 +69,7 @@ class ChunkFeed {
   }
 
  private:
-  // Goes to the rows of the tile.
+  // Goes to the rows of the current tile.
   __device__ __forceinline__ void open() {
     const int row = (chunks_.tile() * params_.plan.output_warps + row_warp_) * kWarpRows;
     const int final_row = static_cast<int>(params_.args.weight.rows) - 1;

@@ -1,4 +1,4 @@
-// The end of lora_linear.cu: biases, the low-rank part, and the store.
+// The end of small_m/lora_linear.cu: the biases, the low-rank part, and the store.
 #pragma once
 
 #include "cuda/common/element.cuh"
@@ -9,13 +9,13 @@
 
 namespace pylora::cuda {
 
-inline constexpr int kLineBytes = 128;  // of L2
-inline constexpr int kTurnTokens = 4;   // that a thread has of one row of W, at most, in a pass
+inline constexpr int kLineBytes = 128;  // of a line of L2
+inline constexpr int kTurnTokens = 4;   // at most so many tokens has a thread of a row in a pass
 inline constexpr int kRankVector = 4;   // elements of lora_B that a thread takes at a time
 static_assert(kThreads / (kRowWarpsMax * kWarpRows) * kTurnTokens >= kPassTokens);
 
-// The rows of lora_B that the tile's outputs will want, of each token's adapter, towards L2: nobody
-// else has read them.
+// Prefetches into L2 the rows of lora_B that the tile's outputs will need, for each token's
+// adapter. Nothing else has read them.
 template <class T>
 __device__ __forceinline__ void prefetch_lora_B(const LoraLinearSmallMArgs& args, int tile,
                                                 int rows) {
@@ -45,8 +45,8 @@ __device__ __forceinline__ void load_low(float (&out)[kWidth], const float* low)
   }
 }
 
-// This lane's part of low . lora_B for row n and tokens `token`, `token` + `stride`, ...: every
-// `lanes`-th vector of the rank, from `part` on.
+// Adds this lane's part of low . lora_B for row n and tokens `token`, `token` + `stride`, ... Its
+// part is every `lanes`-th vector along the rank, from vector `part` on.
 template <int kWidth, class L>
 __device__ __forceinline__ void add_dots(const LoraLinearSmallMArgs& args, int64_t n, int token,
                                          int stride, int end, int part, int lanes,
@@ -54,13 +54,13 @@ __device__ __forceinline__ void add_dots(const LoraLinearSmallMArgs& args, int64
   const int rank = args.shrink.rank;
   const Adapters& adapters = args.shrink.adapters;
   const auto* lora_B = static_cast<const L*>(args.lora_B);
-  int adapter[kTurnTokens];  // -1: no token, or one without
+  int adapter[kTurnTokens];  // -1 if there is no token, or it has no adapter
 #pragma unroll
   for (int i = 0; i < kTurnTokens; ++i) {
-    const int other = token + i * stride;
-    adapter[i] = other < end ? adapters.of(other) : -1;
+    const int turn_token = token + i * stride;
+    adapter[i] = turn_token < end ? adapters.of(turn_token) : -1;
   }
-#pragma unroll 1  // its loads are enough to have under way, and more cost registers
+#pragma unroll 1  // one step has enough loads under way; more would cost registers
   for (int j = kWidth * part; j < rank; j += kWidth * lanes) {
     AlignedArray<L, kWidth> b;
 #pragma unroll
@@ -70,9 +70,9 @@ __device__ __forceinline__ void add_dots(const LoraLinearSmallMArgs& args, int64
         const int64_t first = (adapter[i] * args.weight.rows + n) * rank + j;
         b = *reinterpret_cast<const AlignedArray<L, kWidth>*>(lora_B + first);
       }
-      const int other = token + i * stride;
+      const int turn_token = token + i * stride;
       float low[kWidth];
-      load_low(low, args.shrink.low + static_cast<int64_t>(other) * rank + j);
+      load_low(low, args.shrink.low + static_cast<int64_t>(turn_token) * rank + j);
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) sums[i] += low[k] * to_fp32(b.values[k]);
     }
@@ -90,10 +90,10 @@ __device__ __forceinline__ void add_low_rank(const LoraLinearSmallMParams& param
   }
 }
 
-// 7. The outputs of a tile for tokens [first, first + kPassTokens) that there are: y =
-// round(base(token, row) + bias + low . lora_B + ...). A thread has up to four tokens of a row.
-// Where there are fewer outputs than threads, up to 16 lanes share one: they would wait for memory
-// one by one.
+// 7. Stores the outputs of a tile for those tokens of [first, first + kPassTokens) that exist. An
+// output is round(base(token, row) + bias + low . lora_B + scaling * lora_B_bias). A thread has up
+// to kTurnTokens tokens of a row. If there are fewer outputs than threads, up to 16 lanes share an
+// output, since the loads of a single lane would wait for each other.
 template <class T, class Base>
 __device__ __forceinline__ void store_outputs(const LoraLinearSmallMParams& params, int tile,
                                               int first, const Base& base) {
@@ -120,17 +120,17 @@ __device__ __forceinline__ void store_outputs(const LoraLinearSmallMParams& para
       add_low_rank<T>(params, n, token, stride, end, part, lanes, sums);
     }
   }
-  // Lanes share an output only where a thread has one token.
-  for (int other = 1; other < lanes; other *= 2) sums[0] += shuffle_xor(sums[0], other);
+  // If lanes share an output, each has only one token.
+  for (int mask = 1; mask < lanes; mask *= 2) sums[0] += shuffle_xor(sums[0], mask);
   if (n >= N || part != 0) return;
   float bias = args.bias.data != nullptr ? load_any(args.bias, n) : 0.0f;
   if (args.lora_B_bias.data != nullptr) bias += args.shrink.scaling * load_any(args.lora_B_bias, n);
 #pragma unroll
   for (int i = 0; i < kTurnTokens; ++i) {
-    const int other = token + i * stride;
-    if (other >= end) break;
-    T* y = static_cast<T*>(args.y) + static_cast<int64_t>(other) * N;
-    y[n] = round_to<T>(base(other, row) + (sums[i] + bias));
+    const int turn_token = token + i * stride;
+    if (turn_token >= end) break;
+    T* y = static_cast<T*>(args.y) + static_cast<int64_t>(turn_token) * N;
+    y[n] = round_to<T>(base(turn_token, row) + (sums[i] + bias));
   }
 }
 

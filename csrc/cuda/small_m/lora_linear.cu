@@ -17,13 +17,13 @@ __device__ __forceinline__ int64_t partial_element(const LoraLinearSmallMArgs& a
   return (static_cast<int64_t>(split) * args.tokens + token) * args.weight.rows + n;
 }
 
-// kTokenTiles: of 8 tokens; the last may have none. kBlock32: blocks of 32, where one word of
-// qweight ends a block.
+// kTokenTiles may be one more than the call's tokens fill. kBlock32 says that blocksize is 32: a
+// block then ends after one word of a lane instead of two.
 template <class T, int kTokenTiles, bool kBlock32>
 __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
     lora_linear_small_m(LoraLinearSmallMParams params) {
   constexpr int kPassTiles = pass_tiles(kTokenTiles);
-  constexpr int kAbsmax = kBlock32 ? 2 : 1;  // a lane's share of the chunk's
+  constexpr int kAbsmax = kBlock32 ? 2 : 1;  // of a chunk, loaded by a lane
   const LoraLinearSmallMArgs& args = params.args;
   const SmallMPlan& plan = params.plan;
   const NF4Matrix& weight = args.weight;
@@ -34,21 +34,21 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
 
   uint8_t* pairs = dynamic_shared_memory();
   auto* sums = reinterpret_cast<float*>(pairs + kPairBytes);
-  // Between the sums of two tokens, where no sum is written: who did not come last goes on while
-  // others still read it.
+  // The flag lies in the gap between the sums of two tokens. Sums are never written there, so a
+  // thread may go on to the next tile while others still read the flag.
   bool* is_last_flag = reinterpret_cast<bool*>(sums + kWarpRows);
   auto* staged_x = reinterpret_cast<uint4*>(sums + sum_floats(kPassTiles));
 
   const int thread = threadIdx.x;
   const int warp = uniform_warp(thread);
   const int lane = thread % kLanes;
-  const int group = lane / 4;    // row of the fragment, or token
-  const int quarter = lane % 4;  // place along k
+  const int group = lane / 4;    // a row of the fragment, or a token
+  const int quarter = lane % 4;  // a place along k
   const int row_warp = warp % plan.output_warps;
   const int k_warp = warp / plan.output_warps;
   const float offset = args.offset != nullptr ? __ldg(args.offset) : 0.0f;
 
-  // 1.
+  // 1. Start the copies of qweight.
   uint8_t* ring = hole(pairs, warp * kStages * kStageHoles);
   WorkRange work(plan);
   ChunkFeed<kAbsmax> feed(params, Chunks(plan, work, chunks, k_warp), row_warp, lane);
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) feed.fetch(ring + i * kStageBytes, stored[i]);
 
-  // 2.
+  // 2. Fill the decode table.
   fill_pairs<T>(pairs, thread);
   const uint32_t lane_offset = 4 * static_cast<uint32_t>(lane);
   int staged_split = -1;
@@ -67,7 +67,8 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
     const int split = work.split, tile = work.tile;
     const int first_chunk = split * plan.split_chunks;
     const int split_chunks = min(plan.split_chunks, chunks - first_chunk);
-    if (split != staged_split) {  // all have left the split before: the last barrier of 6.
+    // 2. Stage x. All warps have left the split before, by the last barrier of step 6.
+    if (split != staged_split) {
       const int vectors = plan.split_chunks * (kChunk / 8) * M;
       for (int i = thread; i < vectors; i += kThreads) {
         const int column = first_chunk * kChunk + i / M * 8;
@@ -88,17 +89,17 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
     float total[kTokenTiles][4] = {};
     for (int step = 0; step < plan.steps; ++step) {
       copy_async_wait<kStages - 2>();
-      __syncwarp();  // the copies of all lanes have landed, and all have read the stage to refill
-      StoredAbsmax mine[kAbsmax];
+      __syncwarp();  // all lanes' copies have landed, and all lanes have read the stage to refill
+      StoredAbsmax current[kAbsmax];
       float absmax[kAbsmax];
 #pragma unroll
       for (int i = 0; i < kAbsmax; ++i) {
-        mine[i] = stored[0][i];
+        current[i] = stored[0][i];
 #pragma unroll
         for (int later = 1; later < kAhead; ++later) stored[later - 1][i] = stored[later][i];
-        absmax[i] = mine[i].decode(weight, offset);
+        absmax[i] = current[i].decode(weight, offset);
       }
-      const uint8_t* used = ring + stage * kStageBytes;
+      const uint8_t* current_stage = ring + stage * kStageBytes;
       feed.fetch(ring + (stage + kAhead) % kStages * kStageBytes, stored[kAhead - 1]);
       stage = (stage + 1) % kStages;
       const int chunk = step * plan.sum_warps + k_warp;
@@ -106,9 +107,10 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
 
 #pragma unroll
       for (int k64 = 0; k64 < 2; ++k64) {  // 64 columns each
-        // 3.
-        uint32_t words[4];  // rows `group` and `group` + 8; the same 32 columns on
-        load_matrices(words, used + chunk_offset(4 * k64 + lane / 8, lane % 8));
+        // 3. Load qweight. Registers 0 and 1 are rows `group` and `group` + 8, 2 and 3 are the same
+        // rows 32 columns on.
+        uint32_t words[4];
+        load_matrices(words, current_stage + chunk_offset(4 * k64 + lane / 8, lane % 8));
         float part[kTokenTiles][4] = {};
 #pragma unroll
         for (int word = 0; word < 2; ++word) {
@@ -116,12 +118,13 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
           uint4 tokens[kTokenTiles];
 #pragma unroll
           for (int n8 = 0; n8 < kTokenTiles; ++n8) {
-            // Beyond the last token, in one of the last two tiles, the results are not used.
+            // A lane beyond the last token reads the last one, and its results are not used. There
+            // are such lanes only in the last two tiles.
             const int token = 8 * n8 + group;
             const int valid = n8 + 2 < kTokenTiles ? token : min(token, M - 1);
             tokens[n8] = load_shared(&staged_x[column * pitch + valid]);
           }
-          // 4.
+          // 4. Decode and multiply.
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             uint32_t fragment[4];
@@ -136,11 +139,11 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
               mma_16x8x16<T>(part[n8], fragment, half == 0 ? t.x : t.z, half == 0 ? t.y : t.w);
             }
           }
-          // 5.
+          // 5. Multiply the block's sum by its absmax.
           if (!kBlock32 && word == 0) continue;
-          const float own = absmax[kBlock32 ? word : 0];
-          const float upper = shuffle(own, 2 * group + k64);
-          const float lower = shuffle(own, 2 * (group + 8) + k64);
+          const float lane_absmax = absmax[kBlock32 ? word : 0];
+          const float upper = shuffle(lane_absmax, 2 * group + k64);
+          const float lower = shuffle(lane_absmax, 2 * (group + 8) + k64);
 #pragma unroll
           for (int n8 = 0; n8 < kTokenTiles; ++n8) {
 #pragma unroll
@@ -153,8 +156,9 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
       }
     }
 
-    // 6. In passes of 16 tokens: the sums of more would take x's place in shared memory. Where K is
-    // is_split the CTA that comes last makes the passes once more, over the sums of the splits.
+    // 6. Add the sums of the warps, in passes of 16 tokens: the sums of more would take x's place
+    // in shared memory. If K is split, the CTA that comes last makes the passes once more, over the
+    // sums of the splits.
     const int passes = (M + kPassTokens - 1) / kPassTokens;
     const int rows = plan.output_warps * kWarpRows;
     const bool is_split = plan.splits > 1;

@@ -10,8 +10,8 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kLanes;
-constexpr int kTokens = 4;   // a CTA
-constexpr int kColumns = 4;  // a thread and step: one draw of Philox
+constexpr int kTokens = 4;   // of a CTA
+constexpr int kColumns = 4;  // of a thread in a step: one draw of Philox
 
 struct WarpSums {
   float sums[kWarps][kTokens];
@@ -31,17 +31,17 @@ __global__ void __launch_bounds__(kThreads)
   const int row = blockIdx.x;
   const int first_token = blockIdx.y * kTokens;
 
-  // 1.
+  // 1. Let the next kernel start.
   start_dependent_kernel();
 
-  // 2.
+  // 2. Clear its counters.
   if (blockIdx.x == 0 && blockIdx.y == 0) {
     for (int64_t i = thread; i < count; i += kThreads) counters[i] = 0;
   }
 
-  // 3.
+  // 3. Sum the products.
   const uint64_t seed = args.seed != nullptr ? static_cast<uint64_t>(*args.seed) : 0;
-  const L* lora_A[kTokens];  // null: no token, or one without an adapter
+  const L* lora_A[kTokens];  // null if there is no token, or it has no adapter
 #pragma unroll
   for (int i = 0; i < kTokens; ++i) {
     const int64_t adapter = first_token + i < tokens ? args.adapters.of(first_token + i) : -1;
@@ -73,10 +73,10 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 
-  // 4.
+  // 4. Add the sums of lanes and warps.
 #pragma unroll
   for (int i = 0; i < kTokens; ++i) {
-    for (int other = kLanes / 2; other > 0; other /= 2) sums[i] += shuffle_xor(sums[i], other);
+    for (int mask = kLanes / 2; mask > 0; mask /= 2) sums[i] += shuffle_xor(sums[i], mask);
     if (lane == 0) shared.sums[warp][i] = sums[i];
   }
   __syncthreads();

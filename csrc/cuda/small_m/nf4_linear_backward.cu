@@ -9,21 +9,22 @@ namespace pylora::cuda {
 namespace {
 
 constexpr int kTileColumns = kColumnWarps * kWarpColumns;
-constexpr int kRowsOfStep = 16;  // of W: the k16 of the matrix instruction
+constexpr int kRowsOfStep = 16;  // rows of W in a product: the k16 of the matrix instruction
 constexpr int kSteps = kChunkRows / kRowsOfStep;
-constexpr int kLaneColumns = 8;  // one word of qweight
+constexpr int kLaneColumns = 8;  // columns of a lane: one word of qweight
 static_assert(kChunkRows * kWarpColumns / 2 == kStageHoles * (kPairRow - kPairHole));
 
+// The parameters of the kernel: the call, its plan, and what the launcher derives from them.
 struct NF4LinearBackwardSmallMParams {
   NF4LinearBackwardSmallMArgs args;
   SmallMPlan plan;
   int block_shift;         // log2 of blocksize
-  int nested_block_shift;  // and of nested_blocksize
+  int nested_block_shift;  // log2 of nested_blocksize
   bool grad_vectors;       // grad can be read 16 bytes at a time
 };
 
-// Brings a warp its chunks. What lies beyond the last row or column is read from the last one
-// instead: grad is 0 for such rows, and such columns are not stored.
+// Brings a warp its chunks. In place of a row or column beyond the end of W it reads the last one:
+// grad is 0 for such rows, and the outputs of such columns are not stored.
 class BackwardChunkFeed {
  public:
   __device__ __forceinline__ BackwardChunkFeed(const NF4LinearBackwardSmallMParams& params,
@@ -37,11 +38,12 @@ class BackwardChunkFeed {
     open();
   }
 
-  // 1. Starts the copy of the next chunk into `stage`, loads its absmax, and closes a group of
-  // copies; an empty one behind the last chunk.
+  // 1. Starts the copy of the next chunk into `stage`, loads its absmax, and closes the group of
+  // copies. After the last chunk the group is empty.
   __device__ __forceinline__ void fetch(uint8_t* stage, StoredAbsmax& absmax) {
     if (chunks_.inside()) {
-      // Rows 4 h to 4 h + 3 lie in hole h; a lane copies half of a row, and of the 16th after it.
+      // Rows 4 h to 4 h + 3 lie in hole h. A lane copies half of a row and half of the 16th row
+      // after it.
       uint8_t* place = stage + lane_ / 8 * kPairRow + lane_ % 8 * kVectorBytes;
       const NF4Matrix& weight = params_.args.weight;
       const auto* qweight = reinterpret_cast<const uint4*>(weight.qweight);
@@ -59,7 +61,7 @@ class BackwardChunkFeed {
   }
 
  private:
-  // Goes to the first chunk of the work.
+  // Goes to the first chunk of the current work item.
   __device__ __forceinline__ void open() {
     const NF4Matrix& weight = params_.args.weight;
     const int column = min((chunks_.tile() * kColumnWarps + column_warp_) * kWarpColumns,
@@ -79,12 +81,13 @@ class BackwardChunkFeed {
   uint64_t policy_;
   Chunks chunks_;
   int column_warp_, lane_;
-  uint32_t granules_;  // of a row
-  // What this lane copies next, whose absmax it loads, and both in the last row.
+  uint32_t granules_;  // in a row
+  // The granule that this lane copies next and the block whose absmax it loads next, and the same
+  // two in the last row of W.
   uint32_t granule_ = 0, block_ = 0, final_granule_ = 0, final_block_ = 0;
 };
 
-// Elements [n, n + 8) of a token's grad, 0 beyond N.
+// Loads elements [n, n + 8) of a token's grad; they are 0 beyond N.
 template <class T>
 __device__ __forceinline__ uint4 load_grad(const NF4LinearBackwardSmallMParams& params, int token,
                                            int n) {
@@ -99,8 +102,9 @@ __device__ __forceinline__ uint4 load_grad(const NF4LinearBackwardSmallMParams& 
   return result.bits;
 }
 
-// 2. The rows of a chunk for one token, as four lanes want them: vector `quarter` has rows
-// `quarter`, + 4, ..., + 28, which are the columns 2q, 2q + 1, 2q + 8, 2q + 9 of two fragments.
+// 2. Stages the rows of a chunk for one token, in the order in which four lanes read them. Vector
+// `quarter` has the rows `quarter`, `quarter` + 4, ..., `quarter` + 28. They are the columns 2q, 2q
+// + 1, 2q + 8 and 2q + 9 of two fragments.
 template <class T>
 __device__ __forceinline__ void stage_grad(const NF4LinearBackwardSmallMParams& params, int token,
                                            int n, uint4* staged, int pitch) {
@@ -121,7 +125,8 @@ __device__ __forceinline__ void stage_grad(const NF4LinearBackwardSmallMParams& 
   }
 }
 
-// 5. Where N is is_split: the tile's outputs from the sums of all splits, four columns a thread.
+// 5. If N is split: adds the sums of all splits and stores the tile's outputs, four columns a
+// thread.
 template <class T>
 __device__ __forceinline__ void store_sum_of_splits(const NF4LinearBackwardSmallMParams& params,
                                                     int tile) {
@@ -144,11 +149,11 @@ __device__ __forceinline__ void store_sum_of_splits(const NF4LinearBackwardSmall
   }
 }
 
-// kTokenTiles: of 8 tokens; the last may have none.
+// kTokenTiles may be one more than the call's tokens fill.
 template <class T, int kTokenTiles>
 __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
     nf4_linear_backward_small_m(NF4LinearBackwardSmallMParams params) {
-  constexpr int kFragments = kWarpColumns / 16;  // beside each other along the columns
+  constexpr int kFragments = kWarpColumns / 16;  // fragments beside each other along the columns
   const NF4LinearBackwardSmallMArgs& args = params.args;
   const SmallMPlan& plan = params.plan;
   const NF4Matrix& weight = args.weight;
@@ -164,13 +169,13 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
   const int thread = threadIdx.x;
   const int warp = uniform_warp(thread);
   const int lane = thread % kLanes;
-  const int group = lane / 4;    // word of a row, or token
-  const int quarter = lane % 4;  // place among the rows
+  const int group = lane / 4;    // a word of a row, or a token
+  const int quarter = lane % 4;  // a place among the rows
   const int column_warp = warp % kColumnWarps;
   const int sum_warp = warp / kColumnWarps;
   const float offset = args.offset != nullptr ? __ldg(args.offset) : 0.0f;
 
-  // 1.
+  // 1. Start the copies of qweight.
   uint8_t* ring = hole(pairs, warp * kStages * kStageHoles);
   WorkRange work(plan);
   BackwardChunkFeed feed(params, Chunks(plan, work, chunks, sum_warp), column_warp, lane);
@@ -178,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) feed.fetch(ring + i * kStageBytes, stored[i]);
 
-  // 2.
+  // 2. Fill the decode table.
   fill_pairs<T>(pairs, thread);
   const uint32_t lane_offset = 4 * static_cast<uint32_t>(lane);
   int staged_split = -1;
@@ -188,7 +193,8 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
     const int split = work.split, tile = work.tile;
     const int first_chunk = split * plan.split_chunks;
     const int split_chunks = min(plan.split_chunks, chunks - first_chunk);
-    if (split != staged_split) {  // all have left the split before: the last barrier of 5.
+    // 2. Stage grad. All warps have left the split before, by the last barrier of step 5.
+    if (split != staged_split) {
       for (int i = thread; i < split_chunks * M; i += kThreads) {
         const int chunk = i / M, token = i % M;
         stage_grad<T>(params, token, (first_chunk + chunk) * kChunkRows,
@@ -201,39 +207,42 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
     float total[kFragments][kTokenTiles][4] = {};
     for (int step = 0; step < plan.steps; ++step) {
       copy_async_wait<kStages - 2>();
-      __syncwarp();  // the copies of all lanes have landed, and all have read the stage to refill
-      const StoredAbsmax mine = stored[0];
+      __syncwarp();  // all lanes' copies have landed, and all lanes have read the stage to refill
+      const StoredAbsmax current = stored[0];
 #pragma unroll
       for (int later = 1; later < kAhead; ++later) stored[later - 1] = stored[later];
-      const uint8_t* used = ring + stage * kStageBytes;
+      const uint8_t* current_stage = ring + stage * kStageBytes;
       feed.fetch(ring + (stage + kAhead) % kStages * kStageBytes, stored[kAhead - 1]);
       stage = (stage + 1) % kStages;
       const int chunk = step * plan.sum_warps + sum_warp;
       if (chunk >= split_chunks) continue;
 
-      // The absmax of rows n and n + 4 in one register: of lane n where n has no 4 in it.
-      const float own = mine.decode(weight, offset);
-      const uint32_t two_rows = pack_pair<T>(own, shuffle_xor(own, 4));
+      // Lane n packs the absmax of rows n and n + 4 into one register. Only the lanes whose number
+      // has no 4 in it are asked for theirs.
+      const float row_absmax = current.decode(weight, offset);
+      const uint32_t two_rows = pack_pair<T>(row_absmax, shuffle_xor(row_absmax, 4));
       uint4 tokens[kTokenTiles];
 #pragma unroll
       for (int n8 = 0; n8 < kTokenTiles; ++n8) {
-        // Beyond the last token, in one of the last two tiles, the results are not used.
+        // A lane beyond the last token reads the last one, and its results are not used. There are
+        // such lanes only in the last two tiles.
         const int token = 8 * n8 + group;
         const int valid = n8 + 2 < kTokenTiles ? token : min(token, M - 1);
         tokens[n8] = load_shared(&staged_grad[(chunk * 4 + quarter) * pitch + valid]);
       }
 
 #pragma unroll
-      for (int half = 0; half < kSteps; ++half) {  // of the chunk: 16 rows
-        // 3.
-        uint32_t words[4];  // of rows `quarter`, + 4, + 8, + 12; columns 8 * group on
+      for (int half = 0; half < kSteps; ++half) {  // 16 rows each
+        // 3. Load the words and exchange their nibbles. Register i has row `quarter` + 4 i and the
+        // columns from 8 * group on.
+        uint32_t words[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const uint8_t* hole = used + (4 * half + i) * kPairRow;
-          const uint8_t* word = hole + 32 * quarter + 4 * group;
+          const uint8_t* rows_bytes = current_stage + (4 * half + i) * kPairRow;
+          const uint8_t* word = rows_bytes + 32 * quarter + 4 * group;
           words[i] = load_shared(reinterpret_cast<const uint32_t*>(word));
         }
-        uint32_t even[2], odd[2];  // columns, of rows 8 apart: byte j has columns 2j, or 2j + 1
+        uint32_t even[2], odd[2];  // byte j has column 2j, or 2j + 1, of two rows
         uint32_t absmax[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -245,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
         }
 #pragma unroll
         for (int j = 0; j < kFragments; ++j) {
-          // 4.
+          // 4. Decode, multiply by absmax, and multiply with grad.
           uint32_t fragment[4];
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
@@ -263,23 +272,23 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kTokenTiles))
       }
     }
 
-    // 5.
+    // 5. Add the sums of the two warps that have the same columns, and store.
     const int64_t column = static_cast<int64_t>(tile) * kTileColumns + column_warp * kWarpColumns +
                            group * kLaneColumns;
-    float* mine = sums + column_warp * kWarpColumns * 8 + lane;
+    float* lane_sums = sums + column_warp * kWarpColumns * 8 + lane;
 #pragma unroll
     for (int n8 = 0; n8 < kTokenTiles; ++n8) {
       if (sum_warp == 1) {
 #pragma unroll
         for (int i = 0; i < 4 * kFragments; ++i) {
-          store_shared(mine + i * kLanes, total[i / 4][n8][i % 4]);
+          store_shared(lane_sums + i * kLanes, total[i / 4][n8][i % 4]);
         }
       }
       __syncthreads();
       if (sum_warp == 0) {
 #pragma unroll
         for (int i = 0; i < 4 * kFragments; ++i) {
-          total[i / 4][n8][i % 4] += load_shared(mine + i * kLanes);
+          total[i / 4][n8][i % 4] += load_shared(lane_sums + i * kLanes);
         }
 #pragma unroll
         for (int odd = 0; odd < 2; ++odd) {

@@ -7,21 +7,25 @@
 namespace pylora::cuda {
 namespace {
 
-constexpr int64_t kReserved = 1024;  // bytes of shared memory that a CTA costs beside its own
-// Estimates. Up to 4 tokens a CTA reads less of x than of W with 16 rows a tile; beyond, taller
-// tiles read x less often.
-constexpr int64_t kTokensOfLowTiles = 4;
-// Slices that two CTAs an SM are worth: each split is one more partial sum to write and read.
+constexpr int64_t kReserved = 1024;  // bytes of shared memory that the system takes for each CTA
+// These are estimates. Up to so many tokens a tile has 16 rows, and a CTA then reads less of x than
+// of W. With more tokens a tile has 64 rows, so that x is read less often.
+constexpr int64_t kMaxMOfLowTiles = 4;
+// Two CTAs an SM are worth so many splits. Each split is one more partial sum to write and read.
 constexpr int64_t kWorthwhileSplits = 4;
 
+// The work of a call, in the terms that the forward and the backward share.
 struct Work {
-  int64_t tokens, outputs, summed;
-  int warp_outputs, chunk;  // of a warp
-  int output_warps;
-  int64_t fixed;  // bytes of shared memory beside the staged x
+  int64_t tokens;
+  int64_t outputs;      // of a token
+  int64_t summed;       // terms of each sum
+  int warp_outputs;     // outputs that a warp owns
+  int chunk;            // terms that a warp takes in a step
+  int output_warps;     // warps of a CTA that have outputs of their own
+  int64_t fixed_bytes;  // of shared memory, beside the staged x or grad
 };
 
-// The plan with so many splits, or as many of them as are not empty; all of it but the grid.
+// The plan with `splits` splits, or fewer if some would be empty. It still lacks the grid.
 SmallMPlan cut(const Work& work, int64_t splits) {
   SmallMPlan plan;
   plan.output_warps = work.output_warps;
@@ -32,29 +36,31 @@ SmallMPlan cut(const Work& work, int64_t splits) {
   plan.split_chunks = static_cast<int>(ceil_div(chunks, splits));
   plan.splits = static_cast<int>(ceil_div(chunks, plan.split_chunks));
   plan.steps = static_cast<int>(ceil_div(plan.split_chunks, plan.sum_warps));
-  plan.shared_bytes = work.fixed + plan.split_chunks * (2 * work.chunk * plan.pitch);
+  plan.shared_bytes = work.fixed_bytes + plan.split_chunks * (2 * work.chunk * plan.pitch);
   return plan;
 }
 
 SmallMPlan plan_work(const Work& work, const DeviceLimits& limits) {
   const SmallMPlan whole = cut(work, 1);
   const int64_t chunks = whole.split_chunks;
-  const int64_t chunk_bytes = 2 * work.chunk * whole.pitch;  // of x
+  const int64_t chunk_bytes = 2 * work.chunk * whole.pitch;  // of the staged x or grad
 
-  // Slices whose share of x fits beside the table.
+  // The least number of splits whose share of x fits into so many bytes.
   const auto splits_in = [&](int64_t bytes) {
-    int64_t fitting = (bytes - work.fixed) / chunk_bytes;
-    // A chunk for each warp in every step.
+    int64_t fitting = (bytes - work.fixed_bytes) / chunk_bytes;
+    // In each step there is a chunk for each warp.
     if (fitting > whole.sum_warps) fitting -= fitting % whole.sum_warps;
     return fitting > 0 ? ceil_div(chunks, std::min(fitting, chunks)) : chunks + 1;
   };
-  const int64_t two = std::min(limits.shared_per_sm / 2 - kReserved, limits.shared_per_cta);
-  const int64_t idle_splits = 2 * limits.processors / whole.tiles;  // that fill two CTAs an SM
-  const bool pair_up = ctas_per_sm(token_tiles(work.tokens)) == 2 &&
-                       splits_in(two) <= std::min(std::max(kWorthwhileSplits, idle_splits), chunks);
-  const int64_t needed = splits_in(pair_up ? two : limits.shared_per_cta);
+  const int64_t half_sm = std::min(limits.shared_per_sm / 2 - kReserved, limits.shared_per_cta);
+  // So many splits give work to two CTAs on each SM.
+  const int64_t idle_splits = 2 * limits.processors / whole.tiles;
+  const bool pair_up =
+      ctas_per_sm(token_tiles(work.tokens)) == 2 &&
+      splits_in(half_sm) <= std::min(std::max(kWorthwhileSplits, idle_splits), chunks);
+  const int64_t needed = splits_in(pair_up ? half_sm : limits.shared_per_cta);
 
-  // More of them while CTAs would have no tile, down to a chunk for each warp.
+  // Split more if some CTAs would have no tile, but not beyond a chunk for each warp.
   const int64_t ctas = static_cast<int64_t>(limits.processors) * (pair_up ? 2 : 1);
   const int64_t finest = ceil_div(chunks, whole.sum_warps);
   SmallMPlan plan = cut(work, std::max(needed, std::min(ctas / whole.tiles, finest)));
@@ -62,7 +68,7 @@ SmallMPlan plan_work(const Work& work, const DeviceLimits& limits) {
   return plan;
 }
 
-Work small_work(int64_t tokens, int64_t rows, int64_t cols, int row_warps) {
+Work forward_work(int64_t tokens, int64_t rows, int64_t cols, int row_warps) {
   const int64_t sums = 4 * sum_floats(pass_tiles(token_tiles(tokens)));
   return {tokens, rows, cols, kWarpRows, kChunk, row_warps, kPairBytes + sums};
 }
@@ -70,8 +76,8 @@ Work small_work(int64_t tokens, int64_t rows, int64_t cols, int row_warps) {
 }  // namespace
 
 SmallMPlan plan_small_m(int64_t tokens, int64_t rows, int64_t cols, const DeviceLimits& limits) {
-  const int row_warps = tokens <= kTokensOfLowTiles ? 1 : kRowWarpsMax;
-  return plan_work(small_work(tokens, rows, cols, row_warps), limits);
+  const int row_warps = tokens <= kMaxMOfLowTiles ? 1 : kRowWarpsMax;
+  return plan_work(forward_work(tokens, rows, cols, row_warps), limits);
 }
 
 const char* choose_small_m(const SmallMChoice& choice, int64_t tokens, int64_t rows, int64_t cols,
@@ -80,20 +86,20 @@ const char* choose_small_m(const SmallMChoice& choice, int64_t tokens, int64_t r
   if (warps < 1 || warps > kRowWarpsMax || kWarps % warps != 0) {
     return "output_warps must be 1, 2 or 4";
   }
-  const Work work = small_work(tokens, rows, cols, static_cast<int>(warps));
+  const Work work = forward_work(tokens, rows, cols, static_cast<int>(warps));
   const int64_t chunks = ceil_div(cols, kChunk);
   if (choice.splits < 1 || choice.splits > chunks) {
-    return "slices must be 1 to the chunks of 128 columns";
+    return "splits must be 1 to the chunks of 128 columns";
   }
   *plan = cut(work, choice.splits);
   if (plan->splits != choice.splits) {
-    return "slices must not leave one empty: all but the last have the same number of chunks";
+    return "splits must not leave one empty: all but the last have the same number of chunks";
   }
   if (choice.grid < 1 || choice.grid > int64_t{plan->tiles} * plan->splits) {
     return "grid must be 1 to the tiles times splits";
   }
   if (plan->shared_bytes > limits.shared_per_cta) {
-    return "slices must be so many that a slice of x fits shared memory";
+    return "splits must be so many that the x of one split fits shared memory";
   }
   plan->grid = static_cast<int>(choice.grid);
   return nullptr;
@@ -101,8 +107,9 @@ const char* choose_small_m(const SmallMChoice& choice, int64_t tokens, int64_t r
 
 SmallMPlan plan_small_m_backward(int64_t tokens, int64_t rows, int64_t cols,
                                  const DeviceLimits& limits) {
-  const int64_t fixed = kPairBytes + kBackwardSumBytes;
-  return plan_work({tokens, cols, rows, kWarpColumns, kChunkRows, kColumnWarps, fixed}, limits);
+  const int64_t fixed_bytes = kPairBytes + kBackwardSumBytes;
+  return plan_work({tokens, cols, rows, kWarpColumns, kChunkRows, kColumnWarps, fixed_bytes},
+                   limits);
 }
 
 }  // namespace pylora::cuda

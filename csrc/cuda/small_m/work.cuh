@@ -1,5 +1,5 @@
-// The way of a CTA through its work, and of each of its warps: what lora_linear.cu and
-// nf4_linear_backward.cu have in common beside their plan.
+// How a CTA of a small-M kernel, and each of its warps, iterates over its work: what lora_linear.cu
+// and nf4_linear_backward.cu share beside their plan.
 #pragma once
 
 #include <climits>
@@ -11,27 +11,28 @@
 
 namespace pylora::cuda {
 
-// A warp's bytes of qweight are under way kAhead chunks ahead of its arithmetic, in a ring of
-// stages that lie in the holes of the decode table.
+// A warp's bytes of qweight are copied kAhead chunks ahead of its arithmetic, into a ring of stages
+// that lie in the holes of the decode table.
 inline constexpr int kStages = 4;
 inline constexpr int kAhead = kStages - 1;
 inline constexpr int kStageHoles = 8;
 inline constexpr int kStageBytes = kStageHoles * kPairRow;  // from one stage to the next
-inline constexpr int kGranule = 32;                         // columns in 16 bytes
+inline constexpr int kGranule = 32;                         // columns in 16 bytes of qweight
 static_assert(kWarps * kStages * kStageHoles == kPairEntries);
 
-// The thread's warp. That a quotient is the same in all lanes the compiler does not see; of a
-// shuffle it does, and keeps what follows from it in uniform registers.
+// The thread's warp. The compiler does not see that a quotient is the same in all lanes, but it
+// knows that of a shuffle, and keeps what follows from it in uniform registers.
 __device__ __forceinline__ int uniform_warp(int thread) { return shuffle(thread / kLanes, 0); }
 
-// The CTA's work: tiles of the outputs times splits of the sum, split by split.
+// A CTA's range of the work items, split by split. An item is an output tile and a split of the
+// sum; `tile` and `split` are those of the current item.
 struct WorkRange {
   int left, split, tile;
 
   __device__ __forceinline__ explicit WorkRange(const SmallMPlan& plan) {
-    const int64_t work = static_cast<int64_t>(plan.tiles) * plan.splits;
-    const int begin = static_cast<int>(work * blockIdx.x / gridDim.x);
-    left = static_cast<int>(work * (blockIdx.x + 1) / gridDim.x) - begin;
+    const int64_t items = static_cast<int64_t>(plan.tiles) * plan.splits;
+    const int begin = static_cast<int>(items * blockIdx.x / gridDim.x);
+    left = static_cast<int>(items * (blockIdx.x + 1) / gridDim.x) - begin;
     split = begin / plan.tiles;
     tile = begin - split * plan.tiles;
   }
@@ -44,30 +45,30 @@ struct WorkRange {
   }
 };
 
-// A warp's chunks of the sum, those of one work behind those of the other: every `sum_warps`-th of
-// a split. All warps make the same number of steps, whether there is a chunk for each in the last
-// or not.
+// A warp's chunks of the sum, work item after work item. A warp takes every `sum_warps`-th chunk of
+// a split. All warps make the same number of steps, even if the last step has no chunk for some of
+// them.
 class Chunks {
  public:
-  // `chunks` of the whole sum.
+  // `chunks` is the number of chunks in the whole sum.
   __device__ __forceinline__ Chunks(const SmallMPlan& plan, const WorkRange& work, int chunks,
                                     int sum_warp)
       : work_(work), chunks_(chunks), sum_warp_(sum_warp) {
     if (work_.left > 0) open(plan);
   }
 
-  __device__ __forceinline__ bool inside() const { return chunk_ < last_; }
+  __device__ __forceinline__ bool inside() const { return chunk_ < split_end_; }
   __device__ __forceinline__ int chunk() const { return chunk_; }
   __device__ __forceinline__ int tile() const { return work_.tile; }
 
-  // Whether the next chunk, if there is one, is the first of an work.
+  // Goes to the next chunk. Returns true if that is the first one of a new item.
   __device__ __forceinline__ bool next(const SmallMPlan& plan) {
     chunk_ += plan.sum_warps;
-    if (chunk_ < end_) return false;
+    if (chunk_ < step_end_) return false;
     work_.next(plan);
     if (work_.left <= 0) {
-      last_ = 0;
-      end_ = INT_MAX;
+      split_end_ = 0;
+      step_end_ = INT_MAX;
       return false;
     }
     open(plan);
@@ -78,25 +79,28 @@ class Chunks {
   __device__ __forceinline__ void open(const SmallMPlan& plan) {
     const int first = work_.split * plan.split_chunks;
     chunk_ = first + sum_warp_;
-    last_ = min(first + plan.split_chunks, chunks_);
-    end_ = first + plan.steps * plan.sum_warps;
+    split_end_ = min(first + plan.split_chunks, chunks_);
+    step_end_ = first + plan.steps * plan.sum_warps;
   }
 
   WorkRange work_;
   int chunks_, sum_warp_;
-  int chunk_ = 0, last_ = 0, end_ = INT_MAX;  // the next one; where the split and its steps end
+  int chunk_ = 0;           // the current one
+  int split_end_ = 0;       // the chunks of the split end here
+  int step_end_ = INT_MAX;  // the steps through the split end here
 };
 
-// Whole CTA. True in the last of `splits` CTAs that come here: what all of them wrote before can be
-// read, past L1. `flag` is shared memory that nobody else uses until all threads have returned.
+// Whole CTA. Returns true in the CTA that comes last of the `splits` CTAs that call this with the
+// same counter: it may then read what all of them wrote before, by load_from_l2. `flag` is in
+// shared memory, and nothing else may use it until all threads have returned.
 __device__ __forceinline__ bool is_last_split(unsigned* counter, int splits, bool* flag) {
   __threadfence();  // what was written is visible before it is counted
   __syncthreads();
   if (threadIdx.x == 0) *flag = atomicAdd(counter, 1u) == static_cast<unsigned>(splits - 1);
   __syncthreads();
-  const bool last = *flag;
-  if (last) __threadfence();
-  return last;
+  const bool comes_last = *flag;
+  if (comes_last) __threadfence();
+  return comes_last;
 }
 
 template <int kCount>
@@ -104,7 +108,8 @@ struct TokenTileCount {
   static constexpr int count = kCount;
 };
 
-// Calls `launch` with the number of token tiles that a kernel is compiled for, as a type.
+// Calls `launch` with a number of token tiles that kernels are compiled for and that holds
+// `tokens`. The number comes as a type.
 template <class Launch>
 cudaError_t with_token_tiles(int64_t tokens, const Launch& launch) {
   switch (token_tiles(tokens)) {
