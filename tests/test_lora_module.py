@@ -173,6 +173,17 @@ def test_dropout_only_while_training_and_right_on_average(use_dora: bool) -> Non
     assert ((draws.mean(0) - expected).abs() <= 5.5 * standard_error + 1e-5).all()
 
 
+def test_a_first_call_with_dropout_leaves_none_in_eval_mode() -> None:
+    layer = trained(LoRALinear(base_layer("nf4"), r=4, lora_dropout=0.5))
+    x = torch.randn(4, IN, requires_grad=True)
+    expected = copy.deepcopy(layer).eval()(x)
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), x)
+    layer.train()(x)  # the first call, whose checked record the layer keeps
+    y = layer.eval()(x)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(y, expected) and torch.equal(gradient, expected_gradient)
+
+
 def test_dropout_leaves_the_base_alone() -> None:
     layer = LoRALinear(base_layer("nf4"), r=4, lora_dropout=0.9).train()
     x = torch.randn(5, IN)

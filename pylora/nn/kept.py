@@ -93,7 +93,7 @@ class KeptCall:
 
     def _call(self, x: Tensor, scaling: float, dropout: Dropout | None) -> Any:
         layer, low = self._layer, self._layer.low_rank
-        if low is not None and (low.scaling != scaling or low.dropout is not dropout):
+        if low is not None and (low.scaling != scaling or dropout is not None):
             layer = replace(layer, low_rank=replace(low, scaling=scaling, dropout=dropout))
         return self._record(x, layer)
 
@@ -114,8 +114,10 @@ class Kept:
     )
 
     def __init__(self, places: tuple[Place, ...], call: Any) -> None:
-        """`call` has been checked; its tensors stand in these places."""
+        """`call` has been checked; its tensors stand in these places. Its dropout is not kept."""
         self._record, self.layer = type(call), call.layer
+        if self.layer.low_rank is not None:
+            self.layer = replace(self.layer, low_rank=replace(self.layer.low_rank, dropout=None))
         # The values are kept beside their identities, which a freed tensor would pass on.
         dicts = {id(held): held for held, _ in places}.values()
         self._held = [(held, list(held.values()), [*map(id, held.values())]) for held in dicts]
