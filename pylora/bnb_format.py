@@ -19,9 +19,12 @@ from pylora.nf4 import (
     DEFAULT_NESTED_BLOCKSIZE,
     NF4_CODE,
     absmax_shape,
+    check_blocksize,
     packed_shape,
 )
 
+# bitsandbytes' quant_storage: the bytes of the codes, under the name of another dtype.
+_STORAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _STATE_KEY = "quant_state.bitsandbytes__nf4"
 ENTRY_NAMES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", _STATE_KEY)
 
@@ -146,9 +149,17 @@ def read_state_entries(weight: Tensor, entries: Mapping[str, Tensor]) -> dict[st
     try:
         facts = json.loads(bytes(blob.cpu().tolist()).decode())
         shape, blocksize = torch.Size(facts["shape"]), int(facts["blocksize"])
+        nested_blocksize = int(facts.get("nested_blocksize", DEFAULT_NESTED_BLOCKSIZE))
         dtype = getattr(torch, facts["dtype"])
         quant_type = facts["quant_type"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        check_blocksize(blocksize)
+        if nested_blocksize < 1:
+            raise ValueError(f"nested_blocksize is {nested_blocksize}; it must be positive")
+        if min(shape, default=0) < 0:
+            raise ValueError(f"shape is {list(shape)}; no size may be negative")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"dtype is {facts['dtype']!r}; it must be a floating-point dtype")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"weight.{_STATE_KEY} is not a readable NF4 description: {error}"
         ) from error
@@ -169,7 +180,7 @@ def read_state_entries(weight: Tensor, entries: Mapping[str, Tensor]) -> dict[st
         entries["nested_absmax"] if nested else None,
         entries["nested_quant_map"] if nested else None,
         offset,
-        int(facts.get("nested_blocksize", DEFAULT_NESTED_BLOCKSIZE)),
+        nested_blocksize,
     )
 
 
@@ -213,11 +224,17 @@ def _assemble(
     offset: Tensor | None,
     nested_blocksize: int,
 ) -> dict[str, Any]:
+    if packed.dtype not in _STORAGE_DTYPES:
+        raise ValueError(
+            f"weight has dtype {packed.dtype}; packed codes must be in uint8, or as bytes in a "
+            "floating-point dtype"
+        )
     qweight = packed.contiguous().view(-1).view(torch.uint8)
     needed = math.prod(packed_shape(shape, blocksize))
-    if qweight.numel() < needed:
+    if not needed <= qweight.numel() < needed + packed.element_size():
         raise ValueError(
-            f"weight holds {qweight.numel()} bytes; shape {tuple(shape)} needs {needed}"
+            f"weight holds {qweight.numel()} bytes in {packed.dtype}; shape {tuple(shape)} needs "
+            f"{needed}"
         )
     if nested_absmax is None and absmax.dtype != torch.float32:
         absmax = absmax.float()
@@ -225,7 +242,7 @@ def _assemble(
     if absmax.numel() != math.prod(wanted):
         raise ValueError(f"absmax has {absmax.numel()} elements; it must have {math.prod(wanted)}")
     return {
-        # A storage dtype wider than a byte pads an odd count; the padding carries nothing.
+        # A storage dtype wider than a byte pads the last element; the padding carries nothing.
         "qweight": qweight[:needed].view(packed_shape(shape, blocksize)),
         "absmax": absmax.view(wanted),
         "shape": shape,

@@ -125,8 +125,17 @@ def assert_refused(model: nn.Module, folder: Path, message: str, error: Any = Va
         ({"lora_dropout": 2.0}, r"adapter_config.json: lora_dropout is 2.0"),
         (
             {"alpha_pattern": {"other": "x"}},
-            r"adapter_config.json: lora_alpha is 'x'; it must be a number",
+            r"adapter_config.json: alpha_pattern holds 'x'; it must hold int or float only",
         ),
+        ({"rank_pattern": {"other": 2.0}}, r"rank_pattern holds 2.0; it must hold int only"),
+        ({"rank_pattern": {"other": True}}, r"rank_pattern holds True"),
+        ({"rank_pattern": {"ot[her": 2}}, r"rank_pattern holds 'ot\[her', which is no regular"),
+        ({"target_modules": "*"}, r"target_modules holds '\*', which is no regular expression"),
+        ({"target_modules": ["proj", 3]}, r"target_modules holds 3; it must hold str only"),
+        ({"exclude_modules": "(proj"}, r"exclude_modules holds '\(proj', which is no regular"),
+        ({"layers_to_transform": [0, "1"]}, r"layers_to_transform holds '1'"),
+        ({"layers_pattern": ["la)yers"]}, r"layers_pattern holds 'la\)yers', which is no regular"),
+        ({"modules_to_save": [None]}, r"modules_to_save holds None"),
         ({"use_dora": True}, r"'base_model.model.*lora_magnitude_vector' is missing"),
         ({"lora_bias": True}, r"lora_B.bias' is missing"),
         ({"target_modules": ["other"]}, r"LoRA for 'inner.proj', but adapter_config.json does not"),
@@ -168,6 +177,11 @@ A = "base_model.model.inner.proj.lora_A.weight"
         (lambda t: t.pop(A), "lora_A.weight' is missing"),
         (lambda t: t.update({A: torch.zeros(2, 9)}), r"shape \(2, 9\); it must be \(2, 8\)"),
         (lambda t: t.update({A: torch.zeros(2, 8, dtype=torch.int64)}), "dtype torch.int64"),
+        (lambda t: t.update({A: torch.full((2, 8), -torch.inf)}), "must hold finite numbers"),
+        (
+            lambda t: t.update({A: torch.full((2, 8), 1e39, dtype=torch.float64)}),
+            "finite numbers of torch.float32, but holds",
+        ),
         (
             lambda t: rename(t, A, A.removeprefix("base_model.")),
             "must start with 'base_model.model.'",
@@ -188,6 +202,47 @@ def test_tensors_that_are_refused(adapter: Path, change: Any, message: str) -> N
     assert_refused(Nested(), adapter, message)
 
 
+class WithCounter(Nested):
+    """A module to save that holds whole numbers beside weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+
+COUNTER = "base_model.model.norm.num_batches_tracked"
+WEIGHT = "base_model.model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        (WEIGHT, torch.ones(8, dtype=torch.int8), "dtype torch.int8; it must be floating point"),
+        (WEIGHT, torch.ones(8, dtype=torch.bool), "dtype torch.bool"),
+        (WEIGHT, torch.ones(8, dtype=torch.complex64), "dtype torch.complex64"),
+        (WEIGHT, torch.tensor([torch.nan] * 8), "must hold finite numbers of torch.float32"),
+        (COUNTER, torch.tensor(1.0), "dtype torch.float32; it must be torch.int64"),
+    ],
+)
+def test_saved_tensors_that_are_refused(
+    tmp_path: Path, key: str, value: Tensor, message: str
+) -> None:
+    model = pylora.add_lora(
+        WithCounter(), r=2, target_modules=["inner.proj"], modules_to_save=["norm"]
+    )
+    pylora.save_adapter(model, tmp_path)
+    pylora.load_adapter(WithCounter(), tmp_path)
+    edit_tensors(tmp_path, lambda tensors: tensors.update({key: value}))
+    assert_refused(WithCounter(), tmp_path, message)
+
+
+def test_numbers_that_half_precision_cannot_hold(adapter: Path) -> None:
+    edit_tensors(adapter, lambda tensors: tensors.update({A: torch.full((2, 8), 1e5)}))
+    pylora.load_adapter(Nested(), adapter)
+    with pytest.raises(ValueError, match=r"finite numbers of torch.float16"):
+        pylora.load_adapter(Nested(), adapter, dtype=torch.float16)
+
+
 def test_damaged_and_missing_files(adapter: Path) -> None:
     weights, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
     whole, text = weights.read_bytes(), config.read_text()
@@ -203,6 +258,8 @@ def test_damaged_and_missing_files(adapter: Path) -> None:
     for content, message in (("{", "is not JSON"), ("[]", "holds a list"), ('"a"', "holds a str")):
         config.write_text(content)
         assert_refused(model, adapter, message)
+    config.write_text('{"r": ' + "[" * 100_000)
+    assert_refused(model, adapter, "is not JSON")
     config.write_bytes(b"\xff\xfe\x00")
     assert_refused(model, adapter, "is not JSON")
     config.unlink()

@@ -247,7 +247,7 @@ def test_layers_of_different_rank(tmp_path: Path, ids: Tensor) -> None:
     train(model, ids)
     pylora.save_adapter(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["rank_pattern"] == {"^model.layers.1.mlp.up_proj": 2}
+    assert config["rank_pattern"] == {r"^model\.layers\.1\.mlp\.up_proj": 2}
     assert config["alpha_pattern"] == {"^model.layers.1.mlp.up_proj": 5}
     assert_as_accurate_as_torch(our_logits(model, ids), under_peft, tmp_path, ids, torch.float32)
     twin = pylora.load_adapter(nf4_llama(), tmp_path)
@@ -289,3 +289,55 @@ def test_wrapped_models_use_plain_names(tmp_path: Path) -> None:
     pylora.save_adapter(torch.compile(copy.deepcopy(model), backend="eager"), tmp_path)
     loaded = pylora.load_adapter(torch.compile(Nested(), backend="eager"), tmp_path)
     assert torch.equal(loaded.proj.lora_A, model.proj.lora_A)
+
+
+class Tied(nn.Module):
+    """An embedding and a head that share their weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mid, self.head = nn.Embedding(16, 8), nn.Linear(8, 8), nn.Linear(8, 16)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.mid(self.embed(ids)))
+
+
+@pytest.mark.parametrize("differ", [False, True])
+def test_a_tied_pair_is_two_parameters_only_if_the_file_says_so(
+    tmp_path: Path, differ: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["mid"], modules_to_save=["embed", "head"])
+    trained, ids = peft.get_peft_model(Tied(), config), torch.arange(16)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad and differ:
+                parameter.normal_()
+    trained.save_pretrained(tmp_path)
+    base = Tied()
+    base.load_state_dict({k: v for k, v in base.state_dict().items()})
+    base.mid.load_state_dict(trained.base_model.model.mid.base_layer.state_dict())
+    ours = pylora.load_adapter(base, tmp_path)
+    assert torch.allclose(ours(ids), trained(ids), atol=1e-6)
+    assert (ours.head.weight is ours.embed.weight) is not differ
+    assert ("they are two parameters now" in caplog.text) is differ
+
+
+@pytest.mark.parametrize("name", ["a+b", "c(d", "[e]", "f*"])
+def test_names_with_characters_of_regular_expressions(tmp_path: Path, name: str) -> None:
+    peft = pytest.importorskip("peft")
+    base = nn.Sequential(nn.ModuleDict({name: nn.Linear(8, 8), "g": nn.Linear(8, 8)}))
+    base.forward = lambda x: base[0]["g"](base[0][name](x))  # type: ignore[method-assign]
+    model = pylora.add_lora(copy.deepcopy(base), r=2, lora_alpha=4, target_modules=["g"])
+    other = pylora.add_lora(nn.ModuleDict({"x": nn.Linear(8, 8)}), r=3, lora_alpha=9)["x"]
+    other.base_layer = model[0][name]
+    model[0][name] = other
+    for layer in (model[0]["g"], other):
+        nn.init.normal_(layer.lora_B)
+    pylora.save_adapter(model, tmp_path)
+    reloaded = pylora.load_adapter(copy.deepcopy(base), tmp_path)
+    assert (reloaded[0][name].r, reloaded[0][name].scaling) == (3, 3.0)
+    by_peft = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).base_model.model
+    assert by_peft[0][name].scaling["default"] == 3.0
+    assert by_peft[0]["g"].scaling["default"] == 2.0

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -286,3 +289,50 @@ def test_from_linear_takes_dense_layers_only() -> None:
         NF4Linear.from_linear(nn.Conv1d(1, 1, 1))
     with pytest.raises(TypeError, match=r"dense nn.Linear"):
         NF4Linear.from_linear(bnb_linear(64, 64))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.to(torch.int16), "weight has dtype torch.int16"),
+        (lambda t: t > 7, "weight has dtype torch.bool"),
+        (lambda t: t.to(torch.float16), "holds 1024 bytes in torch.float16"),
+        (lambda t: t[:-1], "holds 511 bytes"),
+        (lambda t: torch.cat([t, t[:1]]), "holds 513 bytes"),
+    ],
+)
+def test_packed_bytes_that_are_refused(change: Callable[[Tensor], Tensor], message: str) -> None:
+    layer = NF4Linear(64, 16, bias=False)
+    before, state = layer.weight.clone(), layer.state_dict()
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict(state | {"weight": change(state["weight"])})
+    assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_packed_bytes_in_the_storage_dtypes_of_bitsandbytes(storage: torch.dtype) -> None:
+    layer, other = NF4Linear(64, 16, bias=False), NF4Linear(64, 16, bias=False)
+    state = layer.state_dict()
+    other.load_state_dict(state | {"weight": state["weight"].view(-1).view(storage).view(-1, 1)})
+    assert torch.equal(other.weight, layer.weight)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"blocksize": 0},
+        {"blocksize": 48},
+        {"nested_blocksize": 0},
+        {"shape": [-16, 64]},
+        {"dtype": "uint8"},
+        {"dtype": "nn"},
+        {"nested_offset": "much"},
+    ],
+    ids=str,
+)
+def test_descriptions_that_are_refused(facts: dict[str, Any]) -> None:
+    layer = NF4Linear(64, 16, double_quant=True)
+    state, key = layer.state_dict(), "weight.quant_state.bitsandbytes__nf4"
+    blob = json.dumps(json.loads(bytes(state[key].tolist())) | facts).encode()
+    with pytest.raises(RuntimeError, match="NF4Linear: "):
+        layer.load_state_dict(state | {key: torch.tensor(list(blob), dtype=torch.uint8)})

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,22 +81,65 @@ class AdapterConfig:
         )
 
 
-# JSON key -> the types its value may have.
-_TYPES: dict[str, tuple[type, ...]] = {
-    "r": (int,),
-    "lora_alpha": (int, float),
-    "target_modules": (str, list),
-    "lora_dropout": (int, float),
-    "use_rslora": (bool,),
-    "use_dora": (bool,),
-    "lora_bias": (bool,),
-    "modules_to_save": (list,),
-    "exclude_modules": (str, list),
-    "layers_to_transform": (int, list),
-    "layers_pattern": (str, list),
-    "rank_pattern": (dict,),
-    "alpha_pattern": (dict,),
+@dataclass(frozen=True)
+class _Kind:
+    """What the value of a JSON key may be.
+
+    types      of the value itself
+    items      of the entries of a list, or of the values of an object
+    patterns   True if a string, or the entries of a list or the keys of an object, are regular
+               expressions
+    """
+
+    types: tuple[type, ...]
+    items: tuple[type, ...] = ()
+    patterns: bool = False
+
+    def check(self, value: Any) -> None:
+        """Raises ValueError saying what the value must be."""
+        if not _is_one_of(value, self.types):
+            raise ValueError(f"is {value!r}; it must be {_names(self.types)}")
+        entries = value.values() if isinstance(value, dict) else value
+        for entry in entries if isinstance(value, (dict, list)) else ():
+            if not _is_one_of(entry, self.items):
+                raise ValueError(f"holds {entry!r}; it must hold {_names(self.items)} only")
+        if self.patterns:
+            for pattern in [value] if isinstance(value, str) else value:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ValueError(
+                        f"holds {pattern!r}, which is no regular expression: {error}"
+                    ) from error
+
+
+def _is_one_of(value: Any, types: tuple[type, ...]) -> bool:
+    # bool is a subclass of int, but no number in a configuration.
+    return isinstance(value, types) and (bool in types or not isinstance(value, bool))
+
+
+def _names(types: tuple[type, ...]) -> str:
+    return " or ".join(kind.__name__ for kind in types)
+
+
+_NUMBER = (int, float)
+_KINDS = {
+    "r": _Kind((int,)),
+    "lora_alpha": _Kind(_NUMBER),
+    "target_modules": _Kind((str, list), (str,)),
+    "lora_dropout": _Kind(_NUMBER),
+    "use_rslora": _Kind((bool,)),
+    "use_dora": _Kind((bool,)),
+    "lora_bias": _Kind((bool,)),
+    "modules_to_save": _Kind((list,), (str,)),
+    "exclude_modules": _Kind((str, list), (str,)),
+    "layers_to_transform": _Kind((int, list), (int,)),
+    "layers_pattern": _Kind((str, list), (str,), patterns=True),
+    "rank_pattern": _Kind((dict,), (int,), patterns=True),
+    "alpha_pattern": _Kind((dict,), _NUMBER, patterns=True),
 }
+# Their names are regular expressions if they are strings, and plain names if they are lists.
+_PATTERN_IF_STRING = ("target_modules", "exclude_modules")
 _REQUIRED = ("r", "lora_alpha", "target_modules")
 
 
@@ -108,21 +152,24 @@ def read_config(folder: Path) -> AdapterConfig:
         raise FileNotFoundError(f"{path} is missing; it must lie beside the adapter's weights")
     try:
         facts = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON that can be read: {error}") from error
     if not isinstance(facts, dict):
         raise ValueError(f"{path} holds a {type(facts).__name__}; it must hold an object")
     _refuse_unsupported(path, facts)
     values: dict[str, Any] = {}
-    for key, types in _TYPES.items():
+    for key, kind in _KINDS.items():
         value = facts.get(key)
         if value is None:
             if key in _REQUIRED:
                 raise ValueError(f"{path}: {key} is missing")
             continue
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            wanted = " or ".join(t.__name__ for t in types)
-            raise ValueError(f"{path}: {key} is {value!r}; it must be {wanted}")
+        if key in _PATTERN_IF_STRING and isinstance(value, str):
+            kind = replace(kind, patterns=True)
+        try:
+            kind.check(value)
+        except ValueError as error:
+            raise ValueError(f"{path}: {key} {error}") from error
         values[key] = value
     for key in ("layers_to_transform", "layers_pattern"):
         if key in values and not isinstance(values[key], list):
@@ -141,7 +188,7 @@ def _refuse_unsupported(path: Path, facts: dict[str, Any]) -> None:
             "convert the adapter with PEFT's path_initial_model_for_weight_conversion first"
         )
     for key, value in facts.items():
-        if key in _TYPES or key in _HARMLESS or key in ("peft_type", "init_lora_weights"):
+        if key in _KINDS or key in _HARMLESS or key in ("peft_type", "init_lora_weights"):
             continue
         if key in _NEUTRAL:
             if value is not None and value != _NEUTRAL[key]:
@@ -214,4 +261,4 @@ def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """The layers that differ from the default, by a regular expression that only their name
     matches.
     """
-    return {f"^{name}": value for name, value in values.items() if value != default}
+    return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}

@@ -19,7 +19,7 @@ from pylora.models.module_tree import (
     sites,
 )
 from pylora.models.targets import can_carry_lora, named_by
-from pylora.nn import LoRALinear
+from pylora.nn import LoRALinear, NF4Linear
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -46,8 +46,20 @@ class AdapterContents:
     """module -> key of its state dict -> tensor"""
 
 
-def read_contents(folder: Path, config: AdapterConfig, model: nn.Module) -> AdapterContents:
+@dataclass(frozen=True)
+class _Form:
+    """Shape and dtype of a tensor of the model, into which a tensor of the file is copied."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def read_contents(
+    folder: Path, config: AdapterConfig, model: nn.Module, dtype: torch.dtype
+) -> AdapterContents:
     """Reads the weights beside an adapter_config.json and checks that they fit `model`.
+
+    dtype   of the LoRA parameters, if the model has none yet
 
     Raises ValueError naming the file and the key that does not fit, FileNotFoundError, ImportError.
     """
@@ -65,7 +77,7 @@ def read_contents(folder: Path, config: AdapterConfig, model: nn.Module) -> Adap
         _place(contents, key, tensor)
     _check_same_modules(contents, model)
     for site in contents.targets:
-        _check_lora(contents, site, config)
+        _check_lora(contents, site, config, dtype)
     for site in saved:
         _check_saved(contents, site)
     return contents
@@ -151,7 +163,9 @@ def _check_same_modules(contents: AdapterContents, model: nn.Module) -> None:
             raise ValueError(f"{file}: {name!r} has {kind} in {only} only; both must have the same")
 
 
-def _check_lora(contents: AdapterContents, site: Site, config: AdapterConfig) -> None:
+def _check_lora(
+    contents: AdapterContents, site: Site, config: AdapterConfig, dtype: torch.dtype
+) -> None:
     file, module, entries = contents.file, site.module, contents.lora[site.name]
     existing = module if isinstance(module, LoRALinear) else None
     if existing is None and not can_carry_lora(module):
@@ -182,7 +196,9 @@ def _check_lora(contents: AdapterContents, site: Site, config: AdapterConfig) ->
             only = "the file" if wanted else "the model"
             raise ValueError(f"{file}: {key!r} is in {only} only; both must have it, or neither")
         if entry is not None:
-            _check_tensor(file, key, entry, shapes[attribute])
+            kept = None if existing is None else getattr(existing, attribute)
+            form = _Form(shapes[attribute], dtype if kept is None else kept.dtype)
+            _check_tensor(file, key, entry, form)
 
 
 def _key(name: str, attribute: str) -> str:
@@ -190,39 +206,60 @@ def _key(name: str, attribute: str) -> str:
 
 
 def _check_saved(contents: AdapterContents, site: Site) -> None:
-    shapes = _dense_state(site.module)
+    forms = _dense_state(site.module)
     entries = contents.saved_tensors[site.name]
-    for key in sorted(entries.keys() | shapes.keys()):
+    for key in sorted(entries.keys() | forms.keys()):
         full = f"{PREFIX}{site.name}.{key}"
         if key not in entries:
             raise ValueError(f"{contents.file}: key {full!r} is missing; it is in modules_to_save")
-        if key not in shapes:
+        if key not in forms:
             raise ValueError(
                 f"{contents.file}: key {full!r} must not be there: {site.name} has no {key}"
             )
-        if tuple(entries[key].shape) != shapes[key]:
-            _check_tensor(contents.file, full, entries[key], shapes[key])
+        _check_tensor(contents.file, full, entries[key], forms[key])
 
 
-def _dense_state(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of the state dict that a module has once its 4-bit layers are dense."""
+def _dense_state(module: nn.Module) -> dict[str, _Form]:
+    """The state dict that a module has once its 4-bit layers are dense."""
     layers = [Site("", module), *sites(module)]
     packed: dict[str, Any] = {site.name: site.module for site in layers if is_4bit(site.module)}
-    shapes: dict[str, tuple[int, ...]] = {}
+    forms: dict[str, _Form] = {}
     for name, layer in packed.items():
         prefix = f"{name}." if name else ""
-        shapes[f"{prefix}weight"] = (layer.out_features, layer.in_features)
+        dtype = _dense_dtype(layer)
+        forms[f"{prefix}weight"] = _Form((layer.out_features, layer.in_features), dtype)
         if layer.bias is not None:
-            shapes[f"{prefix}bias"] = (layer.out_features,)
+            forms[f"{prefix}bias"] = _Form((layer.out_features,), layer.bias.dtype)
     for key, value in module.state_dict().items():
         inside = "" in packed or is_below(key, packed)
         if not inside and isinstance(value, Tensor):
-            shapes[key] = tuple(value.shape)
-    return shapes
+            forms[key] = _Form(tuple(value.shape), value.dtype)
+    return forms
 
 
-def _check_tensor(file: Path, key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{file}: {key!r} has shape {tuple(tensor.shape)}; it must be {shape}")
-    if not tensor.dtype.is_floating_point:
+def _dense_dtype(layer: Any) -> torch.dtype:
+    """The dtype that the weight of a 4-bit layer has once it is dense."""
+    if isinstance(layer, NF4Linear):
+        return layer.weight_dtype
+    state = layer.weight.quant_state
+    return layer.weight.dtype if state is None else state.dtype
+
+
+def _check_tensor(file: Path, key: str, tensor: Tensor, form: _Form) -> None:
+    if tuple(tensor.shape) != form.shape:
+        raise ValueError(
+            f"{file}: {key!r} has shape {tuple(tensor.shape)}; it must be {form.shape}"
+        )
+    if not form.dtype.is_floating_point:
+        if tensor.dtype != form.dtype:
+            raise ValueError(
+                f"{file}: {key!r} has dtype {tensor.dtype}; it must be {form.dtype}, as in the "
+                "model"
+            )
+    elif not tensor.dtype.is_floating_point:
         raise ValueError(f"{file}: {key!r} has dtype {tensor.dtype}; it must be floating point")
+    elif not tensor.to(form.dtype).isfinite().all():
+        raise ValueError(
+            f"{file}: {key!r} must hold finite numbers of {form.dtype}, but holds NaN, inf or a "
+            "number beyond them"
+        )

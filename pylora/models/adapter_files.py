@@ -103,7 +103,7 @@ def load_adapter(
     root, folder = unwrapped(model), Path(path)
     refuse_peft_model(root)
     config = read_config(folder)
-    contents = read_contents(folder, config, root)
+    contents = read_contents(folder, config, root, dtype)
     settings = _settings(folder, config, contents, dtype)
     if not lora_layers(root):
         install(root, contents.targets, settings, contents.saved)
@@ -135,10 +135,38 @@ def _fill(model: nn.Module, settings: dict[str, LoraSettings], contents: Adapter
         for attribute, tensor in entries.items():
             getattr(layer, attribute).copy_(tensor)
     trained = fully_trained_modules(model)
+    _untie(model, trained, contents)
     for name, values in contents.saved_tensors.items():
         state = trained[name].state_dict()
         for key, tensor in values.items():
             state[key].copy_(tensor)
+
+
+def _untie(model: nn.Module, trained: dict[str, nn.Module], contents: AdapterContents) -> None:
+    """Gives fully trained modules that share a parameter one each if the file has two values.
+
+    PEFT trains a copy of each module, so that the tensors of a tied pair may differ in its files.
+    """
+    first_values: dict[int, tuple[str, Tensor]] = {}
+    for name, values in contents.saved_tensors.items():
+        module = trained[name]
+        for key, parameter in list(module.named_parameters(remove_duplicate=False)):
+            first, value = first_values.setdefault(id(parameter), (f"{name}.{key}", values[key]))
+            if torch.equal(value, values[key]):
+                continue
+            owner, _, attribute = key.rpartition(".")
+            own = nn.Parameter(parameter.clone(), requires_grad=parameter.requires_grad)
+            setattr(module.get_submodule(owner), attribute, own)
+            config: Any = getattr(model, "config", None)
+            if getattr(config, "tie_word_embeddings", False):
+                config.tie_word_embeddings = False
+            logger.warning(
+                "%s.%s and %s were one parameter, but the adapter has different values for them: "
+                "they are two parameters now, as in PEFT, and config.tie_word_embeddings is False",
+                name,
+                key,
+                first,
+            )
 
 
 def _for_safetensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
