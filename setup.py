@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent
 
 # pip builds without this folder on the path of modules.
 sys.path.insert(0, str(ROOT / "tools"))
-from kept_objects import kept_object, tool_version  # noqa: E402
+from kept_objects import content_key, kept_object, tool_version  # noqa: E402, F401
 
 sys.path.pop(0)
 
