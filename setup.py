@@ -3,12 +3,14 @@
     MAX_JOBS            compilations at a time (default: the number of cores)
     CXX                 the C++ compiler (default: c++, g++ or clang++)
     CUDA_HOME           the CUDA toolkit (default: that of the nvcc on PATH); empty: no GPU kernels
-    PYLORA_CUDA_ARCHS   narrows the GPU architectures, such as "80;90a;100+PTX"
+    PYLORA_CUDA_ARCHS   the GPU architectures, such as "80;90a;100+PTX"; "all" for a
+                        wheel that others install (default: that of the GPUs in this machine)
+    PYLORA_BUILD_CACHE  where compiled CUDA files are kept by content (default: build/objects)
     PYLORA_EXTENSION    a compiled extension to install as it is, instead of compiling
     PYLORA_SANITIZE     builds with -fsanitize=..., such as "address,undefined" (see `make asan`)
 
-What is missing is left out with one line that says so: without nvcc the GPU kernels, without a
-compiler or torch the whole extension (pylora then runs on PyTorch alone). No GPU is asked for.
+What is missing is left out with one line that says so: without nvcc or a GPU the GPU kernels,
+without a compiler or torch the whole extension (pylora then runs on PyTorch alone).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +35,12 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+
+# pip builds without this folder on the path of modules.
+sys.path.insert(0, str(ROOT / "tools"))
+from kept_objects import content_key, kept_object, tool_version  # noqa: E402, F401
+
+sys.path.pop(0)
 
 # The oldest torch whose stable ABI has all we call; one build then serves it and every later one.
 TORCH_TARGET = (2, 10)
@@ -90,36 +99,53 @@ class Cuda:
     archs: list[str]
 
     @classmethod
-    def find(cls) -> Cuda | None:
+    def find(cls, archs: str | None = None) -> Cuda | str:
+        """The toolkit, for `archs` or what PYLORA_CUDA_ARCHS asks for; or why there is none."""
         home = os.environ.get("CUDA_HOME")
+        if home == "":
+            return "CUDA_HOME is empty"
         found = shutil.which("nvcc", path=f"{home}/bin" if home is not None else None)
-        if found is None or home == "":
-            return None
+        if found is None:
+            return "nvcc was not found (CUDA_HOME, PATH)"
         nvcc = Path(found)
-        output = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
-        release = re.search(r"release (\d+\.\d+)", output.stdout)
+        release = re.search(r"release (\d+\.\d+)", tool_version(found))
+        version = release.group(1) if release else "unknown"
+        asked = archs or os.environ.get("PYLORA_CUDA_ARCHS")
+        chosen = cls._known(nvcc) if asked == "all" else re.split(r"[;,\s]+", asked or "")
+        if not asked:
+            gpus = gpu_capabilities()
+            fitting = {arch_for(gpu, cls._known(nvcc)) for gpu in gpus}
+            chosen = sorted(arch for arch in fitting if arch is not None)
+            if not chosen:
+                here = f"a GPU of {', '.join(gpus)}, which is too old" if gpus else "no GPU"
+                return (
+                    f"nvcc {version} is here, but nvidia-smi lists {here}; to compile for other "
+                    "GPUs set PYLORA_CUDA_ARCHS to a list such as 80;90a, or to all"
+                )
         # What is on PATH may be a link or a script; nvcc itself knows where it lies.
         dry_run = [nvcc, "--dryrun", "-x", "cu", "-E", os.devnull]
         output = subprocess.run(dry_run, capture_output=True, text=True)
         here = re.search(r"_HERE_=(.+)", output.stderr + output.stdout)
-        archs = os.environ.get("PYLORA_CUDA_ARCHS") or cls._known(nvcc)
         return cls(
             nvcc,
             Path(here.group(1).strip()).parent if here else nvcc.resolve().parent.parent,
-            release.group(1) if release else "unknown",
-            [arch for arch in re.split(r"[;,\s]+", archs.replace(".", "")) if arch],
+            version,
+            [arch for arch in (name.replace(".", "") for name in chosen) if arch],
         )
 
     @staticmethod
-    def _known(nvcc: Path) -> str:
-        """The default architectures, less those that an older nvcc has never heard of."""
+    def _known(nvcc: Path) -> list[str]:
+        """CUDA_ARCHS, less those that an older nvcc has never heard of."""
         listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True)
+        archs = CUDA_ARCHS.split(";")
         if listed.returncode != 0:
-            return CUDA_ARCHS
+            return archs
         known = listed.stdout.split()
-        return ";".join(
-            arch for arch in CUDA_ARCHS.split(";") if "sm_" + re.sub(r"\D.*", "", arch) in known
-        )
+        return [arch for arch in archs if "sm_" + re.sub(r"\D.*", "", arch) in known]
+
+    def flags(self) -> list[str]:
+        """What decides the machine code, beside the sources and the version of nvcc."""
+        return ["-std=c++20", "-O3", "-DNDEBUG", "-Icsrc", *self.gencode()]
 
     def gencode(self) -> list[str]:
         flags = []
@@ -140,6 +166,33 @@ class Cuda:
             f"pylora: nvcc is {self.nvcc}, but libcudart_static.a is not below {self.home}: "
             "point CUDA_HOME to a whole toolkit, or leave it empty to build without GPU kernels"
         )
+
+
+def gpu_capabilities() -> list[str]:
+    """Such as "9.0", of the GPUs in this machine; none where nvidia-smi finds none."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    output = subprocess.run(command, capture_output=True, text=True)
+    return re.findall(r"^\d+\.\d+$", output.stdout, re.M) if output.returncode == 0 else []
+
+
+def arch_for(capability: str, archs: Sequence[str]) -> str | None:
+    """The one of `archs` whose code a GPU runs best: its own, else the newest PTX before it."""
+    major, minor = map(int, capability.split("."))
+
+    def version(arch: str) -> tuple[int, int]:
+        number = int(re.sub(r"\D.*", "", arch))
+        return number // 10, number % 10
+
+    def runs(arch: str) -> bool:
+        if "a" in arch:
+            return version(arch) == (major, minor)
+        return version(arch)[0] == major and version(arch)[1] <= minor
+
+    own = [arch for arch in archs if runs(arch)]
+    ptx = [arch for arch in archs if arch.endswith("+PTX") and version(arch) < (major, minor)]
+    return max(own or ptx, key=version, default=None)
 
 
 def source_digest() -> str:
@@ -179,6 +232,7 @@ def extension_or_reason() -> tuple[list[Extension], str | None]:
         return [], "no C++ compiler was found (tried CXX, c++, g++, clang++)"
     # What a source distribution must hold; what is compiled, and how, is decided below.
     files = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.*"))]
+    files.append("tools/kept_objects.py")
     sources = [file for file in files if file.endswith((".cpp", ".cu"))]
     return [Extension("pylora._C", sources, depends=files)], None
 
@@ -199,9 +253,8 @@ class Compilation:
             return None
         if path.suffix == ".cu":
             return [
-                str(self.cuda.nvcc), "-std=c++20", "-O3", "-DNDEBUG", "-Icsrc",
-                *self.cuda.gencode(), "-ccbin", self.compiler[-1],
-                "-Xcompiler", "-fPIC,-fvisibility=hidden", "-t", str(max_jobs()),
+                str(self.cuda.nvcc), *self.cuda.flags(), "-ccbin", self.compiler[-1],
+                "-Xcompiler", "-fPIC,-fvisibility=hidden",
             ]  # fmt: skip
         isa = isa_flags(path.stem)
         if path.suffix != ".cpp" or isa is None:
@@ -216,6 +269,22 @@ class Compilation:
         if on_gpu:
             command += ["-isystem", f"{self.cuda.home}/include"]
         return command
+
+    def cuda_objects(self, sources: Iterable[Path]) -> dict[Path, Path]:
+        """The object of each CUDA file, compiled or from earlier."""
+
+        def compiled(source: Path) -> tuple[Path, bool]:
+            command = self.command(source.relative_to(ROOT))
+            assert command is not None and self.cuda is not None
+            tools = (str(self.cuda.nvcc), self.compiler[-1])
+            return kept_object(command, source, [ROOT / "csrc"], tools, ["-t", str(max_jobs())])
+
+        sources = list(sources)
+        with ThreadPoolExecutor(max_jobs()) as pool:
+            objects = list(pool.map(compiled, sources))
+        reused = sum(old for _, old in objects)
+        say(f"{len(objects) - reused} CUDA files compiled, {reused} as they were compiled earlier")
+        return {source: path for source, (path, _) in zip(sources, objects, strict=True)}
 
     def _torch_flags(self) -> list[str]:
         target = "0x{:02x}{:02x}000000000000".format(*TORCH_TARGET)
@@ -236,6 +305,10 @@ class Compilation:
                 "-DPYLORA_CUDA_ARCHS=" + ",".join(f'"{arch}"' for arch in self.cuda.archs),
             ]
         return flags
+
+
+def cuda_files() -> list[Path]:
+    return sorted((ROOT / "csrc").glob("**/*.cu"))
 
 
 def is_torch_facing(path: Path) -> bool:
@@ -259,17 +332,21 @@ class BuildExtension(build_ext):
         tag = "-".join([sys.implementation.cache_tag, *SANITIZE.split(",")]).rstrip("-")
         objects = ROOT / "build" / tag
         objects.mkdir(parents=True, exist_ok=True)
-        cuda = Cuda.find()
+        found = Cuda.find()
+        cuda = found if isinstance(found, Cuda) else None
         if cuda is None:
-            say("nvcc was not found (CUDA_HOME, PATH): building without the GPU kernels")
+            say(f"building without the GPU kernels: {found}")
         else:
             say(f"GPU kernels with CUDA {cuda.version} for {', '.join(cuda.archs)}")
         torch_include = torch_folder() / "include"
         version = self.distribution.get_version()
         compilation = Compilation(find_compiler(), torch_include, cuda, version)
         steps = self._compile_steps(objects, compilation)
+        linked = [step.output for step in steps]
+        if cuda is not None:
+            linked += compilation.cuda_objects(cuda_files()).values()
         built = objects / "_C.so"
-        steps.append(self._link_step(built, [step.output for step in steps], cuda))
+        steps.append(self._link_step(built, linked, cuda))
         run_steps(objects, steps)
         self._put(built, ext)
 
@@ -283,7 +360,7 @@ class BuildExtension(build_ext):
 
     def _compile_steps(self, objects: Path, compilation: Compilation) -> list[Step]:
         steps = []
-        for source in sorted((ROOT / "csrc").glob("**/*.c*")):
+        for source in sorted((ROOT / "csrc").glob("**/*.cpp")):
             path = source.relative_to(ROOT)
             output = objects / path.with_suffix(f"{path.suffix}.o")
             depfile = Path(f"{output}.d")

@@ -7,6 +7,7 @@ ahead of time is therefore what a GPU would be asked to run, with the configurat
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -145,6 +146,7 @@ def _recorded() -> Iterator[dict[Variant, None]]:
         yield variants
 
 
+@functools.cache  # it is quantized for real
 def _weight(out_features: int, in_features: int, blocksize: int, nested: bool) -> tuple[Any, ...]:
     w = pylora.quantize_nf4(torch.zeros(out_features, in_features), blocksize, nested)
     return w.to("meta").op_arguments()

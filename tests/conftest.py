@@ -36,6 +36,7 @@ def _load(name: str, path: Path) -> None:
 
 _load("benchmarks", ROOT / "benchmarks" / "__init__.py")
 _load("flat_calls", ROOT / "tests" / "flat_calls.py")
+_load("kept_objects", ROOT / "tools" / "kept_objects.py")
 _load("host_cuda", ROOT / "tests" / "host_cuda" / "__init__.py")
 
 VARIANTS = [("reference", "pure PyTorch", None), *variants()]
@@ -67,11 +68,11 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def compiled() -> Callable[..., Path]:
     """Builds a program of host_cuda/ with the kernels it runs."""
-    from host_cuda import compiler
+    from host_cuda import compiled
 
-    return compiler(tmp_path_factory.mktemp("host_cuda"))
+    return compiled
 
 
 @pytest.fixture

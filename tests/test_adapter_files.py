@@ -248,7 +248,7 @@ def test_layers_of_different_rank(tmp_path: Path, ids: Tensor) -> None:
     pylora.save_adapter(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["rank_pattern"] == {r"^model\.layers\.1\.mlp\.up_proj": 2}
-    assert config["alpha_pattern"] == {"^model.layers.1.mlp.up_proj": 5}
+    assert config["alpha_pattern"] == {r"^model\.layers\.1\.mlp\.up_proj": 5}
     assert_as_accurate_as_torch(our_logits(model, ids), under_peft, tmp_path, ids, torch.float32)
     twin = pylora.load_adapter(nf4_llama(), tmp_path)
     assert torch.equal(our_logits(twin, ids), our_logits(model, ids))

@@ -62,7 +62,7 @@ def test_the_installation_needs_no_network(tmp_path: Path):
         pytest.fail("pylora._C is older than its sources: install pylora again")
     checkout = tmp_path / "checkout"
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
-    for folder in ("pylora", "kernels", "csrc", "benchmarks/gpu"):
+    for folder in ("pylora", "kernels", "csrc", "tools", "benchmarks/gpu"):
         shutil.copytree(ROOT / folder, checkout / folder, ignore=ignored)
     files = ["setup.py", "pyproject.toml", "README.md", "LICENSE"]
     for file in (*files, "benchmarks/__init__.py", "benchmarks/results.py"):

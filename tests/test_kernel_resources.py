@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from benchmarks.resources import cuda as resources
-from benchmarks.resources import cycle_model
+from benchmarks.resources import cycle_model, sources
 
 CYCLES = {"issue": 41.5, "arithmetic": 30.5, "shared": 30.0, "tensor": 12.9, "memory": 64.4}
 BEFORE = {
@@ -117,3 +120,92 @@ def test_decoder_counts_the_weights_of_a_warp() -> None:
     loop = decoder.loop("nf4_linear_backward_small_m<bf16, 2>", code)
     assert loop is not None and loop.weights == 1024
     assert decoder.loop("nf4_linear_backward_small_m<bf16, 2>", code[:8]) is None
+
+
+ROW = BEFORE | {"instructions": 100}
+
+
+@pytest.fixture
+def toolkit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
+    """Two CUDA files, of which b.cu changed after the table was made; gives what is compiled."""
+    compiled: list[list[str]] = []
+
+    class Files:
+        missing = None
+        toolkit = SimpleNamespace(version="13.0")
+
+        def keys(self) -> dict[str, str]:
+            return {"a.cu": "1", "b.cu": "3"}
+
+        def objects(self, files: Any) -> dict[str, Path]:
+            compiled.append(list(files))
+            return {file: Path(file) for file in compiled[-1]}
+
+    rows = {f"kernel of {file}": ROW | {"file": file} for file in ("a.cu", "b.cu")}
+    table = {"cuda": "13.0", "sources": {"a.cu": "1", "b.cu": "2"}, "kernels": {"sm_80": rows}}
+    monkeypatch.setattr(resources, "TABLE", tmp_path / "table.json")
+    resources.TABLE.write_text(json.dumps(table))
+    monkeypatch.setattr(resources, "CudaFiles", Files)
+    monkeypatch.setattr(resources, "measure", lambda path: {"sm_80": {f"kernel of {path}": ROW}})
+    monkeypatch.setattr(sys, "argv", ["cuda"])
+    monkeypatch.delenv("CI_FULL", raising=False)
+    return compiled
+
+
+def test_only_a_changed_file_is_compiled(toolkit, capsys) -> None:
+    assert resources.main() == 0
+    assert toolkit == [["b.cu"]]
+    printed = capsys.readouterr().out
+    assert "compiled: b.cu\n" in printed
+    assert "not compiled, since the table was made from the same sources: a.cu\n" in printed
+
+
+def test_all_files_are_compiled_if_asked(toolkit, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("CI_FULL", "1")
+    assert resources.main() == 0
+    assert toolkit == [["a.cu", "b.cu"]] and "not compiled" not in capsys.readouterr().out
+
+
+def test_a_changed_file_is_compared_with_its_rows(toolkit, monkeypatch, capsys) -> None:
+    worse = ROW | {"registers": 200}
+    monkeypatch.setattr(resources, "measure", lambda path: {"sm_80": {"kernel of b.cu": worse}})
+    assert resources.main() == 1
+    assert "WORSE sm_80 kernel of b.cu: registers 122 -> 200\n" in capsys.readouterr().out
+    monkeypatch.setattr(resources, "measure", lambda path: {"sm_80": {}})
+    assert resources.main() == 1
+    printed = capsys.readouterr().out
+    assert "kernel of b.cu is gone" in printed and "kernel of a.cu" not in printed
+
+
+def test_a_table_that_is_written_holds_what_it_was_made_from(toolkit, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["cuda", "--write"])
+    assert resources.main() == 0
+    assert toolkit == [["a.cu", "b.cu"]]
+    written = json.loads(resources.TABLE.read_text())
+    assert written["sources"] == {"a.cu": "1", "b.cu": "3"}
+    assert written["kernels"]["sm_80"]["kernel of a.cu"]["file"] == "a.cu"
+    monkeypatch.setattr(sys, "argv", ["cuda"])
+    assert resources.main() == 0 and len(toolkit) == 1
+
+
+def test_without_a_toolkit_the_reason_is_told(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("CUDA_HOME", "")
+    monkeypatch.setattr(sys, "argv", ["cuda"])
+    assert resources.main() == 0
+    assert capsys.readouterr().out == "no CUDA kernel was checked: CUDA_HOME is empty\n"
+
+
+def test_a_key_is_of_the_source_its_headers_and_the_compiler(monkeypatch) -> None:
+    files = sources.CudaFiles()
+    files.toolkit = SimpleNamespace(flags=lambda: ["-O3"], nvcc="nvcc")
+    monkeypatch.setattr(files.setup, "tool_version", lambda tool: "release 13.0")
+    keys = files.keys()
+    assert keys == files.keys() and len(set(keys.values())) == len(keys) > 5
+    monkeypatch.setattr(files.setup, "tool_version", lambda tool: "release 13.1")
+    assert not set(keys.values()) & set(files.keys().values())
+
+
+def test_a_kernel_in_two_files_is_an_error(monkeypatch) -> None:
+    monkeypatch.setattr(resources, "measure", lambda path: {"sm_80": {"kernel": ROW}})
+    with pytest.raises(SystemExit, match=r"b\.cu: kernel is in another CUDA file as well"):
+        resources.measure_files({"a.cu": Path("a"), "b.cu": Path("b")})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 
 import pytest
 
@@ -37,6 +39,48 @@ def test_hopper_multiplies_on_its_matrix_unit_without_spills() -> None:
     assert len(resources.absolute_problems(tiles[0], 90, worse)) == 3
     without = {key: value for key, value in numbers.items() if key != "cycles"}
     assert resources.absolute_problems(tiles[0], 90, without) == ["no main loop found"]
+
+
+def test_only_a_changed_variant_is_compiled(monkeypatch, tmp_path, capsys) -> None:
+    """With the Triton of the table, and with another one, of which the limits alone are kept."""
+    variants = launches(90)[:2]
+    names = list(resources.named(variants))
+    keys = [resources.variant_key(variant, 90) for variant in variants]
+    table, limits = tmp_path / "table.json", tmp_path / "limits.json"
+    compiled: list[str] = []
+
+    def measure_all(changed, capability):
+        compiled[:] = map(str, changed)
+        return [dict(numbers) for _ in changed]
+
+    numbers = {"registers": 1, "shared": 0, "spills": 0, "instructions": 9, "matrix": 8}
+    numbers |= {"loads_16": 1, "loads_8": 0, "cycles": CYCLES, "binds": "issue"}
+    monkeypatch.setattr(resources, "SHARED", {90: 1 << 20})
+    monkeypatch.setattr(resources, "launches", lambda capability: variants)
+    monkeypatch.setattr(resources, "measure_all", measure_all)
+    monkeypatch.setattr(resources, "TABLE", table)
+    monkeypatch.setattr(resources, "LIMITS", limits)
+    monkeypatch.delenv("CI_FULL", raising=False)
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["triton", *arguments])
+        assert resources.main() == 0
+        return capsys.readouterr().out
+
+    run("--write")
+    assert len(compiled) == 2
+    assert [json.loads(table.read_text())["kernels"]["sm_90"][n]["key"] for n in names] == keys
+    assert "2 variants not compiled, since table.json was made" in run() and compiled == []
+    monkeypatch.setenv("CI_FULL", "1")
+    assert "not compiled" not in run() and len(compiled) == 2
+    monkeypatch.delenv("CI_FULL")
+    variants[0] = replace(variants[0], options=(*variants[0].options, ("maxnreg", 24)))
+    assert "1 variants not compiled" in run() and compiled == [str(variants[0])]
+
+    monkeypatch.setattr(resources.triton, "__version__", "0.1")
+    assert "not compiled" not in run() and len(compiled) == 2
+    run("--write-limits")
+    assert "2 variants not compiled, since limits.json was made" in run() and compiled == []
 
 
 CYCLES = {"issue": 90.0, "arithmetic": 80.0, "shared": 40.0, "tensor": 20.0, "memory": 64.4}

@@ -2,6 +2,7 @@
 
     python -m tools.torch_headers            every minor release from the oldest that pylora takes
     python -m tools.torch_headers 2.11 2.15  these alone
+    python -m tools.torch_headers --ends     the oldest and the newest alone
 
 The releases are what pip's index has: the newest patch of each minor. Their headers come from the
 macOS wheels, which are the smallest by far (about 100 MB); the headers are the same for every
@@ -107,7 +108,9 @@ def compile_error(compilation: setup.Compilation, path: Path) -> str | None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.torch_headers")
     parser.add_argument("minor", nargs="*", help="such as 2.11; default: every one")
-    wanted = parser.parse_args().minor
+    parser.add_argument("--ends", action="store_true", help="the oldest and the newest alone")
+    arguments = parser.parse_args()
+    wanted = arguments.minor
     compiler = setup.find_compiler()
     if compiler is None:
         raise SystemExit("no C++ compiler was found (tried CXX, c++, g++, clang++)")
@@ -117,10 +120,16 @@ def main() -> int:
         if unknown := set(wanted) - set(known):
             raise SystemExit(f"minor must be among {', '.join(known)}; got {' '.join(unknown)}")
         releases = [known[minor] for minor in wanted]
+    if arguments.ends:
+        between = [str(release) for release in releases[1:-1]]
+        print(f"not checked, since --ends is given: torch {', '.join(between) or 'none'}")
+        releases = [*releases[:1], *releases[1:][-1:]]
 
     project = Distribution()
     project.parse_config_files()
-    cuda = setup.Cuda.find()
+    # To parse these files needs the toolkit's headers and no GPU.
+    found = setup.Cuda.find("all")
+    cuda = found if isinstance(found, setup.Cuda) else None
     compilation = setup.Compilation(compiler, Path(), cuda, project.get_version())
     files = torch_facing_files()
     skipped = [path for path in files if compilation.command(path) is None]
@@ -136,7 +145,7 @@ def main() -> int:
                 print(f"torch {release}: {path} does not compile:\n{error}")
         print(f"torch {release}: {errors.count(None)} of {len(files)} files compile", flush=True)
     for path in skipped:
-        print(f"{path}: not checked, since nvcc was not found (CUDA_HOME, PATH)")
+        print(f"{path}: not checked: {found}")
     return 1 if failures else 0
 
 

@@ -19,6 +19,7 @@ import sys
 import sysconfig
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from benchmarks.gpu.steps import ROOT
@@ -80,14 +81,19 @@ def why_not(info: dict[str, Any] | str, arch: str | None) -> str | None:
     return None
 
 
-def source_digest() -> str:
-    """The digest that setup.py computes; a script cannot be imported in the ordinary way."""
+def load_setup() -> ModuleType:
+    """setup.py; a script cannot be imported in the ordinary way."""
     spec = importlib.util.spec_from_file_location("pylora_setup", ROOT / "setup.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclasses look themselves up here
     spec.loader.exec_module(module)
-    return module.source_digest()
+    return module
+
+
+def source_digest() -> str:
+    """The digest that setup.py computes of the sources and flags of the extension."""
+    return load_setup().source_digest()
 
 
 def carried(arch: str | None) -> Path | None:

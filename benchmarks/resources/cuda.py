@@ -5,12 +5,15 @@
     python -m benchmarks.resources.cuda --explain "lora_linear_small_m<bf16, 1, false>" sm_90a
                                                     what keeps the SM busy in a main loop
 
-No GPU is needed: the numbers are read from the machine code in `pylora._C` by cuobjdump, which
-comes with the Triton wheel. Worse means a spill, a kernel gone, more registers or shared memory,
-fewer 16-byte accesses or matrix instructions than the table says, or more cycles of the slowest
-part of the SM (`cycle_model`). A change that means it updates the table in the same commit. Shared
-memory is the static one. Registers count as the hardware hands them out, in eights: below that, two
-builds of the same source differ, since ptxas orders some of its work by where the heap lies.
+No GPU is needed: the CUDA files are compiled for every architecture that we ship, and cuobjdump,
+which comes with the Triton wheel, lists their machine code. A file whose key is that of the table
+is not compiled again unless CI_FULL=1 is set (`sources`).
+
+Worse means a spill, a kernel gone, more registers or shared memory, fewer 16-byte accesses or
+matrix instructions than the table says, or more cycles of the slowest part of the SM
+(`cycle_model`). A change that means it updates the table in the same commit. Shared memory is the
+static one. Registers count as the hardware hands them out, in eights: below that, two builds of the
+same source differ, since ptxas orders some of its work by where the heap lies.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +32,7 @@ from typing import Any
 
 from benchmarks.resources import cycle_model, sass
 from benchmarks.resources.cycle_model import Loop
+from benchmarks.resources.sources import CudaFiles, everything
 
 TABLE = Path(__file__).parents[1] / "results" / "kernel_resources.json"
 # The column is checked in this direction: +1 where more is worse, -1 where less is.
@@ -109,15 +113,6 @@ DECODERS = {
 WITHOUT_WEIGHTS = ("lora_shrink_many_rows",)
 
 
-def find_extension() -> Path:
-    import pylora
-
-    modules = list(Path(pylora.__file__).parent.glob("_C.*.so"))
-    if not modules:
-        raise SystemExit("pylora._C is not built")
-    return modules[0]
-
-
 def short_name(mangled: str) -> str:
     """`lora_linear_small_m<bf16, 1, false>` of a mangled kernel name."""
     position, names = 3, []
@@ -176,6 +171,26 @@ def measure(module: Path) -> Table:
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # most of the time is cuobjdump's
         list(pool.map(add_code, table))
     return table
+
+
+def measure_files(objects: Mapping[str, Path]) -> Table:
+    """The columns of every kernel in the objects, with the CUDA file that it comes from."""
+    table: Table = {}
+    for file, path in objects.items():
+        for arch, kernels in measure(path).items():
+            rows = table.setdefault(arch, {})
+            if twice := rows.keys() & kernels.keys():
+                raise SystemExit(f"{file}: {', '.join(twice)} is in another CUDA file as well")
+            rows |= {name: numbers | {"file": file} for name, numbers in kernels.items()}
+    return table
+
+
+def without_files(table: Table, files: Sequence[str]) -> Table:
+    """The rows whose kernels do not come from `files`."""
+    return {
+        arch: {name: row for name, row in kernels.items() if row.get("file") not in files}
+        for arch, kernels in table.items()
+    }
 
 
 def numbers_of(kernel: str, code: sass.Code, arch: str) -> dict[str, Any]:
@@ -240,14 +255,13 @@ def show(table: Table) -> None:
             print(f"{arch:8} {name:38}{numbers.get('binds', ''):>11}{cells}")
 
 
-def explain(module: Path, kernel: str, arch: str) -> str:
+def explain(code: Mapping[str, sass.Code], kernel: str, arch: str) -> str:
     if arch not in cycle_model.ARCHS:
         raise SystemExit(f"--explain: {arch} must be one of {', '.join(cycle_model.ARCHS)}")
-    found = machine_code(module, arch)
-    if kernel not in found:
-        raise SystemExit(f"--explain: no {kernel} for {arch}; there are {', '.join(sorted(found))}")
+    if kernel not in code:
+        raise SystemExit(f"--explain: no {kernel} for {arch}; there are {', '.join(sorted(code))}")
     decoder = DECODERS.get(base_name(kernel))
-    loop = decoder.loop(kernel, found[kernel]) if decoder else None
+    loop = decoder.loop(kernel, code[kernel]) if decoder else None
     if loop is None:
         raise SystemExit(f"--explain: {kernel} has no main loop that decodes weights for {arch}")
     return cycle_model.explain(loop, cycle_model.ARCHS[arch])
@@ -256,7 +270,6 @@ def explain(module: Path, kernel: str, arch: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resources.cuda")
     parser.add_argument("--write", action="store_true", help="replace the committed table")
-    parser.add_argument("--module", type=Path, help="a built _C.*.so; default: pylora's own")
     parser.add_argument("--explain", nargs=2, metavar=("KERNEL", "ARCH"))
     parser.add_argument("--clock", type=float, help="GHz, in place of each device's")
     parser.add_argument("--bandwidth", type=float, help="TB/s, in place of each device's")
@@ -267,29 +280,39 @@ def main() -> int:
         parser.error("the table is of the devices' own clocks and bandwidths")
     for name, arch in cycle_model.ARCHS.items():
         cycle_model.ARCHS[name] = dataclasses.replace(arch, **given)
-    from pylora import _C
-
-    if not _C.build_info()["cuda"] and arguments.module is None:
-        print("pylora._C was built without nvcc: there are no CUDA kernels to look at")
+    files = CudaFiles()
+    if files.missing is not None:
+        print(f"no CUDA kernel was checked: {files.missing}")
         return 0
-    module = arguments.module or find_extension()
+    keys = files.keys()
     if arguments.explain:
-        print(explain(module, *arguments.explain))
+        code: dict[str, sass.Code] = {}
+        for path in files.objects(keys).values():
+            code |= machine_code(path, arguments.explain[1])
+        print(explain(code, *arguments.explain))
         return 0
-    measured = measure(module)
+    committed = json.loads(TABLE.read_text()) if TABLE.exists() else {"kernels": {}}
+    sources = committed.get("sources", {})
+    changed = [f for f in keys if arguments.write or everything() or sources.get(f) != keys[f]]
+    measured = measure_files(files.objects(changed)) if changed else {}
     show(measured)
     if arguments.write:
-        document = {"cuda": _C.build_info()["cuda_version"], "kernels": measured}
-        write_json(TABLE, document)
+        version = files.toolkit.version
+        write_json(TABLE, {"cuda": version, "sources": keys, "kernels": measured})
         return 0
     if not TABLE.exists():
         print(f"{TABLE} is missing; --write makes it")
         return 1
-    committed = json.loads(TABLE.read_text())
-    if committed["cuda"] != _C.build_info()["cuda_version"]:
+    same = sorted(keys.keys() - set(changed))
+    print(f"compiled: {' '.join(changed) or 'nothing'}")
+    if same:
+        print(f"not compiled, since the table was made from the same sources: {' '.join(same)}")
+        print("CI_FULL=1 compiles them as well")
+    rows = without_files(committed["kernels"], same)
+    if committed["cuda"] != files.toolkit.version:
         print(f"the table is of CUDA {committed['cuda']}: only spills and loops are checked")
-        committed = {"kernels": {}}
-    found = problems(measured, committed["kernels"])
+        rows = {}
+    found = problems(measured, rows)
     for line in found:
         print(f"WORSE {line}")
     print(f"{sum(map(len, measured.values()))} kernels, {len(found)} problems")

@@ -2,6 +2,8 @@
 
     python -m benchmarks.resources.triton            compare with the table, exit 1 if worse
     python -m benchmarks.resources.triton --write    replace the table
+    python -m benchmarks.resources.triton --write-limits
+                                                     note which variants this Triton compiles well
     python -m benchmarks.resources.triton --explain "nf4_linear bf16 blocksize64 m16 n128" sm_90
                                                      what keeps the SM busy in the main loop of the
                                                      first variant whose name begins so
@@ -34,9 +36,12 @@ from triton.compiler import ASTSource
 from benchmarks.resources import cycle_model, sass
 from benchmarks.resources.cuda import write_json
 from benchmarks.resources.cycle_model import ARCHS, Loop
+from benchmarks.resources.sources import everything, key_of
 from benchmarks.triton_launches import Variant, launches
 
 TABLE = Path(__file__).parents[1] / "results" / "triton_resources.json"
+# The keys of the variants that passed the hard limits with another Triton than that of the table.
+LIMITS = TABLE.with_name("triton_limits.json")
 # Shared memory of a program, and the matrix instructions of tiles of 64 rows and more.
 # What runs on 8.0 runs on 8.6 and 8.9 as well, which have less of it.
 SHARED = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -62,6 +67,13 @@ def compile_variant(variant: Variant, capability: int) -> Any:
     return triton.compile(
         source, target=GPUTarget("cuda", capability, 32), options=dict(variant.options)
     )
+
+
+def variant_key(variant: Variant, capability: int) -> str:
+    """Changes if the kernel, what it calls or how it is compiled does (`sources`)."""
+    # Triton's own key of a function: its source, and those of the functions that it calls.
+    words = [variant.function.cache_key, repr(variant), str(capability), triton.__version__]
+    return key_of(words)
 
 
 def disassemble(cubin: bytes) -> tuple[int, sass.Code]:
@@ -221,25 +233,49 @@ def explain(name: str, arch: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resources.triton")
     parser.add_argument("--write", action="store_true", help="replace the committed table")
+    parser.add_argument(
+        "--write-limits", action="store_true", help="note the variants that pass the hard limits"
+    )
     parser.add_argument("--explain", nargs=2, metavar=("NAME", "ARCH"))
     arguments = parser.parse_args()
     if arguments.explain:
         print(explain(*arguments.explain))
         return 0
     committed = json.loads(TABLE.read_text()) if TABLE.exists() else {"triton": None}
-    compares = committed["triton"] == triton.__version__ and not arguments.write
-    if not compares and not arguments.write:
+    limits = json.loads(LIMITS.read_text()) if LIMITS.exists() else {"triton": None}
+    writes = arguments.write or arguments.write_limits
+    compares = committed["triton"] == triton.__version__ and not writes
+    known: dict[str, dict[str, str]] = {}
+    if compares:
+        known = {
+            arch: {name: row.get("key", "") for name, row in rows.items()}
+            for arch, rows in committed["kernels"].items()
+        }
+    elif not writes:
         print(f"the table is of Triton {committed['triton']}: only hard limits are checked")
+        if limits["triton"] == triton.__version__:
+            known = limits["variants"]
     table: Table = {}
-    found = []
+    found: list[str] = []
+    same = 0
     for capability in SHARED:
         arch = f"sm_{capability}"
         print(f"{arch:78}{'':13}cycles of an SM for {cycle_model.UNIT} weights")
         titles = ("binds", *cycle_model.COLUMNS, *COUNTS)
         print(f"{'':78}" + "".join(f"{title:>13}" for title in titles))
         variants = named(launches(capability))
-        measured = measure_all(list(variants.values()), capability)
-        table[arch] = dict(zip(variants, measured, strict=True))
+        if compares:
+            gone = committed["kernels"][arch].keys() - variants.keys()
+            found += [f"{arch} {name}: is gone" for name in sorted(gone)]
+        keys = {name: variant_key(variant, capability) for name, variant in variants.items()}
+        before = {} if everything() else known.get(arch, {})
+        changed = [name for name in variants if before.get(name) != keys[name]]
+        same += len(variants) - len(changed)
+        measured = measure_all([variants[name] for name in changed], capability)
+        table[arch] = {
+            name: numbers | {"key": keys[name]}
+            for name, numbers in zip(changed, measured, strict=True)
+        }
         for name, numbers in table[arch].items():
             show(name, numbers)
             variant = variants[name]
@@ -247,15 +283,20 @@ def main() -> int:
             if compares:
                 problems += relative_problems(numbers, committed["kernels"][arch].get(name))
             found += [f"{arch} {name}: {problem}" for problem in problems]
-        if compares:
-            gone = committed["kernels"][arch].keys() - table[arch].keys()
-            found += [f"{arch} {name}: is gone" for name in sorted(gone)]
     for line in found:
         print(f"WORSE {line}")
-    print(f"{sum(map(len, table.values()))} variants, {len(found)} problems")
+    print(f"{sum(map(len, table.values()))} variants compiled, {len(found)} problems")
+    if same:
+        what = TABLE.name if compares else LIMITS.name
+        print(
+            f"{same} variants not compiled, since {what} was made from the same sources with "
+            f"Triton {triton.__version__}; CI_FULL=1 compiles them as well"
+        )
     if arguments.write:
-        document = {"triton": triton.__version__, "kernels": table}
-        write_json(TABLE, document)
+        write_json(TABLE, {"triton": triton.__version__, "kernels": table})
+    if arguments.write_limits and not found:
+        passed = {arch: {n: row["key"] for n, row in rows.items()} for arch, rows in table.items()}
+        write_json(LIMITS, {"triton": triton.__version__, "variants": passed})
     return 1 if found else 0
 
 

@@ -45,7 +45,7 @@ def _unavailable() -> Reason:
     if module is None:
         return reason
     if not module.build_info()["cuda"]:
-        return "pylora._C was built without nvcc"
+        return "pylora._C was built without the GPU kernels: PYLORA_CUDA_ARCHS asks for them"
     if not torch.cuda.is_available():
         return "no CUDA device"
     return None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import os
+import shlex
 import shutil
 import subprocess
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import kept_objects
 import pytest
 import torch
 from torch import Tensor
@@ -28,23 +29,28 @@ DRIVER = ("tests/host_cuda/driver.cpp",)  # stands in for it, where there are te
 SEEDS = range(2)  # of the order in which threads run
 
 
-def compiler(folder: Path) -> Callable[..., Path]:
-    """Builds a program into `folder` with the kernels it runs, once."""
-    command_name = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if command_name is None:
+FLAGS = """-std=c++20 -O1 -Wall -Wextra -Werror -ffp-contract=off -Wno-unknown-pragmas
+    -Wno-maybe-uninitialized -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all
+    -Itests/host_cuda -Icsrc""".split()
+
+
+def compiled(stem: str, *kernels: str, twins: tuple[str, ...] = ()) -> Path:
+    """The program of this folder with the kernels it runs; each file is compiled once for all."""
+    name = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if name is None:
         pytest.skip("no C++ compiler")
+    compiler = shlex.split(name)
+    files = [*(f"csrc/cuda/{kernel}.cu" for kernel in kernels), *twins]
+    files.append(f"tests/host_cuda/{stem}.cpp")
 
-    @functools.cache
-    def compiled(stem: str, *kernels: str, twins: tuple[str, ...] = ()) -> Path:
-        sources = " ".join([*(f"csrc/cuda/{kernel}.cu" for kernel in kernels), *twins])
-        command = f"""{command_name} -std=c++20 -O1 -Wall -Wextra -Werror -ffp-contract=off
-            -Wno-unknown-pragmas -Wno-maybe-uninitialized -fsanitize=address,undefined
-            -fno-sanitize-recover=all -Itests/host_cuda -Icsrc
-            -x c++ {sources} tests/host_cuda/{stem}.cpp -o {folder / stem}"""
-        subprocess.run(command.split(), cwd=ROOT, check=True)
-        return folder / stem
+    def object_of(file: str) -> Path:
+        command = [*compiler, *FLAGS, "-x", "c++"]
+        folders = [ROOT / "tests/host_cuda", ROOT / "csrc"]
+        return kept_objects.kept_object(command, ROOT / file, folders, compiler[-1:])[0]
 
-    return compiled
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(object_of, files))
+    return kept_objects.kept_program([*compiler, *FLAGS], objects)
 
 
 def start(
