@@ -101,13 +101,13 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    from benchmarks.sweep import run
+    from benchmarks.sweep.run import run
 
     return run(arguments)
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from benchmarks.tables import compare_table
+    from benchmarks.report.tables import compare_table
 
     before, after = load(arguments.before), load(arguments.after)
     if before["op"] != after["op"]:
@@ -126,7 +126,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from benchmarks.report import write_report
+    from benchmarks.report.page import write_report
 
     paths = arguments.paths or [DEFAULT_OUT]
     out = arguments.out or (paths[0] if paths[0].is_dir() else paths[0].parent)

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import goals, machine, results
+from benchmarks import machine, results
 from benchmarks.contender import Bench
 from benchmarks.harness import Harness, add_cpu_memory
-from benchmarks.host_tables import host_tables
 from benchmarks.registry import bench_of, check_against, ops_of, selected
+from benchmarks.report import goals
+from benchmarks.report.host_tables import host_tables
+from benchmarks.report.tables import cell_table, summary_table
 from benchmarks.shapes import QUICK_SHAPES, SUITES, TRAINING, Cell, Suite
 from benchmarks.statistics import BUSY
-from benchmarks.tables import cell_table, summary_table
 
 
 def run(arguments: argparse.Namespace) -> int:

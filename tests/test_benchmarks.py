@@ -19,11 +19,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import goals, results, statistics, tables
+from benchmarks import results, statistics
 from benchmarks.command_line import main
 from benchmarks.contender import Contender, Layer, linear_work
 from benchmarks.harness import Harness
 from benchmarks.registry import BENCHES, bench_of, check_against, ops_of, selected
+from benchmarks.report import goals, tables
 from benchmarks.roofline import floor_seconds
 from benchmarks.shapes import BACKWARD, FORWARD, SUITES, TRAINING, Cell
 

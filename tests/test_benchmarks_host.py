@@ -17,14 +17,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import goals, host_tables, results
+from benchmarks import results
 from benchmarks.bench_host import BENCH
 from benchmarks.command_line import main
 from benchmarks.contender import Contender, Layer
 from benchmarks.harness import Harness
+from benchmarks.report import goals, host_tables
+from benchmarks.report.tables import CONTROL, OURS
 from benchmarks.shapes import FORWARD, GRAD_FORWARD, HOST_MODES, TRAINING, Cell
 from benchmarks.statistics import equal_counts
-from benchmarks.tables import CONTROL, OURS
 from benchmarks.timing import HOST, HOST_WARMUP, Call, HostTimer
 from pylora.backends import extension
 

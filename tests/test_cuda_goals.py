@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cuda_goals, goals, report
-from benchmarks.cuda_goals import CUDA_GOALS, DECODED, DENSE, PEFT, CudaGoal
 from benchmarks.registry import BENCHES
+from benchmarks.report import cuda_goals, goals, page
+from benchmarks.report.cuda_goals import CUDA_GOALS, DECODED, DENSE, PEFT, CudaGoal
+from benchmarks.report.tables import BASE_ONLY, OURS
 from benchmarks.shapes import BACKWARD, FORWARD
-from benchmarks.tables import BASE_ONLY, OURS
 
 US = 1e-6
 
@@ -111,7 +111,7 @@ def test_tables_of_gpu_runs_name_every_goal_and_those_of_a_cpu_none() -> None:
     assert table.count("\n") == len(CUDA_GOALS) + 1
     assert f"goals on a GPU: 2 met, 0 missed, {len(CUDA_GOALS) - 2} not measured" in table
     assert table.count("not measured") == len(CUDA_GOALS) - 2 + 1
-    page = "".join(report._goals([_run(_cell(64, ours=10, peft=30))]))
-    assert page.count("<tr>") == len(CUDA_GOALS) + 1 == page.count("</tr>")
+    html = "".join(page._goals([_run(_cell(64, ours=10, peft=30))]))
+    assert html.count("<tr>") == len(CUDA_GOALS) + 1 == html.count("</tr>")
     on_cpu = goals.goals_table([_run(_cell(64, ours=10, peft=30), device="cpu")])
     assert "GPU" not in on_cpu and "no CPU goal was measured" in on_cpu

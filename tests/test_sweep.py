@@ -12,13 +12,13 @@ import torch
 from flat_calls import reference_op
 from torch import Tensor
 
-from benchmarks import sweep_kernels
 from benchmarks.command_line import main
 from benchmarks.results import InvalidResults
-from benchmarks.sweep import Point, coarse_to_fine, points, sweep
-from benchmarks.sweep_file import SweepFile, load
-from benchmarks.sweep_kernels import KERNELS, Kernel, Operand, Plan, Refused, cuts
-from benchmarks.sweep_measure import SweepMeasurer
+from benchmarks.sweep import kernels as sweep_kernels
+from benchmarks.sweep.file import SweepFile, load
+from benchmarks.sweep.kernels import KERNELS, Kernel, Operand, Plan, Refused, cuts
+from benchmarks.sweep.measure import SweepMeasurer
+from benchmarks.sweep.run import Point, coarse_to_fine, points, sweep
 from benchmarks.timing import Call, ClockTimer
 
 CPU = torch.device("cpu")

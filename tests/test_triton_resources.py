@@ -14,7 +14,7 @@ if interpreted():
 
 from benchmarks.resources import sass
 from benchmarks.resources import triton as resources
-from benchmarks.triton_launches import launches
+from benchmarks.resources.triton_launches import launches
 
 
 @pytest.mark.parametrize("capability", resources.SHARED)
@@ -82,7 +82,7 @@ def test_main_loop_decodes_one_tile_a_turn() -> None:
 
 
 def test_cost_model_charges_every_regime() -> None:
-    from benchmarks import cost_model
+    from benchmarks.resources import cost_model
 
     machine = cost_model.Machine(4e12, 8e14, 1e13, 132)
     for M, names in (

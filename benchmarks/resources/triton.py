@@ -6,12 +6,13 @@
                                                      what keeps the SM busy in the main loop of the
                                                      first variant whose name begins so
 
-No GPU is needed: every variant that the backend launches (`benchmarks.triton_launches`) is compiled
-ahead of time and disassembled with the tools of the Triton wheel. Whatever the version of Triton, a
-spill, too much shared memory, a missing matrix instruction or main loop is an error; with the
-version of the table, more registers or more cycles of the slowest part of the SM than it says are
-one as well. Cycles are those of `cycle_model`, which assumes that no access to shared memory meets
-a bank conflict; here nobody has checked that by hand.
+No GPU is needed. `triton_launches` lists every variant that the backend launches; each is compiled
+ahead of time and disassembled with the tools of the Triton wheel. With any version of Triton it is
+an error if a variant spills, takes too much shared memory, or lacks a matrix instruction or a main
+loop. With the version that made the table it is also an error if a variant takes more registers, or
+more cycles in the slowest part of the SM, than the table says. The cycles come from `cycle_model`,
+which assumes that no access to shared memory meets a bank conflict. Nobody has checked that by hand
+for these kernels.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from triton.compiler import ASTSource
 from benchmarks.resources import cycle_model, sass
 from benchmarks.resources.cuda import write_json
 from benchmarks.resources.cycle_model import ARCHS, Loop
-from benchmarks.triton_launches import Variant, launches
+from benchmarks.resources.triton_launches import Variant, launches
 
 TABLE = Path(__file__).parents[1] / "results" / "triton_resources.json"
 # Shared memory of a program, and the matrix instructions of tiles of 64 rows and more.

@@ -7,12 +7,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cuda_goals, goals, plots
-from benchmarks.report_host import host_section
-from benchmarks.results import result_of, write_atomically
-from benchmarks.shapes import layers_named
-from benchmarks.statistics import BUSY, CONTROL_TOLERANCE
-from benchmarks.tables import (
+from benchmarks.report import cuda_goals, goals, plots
+from benchmarks.report.host_page import host_section
+from benchmarks.report.tables import (
     BASE_ONLY,
     CONTROL,
     OURS,
@@ -26,6 +23,9 @@ from benchmarks.tables import (
     shares_of_work,
     size,
 )
+from benchmarks.results import result_of, write_atomically
+from benchmarks.shapes import layers_named
+from benchmarks.statistics import BUSY, CONTROL_TOLERANCE
 from benchmarks.timing import HOST
 
 _STYLE = """

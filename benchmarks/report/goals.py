@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import cuda_goals, host_tables
+from benchmarks.report import cuda_goals, host_tables
+from benchmarks.report.tables import BASE_ONLY, OURS, aligned
 from benchmarks.results import result_of
 from benchmarks.shapes import FORWARD, GRAD_FORWARD, HOST_SHAPES, QUICK_SHAPES, TRAINING
-from benchmarks.tables import BASE_ONLY, OURS, aligned
 
 RATIO, LIMIT, SURCHARGE, MEMORY, TIME = "ratio", "limit", "surcharge", "memory", "time"
 BNB_TRAIN, BNB_EVAL = "bitsandbytes train", "bitsandbytes eval"

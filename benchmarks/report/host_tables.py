@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.report.tables import CONTROL, OURS, aligned, shape_name
 from benchmarks.results import result_of
 from benchmarks.shapes import FORWARD, GRAD_FORWARD, HOST_MODES, TRAINING
 from benchmarks.statistics import CONTROL_TOLERANCE
-from benchmarks.tables import CONTROL, OURS, aligned, shape_name
 
 MODULE, LINEAR = "pylora nn.LoRALinear", "F.linear"
 TITLES = {FORWARD: "no_grad", GRAD_FORWARD: "forward, grad", TRAINING: "forward + backward"}

@@ -1,6 +1,6 @@
 """Bytes, FLOP and instructions of the Triton kernels by regime, beside the floor of the machine.
 
-    python -m benchmarks.cost_model [--rank 16] [--bandwidth TB/s] [--matmul TFLOP/s] ...
+    python -m benchmarks.resources.cost_model [--rank 16] [--bandwidth TB/s] [--matmul TFLOP/s] ...
 
 Arithmetic, not a measurement: the rules of `pylora.kernels.configs` say which launches a layer
 takes, each is charged what it must read, write, multiply and, over NF4, decode. A launch is as slow
@@ -118,7 +118,7 @@ def floor_seconds(M: int, N: int, K: int, rank: int, machine: Machine) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cost_model")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.resources.cost_model")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--adapters", type=int, help="as many adapters, one for each row")
     parser.add_argument("--bandwidth", type=float, default=4.8, help="TB/s")

@@ -15,9 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from benchmarks import host_tables
-from benchmarks.results import result_of
-from benchmarks.tables import (
+from benchmarks.report import host_tables
+from benchmarks.report.tables import (
     BASE_ONLY,
     OURS,
     REFERENCE,
@@ -25,6 +24,7 @@ from benchmarks.tables import (
     ratio_to_ours,
     shape_name,
 )
+from benchmarks.results import result_of
 
 INK, MUTED, GRID, OURS_COLOR, LOSING = "#1f2933", "#6b7785", "#e4e7eb", "#2563eb", "#fdecea"
 # A family of contenders has one color, its members differ in how their line is drawn.

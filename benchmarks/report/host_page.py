@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
 
-from benchmarks import host_tables, plots
-from benchmarks.host_tables import COLUMNS, TITLES, HostTime
+from benchmarks.report import host_tables, plots
+from benchmarks.report.host_tables import COLUMNS, TITLES, HostTime
+from benchmarks.report.tables import OURS
 from benchmarks.shapes import HOST_MODES
-from benchmarks.tables import OURS
 
 Cells = Mapping[str, Mapping[str, Any]]
 

@@ -12,9 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.results import result_of
-from benchmarks.shapes import BACKWARD, FORWARD
-from benchmarks.tables import (
+from benchmarks.report.tables import (
     BASE_ONLY,
     OURS,
     aligned,
@@ -23,6 +21,8 @@ from benchmarks.tables import (
     seconds_as_called,
     shape_name,
 )
+from benchmarks.results import result_of
+from benchmarks.shapes import BACKWARD, FORWARD
 from benchmarks.timing import EAGER, GRAPH
 
 RATIO, LIMIT, SURCHARGE = "ratio", "limit", "surcharge"

@@ -19,8 +19,8 @@ from benchmarks.machine import last_level_cache
 from benchmarks.operands import Operands
 from benchmarks.shapes import FORWARD, Cell
 from benchmarks.statistics import summarize
-from benchmarks.sweep import Point
-from benchmarks.sweep_kernels import Kernel, Operand
+from benchmarks.sweep.kernels import Kernel, Operand
+from benchmarks.sweep.run import Point
 from benchmarks.timing import Call
 
 SECONDS_A_POINT = 10e-3

@@ -18,8 +18,8 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import machine
-from benchmarks.sweep_file import STARTED, SweepFile
-from benchmarks.sweep_kernels import KERNELS, Kernel, Plan, Refused
+from benchmarks.sweep.file import STARTED, SweepFile
+from benchmarks.sweep.kernels import KERNELS, Kernel, Plan, Refused
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -166,7 +166,7 @@ def _is_done(record: dict[str, Any] | None, point: Point, file: SweepFile) -> bo
 
 def run(arguments: argparse.Namespace) -> int:
     """Returns 1 if a result was wrong or the device was lost, else 0."""
-    from benchmarks.sweep_measure import SweepMeasurer
+    from benchmarks.sweep.measure import SweepMeasurer
 
     if not torch.cuda.is_available():
         raise ValueError("--device is cuda, but torch finds no CUDA device")
