@@ -83,7 +83,11 @@ def save(path: Path, run: Mapping[str, Any]) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Under its name appears the whole file or what was there before."""
+    """Replaces the file as a whole: a reader sees the old content or the new one.
+
+    `pylora.files` has the same for the package. It is not used here because `benchmarks.gpu`
+    writes its results in a process that must not import torch, before pylora is installed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "pylora"
 # Layers from the bottom up; a module imports from its own layer or from below, also inside
 # functions.
 LAYERS = [
-    ("pylora.nf4", "pylora.calls", "pylora.settings", "pylora.backends.limits"),
+    ("pylora.nf4", "pylora.files", "pylora.calls", "pylora.settings", "pylora.backends.limits"),
     ("pylora.reference", "pylora.kernels", "pylora.bnb_format"),
     ("pylora.backends",),
     ("pylora.dispatch",),

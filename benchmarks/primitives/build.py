@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.machine import ROOT
+from pylora.files import replacing
 
 SOURCES = Path(__file__).parent / "cuda"
 FOLDER = ROOT / "build" / "primitives"
@@ -77,24 +78,20 @@ def built(target: Target, arch: str, folder: Path = FOLDER) -> Path:
     nvcc = find_nvcc()
     if nvcc is None:
         raise BuildError(f"{target.name}: there is no nvcc, and no {output.name} in {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}-{os.getpid()}{suffix}")
-    try:
-        done = subprocess.run(
-            command(nvcc, target, arch, temporary),
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS,
-        )
+    with replacing(output) as temporary:
+        try:
+            done = subprocess.run(
+                command(nvcc, target, arch, temporary),
+                capture_output=True,
+                text=True,
+                timeout=_SECONDS,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise BuildError(f"{target.name}: nvcc took over {_SECONDS} s") from error
         if done.returncode != 0:
             lines = (done.stderr + done.stdout).splitlines()
             errors = [line for line in lines if "error" in line or "fatal" in line] or lines[-1:]
             raise BuildError(f"{target.name}: nvcc failed: {errors[0] if errors else ''}")
-        os.replace(temporary, output)
-    except subprocess.TimeoutExpired as error:
-        raise BuildError(f"{target.name}: nvcc took over {_SECONDS} s") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return output
 
 

@@ -29,6 +29,7 @@ from typing import Any
 
 from benchmarks.resources import cycle_model, sass
 from benchmarks.resources.cycle_model import Loop
+from benchmarks.results import write_atomically
 
 TABLE = Path(__file__).parents[1] / "results" / "kernel_resources.json"
 # The column is checked in this direction: +1 where more is worse, -1 where less is.
@@ -297,11 +298,7 @@ def main() -> int:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Replaces the file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
-    part.replace(path)
+    write_atomically(path, json.dumps(document, indent=1, sort_keys=True) + "\n")
     print(f"wrote {path}")
 
 
