@@ -20,7 +20,7 @@ from benchmarks.shapes import MODELS
 from pylora.kernels import configs
 from pylora.kernels.launch import Facts
 
-ROWS = (1, 4, 16, 64, 128, 512, 2048, 8192)
+TOKENS = (1, 4, 16, 64, 128, 512, 2048, 8192)
 BLOCKSIZE = 64
 BITS = 4 + 32 / BLOCKSIZE  # of a weight, absmax in fp32
 
@@ -97,7 +97,7 @@ def forward(M: int, N: int, K: int, rank: int, machine: Machine) -> list[Launch]
 def multi_forward(
     M: int, N: int, K: int, rank: int, adapters: int, machine: Machine
 ) -> list[Launch]:
-    """The launches of multi_lora_linear, the rows spread evenly over the adapters."""
+    """The launches of multi_lora_linear, the tokens spread evenly over the adapters."""
     facts = Facts(90, machine.multiprocessors)
     base = forward(M, N, K, 0, machine)
     used, y = min(adapters, M), 2 * M * N
@@ -136,7 +136,7 @@ def main() -> None:
     print(f"arithmetic, nothing measured; rank {arguments.rank}, NF4 in blocks of 64")
     print("us of each launch and what bounds it: m memory, x matrix units, i instruction issue")
     for N, K in MODELS["Llama-3 8B"]:
-        for M in ROWS:
+        for M in TOKENS:
             if arguments.adapters:
                 launches = multi_forward(M, N, K, arguments.rank, arguments.adapters, machine)
             else:

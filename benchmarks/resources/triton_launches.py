@@ -32,7 +32,7 @@ _TYPES = {
     torch.uint8: "*u8",
 }
 # Rows of x: each bucket of the rules once; fp16 takes the tiles of bf16, and one stands for them.
-ROWS = {
+TOKENS = {
     torch.bfloat16: (1, 32, 64, 128, 512, 8192),
     torch.float16: (512,),
     torch.float32: (16, 64, 2048),
@@ -197,11 +197,11 @@ def _layers(
     def empty(*shape: int, dtype: torch.dtype = lora_dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    rows = [
+    layers = [
         (*_weight(N, K, 64, nested), N, empty(rank, K), empty(N, rank), empty(0), 0.5)
         for N, K in sizes
     ]
-    return [list(part) for part in zip(*rows, strict=True)]
+    return [list(part) for part in zip(*layers, strict=True)]
 
 
 def _qkv_step(M: int, nested: bool, rank: int, lora_dtype: torch.dtype, p: float) -> None:
@@ -254,10 +254,10 @@ def launches(capability: int) -> list[Variant]:
     facts = launch.Facts(capability, MULTIPROCESSORS[capability])
     bf16, fp32 = torch.bfloat16, torch.float32
     with _recorded() as variants, mock.patch.object(launch, "ELSEWHERE", facts):
-        for dtype, rows in ROWS.items():
+        for dtype, tokens in TOKENS.items():
             plain = _weight(N, K, 64, False)
             _call("nf4_dequantize", *plain, [N, K], dtype)
-            for M in rows:
+            for M in tokens:
                 x, grad = (
                     torch.empty(M, columns, dtype=dtype, device="meta") for columns in (K, N)
                 )
@@ -282,7 +282,7 @@ def launches(capability: int) -> list[Variant]:
                 step(M, False, 16, bf16, 0.0)
             for M, p in ((512, 0.1), (512, 0.0), (8192, 0.1)):
                 step(M, True, 64, fp32, p)
-        # Many adapters: few rows each and many, in place and over a split, whole and in pieces.
+        # Many adapters: few tokens each and many, in place and over a split, whole and in pieces.
         for M in (16, 512, 8192):
             _multi_lora_step(M, N, K, nested, 8, 16, bf16, bf16)
             _multi_lora_step(M, N, K, nested, 8, 64, bf16, fp32)
