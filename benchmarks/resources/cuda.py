@@ -5,12 +5,15 @@
     python -m benchmarks.resources.cuda --explain "lora_linear_small<bf16, 1, false>" sm_90a
                                                     what keeps the SM busy in a main loop
 
-No GPU is needed: the numbers are read from the machine code in `pylora._C` by cuobjdump, which
-comes with the Triton wheel. Worse means a spill, a kernel gone, more registers or shared memory,
-fewer 16-byte accesses or matrix instructions than the table says, or more cycles of the slowest
-part of the SM (`cycle_model`). A change that means it updates the table in the same commit. Shared
-memory is the static one. Registers count as the hardware hands them out, in eights: below that, two
-builds of the same source differ, since ptxas orders some of its work by where the heap lies.
+No GPU is needed: cuobjdump, which comes with the Triton wheel, reads the numbers from the machine
+code in `pylora._C`. A kernel is worse than the table if it spills, is gone, has more registers or
+shared memory, has fewer 16-byte accesses or matrix instructions, or takes more cycles in the
+slowest part of the SM (`cycle_model`). A change that is meant to do this updates the table in the
+same commit.
+
+Only static shared memory counts. Registers are compared in eights, which is how the hardware hands
+them out: two builds of the same source can differ by less, since the order of some of the work of
+ptxas depends on addresses.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from benchmarks.resources.cycle_model import Loop
 from benchmarks.results import write_atomically
 
 TABLE = Path(__file__).parents[1] / "results" / "kernel_resources.json"
-# The column is checked in this direction: +1 where more is worse, -1 where less is.
+# Column -> 1 if more is worse, -1 if less is worse.
 WORSE = {
     "registers": 1,
     "shared": 1,
@@ -42,26 +45,26 @@ WORSE = {
     "stores_16": -1,
     "matrix": -1,
 }
-# What a warp's registers are allocated in, for each of its threads.
+# A warp gets its registers in this unit for each of its threads.
 REGISTER_UNIT = 8
 LANES = 32
 
-# arch -> kernel -> column. "cycles" is a mapping of its own, the others are numbers and "binds".
+# Arch -> kernel -> column -> value. Most values are numbers; "cycles" is a mapping, "binds" a word.
 Table = dict[str, dict[str, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """How the machine code of a kernel tells how many weights its main loop decodes.
+    """How to find out from the machine code of a kernel how many weights its main loop decodes.
 
-    marker          begins the opcode of an instruction of which the number is known
-    weights         that a lane decodes for each of them
-    per_token_tile  there is such an instruction for each of the kernel's token tiles, which are the
-                    first number among its template arguments
-    tile            weights of the CTA's tile in one turn of the loop, if the copy engine feeds it
-    tile_bytes      bytes of qweight that are copied for it,
-    token_bytes     and bytes of x for each token
-    passes          see `cycle_model.Loop`
+    marker          the beginning of the opcode of an instruction that is counted
+    weights         how many weights a lane decodes for each of these instructions
+    per_token_tile  the instruction is repeated for each token tile. The number of token tiles is
+                    the first number among the template arguments of the kernel
+    tile            the weights that a CTA decodes in a turn, if the copy engine brings them
+    tile_bytes      the bytes of qweight that are copied for these weights
+    token_bytes     the bytes that are copied for each token of x
+    passes          `cycle_model.Loop.passes`
     """
 
     marker: str
@@ -73,7 +76,7 @@ class Decoder:
     passes: Mapping[str, float] = field(default_factory=dict)
 
     def loop(self, kernel: str, code: sass.Code) -> Loop | None:
-        """The main loop of the kernel; None without one."""
+        """Returns the main loop of the kernel, or None if it has none that decodes weights."""
         match = re.search(r"<\w+, (\d+)", kernel)
         tokens = int(match[1]) if match else 1
 
@@ -93,10 +96,10 @@ DECODERS = {
     "lora_linear_small": Decoder("LDSM", 32),
     # A lane has 8 weights of the fragment of a mma.m16n8k16.
     "nf4_linear_backward_small": Decoder("HMMA", 8, per_token_tile=True),
-    # A lane decodes a quarter of the 16 bytes that it loads. The four lanes of a quad load the same
-    # ones: with equal addresses in pairs of lanes a load of 16 bytes takes two passes, not four
-    # (NVIDIA for compute capability 7.x, https://forums.developer.nvidia.com/t/77228; assumed to
-    # hold for 9.0). The copy engine writes 64 columns of the tile's 128 rows and of its tokens.
+    # Each lane loads 16 bytes and decodes a quarter of them; the four lanes of a quad load the same
+    # bytes. If pairs of lanes have equal addresses, a load of 16 bytes takes two passes, not four.
+    # (NVIDIA says so about compute capability 7.x, https://forums.developer.nvidia.com/t/77228; it
+    # is assumed for 9.0.) The copy engine writes 64 columns of the tile's 128 rows and of its tokens.
     "nf4_linear_hopper": Decoder(
         "LDS.128",
         8,
@@ -106,7 +109,7 @@ DECODERS = {
         passes={"LDS.128": 2.0},
     ),
 }
-# Kernels that multiply without decoding NF4, and so have no cycles for a number of weights.
+# These kernels multiply matrices but decode no NF4, so the cycle model does not apply to them.
 WITHOUT_WEIGHTS = ("lora_hidden_many",)
 
 
@@ -120,9 +123,9 @@ def find_extension() -> Path:
 
 
 def short_name(mangled: str) -> str:
-    """`lora_linear_small<bf16, 1, false>` of a mangled kernel name."""
+    """Returns a readable name such as `lora_linear_small<bf16, 1, false>` for a mangled name."""
     position, names = 3, []
-    # Itanium mangling: _ZN, then each enclosing name behind its length.
+    # Itanium mangling: _ZN, then each enclosing name after its length.
     while match := re.match(r"\d+", mangled[position:]):
         start = position + match.end()
         position = start + int(match[0])
@@ -138,7 +141,7 @@ def short_name(mangled: str) -> str:
 
 
 def _template_argument(code: str, before: list[str]) -> str:
-    if code.startswith("S"):  # one that was named before
+    if code.startswith("S"):  # it stands for an argument that was named before
         return before[-1]
     if code.startswith("Lb"):
         return "true" if code == "Lb1E" else "false"
@@ -146,7 +149,7 @@ def _template_argument(code: str, before: list[str]) -> str:
 
 
 def base_name(kernel: str) -> str:
-    """The kernel's name without its template arguments."""
+    """Returns the name of a kernel without its template arguments."""
     return kernel.split("<")[0]
 
 
@@ -156,7 +159,7 @@ def machine_code(module: Path, arch: str) -> dict[str, sass.Code]:
 
 
 def measure(module: Path) -> Table:
-    """The columns of every kernel in the module."""
+    """Reads the columns of every kernel in a compiled extension."""
     table: Table = {}
     arch = ""
     mangled = ""
@@ -174,13 +177,13 @@ def measure(module: Path) -> Table:
         for kernel, code in machine_code(module, arch).items():
             table[arch][kernel] |= numbers_of(kernel, code, arch)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # most of the time is cuobjdump's
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # most of the time is spent in cuobjdump
         list(pool.map(add_code, table))
     return table
 
 
 def numbers_of(kernel: str, code: sass.Code, arch: str) -> dict[str, Any]:
-    """The columns that come from a kernel's machine code."""
+    """Returns the columns that come from a kernel's machine code."""
     names = [instruction.opcode for instruction in code]
     numbers: dict[str, Any] = {
         "instructions": len(code) - sass.count(code, "NOP"),
@@ -197,7 +200,8 @@ def numbers_of(kernel: str, code: sass.Code, arch: str) -> dict[str, Any]:
 
 
 def problems(measured: Table, committed: Table) -> list[str]:
-    """Sentences for what is worse than the committed table, or wrong whatever that says."""
+    """Returns a sentence for everything that is worse than in the committed table, or that is wrong
+    whatever the table says."""
     found = []
     for arch, kernels in measured.items():
         for name, numbers in kernels.items():
@@ -224,6 +228,7 @@ def problems(measured: Table, committed: Table) -> list[str]:
 
 
 def _compared(key: str, numbers: dict[str, int]) -> int:
+    """Returns the number to compare: registers count in REGISTER_UNIT."""
     return -(-numbers[key] // REGISTER_UNIT) if key == "registers" else numbers[key]
 
 
@@ -259,13 +264,15 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="replace the committed table")
     parser.add_argument("--module", type=Path, help="a built _C.*.so; default: pylora's own")
     parser.add_argument("--explain", nargs=2, metavar=("KERNEL", "ARCH"))
-    parser.add_argument("--clock", type=float, help="GHz, in place of each device's")
-    parser.add_argument("--bandwidth", type=float, help="TB/s, in place of each device's")
+    parser.add_argument("--clock", type=float, help="clock in GHz, in place of that of each device")
+    parser.add_argument(
+        "--bandwidth", type=float, help="bandwidth in TB/s, in place of that of each device"
+    )
     arguments = parser.parse_args()
     given = {key: getattr(arguments, key) for key in ("clock", "bandwidth")}
     given = {key: value for key, value in given.items() if value is not None}
     if given and arguments.write:
-        parser.error("the table is of the devices' own clocks and bandwidths")
+        parser.error("--write makes the table with each device's own clock and bandwidth")
     for name, arch in cycle_model.ARCHS.items():
         cycle_model.ARCHS[name] = dataclasses.replace(arch, **given)
     from pylora import _C
@@ -288,7 +295,9 @@ def main() -> int:
         return 1
     committed = json.loads(TABLE.read_text())
     if committed["cuda"] != _C.build_info()["cuda_version"]:
-        print(f"the table is of CUDA {committed['cuda']}: only spills and loops are checked")
+        print(
+            f"the table was made with CUDA {committed['cuda']}: only spills and loops are checked"
+        )
         committed = {"kernels": {}}
     found = problems(measured, committed["kernels"])
     for line in found:

@@ -38,13 +38,14 @@ from benchmarks.resources.cycle_model import ARCHS, Loop
 from benchmarks.resources.triton_launches import Variant, launches
 
 TABLE = Path(__file__).parents[1] / "results" / "triton_resources.json"
-# Shared memory of a program, and the matrix instructions of tiles of 64 rows and more.
-# What runs on 8.0 runs on 8.6 and 8.9 as well, which have less of it.
+# The most shared memory that a program may take. For 8.0 it is what 8.6 and 8.9 have, which run the
+# same code with less memory.
 SHARED = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+# The matrix instruction that tiles of 64 rows and more must use.
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-# The column is checked in this direction: +1 where more is worse, -1 where less is.
+# Column -> 1 if more is worse, -1 if less is worse.
 WORSE = {"registers": 1, "shared": 1, "matrix": -1}
-# Compilers differ by a few registers between equally good versions of a kernel.
+# Two equally good versions of a kernel may differ by so much.
 SLACK = {"registers": 8, "shared": 0, "matrix": 0}
 CYCLES_SLACK = 1.0
 
@@ -53,12 +54,12 @@ Table = dict[str, dict[str, Numbers]]
 
 
 def compile_variant(variant: Variant, capability: int) -> Any:
-    """Triton's compiled kernel: its machine code under `asm["cubin"]`."""
+    """Compiles a variant. The machine code is in `asm["cubin"]` of the result."""
     source = ASTSource(
         fn=variant.function,
         signature=dict(variant.signature),
         constexprs=dict(variant.constants),
-        attrs={path: [["tt.divisibility", 16]] for path in variant.divisible},
+        attrs={place: [["tt.divisibility", 16]] for place in variant.divisible},
     )
     return triton.compile(
         source, target=GPUTarget("cuda", capability, 32), options=dict(variant.options)
@@ -66,7 +67,7 @@ def compile_variant(variant: Variant, capability: int) -> Any:
 
 
 def disassemble(cubin: bytes) -> tuple[int, sass.Code]:
-    """(registers, machine code) of the only kernel in a cubin."""
+    """Returns (registers, machine code) of the only kernel in a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -78,16 +79,17 @@ def disassemble(cubin: bytes) -> tuple[int, sass.Code]:
 
 
 def decoding(code: sass.Code) -> int:
-    """Instructions that take the 4-bit codes apart or look them up."""
+    """Counts the instructions that take 4-bit codes apart or look them up."""
     return sass.count(code, "PRMT", "LOP3", "SHF")
 
 
 def decoding_loop(variant: Variant, code: sass.Code) -> Loop | None:
-    """The main loop over a weight in NF4, one tile of it a turn; None if there is none.
+    """Returns the main loop over an NF4 weight, which decodes a tile in each turn; None if the
+    variant has none.
 
-    Products of tcgen05 (UTCHMMA) do not name their shape. It is the output tile by 32 bytes of the
-    sum: 16 numbers, or 8 of TF32 at half the rate. They read x from shared memory, and the decoded
-    weight as well if it does not come from tensor memory.
+    The opcode of a product of tcgen05 (UTCHMMA) does not name its shape. It is the output tile by
+    32 bytes along the sum, which are 16 numbers, or 8 of TF32 at half the rate. The products read x
+    from shared memory, and the decoded weight too if it is not in tensor memory.
     """
     blocks = variant.blocks
     if not decodes(variant) or "BLOCK_N" not in blocks:
@@ -111,7 +113,7 @@ def decoding_loop(variant: Variant, code: sass.Code) -> Loop | None:
 
 
 def measure(variant: Variant, capability: int) -> Numbers:
-    """Registers, bytes, instruction counts and cycles of one variant."""
+    """Compiles a variant and returns its columns of the table."""
     compiled = compile_variant(variant, capability)
     registers, code = disassemble(compiled.asm["cubin"])
     counts = Counter(instruction.name for instruction in code)
@@ -136,10 +138,10 @@ _inherited: list[Variant] = []
 
 
 def measure_all(variants: list[Variant], capability: int) -> list[Numbers]:
-    """`measure` of each, on all cores.
+    """Measures all variants on all cores.
 
-    In processes, since Triton compiles under Python's lock; they are forked, since its functions
-    cannot be sent to another one.
+    It uses processes, since Triton compiles while it holds Python's lock. The processes are forked,
+    since Triton's functions cannot be sent to another process.
     """
     _inherited[:] = variants
     with multiprocessing.get_context("fork").Pool() as pool:
@@ -151,11 +153,13 @@ def _measure_inherited(capability: int, index: int) -> Numbers:
 
 
 def decodes(variant: Variant) -> bool:
+    """Returns True if the kernel reads a weight in NF4."""
     return bool(variant.constant("BLOCKSIZE"))
 
 
 def absolute_problems(variant: Variant, capability: int, numbers: Numbers) -> list[str]:
-    """What no version of Triton may do: spill, ask for too much, or miss the matrix unit meant."""
+    """Returns what is wrong whatever the version of Triton: spills, too much shared memory, no
+    matrix instruction, no main loop."""
     found = []
     tiles = variant.kernel in ("nf4_linear", "nf4_linear_backward")
     if numbers["spills"]:
@@ -170,7 +174,7 @@ def absolute_problems(variant: Variant, capability: int, numbers: Numbers) -> li
 
 
 def relative_problems(measured: Numbers, committed: Numbers | None) -> list[str]:
-    """What is worse than the table says."""
+    """Returns what is worse than in the table."""
     if committed is None:
         return ["is not in the table"]
     found = [
@@ -185,7 +189,7 @@ def relative_problems(measured: Numbers, committed: Numbers | None) -> list[str]
 
 
 def named(variants: list[Variant]) -> dict[str, Variant]:
-    """Variants by name; of those that share one, the later ones are numbered."""
+    """Returns the variants by name. If several have the same name, a number follows it."""
     names: dict[str, Variant] = {}
     for variant in variants:
         same = sum(str(variant) == str(other) for other in names.values())
@@ -204,14 +208,14 @@ def show(name: str, numbers: Numbers) -> None:
 
 
 def explain(name: str, arch: str) -> str:
-    """The main loop of the first variant whose name begins with `name`."""
+    """Lists the main loop of the first variant whose name begins with `name`."""
     capabilities = {f"sm_{capability}": capability for capability in SHARED}
     if arch not in capabilities:
         raise SystemExit(f"--explain: {arch} must be one of {', '.join(capabilities)}")
     variants = named(launches(capabilities[arch]))
     match = next((full for full in variants if full.startswith(name)), None)
     if match is None:
-        raise SystemExit(f"--explain: no variant begins with {name!r}; the table has all names")
+        raise SystemExit(f"--explain: no variant begins with {name!r}; {TABLE.name} has all names")
     compiled = compile_variant(variants[match], capabilities[arch])
     loop = decoding_loop(variants[match], disassemble(compiled.asm["cubin"])[1])
     if loop is None:
@@ -230,7 +234,8 @@ def main() -> int:
     committed = json.loads(TABLE.read_text()) if TABLE.exists() else {"triton": None}
     compares = committed["triton"] == triton.__version__ and not arguments.write
     if not compares and not arguments.write:
-        print(f"the table is of Triton {committed['triton']}: only hard limits are checked")
+        made_with = committed["triton"]
+        print(f"the table was made with Triton {made_with}: only hard limits are checked")
     table: Table = {}
     found = []
     for capability in SHARED:
