@@ -1,4 +1,4 @@
-"""Compiles the programs in cuda/. Each becomes one file that needs neither torch nor this Python."""
+"""Compiles the programs in cuda/, each into a file that needs neither torch nor this Python."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def find_nvcc() -> Path | None:
 
 
 def command(nvcc: Path, target: Target, arch: str, output: Path, *flags: str) -> list[str]:
-    """Returns the command that compiles a target. `flags` may change what it makes, as -cubin does."""
+    """Returns the command that compiles a target. With the flag -cubin it makes a cubin."""
     shape = ["-shared", "-Xcompiler", "-fPIC"] if target.library else []
     include = [f"-I{ROOT / 'csrc'}", f"-I{SOURCES}"]
     sources = [SOURCES / f"{target.name}.cu"]

@@ -99,7 +99,8 @@ DECODERS = {
     # Each lane loads 16 bytes and decodes a quarter of them; the four lanes of a quad load the same
     # bytes. If pairs of lanes have equal addresses, a load of 16 bytes takes two passes, not four.
     # (NVIDIA says so about compute capability 7.x, https://forums.developer.nvidia.com/t/77228; it
-    # is assumed for 9.0.) The copy engine writes 64 columns of the tile's 128 rows and of its tokens.
+    # is assumed for 9.0.) The copy engine writes 64 columns of the tile's 128 rows and of its
+    # tokens.
     "nf4_linear_hopper": Decoder(
         "LDS.128",
         8,
