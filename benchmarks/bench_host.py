@@ -1,4 +1,4 @@
-"""host: what one call costs the host, layer by layer of pylora's path, beside its peers'.
+"""host: what a call costs the host, for each layer of pylora and for its peers.
 
     python -m benchmarks run --op host --threads 1
     python -m benchmarks run --op host --device cuda
@@ -13,8 +13,8 @@ adds:
     C call      torch.ops.pylora_C.*: the kernels, with arguments that are ready
 
 The op calls both the plan and the C call. A layer keeps its plans and skips the op if nothing but
-autograd watches. With a backward, the plan and the C call are those of
-the forward and of the backward. On a CPU the C call includes the kernel; the weight is so small
+autograd watches. With a backward, the plan and the C call are those of the forward and of the
+backward together. On a CPU the C call includes the kernel; the weight is so small
 that the kernel takes a few microseconds at most. On CUDA nothing waits for the kernels: every time
 is the time to launch them.
 
@@ -62,7 +62,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _op_calls(layer: BuiltLayer, x: Tensor, grad: Tensor | None) -> list[Any]:
-    """The records of the ops that a forward calls, and with `grad` a backward."""
+    """Returns the records of the ops that a forward calls, and with `grad` those of a backward."""
     x = x.detach().requires_grad_()
     with _Recorder("pylora") as recorder, torch.enable_grad():
         y = layer.forward(x)
@@ -73,7 +73,8 @@ def _op_calls(layer: BuiltLayer, x: Tensor, grad: Tensor | None) -> list[Any]:
 
 
 def _results(raw: list[Any]) -> tuple[Tensor, ...]:
-    """(y,), or (y, dx) and with LoRA (y, dx, dA, dB), from what an op and its backward return."""
+    """Returns (y,) from what an op returned. With its backward it is (y, dx), with LoRA also dA and
+    dB."""
     first, *others = raw
     y = first if isinstance(first, Tensor) else first[0]
     if not others:
@@ -86,7 +87,7 @@ def _results(raw: list[Any]) -> tuple[Tensor, ...]:
 
 
 def _plan(build: Build) -> Build:
-    """The choice of a backend alone. Its result is that of the backends it chose."""
+    """Builds the choice of a backend alone. Its result comes from the backends that it chose."""
 
     def planned(tensors: LayerTensors) -> BuiltLayer:
         layer = build(tensors)
@@ -105,7 +106,8 @@ def _plan(build: Build) -> Build:
 
 
 def _c_call(build: Build) -> Build:
-    """The ops of the compiled extension alone, with the arguments that the backend gives them."""
+    """Builds the ops of the compiled extension alone, with the arguments that the backend gives
+    them."""
 
     def called(tensors: LayerTensors) -> BuiltLayer:
         layer = build(tensors)
@@ -120,7 +122,8 @@ def _c_call(build: Build) -> Build:
 
 
 def _only_c_call(call: Any) -> tuple[Any, tuple[Any, ...]]:
-    """The one op of the extension that runs `call`; raises NotApplicable if it is not one."""
+    """Returns the op of the extension that runs `call`, and its arguments. Raises NotApplicable if
+    several ops run it."""
     backend, plan = dispatch.choose(call)
     with _Recorder("pylora_C") as recorder, torch.no_grad():
         plan.run(call)
@@ -184,7 +187,7 @@ def _dense(name: str, build: Build) -> Contender:
 
 
 def _of_peers(contender: Contender) -> Contender:
-    """With a forward that autograd records too, if the contender can be differentiated."""
+    """Adds the forward that autograd records, if the contender can be differentiated."""
     modes = HOST_MODES if set(HOST_MODES) & set(contender.modes[1:]) else contender.modes
     return replace(contender, modes=modes)
 

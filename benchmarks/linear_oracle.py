@@ -46,8 +46,8 @@ def over(
         y, h = reference_op("lora_linear")(x, *base, dense.shape[0], *lora, *biases, *options)
         if grad is None:
             return (y,)
-        wanted = [True, False, True, True, False, False, False]  # dx, dA and dB
-        grads = reference_op("lora_linear_backward")(grad, x, h, *base, *lora, *options, wanted)
+        gradients = [True, False, True, True, False, False, False]  # dx, dA and dB
+        grads = reference_op("lora_linear_backward")(grad, x, h, *base, *lora, *options, gradients)
         return (y, grads[0], grads[2], grads[3])
 
     return compute, (x, grad, *lora)

@@ -107,16 +107,16 @@ def compile_error(compilation: setup.Compilation, path: Path) -> str | None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.torch_headers")
     parser.add_argument("minor", nargs="*", help="such as 2.11; default: every one")
-    wanted = parser.parse_args().minor
+    minors = parser.parse_args().minor
     compiler = setup.find_compiler()
     if compiler is None:
         raise SystemExit("no C++ compiler was found (tried CXX, c++, g++, clang++)")
     releases = newest_of_each_minor(released(), setup.TORCH_TARGET)
-    if wanted:
+    if minors:
         known = {f"{release.major}.{release.minor}": release for release in releases}
-        if unknown := set(wanted) - set(known):
+        if unknown := set(minors) - set(known):
             raise SystemExit(f"minor must be among {', '.join(known)}; got {' '.join(unknown)}")
-        releases = [known[minor] for minor in wanted]
+        releases = [known[minor] for minor in minors]
 
     project = Distribution()
     project.parse_config_files()

@@ -135,10 +135,10 @@ def fetch(
     was left out."""
     pins = locked(python)
     known = {canonicalize_name(name) for name in (*WITH_TORCH, *have)}
-    wanted = sorted({canonicalize_name(name) for name in imported()} - known)
+    left = sorted({canonicalize_name(name) for name in imported()} - known)
     left_out = []
-    while wanted:
-        name = wanted.pop(0)
+    while left:
+        name = left.pop(0)
         known.add(name)
         if name not in pins:
             left_out.append(f"{name}: requirements.lock does not have it")
@@ -157,7 +157,7 @@ def fetch(
                 kept = out / wheel.name
                 write_atomically(kept, wheel.read_bytes())
         print(f"{kept.stat().st_size / 1e6:6.2f} MB  {kept.name}")
-        wanted += sorted(needed - known - set(wanted))
+        left += sorted(needed - known - set(left))
     return left_out
 
 

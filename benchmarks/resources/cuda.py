@@ -203,29 +203,29 @@ def numbers_of(kernel: str, code: sass.Code, arch: str) -> dict[str, Any]:
 def problems(measured: Table, committed: Table) -> list[str]:
     """Returns a sentence for everything that is worse than in the committed table, or that is wrong
     whatever the table says."""
-    found = []
+    sentences = []
     for arch, kernels in measured.items():
         for name, numbers in kernels.items():
             if numbers["local"] or numbers["stack"]:
-                found.append(f"{arch} {name} spills: {numbers}")
+                sentences.append(f"{arch} {name} spills: {numbers}")
             multiplies = numbers["matrix"] and base_name(name) not in WITHOUT_WEIGHTS
             if multiplies and "cycles" not in numbers:
-                found.append(f"{arch} {name}: no main loop found, see DECODERS")
+                sentences.append(f"{arch} {name}: no main loop found, see DECODERS")
     for arch, kernels in committed.items():
         for name, before in kernels.items():
             after = measured.get(arch, {}).get(name)
             if after is None:
-                found.append(f"{arch} {name} is gone")
+                sentences.append(f"{arch} {name} is gone")
                 continue
-            found += [
+            sentences += [
                 f"{arch} {name}: {key} {before[key]} -> {after[key]}"
                 for key, sign in WORSE.items()
                 if sign * (_compared(key, after) - _compared(key, before)) > 0
             ]
             if "cycles" in before and "cycles" in after:
                 slower = cycle_model.problem(after["cycles"], before["cycles"])
-                found += [f"{arch} {name}: {slower}"] if slower else []
-    return found
+                sentences += [f"{arch} {name}: {slower}"] if slower else []
+    return sentences
 
 
 def _compared(key: str, numbers: dict[str, int]) -> int:
@@ -250,11 +250,11 @@ def show(table: Table) -> None:
 def explain(module: Path, kernel: str, arch: str) -> str:
     if arch not in cycle_model.ARCHS:
         raise SystemExit(f"--explain: {arch} must be one of {', '.join(cycle_model.ARCHS)}")
-    found = machine_code(module, arch)
-    if kernel not in found:
-        raise SystemExit(f"--explain: no {kernel} for {arch}; there are {', '.join(sorted(found))}")
+    codes = machine_code(module, arch)
+    if kernel not in codes:
+        raise SystemExit(f"--explain: no {kernel} for {arch}; there are {', '.join(sorted(codes))}")
     decoder = DECODERS.get(base_name(kernel))
-    loop = decoder.loop(kernel, found[kernel]) if decoder else None
+    loop = decoder.loop(kernel, codes[kernel]) if decoder else None
     if loop is None:
         raise SystemExit(f"--explain: {kernel} has no main loop that decodes weights for {arch}")
     return cycle_model.explain(loop, cycle_model.ARCHS[arch])
@@ -300,11 +300,11 @@ def main() -> int:
             f"the table was made with CUDA {committed['cuda']}: only spills and loops are checked"
         )
         committed = {"kernels": {}}
-    found = problems(measured, committed["kernels"])
-    for line in found:
-        print(f"WORSE {line}")
-    print(f"{sum(map(len, measured.values()))} kernels, {len(found)} problems")
-    return 1 if found else 0
+    sentences = problems(measured, committed["kernels"])
+    for sentence in sentences:
+        print(f"WORSE {sentence}")
+    print(f"{sum(map(len, measured.values()))} kernels, {len(sentences)} problems")
+    return 1 if sentences else 0
 
 
 def write_json(path: Path, document: Any) -> None:

@@ -160,32 +160,32 @@ def decodes(variant: Variant) -> bool:
 def absolute_problems(variant: Variant, capability: int, numbers: Numbers) -> list[str]:
     """Returns what is wrong whatever the version of Triton: spills, too much shared memory, no
     matrix instruction, no main loop."""
-    found = []
+    problems = []
     tiles = variant.kernel in ("nf4_linear", "nf4_linear_backward")
     if numbers["spills"]:
-        found.append(f"{numbers['spills']} spills")
+        problems.append(f"{numbers['spills']} spills")
     if numbers["shared"] > SHARED[capability]:
-        found.append(f"{numbers['shared']} bytes of shared memory")
+        problems.append(f"{numbers['shared']} bytes of shared memory")
     if tiles and variant.blocks["BLOCK_M"] >= 64 and not numbers["matrix"]:
-        found.append(f"no {MATRIX[capability]}")
+        problems.append(f"no {MATRIX[capability]}")
     if tiles and decodes(variant) and "cycles" not in numbers:
-        found.append("no main loop found")
-    return found
+        problems.append("no main loop found")
+    return problems
 
 
 def relative_problems(measured: Numbers, committed: Numbers | None) -> list[str]:
     """Returns what is worse than in the table."""
     if committed is None:
         return ["is not in the table"]
-    found = [
+    problems = [
         f"{key} {committed[key]} -> {measured[key]}"
         for key, sign in WORSE.items()
         if sign * (measured[key] - committed[key]) > SLACK[key]
     ]
     if "cycles" in measured and "cycles" in committed:
         slower = cycle_model.problem(measured["cycles"], committed["cycles"], CYCLES_SLACK)
-        found += [slower] if slower else []
-    return found
+        problems += [slower] if slower else []
+    return problems
 
 
 def named(variants: list[Variant]) -> dict[str, Variant]:
@@ -237,7 +237,7 @@ def main() -> int:
         made_with = committed["triton"]
         print(f"the table was made with Triton {made_with}: only hard limits are checked")
     table: Table = {}
-    found = []
+    sentences = []
     for capability in SHARED:
         arch = f"sm_{capability}"
         print(f"{arch:78}{'':13}cycles of an SM for {cycle_model.UNIT} weights")
@@ -252,17 +252,17 @@ def main() -> int:
             problems = absolute_problems(variant, capability, numbers)
             if compares:
                 problems += relative_problems(numbers, committed["kernels"][arch].get(name))
-            found += [f"{arch} {name}: {problem}" for problem in problems]
+            sentences += [f"{arch} {name}: {problem}" for problem in problems]
         if compares:
             gone = committed["kernels"][arch].keys() - table[arch].keys()
-            found += [f"{arch} {name}: is gone" for name in sorted(gone)]
-    for line in found:
-        print(f"WORSE {line}")
-    print(f"{sum(map(len, table.values()))} variants, {len(found)} problems")
+            sentences += [f"{arch} {name}: is gone" for name in sorted(gone)]
+    for sentence in sentences:
+        print(f"WORSE {sentence}")
+    print(f"{sum(map(len, table.values()))} variants, {len(sentences)} problems")
     if arguments.write:
         document = {"triton": triton.__version__, "kernels": table}
         write_json(TABLE, document)
-    return 1 if found else 0
+    return 1 if sentences else 0
 
 
 if __name__ == "__main__":

@@ -178,20 +178,20 @@ def run(arguments: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         raise ValueError("--device is cuda, but torch finds no CUDA device")
     device = torch.device(arguments.device)
-    wanted = arguments.kernels or [kernel.name for kernel in KERNELS]
-    unknown = set(wanted) - {kernel.name for kernel in KERNELS}
+    names = arguments.kernels or [kernel.name for kernel in KERNELS]
+    unknown = set(names) - {kernel.name for kernel in KERNELS}
     if unknown:
         known = ", ".join(kernel.name for kernel in KERNELS)
         raise ValueError(
             f"--kernels has {', '.join(sorted(unknown))}; it must name some of {known}"
         )
-    left_out = {kernel.name: kernel.why_not(device) for kernel in KERNELS if kernel.name in wanted}
+    left_out = {kernel.name: kernel.why_not(device) for kernel in KERNELS if kernel.name in names}
     left_out = {name: reason for name, reason in left_out.items() if reason is not None}
     for name, reason in left_out.items():
         print(f"{name} is left out: {reason}")
-    chosen = [k for k in KERNELS if k.name in wanted and k.name not in left_out]
+    chosen = [k for k in KERNELS if k.name in names and k.name not in left_out]
     if not chosen:
-        raise ValueError(f"no kernel of --kernels {','.join(wanted)} can run here")
+        raise ValueError(f"no kernel of --kernels {','.join(names)} can run here")
     to_measure = points(chosen, arguments.shape or SHAPES, arguments.tokens or TOKENS, device)
     facts = {
         "machine": machine.machine(device),
