@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m benchmarks", description="Benchmarks of pylora and its peers."
     )
-    commands = top.add_subparsers(dest="command", required=True)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("list", help="print the ops, contenders, suites and shapes")
 
     run = commands.add_parser(
@@ -38,8 +38,13 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--op", action="append", help="an op (may be repeated); default: all of the suite"
     )
-    run.add_argument("--suite", choices=("quick", "full"), default="quick")
-    run.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    run.add_argument(
+        "--suite",
+        choices=("quick", "full"),
+        default="quick",
+        help="default: quick; `list` shows both",
+    )
+    run.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     run.add_argument("--against", type=_words, help="only contenders whose name contains A, B, ...")
     run.add_argument(
         "--out",
@@ -67,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
 
     sweep = commands.add_parser("sweep", help="time every plan of the GPU kernels")
-    sweep.add_argument("--device", choices=("cuda",), default="cuda")
+    sweep.add_argument("--device", choices=("cuda",), default="cuda", help="default: cuda")
     sweep.add_argument(
         "--out",
         type=Path,
@@ -90,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument(
         "--tokens", type=_numbers, help="numbers of tokens in place of 1 to 8192: 1,16,..."
     )
-    sweep.add_argument("--seed", type=int, default=0, help="seed of the random data")
+    sweep.add_argument("--seed", type=int, default=0, help="seed of the random data; default: 0")
 
     compare = commands.add_parser("compare", help="show what changed between two runs of one op")
     compare.add_argument("before", type=Path, help="the JSON file of the first run")

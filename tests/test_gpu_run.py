@@ -219,7 +219,7 @@ def test_what_a_call_leaves(tmp_path: Path):
     assert summary["json"][where].endswith("3 cells were not measured")
     result.write_text('{"cells": [1,')
     _, summary = run(tmp_path, step("second", "print('there')"))
-    assert summary["json"][where].startswith("not whole: ")
+    assert summary["json"][where].startswith("not complete: ")
     files = archived(tmp_path)
     assert files[where] == result.read_bytes()
     assert files["logs/second.log"].endswith(b"there\n")

@@ -31,7 +31,14 @@ _FAMILIES = (
     ("reference", "#a3adb8"),
     ("pylora", OURS_COLOR),
 )
-_MARKS = {"eval": ("--", "s"), "fp16": ("--", "s"), "fp32": (":", "^"), "no LoRA": ("--", "s")}
+# A word in a name -> (the style of the line, the marker).
+_MARKS = {
+    "pylora dequantize": ("--", "s"),
+    "eval": ("--", "s"),
+    "fp16": ("--", "s"),
+    "fp32": (":", "^"),
+    "no LoRA": ("--", "s"),
+}
 _PANEL_WIDTH, _PANEL_HEIGHT = 3.9, 3.1
 
 Cells = Sequence[Mapping[str, Any]]
