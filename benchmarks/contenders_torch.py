@@ -19,9 +19,12 @@ from pylora.backends import limits
 
 
 def explained(op: str, *args: Any) -> str:
-    """Returns the backend and the variant that run this call, as `pylora.explain` names them."""
+    """Names the backend and the variant that run this call, as `pylora.explain` does, and what the
+    kernels are compiled for if the variant does not say so."""
     explanation = pylora.explain(op, *args)
-    return f"{explanation.backend} ({explanation.path})"
+    variant, compiled_for = explanation.variant, explanation.path
+    words = variant if variant == compiled_for else f"{variant}; {compiled_for}"
+    return f"{explanation.backend} ({words})"
 
 
 def nf4_linear(tensors: LayerTensors) -> BuiltLayer:

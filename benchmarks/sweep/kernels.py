@@ -33,7 +33,8 @@ class SweptLayer:
     lora_A: Tensor
     lora_B: Tensor
 
-    def layer(self) -> Layer:
+    def record(self) -> Layer:
+        """Returns the call record of the layer."""
         return Layer(self.weight.record, None, LowRank(self.lora_A, self.lora_B, scaling=SCALING))
 
     def arguments(self) -> tuple[Any, ...]:
@@ -120,7 +121,7 @@ def _processors(x: Tensor) -> int:
 def _small_levels(x: Tensor, N: int) -> list[list[KernelPlan]]:
     names = ("output_warps", "slices", "grid")
     rule = dict(zip(names, torch.ops.pylora_C.lora_linear_plan(x, N), strict=True))
-    parts = _cdiv(x.shape[1], 128)  # chunks of columns
+    parts = _cdiv(x.shape[1], 128)  # pieces of 128 columns
     return _compiled(rule, (1, 2, 4), lambda warps: _cdiv(N, 16 * warps), parts, _processors(x))
 
 
@@ -158,7 +159,7 @@ def _triton_levels(x: Tensor, N: int) -> list[list[KernelPlan]]:
     M, K = x.shape
     rule = configs.forward_plan(M, [N], K, x.element_size(), 64, facts(x))
     near = tuning.neighbours(rule, K)
-    far = [plan for each in near for plan in tuning.neighbours(each, K)]
+    far = [plan for neighbour in near for plan in tuning.neighbours(neighbour, K)]
 
     def written(plan: configs.TilePlan) -> KernelPlan:
         return {**asdict(plan.tile), "splits": plan.splits, "per_split": plan.per_split}
@@ -176,7 +177,7 @@ def _triton(x: Tensor, layer: SweptLayer, plan: KernelPlan) -> Tensor:
     tile = {name: value for name, value in plan.items() if name not in ("splits", "per_split")}
     chosen = TilePlan(TileConfig(**tile), plan["splits"], plan["per_split"])
     try:
-        return lora_linear_by_tiles(x, layer.layer(), chosen)
+        return lora_linear_by_tiles(x, layer.record(), chosen)
     except OutOfResources as error:
         raise Refused(str(error)) from error
     except TritonError as error:
@@ -184,7 +185,7 @@ def _triton(x: Tensor, layer: SweptLayer, plan: KernelPlan) -> Tensor:
 
 
 def _product(x: Tensor, layer: SweptLayer, plan: KernelPlan) -> Tensor:
-    y, _ = cuda_products.lora_linear(LoraLinearCall(x, layer.layer()))
+    y, _ = cuda_products.lora_linear(LoraLinearCall(x, layer.record()))
     return y
 
 
