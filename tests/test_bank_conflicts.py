@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from host_cuda import DRIVER, HOPPER_KERNELS, start
+from host_cuda import BACKWARD_KERNELS, DRIVER, HOPPER_KERNELS, SMALL_M_KERNELS, start
 from host_cuda.linear import check_linear, check_linear_backward
 
 Access = tuple[str, str]  # a function of the kernel, and what it does: operation and bytes a lane
@@ -104,21 +104,21 @@ def test_lanes_that_do_not_meet_are_counted_wrongly(compiled, counts, tmp_path: 
 SMALL_LOOP = [
     ("decode_pair", "load 4"),
     ("fetch", "cp.async 16"),
-    ("lora_linear_small", "ldmatrix 16"),
-    ("lora_linear_small", "load 16"),
+    ("lora_linear_small_m", "ldmatrix 16"),
+    ("lora_linear_small_m", "load 16"),
 ]
 BACKWARD_LOOP = [
     ("decode_pair", "load 4"),
     ("fetch", "cp.async 16"),
-    ("nf4_linear_backward_small", "load 4"),
-    ("nf4_linear_backward_small", "load 16"),
+    ("nf4_linear_backward_small_m", "load 4"),
+    ("nf4_linear_backward_small_m", "load 16"),
 ]
-HOPPER_LOOP = [("decode_pair", "load 4"), ("decode_block", "load 16")]
+HOPPER_LOOP = [("decode_pair", "load 4"), ("decode_k_tile", "load 16")]
 
 
 # Beside the loop: x on its way into shared memory, and the sums of the warps.
-STAGING = ("lora_linear_small", "store 16")
-SUMS = ("lora_linear_small", "load 4")
+STAGING = ("lora_linear_small_m", "store 16")
+SUMS = ("lora_linear_small_m", "load 4")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ SUMS = ("lora_linear_small", "load 4")
     [
         (1, {}),
         (2, {}),
-        (3, {("lora_linear_small", "load 16"): 1000}),  # x_pitch(3) is 3, not 2 modulo 4
+        (3, {("lora_linear_small_m", "load 16"): 1000}),  # x_pitch(3) is 3, not 2 modulo 4
         (4, {STAGING: 4000}),
         (8, {SUMS: 667}),
         (16, {SUMS: 667}),
@@ -136,7 +136,7 @@ SUMS = ("lora_linear_small", "load 4")
     ],
 )
 def test_few_rows(compiled, counts, M: int, expected: dict[Access, int]):
-    program = compiled("lora_linear", "lora_linear", "lora_plan", "lora_hidden")
+    program = compiled("lora_linear", *SMALL_M_KERNELS)
     check_linear(program, (M, 70, 512), processors=2)
     found = counts()
     assert all(found.accesses[access] for access in SMALL_LOOP)
@@ -152,7 +152,7 @@ STAGING_GRAD = ("stage_grad", "store 16")
         (1, {STAGING_GRAD: 500}),
         (2, {STAGING_GRAD: 1500}),
         # The pitch of 3 tokens is 3, not 2 modulo 4.
-        (3, {STAGING_GRAD: 500, ("nf4_linear_backward_small", "load 16"): 1000}),
+        (3, {STAGING_GRAD: 500, ("nf4_linear_backward_small_m", "load 16"): 1000}),
         (4, {STAGING_GRAD: 1000}),
         (8, {}),
         (16, {}),
@@ -162,7 +162,7 @@ STAGING_GRAD = ("stage_grad", "store 16")
     ],
 )
 def test_backward_of_few_rows(compiled, counts, M: int, expected: dict[Access, int]):
-    program = compiled("nf4_linear_backward", "nf4_linear_backward", "lora_plan")
+    program = compiled("nf4_linear_backward", *BACKWARD_KERNELS)
     check_linear_backward(program, (M, 136, 320))
     found = counts()
     assert all(found.accesses[access] for access in BACKWARD_LOOP)
@@ -175,7 +175,7 @@ def test_backward_of_few_rows(compiled, counts, M: int, expected: dict[Access, i
 )
 def test_hopper(compiled, counts, tmp_path: Path, shape: tuple[int, int, int], processors: int):
     """No conflicts at all; and wgmma reads what TMA brings, so that no fence is needed."""
-    program = compiled("nf4_linear_hopper", *HOPPER_KERNELS, twins=DRIVER)
+    program = compiled("lora_linear_hopper", *HOPPER_KERNELS, twins=DRIVER)
     check_linear(program, shape, torch.bfloat16, processors=processors)
     found = counts()
     assert all(found.accesses[access] for access in HOPPER_LOOP)

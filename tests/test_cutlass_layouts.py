@@ -23,7 +23,7 @@ CUTLASS: Tables = json.loads((ROOT / "tests/data/cutlass_layouts.json").read_tex
 
 @pytest.fixture(scope="module")
 def ours(compiled) -> Tables:
-    program: Path = compiled("layouts", "tensor_map", twins=DRIVER)
+    program: Path = compiled("layouts", "hopper/tensor_map", twins=DRIVER)
     ran = start(program)
     assert ran.returncode == 0, ran.stderr.decode()
     return json.loads(ran.stdout)

@@ -101,8 +101,8 @@ def test_gpu_code_moves_16_bytes_at_a_time_and_does_not_spill(arch: str):
         pytest.skip(f"built without sm_{arch}")
     kernels = cuobjdump("-sass", "-arch", f"sm_{arch}").split("Function : ")[1:]
     assert not [kernel.split()[0] for kernel in kernels if "STL" in kernel or "LDL" in kernel]
-    forward = [kernel for kernel in kernels if "lora_linear_small" in kernel.split()[0]]
-    backward = [kernel for kernel in kernels if "nf4_linear_backward_small" in kernel.split()[0]]
+    forward = [kernel for kernel in kernels if "lora_linear_small_m" in kernel.split()[0]]
+    backward = [kernel for kernel in kernels if "nf4_linear_backward_small_m" in kernel.split()[0]]
     # fp16 and bf16, six counts of token tiles; two of them for blocks of 32 as well.
     assert len(forward) == 16 and len(backward) == 12
     for kernel in forward + backward:
@@ -128,7 +128,7 @@ def test_hopper_code_overlaps_its_products():
     if "90a" not in _C.build_info()["cuda_archs"]:
         pytest.skip("built without sm_90a")
     kernels = cuobjdump("-sass", "-arch", "sm_90a").split("Function : ")[1:]
-    kernels = [kernel for kernel in kernels if "nf4_linear_hopper" in kernel.split()[0]]
+    kernels = [kernel for kernel in kernels if "lora_linear_hopper" in kernel.split()[0]]
     assert len(kernels) == 4  # fp16 and bf16, tiles of 128 and 256 tokens
     for kernel in kernels:
         products = re.findall(r"HGMMA\.64x\d+x\d+\.F32\S* (.*?);", kernel)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from flat_calls import reference_op
-from host_cuda import DTYPES, SEEDS, run
+from host_cuda import BACKWARD_KERNELS, DTYPES, SEEDS, SMALL_M_KERNELS, run
 from host_cuda.linear import ADAPTERS, check_linear, check_linear_backward
 from torch import Tensor
 
@@ -23,7 +23,7 @@ QUANTIZE_TILE = 4096
 
 @pytest.fixture(scope="module")
 def nf4_dequantize(compiled) -> Path:
-    return compiled("nf4_dequantize", "nf4_dequantize")
+    return compiled("nf4_dequantize", "nf4/nf4_dequantize")
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_dequantize_is_the_reference(
 
 @pytest.fixture(scope="module")
 def nf4_quantize(compiled) -> Path:
-    return compiled("nf4_quantize", "nf4_quantize")
+    return compiled("nf4_quantize", "nf4/nf4_quantize")
 
 
 def assert_quantizes(program: Path, weight: Tensor, blocksize: int, misalign: int = 0) -> None:
@@ -142,7 +142,7 @@ def test_quantize_every_16_bit_value(nf4_quantize, dtype: torch.dtype):
 
 @pytest.fixture(scope="module")
 def lora_linear(compiled) -> Path:
-    return compiled("lora_linear", "lora_linear", "lora_plan", "lora_hidden")
+    return compiled("lora_linear", *SMALL_M_KERNELS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -200,7 +200,7 @@ def test_many_adapters(lora_linear, lora_dtype: torch.dtype, M: int, rank: int):
     [
         (3, (4, 1, 1)),  # one CTA does it all
         (3, (1, 5, 25)),  # a chunk and 16 rows for each CTA
-        (3, (2, 3, 1)),  # one CTA takes all slices; the last has a chunk less
+        (3, (2, 3, 1)),  # one CTA takes all splits; the last has a chunk less
         (64, (1, 5, 7)),
         (64, (4, 2, 3)),
     ],
@@ -210,7 +210,7 @@ def test_a_chosen_plan_is_right(lora_linear, M: int, plan: tuple[int, int, int])
     results = []
     for seed in SEEDS:
         y, ran = check_linear(lora_linear, (M, 70, 576), rank=8, plan=plan, seed=seed)
-        assert (ran["warps"], ran["slices"], ran["grid"]) == plan
+        assert (ran["warps"], ran["splits"], ran["grid"]) == plan
         results.append(y)
     assert torch.equal(results[0], results[1])
 
@@ -235,7 +235,7 @@ def test_a_plan_that_cannot_run_is_refused(lora_linear, plan, message: str):
 
 
 @pytest.mark.parametrize(
-    ("shape", "gpu", "processors", "slices"),
+    ("shape", "gpu", "processors", "splits"),
     [
         ((1, 16, 4096), "H200", 8, 4),  # fewer tiles than CTAs
         ((2, 144, 1152), "H200", 2, 1),  # several tiles a CTA
@@ -247,13 +247,13 @@ def test_a_plan_that_cannot_run_is_refused(lora_linear, plan, message: str):
         ((48, 16, 768), "L4", 4, 3),
     ],
 )
-def test_linear_plans(lora_linear, shape, gpu: str, processors: int, slices: int):
+def test_linear_plans(lora_linear, shape, gpu: str, processors: int, splits: int):
     """Ways to cut the work; the result of each does not depend on the order of threads."""
     results = []
     for seed in SEEDS:
         options = {"rank": 4, "processors": processors, "gpu": gpu, "seed": seed}
         y, plan = check_linear(lora_linear, shape, **options)
-        assert plan["slices"] == slices
+        assert plan["splits"] == splits
         results.append(y)
     assert all(torch.equal(y, results[0]) for y in results)
 
@@ -263,7 +263,7 @@ def test_linear_plans(lora_linear, shape, gpu: str, processors: int, slices: int
 
 @pytest.fixture(scope="module")
 def nf4_linear_backward(compiled) -> Path:
-    return compiled("nf4_linear_backward", "nf4_linear_backward", "lora_plan")
+    return compiled("nf4_linear_backward", *BACKWARD_KERNELS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -296,7 +296,7 @@ def test_linear_backward_of_small_gradients(nf4_linear_backward):
 
 
 @pytest.mark.parametrize(
-    ("shape", "gpu", "processors", "slices"),
+    ("shape", "gpu", "processors", "splits"),
     [
         ((1, 2048, 192), "H200", 8, 16),  # fewer tiles than CTAs
         ((2, 136, 1152), "H200", 1, 1),  # several tiles a CTA
@@ -305,12 +305,12 @@ def test_linear_backward_of_small_gradients(nf4_linear_backward):
         ((12, 1000, 576), "A100", 6, 4),
     ],
 )
-def test_linear_backward_plans(nf4_linear_backward, shape, gpu: str, processors: int, slices: int):
+def test_linear_backward_plans(nf4_linear_backward, shape, gpu: str, processors: int, splits: int):
     """Ways to cut the work; the result of each does not depend on the order of threads."""
     results = []
     for seed in SEEDS:
         options = {"processors": processors, "gpu": gpu, "seed": seed}
         dx, got = check_linear_backward(nf4_linear_backward, shape, **options)
-        assert got == slices
+        assert got == splits
         results.append(dx)
     assert all(torch.equal(dx, results[0]) for dx in results)

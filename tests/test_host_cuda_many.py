@@ -15,17 +15,17 @@ import pylora
 from pylora.reference.activation import ACTIVATIONS
 from pylora.testing import assert_as_accurate_as_torch
 
-# nf4_linear_hopper
+# lora_linear_hopper
 
 
 @pytest.fixture(scope="module")
 def hopper(compiled) -> Path:
-    return compiled("nf4_linear_hopper", *HOPPER_KERNELS, twins=DRIVER)
+    return compiled("lora_linear_hopper", *HOPPER_KERNELS, twins=DRIVER)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("shape", "processors", "tile_tokens", "tiles", "slices"),
+    ("shape", "processors", "tile_tokens", "tiles", "splits"),
     [
         ((300, 120, 640), 1, 128, 3, 1),  # all stages, several times round; ends within a tile
         ((250, 200, 384), 1, 256, 2, 1),
@@ -33,28 +33,28 @@ def hopper(compiled) -> Path:
         ((130, 70, 1088), 5, 128, 2, 2),  # the second slice of K has a block less
     ],
 )
-def test_hopper(hopper, shape, processors, tile_tokens, tiles, slices, dtype: torch.dtype):
+def test_hopper(hopper, shape, processors, tile_tokens, tiles, splits, dtype: torch.dtype):
     """The result does not depend on the order of threads, nor on when copies land."""
     results = []
     for seed in SEEDS:
         y, plan = check_linear(hopper, shape, dtype, processors=processors, seed=seed)
-        grid = min(tiles * slices, processors)
-        expected = {"tokens": tile_tokens, "tiles": tiles, "slices": slices, "grid": grid}
+        grid = min(tiles * splits, processors)
+        expected = {"tokens": tile_tokens, "tiles": tiles, "splits": splits, "grid": grid}
         assert plan == expected
         results.append(y)
     assert torch.equal(results[0], results[1])
 
 
-def test_hopper_slices_in_any_order(hopper):
+def test_hopper_splits_in_any_order(hopper):
     """A slice that is counted before it is written shows in one order of threads out of two."""
     for seed in range(8):
         _, plan = check_linear(hopper, (20, 128, 1536), biases=False, processors=3, seed=seed)
-        assert (plan["tiles"], plan["slices"]) == (1, 3)
+        assert (plan["tiles"], plan["splits"]) == (1, 3)
 
 
-def test_hopper_slices_of_a_wide_tile(hopper):
+def test_hopper_splits_of_a_wide_tile(hopper):
     _, plan = check_linear(hopper, (250, 70, 2816), rank=4, processors=3)
-    assert (plan["tokens"], plan["tiles"], plan["slices"]) == (256, 1, 3)
+    assert (plan["tokens"], plan["tiles"], plan["splits"]) == (256, 1, 3)
 
 
 @pytest.mark.parametrize("plan", [(128, 17, 34), (128, 1, 1), (256, 9, 4)])
@@ -62,7 +62,7 @@ def test_hopper_with_a_chosen_plan(hopper, plan: tuple[int, int, int]):
     """The extremes of the plans that a sweep measures: 17 blocks of columns, 2 tiles or 1."""
     for seed in SEEDS:
         _, ran = check_linear(hopper, (130, 70, 1088), rank=4, plan=plan, seed=seed)
-        assert (ran["tokens"], ran["slices"], ran["grid"]) == plan
+        assert (ran["tokens"], ran["splits"], ran["grid"]) == plan
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_hopper_maps(compiled):
 
 @pytest.fixture(scope="module")
 def lora_extend(compiled) -> Path:
-    return compiled("lora_extend", "lora_hidden_many")
+    return compiled("lora_extend", "many_rows/lora_shrink")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -43,7 +43,7 @@ def test_the_executor_sees_a_bug_of_each_kind(mutants: Path, bug: str):
 
 @pytest.fixture(scope="module")
 def mutants_hopper(compiled) -> Path:
-    return compiled("mutants_hopper", "tensor_map", twins=DRIVER)
+    return compiled("mutants_hopper", "hopper/tensor_map", twins=DRIVER)
 
 
 DEADLOCK = "deadlock: threads wait for others that do not come"
@@ -77,7 +77,7 @@ def test_the_executor_sees_a_bug_of_each_kind_on_hopper(mutants_hopper: Path, bu
 
 @pytest.fixture(scope="module")
 def mutants_proxy(compiled) -> Path:
-    return compiled("mutants_proxy", "tensor_map", twins=DRIVER)
+    return compiled("mutants_proxy", "hopper/tensor_map", twins=DRIVER)
 
 
 NO_FENCE = "has written without a fence.proxy.async after it"

@@ -40,7 +40,7 @@ def test_committed_table_says_what_binds() -> None:
     for arch, kernels in table.items():
         loops = {name: numbers for name, numbers in kernels.items() if "cycles" in numbers}
         assert {resources.base_name(name) for name in loops} == {
-            name for name in resources.DECODERS if name != "nf4_linear_hopper" or arch == "sm_90a"
+            name for name in resources.DECODERS if name != "lora_linear_hopper" or arch == "sm_90a"
         }
         for numbers in loops.values():
             assert numbers["cycles"].keys() == set(cycle_model.COLUMNS)
@@ -79,7 +79,7 @@ def test_work_may_move_to_a_part_that_has_time() -> None:
 def test_kernel_whose_main_loop_is_not_found_is_told() -> None:
     without = {key: value for key, value in BEFORE.items() if key not in ("cycles", "binds")}
     assert problems(without) == ["sm_90a kernel: no main loop found, see DECODERS"]
-    table = {"sm_90a": {"lora_hidden_many<bf16, 16, true>": without}}
+    table = {"sm_90a": {"lora_shrink_many_rows<bf16, 16, true>": without}}
     assert resources.problems(table, table) == []
 
 
@@ -113,7 +113,7 @@ def test_decoder_counts_the_weights_of_a_warp() -> None:
         ]
     )
     code = resources.sass.parse(listing)["kernel"]
-    decoder = resources.DECODERS["nf4_linear_backward_small"]
-    loop = decoder.loop("nf4_linear_backward_small<bf16, 2>", code)
+    decoder = resources.DECODERS["nf4_linear_backward_small_m"]
+    loop = decoder.loop("nf4_linear_backward_small_m<bf16, 2>", code)
     assert loop is not None and loop.weights == 1024
-    assert decoder.loop("nf4_linear_backward_small<bf16, 2>", code[:8]) is None
+    assert decoder.loop("nf4_linear_backward_small_m<bf16, 2>", code[:8]) is None

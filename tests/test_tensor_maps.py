@@ -1,4 +1,4 @@
-"""What csrc/cuda/tensor_map.cu asks cuTensorMapEncodeTiled for, and what that may be asked for.
+"""What csrc/cuda/hopper/tensor_map.cu asks cuTensorMapEncodeTiled for, and what it may ask for.
 
 The driver's stand-in, host_cuda/driver.cpp, makes the demands of the documentation of CUDA 13.0.
 """
@@ -60,7 +60,7 @@ def report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_matrices_that_the_documentation_allows(compiled, report: Path):
     """A tile's rows are as long as its swizzle: 128 or 32 bytes."""
-    ran = start(compiled("tensor_maps", "tensor_map", twins=DRIVER))
+    ran = start(compiled("tensor_maps", "hopper/tensor_map", twins=DRIVER))
     assert ran.returncode == 0, ran.stderr.decode()
     answers = dict(line.split(": ") for line in ran.stdout.decode().splitlines())
     refused = [name for name, answer in answers.items() if answer == "refused"]
@@ -81,7 +81,7 @@ def test_matrices_that_the_documentation_allows(compiled, report: Path):
 def test_the_matrices_of_the_hopper_kernel(compiled, report: Path, M: int, tile_tokens: int):
     """x [M, K] and low [M, rank] by tiles of tokens, qweight [N, K / 2] by 128 rows."""
     N, K, rank = 70, 192, 5
-    program = compiled("nf4_linear_hopper", *HOPPER_KERNELS, twins=DRIVER)
+    program = compiled("lora_linear_hopper", *HOPPER_KERNELS, twins=DRIVER)
     _, plan = check_linear(program, (M, N, K), torch.bfloat16, rank=rank, processors=1)
     assert plan["tokens"] == tile_tokens
     assert json.loads(report.read_text())["tensor_maps"] == [

@@ -36,7 +36,7 @@ class Target:
     library: bool = False
 
 
-TENSOR_MAP = ROOT / "csrc" / "cuda" / "tensor_map.cu"
+TENSOR_MAP = ROOT / "csrc" / "cuda" / "hopper" / "tensor_map.cu"
 PROGRAMS = {
     target.name: target
     for target in (
@@ -106,7 +106,7 @@ def _source_digest() -> str:
     compiled program, so that a program from older sources is not taken for a current one."""
     digest = hashlib.sha256()
     folders = (SOURCES, ROOT / "csrc" / "cuda", ROOT / "csrc" / "common")
-    files = [path for folder in folders for path in folder.iterdir() if path.is_file()]
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     for path in sorted(files):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]

@@ -2,7 +2,7 @@
 
     python -m benchmarks.resources.cuda             compare with the table, exit 1 if worse
     python -m benchmarks.resources.cuda --write     replace the table
-    python -m benchmarks.resources.cuda --explain "lora_linear_small<bf16, 1, false>" sm_90a
+    python -m benchmarks.resources.cuda --explain "lora_linear_small_m<bf16, 1, false>" sm_90a
                                                     what keeps the SM busy in a main loop
 
 No GPU is needed: cuobjdump, which comes with the Triton wheel, reads the numbers from the machine
@@ -93,15 +93,15 @@ class Decoder:
 
 DECODERS = {
     # One ldmatrix.x4 brings a lane 16 bytes of qweight.
-    "lora_linear_small": Decoder("LDSM", 32),
+    "lora_linear_small_m": Decoder("LDSM", 32),
     # A lane has 8 weights of the fragment of a mma.m16n8k16.
-    "nf4_linear_backward_small": Decoder("HMMA", 8, per_token_tile=True),
+    "nf4_linear_backward_small_m": Decoder("HMMA", 8, per_token_tile=True),
     # Each lane loads 16 bytes and decodes a quarter of them; the four lanes of a quad load the same
     # bytes. If pairs of lanes have equal addresses, a load of 16 bytes takes two passes, not four.
     # (NVIDIA says so about compute capability 7.x, https://forums.developer.nvidia.com/t/77228; it
     # is assumed for 9.0.) The copy engine writes 64 columns of the tile's 128 rows and of its
     # tokens.
-    "nf4_linear_hopper": Decoder(
+    "lora_linear_hopper": Decoder(
         "LDS.128",
         8,
         tile=128 * 64,
@@ -111,7 +111,7 @@ DECODERS = {
     ),
 }
 # These kernels multiply matrices but decode no NF4, so the cycle model does not apply to them.
-WITHOUT_WEIGHTS = ("lora_hidden_many",)
+WITHOUT_WEIGHTS = ("lora_shrink_many_rows",)
 
 
 def find_extension() -> Path:
@@ -124,7 +124,7 @@ def find_extension() -> Path:
 
 
 def short_name(mangled: str) -> str:
-    """Returns a readable name such as `lora_linear_small<bf16, 1, false>` for a mangled name."""
+    """Returns a readable name such as `lora_linear_small_m<bf16, 1, false>` for a mangled name."""
     position, names = 3, []
     # Itanium mangling: _ZN, then each enclosing name after its length.
     while match := re.match(r"\d+", mangled[position:]):

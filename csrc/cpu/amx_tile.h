@@ -1,12 +1,12 @@
-// The matrix product of gemm_tile.h in AMX tiles: 16 rows of 64 bytes.
+// The matrix product of gemm_tile.h in AMX tiles, which have 16 rows of 64 bytes.
 //
-// An A tile is 16 rows of the panel times 16 elements (bf16 pairs along the sum), a B tile 16
-// elements times 16 tokens, a C tile 16 rows times 16 tokens in fp32: the layouts that gemm_tile.h
-// and gemm_pack.h have anyway, but that the panel is row-major in the backward too. The sum comes
-// in whole tiles: panel and packed tokens are padded with zeros.
+// An A tile is 16 rows of the panel times 16 elements (pairs of bf16 along the sum), a B tile is 16
+// elements times 16 tokens, and a C tile is 16 rows times 16 tokens in fp32. gemm_tile.h and
+// gemm_pack.h use these layouts anyway, with one exception: the panel is row-major in the backward
+// too. The sum runs over whole tiles, so panel and packed tokens are padded with zeros.
 //
-// `Tiles` are the eight tile registers: those of the processor, or a twin of theirs in AVX-512
-// BF16, so that all but the instructions themselves runs and is tested on a machine without AMX.
+// `Tiles` stands for the eight tile registers: the processor's own, or a twin of them in AVX-512
+// BF16. With the twin, everything except the AMX instructions is tested on machines without AMX.
 #pragma once
 
 #include <immintrin.h>
@@ -19,13 +19,13 @@
 
 namespace pylora::cpu {
 
-inline constexpr int kTileRows = 16;
-inline constexpr int kTileElements = 16;  // 64 bytes
+inline constexpr int kAmxTileRows = 16;
+inline constexpr int kAmxTileElements = 16;  // 64 bytes
 
 #if defined(__AMX_BF16__)
 struct HardwareTiles {
-  // All eight tiles whole. Released at the end, so that the tiles are not saved at every context
-  // switch, and whoever uses them next in this thread finds them unconfigured.
+  // Configures all eight tiles at full size while it lives. They are released at the end, so that
+  // the system need not save them at every context switch.
   struct Scope {
     Scope() {
       struct alignas(64) Config {
@@ -42,8 +42,8 @@ struct HardwareTiles {
     Scope& operator=(const Scope&) = delete;
   };
 
-  // In assembly, since the compiler's own macros paste the tile's number as text, and so cannot
-  // take a template's argument.
+  // This is assembly because the compiler's macros paste the tile's number as text, and so cannot
+  // take a template argument.
   template <int kTile>
   PYLORA_INLINE void zero() {
     asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
@@ -67,8 +67,8 @@ struct HardwareTiles {
 
 struct EmulatedTiles {
   struct Scope {};
-  // On the stack of each product: uninitialized, as the registers are.
-  alignas(64) float tiles[8][kTileRows][kTileElements];
+  // They live on the stack of each product, uninitialized, as the registers are.
+  alignas(64) float tiles[8][kAmxTileRows][kAmxTileElements];
 
   template <int kTile>
   void zero() {
@@ -76,21 +76,21 @@ struct EmulatedTiles {
   }
   template <int kTile>
   void load(const float* from, int64_t ld) {
-    for (int i = 0; i < kTileRows; ++i) {
+    for (int i = 0; i < kAmxTileRows; ++i) {
       _mm512_store_ps(tiles[kTile][i], _mm512_loadu_ps(from + i * ld));
     }
   }
   template <int kTile>
   void store(float* to, int64_t ld) {
-    for (int i = 0; i < kTileRows; ++i) {
+    for (int i = 0; i < kAmxTileRows; ++i) {
       _mm512_storeu_ps(to + i * ld, _mm512_load_ps(tiles[kTile][i]));
     }
   }
   template <int kC, int kA, int kB>
   void dot() {
-    for (int i = 0; i < kTileRows; ++i) {
+    for (int i = 0; i < kAmxTileRows; ++i) {
       __m512 acc = _mm512_load_ps(tiles[kC][i]);
-      for (int k = 0; k < kTileElements; ++k) {
+      for (int k = 0; k < kAmxTileElements; ++k) {
         acc = Avx512Bf16::dot(acc, _mm512_set1_ps(tiles[kA][i][k]), _mm512_load_ps(tiles[kB][k]));
       }
       _mm512_store_ps(tiles[kC][i], acc);
@@ -100,11 +100,11 @@ struct EmulatedTiles {
 
 template <class S, class Tiles>
 struct AmxMac : Bf16Mac<S> {
-  static constexpr int kGrain = kTileElements;
+  static constexpr int kGrain = kAmxTileElements;
   static constexpr bool kRowMajorOnly = true;
   static constexpr int64_t kForwardPanel = 96;
   using Scope = typename Tiles::Scope;
-  PYLORA_INLINE static constexpr int rows_for(int) { return 2 * kTileRows; }
+  PYLORA_INLINE static constexpr int rows_for(int) { return 2 * kAmxTileRows; }
 };
 
 // c[32][kColumns tiles] (+)= a[32][k_count] b[k_count][kColumns tiles].
@@ -112,50 +112,51 @@ template <class Tiles, int kColumns>
 __attribute__((noinline)) void amx_tile(int64_t k_count, const float* a, const float* b, float* c,
                                         int64_t ld, bool accumulate) {
   constexpr bool kTwo = kColumns == 2;
-  float* below = c + kTileRows * ld;
+  float* below = c + kAmxTileRows * ld;
   Tiles t;
   if (accumulate) {
     t.template load<0>(c, ld);
     t.template load<2>(below, ld);
-    if constexpr (kTwo) t.template load<1>(c + kTileRows, ld);
-    if constexpr (kTwo) t.template load<3>(below + kTileRows, ld);
+    if constexpr (kTwo) t.template load<1>(c + kAmxTileRows, ld);
+    if constexpr (kTwo) t.template load<3>(below + kAmxTileRows, ld);
   } else {
     t.template zero<0>();
     t.template zero<2>();
     if constexpr (kTwo) t.template zero<1>();
     if constexpr (kTwo) t.template zero<3>();
   }
-  for (int64_t k = 0; k < k_count; k += kTileElements) {
+  for (int64_t k = 0; k < k_count; k += kAmxTileElements) {
     t.template load<4>(a + k, kTileLd);
     t.template load<6>(b + k * ld, ld);
     t.template dot<0, 4, 6>();
-    if constexpr (kTwo) t.template load<7>(b + k * ld + kTileRows, ld);
+    if constexpr (kTwo) t.template load<7>(b + k * ld + kAmxTileRows, ld);
     if constexpr (kTwo) t.template dot<1, 4, 7>();
-    t.template load<5>(a + kTileRows * kTileLd + k, kTileLd);
+    t.template load<5>(a + kAmxTileRows * kTileLd + k, kTileLd);
     t.template dot<2, 5, 6>();
     if constexpr (kTwo) t.template dot<3, 5, 7>();
   }
   t.template store<0>(c, ld);
   t.template store<2>(below, ld);
-  if constexpr (kTwo) t.template store<1>(c + kTileRows, ld);
-  if constexpr (kTwo) t.template store<3>(below + kTileRows, ld);
+  if constexpr (kTwo) t.template store<1>(c + kAmxTileRows, ld);
+  if constexpr (kTwo) t.template store<3>(below + kAmxTileRows, ld);
 }
 
 template <Broadcast kOrder, class S, class Tiles>
 inline void run_tile(AmxMac<S, Tiles>, int v, int64_t k_count, const float* a, int64_t,
                      const float* b, float* c, bool accumulate) {
-  static_assert(kOrder == Broadcast::kRowMajor && S::kLanes == kTileRows);
+  static_assert(kOrder == Broadcast::kRowMajor && S::kLanes == kAmxTileRows);
   const int64_t ld = v * S::kLanes;
   int j = 0;
   for (; j + 2 <= v; j += 2) {
-    amx_tile<Tiles, 2>(k_count, a, b + j * kTileRows, c + j * kTileRows, ld, accumulate);
+    amx_tile<Tiles, 2>(k_count, a, b + j * kAmxTileRows, c + j * kAmxTileRows, ld, accumulate);
   }
-  if (j < v) amx_tile<Tiles, 1>(k_count, a, b + j * kTileRows, c + j * kTileRows, ld, accumulate);
+  if (j < v)
+    amx_tile<Tiles, 1>(k_count, a, b + j * kAmxTileRows, c + j * kAmxTileRows, ld, accumulate);
 }
 
-// Zeros from element `count / 2` of a row to the end of its last tile.
+// Fills a row with zeros from the end of its `count` values to the end of its last tile.
 PYLORA_INLINE void pad_row(int64_t count, float* row) {
-  for (int64_t i = (count + 1) / 2; i % kTileElements != 0; ++i) row[i] = 0.0f;
+  for (int64_t i = (count + 1) / 2; i % kAmxTileElements != 0; ++i) row[i] = 0.0f;
 }
 
 template <class S, class Tiles>
@@ -167,22 +168,22 @@ void decode_panel(AmxMac<S, Tiles>, const NF4Matrix& w, int64_t row, int64_t row
   }
 }
 
-// As pairs of rows come, 16 of them at a time, transposed to the row-major panel.
+// Decodes pairs of rows, 16 pairs at a time, and transposes them into the row-major panel.
 template <class S, class Tiles>
 void decode_panel_t(AmxMac<S, Tiles>, const NF4Matrix& w, int64_t row, int64_t count, int64_t col,
                     int64_t cols, float* panel, int64_t ld) {
-  float pairs[kTileElements * AmxMac<S, Tiles>::kForwardPanel];
-  for (int64_t i = 0; i < count; i += 2 * kTileElements) {
-    const int64_t rows = count - i < 2 * kTileElements ? count - i : 2 * kTileElements;
-    const int64_t found = ceil_div(rows, 2);
+  float pairs[kAmxTileElements * AmxMac<S, Tiles>::kForwardPanel];
+  for (int64_t i = 0; i < count; i += 2 * kAmxTileElements) {
+    const int64_t rows = count - i < 2 * kAmxTileElements ? count - i : 2 * kAmxTileElements;
+    const int64_t filled = ceil_div(rows, 2);
     decode_panel_t(Bf16Mac<S>{}, w, row + i, rows, col, cols, pairs, ld);
     for (int64_t j = 0; j < cols; j += S::kLanes) {
-      typename S::F block[S::kLanes];
+      typename S::F square[S::kLanes];
       for (int k = 0; k < S::kLanes; ++k) {
-        block[k] = k < found ? S::load(pairs + k * ld + j) : S::zero();
+        square[k] = k < filled ? S::load(pairs + k * ld + j) : S::zero();
       }
-      S::transpose(block);
-      for (int k = 0; k < S::kLanes; ++k) S::store(panel + (j + k) * kTileLd + i / 2, block[k]);
+      S::transpose(square);
+      for (int k = 0; k < S::kLanes; ++k) S::store(panel + (j + k) * kTileLd + i / 2, square[k]);
     }
   }
 }

@@ -34,7 +34,8 @@ Registers cpuid(uint32_t leaf, uint32_t subleaf) {
   return r;
 }
 
-// The registers whose state the operating system saves: an extension without that must not be used.
+// The registers whose state the operating system saves. An extension must not be used if the system
+// does not save its registers.
 uint64_t saved_state() {
   constexpr uint32_t kOsxsave = 1u << 27;
   if ((cpuid(1, 0)[kEcx] & kOsxsave) == 0) return 0;
@@ -44,11 +45,12 @@ uint64_t saved_state() {
   return static_cast<uint64_t>(high) << 32 | low;
 }
 
-constexpr uint64_t kYmm = 0x6;          // SSE and AVX halves
-constexpr uint64_t kZmm = kYmm | 0xE0;  // mask registers and the AVX-512 halves
-constexpr uint64_t kTile = 3ull << 17;  // tile configuration and data
+constexpr uint64_t kYmm = 0x6;          // the SSE and AVX halves
+constexpr uint64_t kZmm = kYmm | 0xE0;  // also the mask registers and the AVX-512 halves
+constexpr uint64_t kTile = 3ull << 17;  // the tile configuration and data
 
-// Linux hands out the tile registers on request (8 KiB more to save at every context switch).
+// Linux gives a process the tile registers on request: they are 8 KiB more to save at every context
+// switch.
 bool tiles_permitted() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
   constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
@@ -79,15 +81,15 @@ constexpr Feature kFeatures[] = {
 };
 
 std::vector<std::string> detect_features() {
-  std::vector<std::string> found;
+  std::vector<std::string> names;
   const uint64_t saved = saved_state();
   for (const Feature& f : kFeatures) {
     if ((saved & f.state) != f.state) continue;
     if ((cpuid(f.leaf, f.subleaf)[f.where] >> f.bit & 1u) == 0) continue;
     if (f.state == kTile && !tiles_permitted()) continue;
-    found.emplace_back(f.name);
+    names.emplace_back(f.name);
   }
-  return found;
+  return names;
 }
 
 #else
@@ -97,8 +99,8 @@ std::vector<std::string> detect_features() { return {}; }
 #endif
 
 const std::vector<std::string>& features() {
-  static const std::vector<std::string> found = detect_features();
-  return found;
+  static const std::vector<std::string> names = detect_features();
+  return names;
 }
 
 bool has(std::string_view name) {
@@ -123,7 +125,7 @@ std::string runnable_names() {
   return names;
 }
 
-// `source` is what the user set, as the message names it.
+// An error message says that `source`, which the user has set, has a wrong value.
 CpuIsa parse_isa(std::string_view name, const std::string& source) {
   for (size_t i = 0; i < kIsaNames.size(); ++i) {
     if (name != kIsaNames[i]) continue;

@@ -1,8 +1,8 @@
-// Packing the token operand of gemm_tile.h, and writing its accumulators back.
+// Packs the token operand of gemm_tile.h, and writes its accumulators back.
 //
-// A block of tokens is cut into tiles of V * S::kLanes tokens, V <= S::kMaxV. A packed tile is
-// [elements along k][tokens]; an accumulator tile is [output][tokens]. Both are transposed against
-// the row-major tensors, in registers; the dtype changes on the way.
+// A batch of tokens is cut into tiles of V * S::kLanes tokens, V <= S::kMaxV. A packed tile is
+// [elements along k][tokens]; a tile of accumulators is [outputs][tokens]. The tensors are
+// row-major, so both are transposed on the way, in registers, and change their dtype there.
 #pragma once
 
 #include <cstring>
@@ -14,25 +14,25 @@ namespace pylora::cpu {
 
 PYLORA_INLINE int64_t round_up(int64_t value, int64_t unit) { return ceil_div(value, unit) * unit; }
 
-// A block of `rows` tokens, cut into tiles.
+// A batch of tokens, cut into tiles. All tiles but the last have kWidth tokens.
 template <class S>
 struct TokenTiles {
   static constexpr int64_t kWidth = S::kMaxV * S::kLanes;
-  int64_t rows;
+  int64_t tokens;
 
-  PYLORA_INLINE int64_t count() const { return ceil_div(rows, kWidth); }
-  PYLORA_INLINE int64_t rows_in(int64_t t) const {
-    return rows - t * kWidth < kWidth ? rows - t * kWidth : kWidth;
+  PYLORA_INLINE int64_t count() const { return ceil_div(tokens, kWidth); }
+  PYLORA_INLINE int64_t tokens_in(int64_t t) const {
+    return tokens - t * kWidth < kWidth ? tokens - t * kWidth : kWidth;
   }
   PYLORA_INLINE int vectors(int64_t t) const {
-    return static_cast<int>(ceil_div(rows_in(t), S::kLanes));
+    return static_cast<int>(ceil_div(tokens_in(t), S::kLanes));
   }
-  PYLORA_INLINE int64_t padded() const { return round_up(rows, S::kLanes); }
-  // Where tile t starts in a buffer with `depth` values for each token.
+  PYLORA_INLINE int64_t padded() const { return round_up(tokens, S::kLanes); }
+  // The offset of tile t in a buffer that has `depth` values for each token.
   PYLORA_INLINE int64_t offset(int64_t t, int64_t depth) const { return t * kWidth * depth; }
 };
 
-// Up to kLanes elements of a row, starting with value `p`; `n` values are left in the row.
+// Loads up to kLanes elements of a row from `p` on; the row has `n` values left.
 template <class S, class T>
 PYLORA_INLINE typename S::F load_elements(F32Mac<S>, const T* p, int64_t n) {
   return n >= S::kLanes ? S::load(p) : S::load_n(p, static_cast<int>(n));
@@ -45,7 +45,7 @@ PYLORA_INLINE typename S::F load_elements(Bf16Mac<S>, const BFloat16* p, int64_t
   return S::load(padded);
 }
 
-// `count` values of a row as fp32.
+// Converts `count` values of a row to fp32.
 template <class S, class T>
 PYLORA_INLINE void widen_row(const T* x, int64_t count, float* out) {
   int64_t i = 0;
@@ -53,8 +53,8 @@ PYLORA_INLINE void widen_row(const T* x, int64_t count, float* out) {
   for (; i < count; ++i) out[i] = to_float(x[i]);
 }
 
-// One tile: tokens [0, rows) of x (row stride ld), `count` values along k -> packed
-// [elements][v * kLanes], zeros after the last token and after the last value.
+// Packs one tile: `count` values along k of tokens [0, rows) of x, whose rows are `ld` apart, into
+// [elements][v * kLanes]. Zeros follow the last token and the last value.
 template <class S, template <class> class Mac, class T>
 void pack_tile(const T* x, int64_t ld, int64_t rows, int64_t count, int v, float* packed) {
   constexpr int L = S::kLanes;
@@ -63,40 +63,40 @@ void pack_tile(const T* x, int64_t ld, int64_t rows, int64_t count, int v, float
   const int64_t elements = elements_of<Mac<S>>(count);
   for (int64_t m = 0; m < width; m += L) {
     for (int64_t k = 0; k < count; k += kValues) {
-      typename S::F block[L];
+      typename S::F square[L];
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i) {
-        block[i] =
+        square[i] =
             m + i < rows ? load_elements(Mac<S>{}, x + (m + i) * ld + k, count - k) : S::zero();
         __builtin_prefetch(x + (m + i) * ld + k + 8 * kValues, 0, 2);
       }
-      S::transpose(block);
+      S::transpose(square);
       const int64_t first = k / Mac<S>::kStep;
       float* out = packed + first * width + m;
       if (elements - first >= L) {
 #pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) S::store(out + i * width, block[i]);
+        for (int i = 0; i < L; ++i) S::store(out + i * width, square[i]);
       } else {
         for (int i = 0; i < static_cast<int>(elements - first); ++i) {
-          S::store(out + i * width, block[i]);
+          S::store(out + i * width, square[i]);
         }
       }
     }
   }
 }
 
-// All tiles of a block of tokens; x points at the block's first token and first value.
+// Packs all tiles of a batch of tokens; x points to the first value of the first token.
 template <class S, template <class> class Mac, class T>
 void pack_tokens(const T* x, int64_t ld, const TokenTiles<S>& tiles, int64_t count, float* packed) {
   const int64_t elements = elements_of<Mac<S>>(count);
   for (int64_t t = 0; t < tiles.count(); ++t) {
-    pack_tile<S, Mac>(x + t * tiles.kWidth * ld, ld, tiles.rows_in(t), count, tiles.vectors(t),
+    pack_tile<S, Mac>(x + t * tiles.kWidth * ld, ld, tiles.tokens_in(t), count, tiles.vectors(t),
                       packed + tiles.offset(t, elements));
   }
 }
 
-// y[m][0 .. cols) = acc[0 .. cols)[m] + bias + extra[..][m] * factor[m][..], for one tile. bias,
-// extra may be null; factor is [rows][cols]. acc and extra are [cols, padded to kLanes][v *
+// Writes one tile: y[m][n] = acc[n][m] + bias[n] + extra[n][m] * factor[m][n]. `bias` and `extra`
+// may be null; `factor` is [rows][cols]; `acc` and `extra` are [cols, padded to kLanes][v *
 // kLanes].
 template <class S, class T>
 void write_tile(const float* acc, int v, int64_t rows, int64_t cols, const float* bias,
@@ -108,25 +108,25 @@ void write_tile(const float* acc, int v, int64_t rows, int64_t cols, const float
     for (int64_t n = 0; n < cols; n += L) {
       const int left = static_cast<int>(cols - n < L ? cols - n : L);
       const typename S::F shift = bias != nullptr ? S::load_n(bias + n, left) : S::zero();
-      typename S::F block[L];
+      typename S::F square[L];
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) block[i] = S::load(acc + (n + i) * width + m);
-      S::transpose(block);
+      for (int i = 0; i < L; ++i) square[i] = S::load(acc + (n + i) * width + m);
+      S::transpose(square);
       if (extra != nullptr) {
         typename S::F more[L];
 #pragma GCC unroll 16
         for (int i = 0; i < L; ++i) more[i] = S::load(extra + (n + i) * width + m);
         S::transpose(more);
         for (int i = 0; i < count; ++i) {
-          block[i] = S::fma(more[i], S::load_n(factor + (m + i) * cols + n, left), block[i]);
+          square[i] = S::fma(more[i], S::load_n(factor + (m + i) * cols + n, left), square[i]);
         }
       }
       T* out = y + m * ld + n;
       if (left == L && count == L) {
 #pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) S::store(out + i * ld, S::add(block[i], shift));
+        for (int i = 0; i < L; ++i) S::store(out + i * ld, S::add(square[i], shift));
       } else {
-        for (int i = 0; i < count; ++i) S::store_n(out + i * ld, S::add(block[i], shift), left);
+        for (int i = 0; i < count; ++i) S::store_n(out + i * ld, S::add(square[i], shift), left);
       }
     }
   }

@@ -1,10 +1,11 @@
-// The inner kernel of every matrix product here: a register tile of fp32 accumulators.
+// The inner kernel of every matrix product on the CPU: a tile of fp32 accumulators in registers.
 //
 //   c[i][j] (+)= sum_k a(i, k) * b[k][j]      i < I rows, j < V vectors of S::kLanes floats
 //
 // `a` is broadcast, one 32-bit element at a time; `b` is a packed panel of 32-bit elements. An
-// element is one fp32, or (Bf16Mac) two bf16 neighbours along k. Tokens run along j, so that a
-// weight decoded in its natural order is the broadcast operand and needs no shuffle.
+// element is one fp32 value or, with Bf16Mac, two bf16 values that are neighbours along k. Tokens
+// run along j: the weight, decoded in its natural order, is the broadcast operand and needs no
+// shuffle.
 #pragma once
 
 #include <cstdint>
@@ -13,14 +14,14 @@
 
 namespace pylora::cpu {
 
-// What a product needs of its operands.
+// How a product wants its operands laid out.
 template <class S, int kValues>
 struct MacLayout {
   static constexpr int kStep = kValues;  // values of k in an element
-  static constexpr int kGrain = 1;       // elements of k come in multiples of this, padded with 0
-  static constexpr bool kRowMajorOnly = false;  // `a`, even where the weight lies the other way
+  static constexpr int kGrain = 1;       // k is padded with zeros to a multiple of so many elements
+  static constexpr bool kRowMajorOnly = false;  // `a` is row-major even in the backward
   static constexpr int64_t kForwardPanel = 48;  // rows of W, a multiple of every rows_for(v)
-  struct Scope {};                              // lives while a thread multiplies
+  struct Scope {};                              // an object of it lives while a thread multiplies
   PYLORA_INLINE static constexpr int rows_for(int v) { return S::rows_for(v); }
 };
 
@@ -36,12 +37,13 @@ struct Bf16Mac : MacLayout<S, 2> {
   PYLORA_INLINE static F mac(F acc, F a, F b) { return S::dot(acc, a, b); }
 };
 
-// Elements from one row of a row-major `a` to the next: fixed, so that rows are address offsets;
-// odd in cache lines, so that rows do not share a cache set.
-inline constexpr int64_t kTileK = 512;  // most elements along k in one call
+// The longest call, in elements along k; and the distance of two rows of a row-major `a`, in
+// elements. The distance is fixed, so that a row is a constant address offset, and it is an odd
+// number of cache lines, so that rows do not share a cache set.
+inline constexpr int64_t kTileK = 512;
 inline constexpr int64_t kTileLd = kTileK + 16;
 
-// Elements that `count` values of k take.
+// How many elements `count` values along k take.
 template <class Mac>
 PYLORA_INLINE int64_t elements_of(int64_t count) {
   return ceil_div(count, Mac::kStep * Mac::kGrain) * Mac::kGrain;

@@ -1,5 +1,5 @@
-// Asks for 2 MiB pages under a large fresh output. A new tensor has no memory yet: the first write
-// to each 4 KiB page is a fault, and those faults took three quarters of the time of a
+// Asks the system to put 2 MiB pages under a large new output. A new tensor has no memory yet: the
+// first write to each 4 KiB page is a fault, and these faults took three quarters of the time of a
 // dequantization.
 #pragma once
 
@@ -17,7 +17,7 @@ inline void advise_huge_pages(void* memory, int64_t bytes) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(memory);
   const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1);
   const uintptr_t last = (begin + static_cast<uintptr_t>(bytes)) & ~(kHugePage - 1);
-  // A hint: where the system refuses, the small pages serve.
+  // This is a hint. If the system refuses, the small pages serve.
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #else
   (void)memory;

@@ -35,12 +35,12 @@ std::unique_ptr<float[]> low_rank_buffer(int64_t count) {
 }
 
 // low = scaling * act(h)
-std::unique_ptr<float[]> scaled_activation(const LoraLinear& op) {
-  const int64_t count = op.x.rows * op.lora_A.rank;
+std::unique_ptr<float[]> scaled_activation(const LoraLinearArgs& args) {
+  const int64_t count = args.x.tokens * args.lora_A.rank;
   auto low = low_rank_buffer(count);
   parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      low[i] = static_cast<float>(activate(op.activation, op.h[i]) * op.scaling);
+      low[i] = static_cast<float>(activate(args.activation, args.h[i]) * args.scaling);
     }
   });
   return low;
@@ -48,65 +48,67 @@ std::unique_ptr<float[]> scaled_activation(const LoraLinear& op) {
 
 }  // namespace
 
-void lora_linear(const LoraLinear& op) {
+void lora_linear(const LoraLinearArgs& args) {
   const CpuIsa isa = cpu_isa();
-  project_for(isa)(op.x, op.lora_A, op.lora_A_bias, op.h);
-  const auto low = scaled_activation(op);
-  LinearProblem linear = op.linear;
+  project_for(isa)(args.x, args.lora_A, args.lora_A_bias, args.h);
+  const auto low = scaled_activation(args);
+  NF4LinearArgs linear = args.linear;
   linear.low = low.get();
-  linear.adapter = op.lora_B.data;
-  linear.adapter_dtype = op.lora_B.dtype;
-  linear.rank = op.lora_B.rank;
+  linear.adapter = args.lora_B.data;
+  linear.adapter_dtype = args.lora_B.dtype;
+  linear.rank = args.lora_B.rank;
   run_linear(linear);
 }
 
-void lora_linear_backward(const LoraLinear& op) {
+void lora_linear_backward(const LoraLinearArgs& args) {
   const CpuIsa isa = cpu_isa();
-  const int64_t rank = op.lora_A.rank;
-  const int64_t count = op.x.rows * rank;
-  const TokenMatrix grad{op.linear.x, op.linear.dtype, op.linear.rows, op.linear.weight.rows, {}};
+  const int64_t rank = args.lora_A.rank;
+  const int64_t count = args.x.tokens * rank;
+  const TokenMatrix grad{
+      args.linear.x, args.linear.dtype, args.linear.tokens, args.linear.weight.rows, {}};
 
   // 1. dh
   std::unique_ptr<float[]> dh;
-  if (op.linear.y != nullptr || op.dlora_A != nullptr || op.dlora_A_bias != nullptr) {
+  if (args.linear.y != nullptr || args.dlora_A != nullptr || args.dlora_A_bias != nullptr) {
     dh = low_rank_buffer(count);
-    project_for(isa)(grad, op.lora_B, nullptr, dh.get());
+    project_for(isa)(grad, args.lora_B, nullptr, dh.get());
     parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        dh[i] = static_cast<float>(activation_slope(op.activation, op.h[i]) * op.scaling * dh[i]);
+        dh[i] =
+            static_cast<float>(activation_slope(args.activation, args.h[i]) * args.scaling * dh[i]);
       }
     });
   }
 
   // 2. dx
-  if (op.linear.y != nullptr) {
-    LinearProblem linear = op.linear;
+  if (args.linear.y != nullptr) {
+    NF4LinearArgs linear = args.linear;
     linear.low = dh.get();
-    linear.adapter = op.lora_A.data;
-    linear.adapter_dtype = op.lora_A.dtype;
+    linear.adapter = args.lora_A.data;
+    linear.adapter_dtype = args.lora_A.dtype;
     linear.rank = rank;
-    linear.dropout = op.x.dropout;
+    linear.dropout = args.x.dropout;
     run_linear(linear);
   }
 
-  // 3. The adapter's gradients, in one pass over x and one over the gradient.
-  if (op.dlora_A != nullptr) {
-    AdapterFactor out = op.lora_A;
-    out.data = op.dlora_A;
-    gather_for(isa)(op.x, dh.get(), out, nullptr);
+  // 3. The adapter's gradients. They take one pass over x and one over the gradient.
+  if (args.dlora_A != nullptr) {
+    AdapterFactor out = args.lora_A;
+    out.data = args.dlora_A;
+    gather_for(isa)(args.x, dh.get(), out, nullptr);
   }
-  if (op.dlora_B != nullptr || op.grad_sums != nullptr) {
+  if (args.dlora_B != nullptr || args.grad_sums != nullptr) {
     std::unique_ptr<float[]> low;
-    if (op.dlora_B != nullptr) low = scaled_activation(op);
-    AdapterFactor out = op.lora_B;
-    out.data = op.dlora_B;
-    gather_for(isa)(grad, low.get(), out, op.grad_sums);
+    if (args.dlora_B != nullptr) low = scaled_activation(args);
+    AdapterFactor out = args.lora_B;
+    out.data = args.dlora_B;
+    gather_for(isa)(grad, low.get(), out, args.grad_sums);
   }
-  if (op.dlora_A_bias != nullptr) {
+  if (args.dlora_A_bias != nullptr) {
     for (int64_t j = 0; j < rank; ++j) {
       double sum = 0.0;
-      for (int64_t m = 0; m < op.x.rows; ++m) sum += dh[m * rank + j];
-      op.dlora_A_bias[j] = static_cast<float>(sum);
+      for (int64_t m = 0; m < args.x.tokens; ++m) sum += dh[m * rank + j];
+      args.dlora_A_bias[j] = static_cast<float>(sum);
     }
   }
 }

@@ -4,13 +4,15 @@
 //              y = x @ W^T + bias + low @ lora_B^T + scaling * lora_B_bias
 //   backward   dh = (scaling * g @ lora_B) * act'(h)
 //              dx = g @ W + mask / (1 - p) * (dh @ lora_A)
-//              dlora_B = g^T low;  dlora_A = dh^T dropout(x);  the biases' gradients are column
-//              sums
+//              dlora_B = g^T low;  dlora_A = dh^T dropout(x)
+//              the gradients of the biases are column sums
 //
 // Shapes    x [M, K]; g [M, N]; h, low, dh [M, R] fp32; lora_A [R, K]; lora_B [N, R]
-// Numerics  everything of rank R is fp32, whatever the dtypes of x and of the adapter.
-// Passes    forward reads x twice (h, then y); backward reads g three times and x once.
-// Memory    beside the outputs: low and dh, as large as h, and a fixed workspace for each thread.
+// Numerics  Everything of rank R is fp32, whatever the dtypes of x and of the adapter are.
+// Passes    The forward reads x twice (for h, then for y); the backward reads g three times and x
+//           once.
+// Memory    Beside its outputs a call needs low and dh, which are as large as h, and a fixed
+//           workspace for each thread.
 #pragma once
 
 #include <cstdint>
@@ -23,16 +25,17 @@ namespace pylora::cpu {
 
 inline constexpr int64_t kMaxRank = 1024;
 
-// A tall matrix of activations [rows, cols]; `dropout` is applied to it as it is read.
+// Activations or their gradient [M, cols]; `dropout` is applied as they are read.
 struct TokenMatrix {
   const void* data = nullptr;
   DType dtype = DType::kFloat32;
-  int64_t rows = 0;
+  int64_t tokens = 0;
   int64_t cols = 0;
   Dropout dropout;
 };
 
-// A factor of the adapter, or its gradient: lora_A [rank, cols], or lora_B [cols, rank].
+// A factor of the adapter, or its gradient: lora_A [rank, cols] (rank_first) or lora_B [cols,
+// rank].
 struct AdapterFactor {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
@@ -40,11 +43,11 @@ struct AdapterFactor {
   bool rank_first = true;
 };
 
-// out [rows, rank] = x @ factor, and + bias [rank] unless that is null.
+// out [M, rank] = x @ factor, plus bias [rank] unless that is null.
 using Project = void(const TokenMatrix& x, const AdapterFactor& factor, const float* bias,
                      float* out);
-// gradient = low^T x, and sums [cols] = the column sums of x; each unless its pointer is null.
-// low [rows, rank] must be readable for kLowPadding floats beyond its end.
+// gradient = low^T x, and sums [cols] = the column sums of x. A result is skipped if its pointer is
+// null. low [M, rank] must be readable for kLowPadding floats beyond its end.
 using Gather = void(const TokenMatrix& x, const float* low, const AdapterFactor& gradient,
                     float* sums);
 inline constexpr int64_t kLowPadding = 32;
@@ -52,8 +55,8 @@ inline constexpr int64_t kLowPadding = 32;
 Project project_portable, project_avx2, project_avx512;
 Gather gather_portable, gather_avx2, gather_avx512;
 
-struct LoraLinear {
-  LinearProblem linear;  // backward: x is the gradient, y is dx, or null
+struct LoraLinearArgs {
+  NF4LinearArgs linear;  // backward: x is the gradient, y is dx, or null
   TokenMatrix x;
   AdapterFactor lora_A, lora_B;
   float scaling = 1.0f;
@@ -61,14 +64,14 @@ struct LoraLinear {
   float* h = nullptr;  // forward: written; backward: read
   const float* lora_A_bias = nullptr;
 
-  // Backward: outputs, each null where it is not wanted.
+  // The outputs of the backward. Each is null if it was not requested.
   void* dlora_A = nullptr;
   void* dlora_B = nullptr;
   float* dlora_A_bias = nullptr;  // [rank]
   float* grad_sums = nullptr;     // [N], the column sums of the gradient
 };
 
-void lora_linear(const LoraLinear& op);
-void lora_linear_backward(const LoraLinear& op);
+void lora_linear(const LoraLinearArgs& args);
+void lora_linear_backward(const LoraLinearArgs& args);
 
 }  // namespace pylora::cpu

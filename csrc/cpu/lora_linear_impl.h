@@ -1,8 +1,9 @@
-// The skinny products of LoRA (lora_linear.h), as templates over the vector primitives.
+// The products of LoRA with a side of the rank's length (lora_linear.h), as templates over the
+// vector primitives.
 //
-// Activations are converted to fp32, a stretch that fits the first-level cache at a time, with
-// dropout applied on the way; the products are tiles of gemm_tile.h. Sums run in chains of kChain
-// products, which are then added: as accurate as torch's many short chains.
+// Activations are converted to fp32, and dropout is applied, one stretch at a time that fits the
+// first-level cache. The products are tiles of gemm_tile.h. Sums run in chains of kChain products,
+// which are then added: this is as accurate as torch's many short chains.
 #pragma once
 
 #include "cpu/gemm_pack.h"
@@ -13,11 +14,11 @@
 namespace pylora::cpu {
 
 inline constexpr int64_t kChain = 32;
-inline constexpr int64_t kSumChain = 16;       // of column sums, continued in fp64
-inline constexpr int64_t kDotGrain = 1 << 17;  // products a thread must have to be worth waking
-inline constexpr int64_t kDotTokens = 16;      // up to here `project` shares out ranks, not tokens
+inline constexpr int64_t kSumChain = 16;       // column sums run in fp32 so far, then in fp64
+inline constexpr int64_t kDotGrain = 1 << 17;  // a thread is woken for at least so many products
+inline constexpr int64_t kDotTokens = 16;      // up to so many tokens, threads share out the ranks
 
-// x[row .. row + rows)[col .. col + count) as fp32 with dropout, to out [rows][ld].
+// Writes x[row .. row + rows)[col .. col + count) to out [rows][ld] as fp32, with dropout.
 template <class S, class T>
 void widen_tokens(const TokenMatrix& x, int64_t row, int64_t rows, int64_t col, int64_t count,
                   float* out, int64_t ld) {
@@ -33,23 +34,24 @@ void widen_tokens(const TokenMatrix& x, int64_t row, int64_t rows, int64_t col, 
   }
 }
 
-// Few tokens: dot products of rows of x and rows of lora_A, four by four; threads share the ranks.
+// The projection for few tokens: dot products of rows of x with four rows of lora_A at a time. The
+// threads share out the ranks.
 template <class S, class T, class TA>
 void project_dots(const TokenMatrix& x, const TA* factor, int64_t rank, const float* bias,
                   float* out) {
-  constexpr int kBlock = 4;
-  const int64_t grain = ceil_div(kDotGrain, kBlock * x.cols * x.rows + 1);
-  parallel_for(0, ceil_div(rank, kBlock), grain, [&](int64_t begin, int64_t end) {
+  constexpr int kRanks = 4;
+  const int64_t grain = ceil_div(kDotGrain, kRanks * x.cols * x.tokens + 1);
+  parallel_for(0, ceil_div(rank, kRanks), grain, [&](int64_t begin, int64_t end) {
     float* tokens = thread_workspace();
     float* rows = tokens + kDotTokens * kTileK;
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t j0 = block * kBlock;
-      const int64_t ranks = rank - j0 < kBlock ? rank - j0 : kBlock;
-      float sums[kDotTokens][kBlock] = {};
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t j0 = group * kRanks;
+      const int64_t ranks = rank - j0 < kRanks ? rank - j0 : kRanks;
+      float sums[kDotTokens][kRanks] = {};
       for (int64_t k = 0; k < x.cols; k += kTileK) {
         const int64_t count = x.cols - k < kTileK ? x.cols - k : kTileK;
         const int64_t padded = ceil_div(count, S::kLanes) * S::kLanes;
-        for (int64_t m = 0; m < x.rows; ++m) {
+        for (int64_t m = 0; m < x.tokens; ++m) {
           widen_tokens<S, T>(x, m, 1, k, count, tokens + m * kTileK, kTileK);
           for (int64_t i = count; i < padded; ++i) tokens[m * kTileK + i] = 0.0f;
         }
@@ -57,20 +59,20 @@ void project_dots(const TokenMatrix& x, const TA* factor, int64_t rank, const fl
           widen_row<S>(factor + (j0 + j) * x.cols + k, count, rows + j * kTileK);
           for (int64_t i = count; i < padded; ++i) rows[j * kTileK + i] = 0.0f;
         }
-        for (int64_t m = 0; m < x.rows; ++m) {
-          typename S::F acc[kBlock];
+        for (int64_t m = 0; m < x.tokens; ++m) {
+          typename S::F acc[kRanks];
           for (auto& a : acc) a = S::zero();
           for (int64_t i = 0; i < padded; i += S::kLanes) {
             const auto value = S::load(tokens + m * kTileK + i);
 #pragma GCC unroll 4
-            for (int j = 0; j < kBlock; ++j) {
+            for (int j = 0; j < kRanks; ++j) {
               acc[j] = S::fma(value, S::load(rows + j * kTileK + i), acc[j]);
             }
           }
           for (int64_t j = 0; j < ranks; ++j) sums[m][j] += S::sum(acc[j]);
         }
       }
-      for (int64_t m = 0; m < x.rows; ++m) {
+      for (int64_t m = 0; m < x.tokens; ++m) {
         for (int64_t j = 0; j < ranks; ++j) {
           out[m * rank + j0 + j] = sums[m][j] + (bias != nullptr ? bias[j0 + j] : 0.0f);
         }
@@ -79,7 +81,8 @@ void project_dots(const TokenMatrix& x, const TA* factor, int64_t rank, const fl
   });
 }
 
-// Many tokens: tokens are the broadcast operand, ranks lie along the vectors.
+// The projection for many tokens: they are the broadcast operand, and the ranks lie along the
+// vectors. The threads share out the tokens.
 template <class S, class T, class TA>
 void project_tiles(const TokenMatrix& x, const TA* factor, int64_t rank, bool rank_first,
                    const float* bias, float* out) {
@@ -91,29 +94,29 @@ void project_tiles(const TokenMatrix& x, const TA* factor, int64_t rank, bool ra
   const int64_t width = ranks.padded();
   const int64_t most = kFactorFloats / width / kChain * kChain;
   const int64_t stretch = most < kTileK ? most : kTileK;
-  int64_t share = ceil_div(x.rows, num_threads());
+  int64_t share = ceil_div(x.tokens, num_threads());
   if (share > kSumFloats / width) share = kSumFloats / width;
   share = (share < kTokens ? 1 : share / kTokens) * kTokens;
-  parallel_for(0, ceil_div(x.rows, share), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, ceil_div(x.tokens, share), 1, [&](int64_t begin, int64_t end) {
     float* packed = thread_workspace();
     float* tokens = packed + kFactorFloats;
     float* sums = tokens + kTokens * kTileLd;  // per tile of ranks: [share][ranks]
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t row = block * share;
-      const int64_t rows = x.rows - row < share ? x.rows - row : share;
+    for (int64_t batch = begin; batch < end; ++batch) {
+      const int64_t row = batch * share;
+      const int64_t rows = x.tokens - row < share ? x.tokens - row : share;
       for (int64_t k = 0; k < x.cols; k += stretch) {
         const int64_t count = x.cols - k < stretch ? x.cols - k : stretch;
         for (int64_t t = 0; t < ranks.count(); ++t) {
           const int v = ranks.vectors(t);
           float* to = packed + ranks.offset(t, count);
           if (rank_first) {
-            pack_tile<S, F32Mac>(factor + t * kWide * x.cols + k, x.cols, ranks.rows_in(t), count,
+            pack_tile<S, F32Mac>(factor + t * kWide * x.cols + k, x.cols, ranks.tokens_in(t), count,
                                  v, to);
           } else {
             for (int64_t i = 0; i < count; ++i) {
               float* line = to + i * v * S::kLanes;
-              widen_row<S>(factor + (k + i) * rank + t * kWide, ranks.rows_in(t), line);
-              for (int64_t j = ranks.rows_in(t); j < v * S::kLanes; ++j) line[j] = 0.0f;
+              widen_row<S>(factor + (k + i) * rank + t * kWide, ranks.tokens_in(t), line);
+              for (int64_t j = ranks.tokens_in(t); j < v * S::kLanes; ++j) line[j] = 0.0f;
             }
           }
         }
@@ -150,13 +153,13 @@ void project_tiles(const TokenMatrix& x, const TA* factor, int64_t rank, bool ra
 
 template <class S>
 void project_on(const TokenMatrix& x, const AdapterFactor& factor, const float* bias, float* out) {
-  if (x.rows == 0) return;
+  if (x.tokens == 0) return;
   visit_dtype(x.dtype, [&](auto token) {
     visit_dtype(factor.dtype, [&](auto weight) {
       using T = decltype(token);
       using TA = decltype(weight);
       const auto* values = static_cast<const TA*>(factor.data);
-      if (x.rows <= kDotTokens && factor.rank_first) {
+      if (x.tokens <= kDotTokens && factor.rank_first) {
         project_dots<S, T>(x, values, factor.rank, bias, out);
       } else {
         project_tiles<S, T>(x, values, factor.rank, factor.rank_first, bias, out);
@@ -165,7 +168,7 @@ void project_on(const TokenMatrix& x, const AdapterFactor& factor, const float* 
   });
 }
 
-// gradient = low^T x: columns of x lie along the vectors, low is the broadcast operand.
+// gradient = low^T x: the columns of x lie along the vectors, and low is the broadcast operand.
 template <class S, class T>
 void gather_columns(const TokenMatrix& x, const float* low, const AdapterFactor& gradient,
                     float* sums) {
@@ -183,8 +186,8 @@ void gather_columns(const TokenMatrix& x, const float* low, const AdapterFactor&
       for (int64_t i = cols; i < width; ++i) {
         for (int64_t m = 0; m < kTokens; ++m) tokens[m * width + i] = 0.0f;
       }
-      for (int64_t m = 0; m < x.rows; m += kTokens) {
-        const int64_t rows = x.rows - m < kTokens ? x.rows - m : kTokens;
+      for (int64_t m = 0; m < x.tokens; m += kTokens) {
+        const int64_t rows = x.tokens - m < kTokens ? x.tokens - m : kTokens;
         widen_tokens<S, T>(x, m, rows, col, cols, tokens, width);
         if (sums != nullptr) {
           for (int64_t i = 0; i < rows; i += kSumChain) {
@@ -210,7 +213,7 @@ void gather_columns(const TokenMatrix& x, const float* low, const AdapterFactor&
       if (gradient.data == nullptr) continue;
       visit_dtype(gradient.dtype, [&](auto element) {
         auto* out = static_cast<decltype(element)*>(gradient.data);
-        if (x.rows == 0) {
+        if (x.tokens == 0) {
           for (int64_t i = 0; i < gradient.rank * width; ++i) acc[i] = 0.0f;
         }
         if (gradient.rank_first) {

@@ -7,10 +7,10 @@
 namespace pylora::cpu {
 namespace {
 
-// Below this many elements a second thread costs more than it saves.
+// With fewer elements than this, a second thread costs more than it saves.
 constexpr int64_t kGrain = 32768;
 
-// Elements [begin, end) of one block; begin is even.
+// Decodes elements [begin, end), which lie in one block; `begin` is even.
 template <class T>
 void dequantize_range(const NF4Matrix& weight, int64_t begin, int64_t end, T* out) {
   const float absmax = weight.absmax_at(begin / weight.blocksize);

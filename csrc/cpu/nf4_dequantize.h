@@ -1,11 +1,12 @@
 // NF4 dequantization on the CPU: w = T(code[nibble] * absmax).
 //
 // Shapes    weight: NF4 over [rows, cols], plain or nested absmax -> out [rows * cols] of out_dtype
-// Numerics  one fp32 rounding for the product, one to nearest even for T; bit for bit bitsandbytes.
-// Method    a block has one absmax and thus only 16 different values: they are computed and rounded
-//           once a block, and each nibble then selects one (a byte or word permute where there is
-//           one).
-// Threads   one range of whole blocks each; the result does not depend on their number.
+// Numerics  The product is rounded once to fp32 and once, to nearest even, to T: bit for bit what
+//           bitsandbytes computes.
+// Method    A block has one absmax, and so only 16 different values. They are computed and rounded
+//           once a block; each nibble then selects one of them, by a byte or word permute if the
+//           instruction set has one.
+// Threads   Each thread takes a range of whole blocks. The result does not depend on their number.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +17,7 @@ namespace pylora::cpu {
 
 void nf4_dequantize(const NF4Matrix& weight, DType out_dtype, void* out);
 
-// Whole blocks [begin, end), for one instruction set each.
+// Decodes the whole blocks [begin, end). There is one such function for each instruction set.
 using DequantizeBlocks = void(const NF4Matrix& weight, DType out_dtype, int64_t begin, int64_t end,
                               void* out);
 

@@ -1,6 +1,6 @@
-// AVX2, F16C. A block's 16 values are held as planes that pshufb can index: the low and the high
-// bytes of the 16-bit values. For fp32 they fill two registers, and the nibble's top bit selects
-// one.
+// NF4 dequantization with AVX2 and F16C. If the output has 16 bits, a block's 16 values are held as
+// two planes that pshufb can index: the low and the high bytes. If it is fp32, they fill two
+// registers, and the nibble's top bit selects one of these.
 #include <immintrin.h>
 
 #include "common/float16.h"
@@ -33,7 +33,7 @@ PYLORA_INLINE __m128i round8(BFloat16, __m256 values) {
   return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
 }
 
-// The two tables of a block, each in the form decode32 wants for its type.
+// The two tables of a block, in the form that decode32 wants for its type.
 struct Table {
   __m256i low, high;
 };
@@ -54,7 +54,8 @@ PYLORA_INLINE Table table(float, float absmax) {
   return {_mm256_castps_si256(values.low), _mm256_castps_si256(values.high)};
 }
 
-// The nibbles of 16 bytes in element order: 0-15 in the low half, 16-31 in the high one.
+// The nibbles of 16 bytes in the order of the elements: 0-15 in the low half, 16-31 in the high
+// one.
 PYLORA_INLINE __m256i nibbles32(const uint8_t* packed) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
   const __m128i mask = _mm_set1_epi8(0xF);
@@ -63,7 +64,7 @@ PYLORA_INLINE __m256i nibbles32(const uint8_t* packed) {
   return _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
 }
 
-// 32 weights from 16 bytes.
+// Decodes 32 weights from 16 bytes.
 template <class T>
 PYLORA_INLINE void decode32(T* out, const uint8_t* packed, const Table& table) {
   const __m256i index = nibbles32(packed);

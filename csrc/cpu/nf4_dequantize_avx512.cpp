@@ -1,5 +1,5 @@
-// AVX-512 F, BW, VL, DQ. A block's 16 values fill a register of fp32, or half a register of 16-bit
-// values; one vpermps or vpermw then decodes 16 or 32 weights.
+// NF4 dequantization with AVX-512 F, BW, VL and DQ. A block's 16 values fill a register (fp32) or
+// half of one (16 bits). One vpermps or vpermw then decodes 16 or 32 weights.
 #include <immintrin.h>
 
 #include "common/float16.h"
@@ -12,7 +12,7 @@ PYLORA_INLINE __m512 values_of_block(float absmax) {
   return _mm512_mul_ps(_mm512_loadu_ps(kNF4Code), _mm512_set1_ps(absmax));
 }
 
-// Twice the same 16 words: a word index may then carry one foreign bit above the nibble.
+// Repeats the 16 words, so that an index may carry one foreign bit above the nibble.
 PYLORA_INLINE __m512i twice(__m256i words) { return _mm512_broadcast_i64x4(words); }
 
 PYLORA_INLINE __m512i table(Half, float absmax) {
@@ -20,7 +20,8 @@ PYLORA_INLINE __m512i table(Half, float absmax) {
   return twice(_mm512_cvtps_ph(values_of_block(absmax), kNearestEven));
 }
 
-// By integers: vcvtneps2bf16 would flush denormals, and not every AVX-512 machine has it.
+// This rounds with integers: vcvtneps2bf16 would flush denormals, and some AVX-512 machines lack
+// it.
 PYLORA_INLINE __m512i table(BFloat16, float absmax) {
   const __m512 values = values_of_block(absmax);
   const __m512i bits = _mm512_castps_si512(values);
@@ -36,13 +37,14 @@ PYLORA_INLINE __m512i table(float, float absmax) {
   return _mm512_castps_si512(values_of_block(absmax));
 }
 
-// 32 weights from 16 bytes.
+// Decodes 32 weights from 16 bytes.
 template <class T>
 PYLORA_INLINE void decode32(T* out, const uint8_t* packed, __m512i table) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
   const __m512i spread = _mm512_cvtepu8_epi32(bytes);
-  // Word 2j of the index is the high nibble of byte j, word 2j + 1 the byte itself, of which the
-  // permute uses five bits: the low nibble, and one that the doubled table makes harmless.
+  // Word 2j of the index is the high nibble of byte j, and word 2j + 1 is the byte itself. The
+  // permute uses five bits of it: the low nibble, and one bit that the doubled table makes
+  // harmless.
   const __m512i index =
       _mm512_or_si512(_mm512_srli_epi32(spread, 4), _mm512_slli_epi32(spread, 16));
   _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table));
@@ -52,7 +54,7 @@ PYLORA_INLINE void decode32(float* out, const uint8_t* packed, __m512i table) {
   for (int half = 0; half < 2; ++half) {
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed + 8 * half));
     const __m512i spread = _mm512_cvtepu8_epi64(bytes);
-    // As above with 32-bit lanes, of which the permute uses four bits.
+    // This is the same with 32-bit lanes, of which the permute uses four bits.
     const __m512i index =
         _mm512_or_si512(_mm512_srli_epi64(spread, 4), _mm512_slli_epi64(spread, 32));
     _mm512_storeu_si512(out + 16 * half, _mm512_permutexvar_epi32(index, table));

@@ -4,17 +4,17 @@
 
 namespace pylora::cpu {
 
-void run_linear(const LinearProblem& problem) {
+void run_linear(const NF4LinearArgs& args) {
 #if defined(__x86_64__)
   const CpuIsa isa = cpu_isa();
-  const bool bf16 = problem.dtype == DType::kBFloat16;
-  if (isa == CpuIsa::kAmx && bf16) return run_linear_amx(problem);
-  if (isa == CpuIsa::kAmxEmulated && bf16) return run_linear_amx_emulated(problem);
-  if (isa >= CpuIsa::kAvx512Bf16 && bf16) return run_linear_avx512_bf16(problem);
-  if (isa >= CpuIsa::kAvx512) return run_linear_avx512(problem);
-  if (isa >= CpuIsa::kAvx2) return run_linear_avx2(problem);
+  const bool bf16 = args.dtype == DType::kBFloat16;
+  if (isa == CpuIsa::kAmx && bf16) return run_linear_amx(args);
+  if (isa == CpuIsa::kAmxEmulated && bf16) return run_linear_amx_emulated(args);
+  if (isa >= CpuIsa::kAvx512Bf16 && bf16) return run_linear_avx512_bf16(args);
+  if (isa >= CpuIsa::kAvx512) return run_linear_avx512(args);
+  if (isa >= CpuIsa::kAvx2) return run_linear_avx2(args);
 #endif
-  run_linear_portable(problem);
+  run_linear_portable(args);
 }
 
 }  // namespace pylora::cpu

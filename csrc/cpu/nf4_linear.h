@@ -4,13 +4,14 @@
 //           backward: x [M, N] -> y [M, K] = x @ W + factor * (low @ adapter),   adapter [R, K]
 //           low [M, R] fp32, already scaled; factor is dropout's 0 or 1 / (1 - p)
 //           (M = tokens, N = out_features, K = in_features, R = rank)
-// Numerics  fp32 accumulation. bf16 x on a processor with bf16 products: W rounded to bf16 as a
-//           dequantized weight is; else W and x in fp32. The low-rank term is fp32 throughout.
-// Method    M <= kVectorTokens: nf4_vector.h, the weight decoded in registers. Else a block of
-//           tokens is packed, and one panel of W after the other decoded into the cache and
-//           multiplied.
-// Threads   blocks of outputs; every output is summed in an order that depends on M alone.
-// Memory    at most 2 MiB a thread.
+// Numerics  Sums are fp32. If x is bf16 and the processor has bf16 products, W is rounded to bf16,
+//           as a dequantized weight is; otherwise W and x are fp32. The low-rank term is fp32
+//           throughout.
+// Method    If M <= kMaxSmallM, nf4_linear_small_m.h decodes the weight in registers. Otherwise
+//           nf4_linear_impl.h packs a batch of tokens, decodes one panel of W after the other into
+//           the cache, and multiplies.
+// Threads   Threads share out the outputs. The order of each sum depends on M alone.
+// Memory    At most 2 MiB a thread.
 #pragma once
 
 #include <cstdint>
@@ -20,28 +21,28 @@
 
 namespace pylora::cpu {
 
-inline constexpr int64_t kVectorTokens = 8;
+inline constexpr int64_t kMaxSmallM = 8;
 
-struct LinearProblem {
-  const void* x = nullptr;  // [rows, depth], of `dtype`
-  void* y = nullptr;        // [rows, width], of `dtype`
+struct NF4LinearArgs {
+  const void* x = nullptr;  // [M, depth], of `dtype`
+  void* y = nullptr;        // [M, width], of `dtype`
   DType dtype = DType::kFloat32;
-  int64_t rows = 0;  // M
+  int64_t tokens = 0;  // M
   NF4Matrix weight;
   bool backward = false;
-  const float* bias = nullptr;    // [width], all biases in one
-  const float* low = nullptr;     // [rows, rank], or null
+  const float* bias = nullptr;    // [width], the sum of all biases, or null
+  const float* low = nullptr;     // [M, rank], or null
   const void* adapter = nullptr;  // of `adapter_dtype`
   DType adapter_dtype = DType::kFloat32;
   int64_t rank = 0;
-  Dropout dropout;  // backward: of the low-rank term
+  Dropout dropout;  // in the backward, applied to the low-rank term
 
   PYLORA_INLINE int64_t depth() const { return backward ? weight.rows : weight.cols; }
   PYLORA_INLINE int64_t width() const { return backward ? weight.cols : weight.rows; }
 };
 
-// One set of kernels for each instruction set; those with bf16 products take bf16 alone.
-using RunLinear = void(const LinearProblem& problem);
+// There is one set of kernels for each instruction set. Those with bf16 products take only bf16.
+using RunLinear = void(const NF4LinearArgs& args);
 RunLinear run_linear_portable;
 RunLinear run_linear_avx2;
 RunLinear run_linear_avx512;
@@ -49,6 +50,6 @@ RunLinear run_linear_avx512_bf16;
 RunLinear run_linear_amx;
 RunLinear run_linear_amx_emulated;
 
-void run_linear(const LinearProblem& problem);  // by cpu_isa()
+void run_linear(const NF4LinearArgs& args);  // runs the set that cpu_isa() names
 
 }  // namespace pylora::cpu

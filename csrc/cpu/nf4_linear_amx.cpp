@@ -2,6 +2,6 @@
 
 namespace pylora::cpu {
 
-void run_linear_amx(const LinearProblem& problem) { Amx<HardwareTiles>::run_linear(problem); }
+void run_linear_amx(const NF4LinearArgs& args) { Amx<HardwareTiles>::run_linear(args); }
 
 }  // namespace pylora::cpu

@@ -1,4 +1,4 @@
-// nf4_linear.h for bf16 on AMX tiles: the same panels, multiplied tile by tile.
+// nf4_linear.h for bf16 on AMX tiles: the panels of nf4_linear_impl.h, multiplied tile by tile.
 #pragma once
 
 #include "cpu/amx_tile.h"
@@ -6,20 +6,21 @@
 
 namespace pylora::cpu {
 
-// For fewer tokens a tile is mostly padding, and decoding into it costs more than the products.
-// Estimate: the kernels have not been timed on a processor with AMX.
-inline constexpr int64_t kAmxVectorTokens = 4;
+// Up to so many tokens a tile would be mostly padding, and decoding into it would cost more than
+// the products: AVX-512 takes the call. The number is an estimate: these kernels have not been
+// timed on a processor with AMX.
+inline constexpr int64_t kMaxAmxSmallM = 4;
 
 template <class Tiles>
 struct Amx {
   template <class S>
   using Mac = AmxMac<S, Tiles>;
 
-  static void run_linear(const LinearProblem& p) {
-    if (p.rows == 0 || p.width() == 0) return;
-    if (p.backward) return run_panels<Avx512Bf16, Mac, BFloat16, true>(p);
-    if (p.rows <= kAmxVectorTokens && run_vector<Avx512Bf16, Bf16Mac, BFloat16>(p)) return;
-    run_panels<Avx512Bf16, Mac, BFloat16, false>(p);
+  static void run_linear(const NF4LinearArgs& args) {
+    if (args.tokens == 0 || args.width() == 0) return;
+    if (args.backward) return run_panels<Avx512Bf16, Mac, BFloat16, true>(args);
+    if (args.tokens <= kMaxAmxSmallM && run_small_m<Avx512Bf16, Bf16Mac, BFloat16>(args)) return;
+    run_panels<Avx512Bf16, Mac, BFloat16, false>(args);
   }
 };
 

@@ -3,9 +3,9 @@
 
 namespace pylora::cpu {
 
-void run_linear_avx2(const LinearProblem& problem) {
-  visit_dtype(problem.dtype,
-              [&](auto element) { run_linear_as<Avx2, F32Mac, decltype(element)>(problem); });
+void run_linear_avx2(const NF4LinearArgs& args) {
+  visit_dtype(args.dtype,
+              [&](auto element) { run_linear_as<Avx2, F32Mac, decltype(element)>(args); });
 }
 
 }  // namespace pylora::cpu

@@ -3,8 +3,8 @@
 
 namespace pylora::cpu {
 
-void run_linear_avx512_bf16(const LinearProblem& problem) {
-  run_linear_as<Avx512Bf16, Bf16Mac, BFloat16>(problem);
+void run_linear_avx512_bf16(const NF4LinearArgs& args) {
+  run_linear_as<Avx512Bf16, Bf16Mac, BFloat16>(args);
 }
 
 }  // namespace pylora::cpu

@@ -2,6 +2,6 @@
 
 namespace pylora::cpu {
 
-void run_linear_amx_emulated(const LinearProblem& p) { Amx<EmulatedTiles>::run_linear(p); }
+void run_linear_amx_emulated(const NF4LinearArgs& args) { Amx<EmulatedTiles>::run_linear(args); }
 
 }  // namespace pylora::cpu

@@ -1,45 +1,49 @@
 // nf4_linear.h for any number of tokens, as a template over the vector primitives.
 //
-// One task is a block of tokens times a block of outputs:
-//   1. for each stretch of the sum: pack the tokens' values, then, for each panel of outputs,
-//      decode W into the cache and multiply all tiles of tokens by it;
-//   2. for each panel: add the low-rank term, likewise; add the bias; transpose, round and store.
+// A task is a batch of tokens times a share of the outputs:
+//   1. For each stretch of the sum, pack the tokens' values. For each panel of outputs, decode W
+//      into the cache and multiply all tiles of tokens by it.
+//   2. For each panel, add the low-rank term in the same way, add the bias, transpose, round and
+//      store.
 #pragma once
 
 #include <type_traits>
 
 #include "cpu/gemm_pack.h"
 #include "cpu/nf4_linear.h"
+#include "cpu/nf4_linear_small_m.h"
 #include "cpu/nf4_panel.h"
-#include "cpu/nf4_vector.h"
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
 
 namespace pylora::cpu {
 
-inline constexpr int64_t kTokenBlock = 512;
-// Columns of W decoded at a time: a multiple of every rows_for(v), and of kGroup.
+inline constexpr int64_t kTokenBatch = 512;
+// How many columns of W the backward decodes at a time: a multiple of every rows_for(v) and of
+// kGroup.
 inline constexpr int64_t kBackwardPanel = 96;
-inline constexpr int64_t kFewTokens = 48;  // up to here a longer stretch of the sum fits the cache
+inline constexpr int64_t kFewTokens =
+    48;  // up to so many, a longer stretch of the sum fits the cache
 
-// torch sums fp32 products in chains that are shorter, and so more accurate, than a stretch, the
-// more so for few tokens; so must we. (bf16 products are exact in fp32, and bf16 outweighs the
-// sum's rounding.)
+// Torch sums fp32 products in chains that are shorter than a stretch, and so more accurate, above
+// all for few tokens. To be as accurate, a sum here runs in chains of so many products, which are
+// then added. bf16 needs none: its products are exact in fp32, and rounding to bf16 outweighs the
+// rounding of the sum.
 inline constexpr int64_t kFewTokensChain = 32;
 inline constexpr int64_t kManyTokensChain = 64;
 
-// Parts of a thread's workspace, in floats; what they leave is for the sums. The more outputs a
-// task has, the less often its tokens are packed.
+// The parts of a thread's workspace, in floats. The sums get what the other parts leave: the more
+// outputs a task has, the less often its tokens are packed.
 struct WorkspaceParts {
   static constexpr int64_t kTotal = static_cast<int64_t>(kWorkspaceBytes / sizeof(float));
-  static constexpr int64_t kPacked = kTokenBlock * kTileK / 2;
+  static constexpr int64_t kPacked = kTokenBatch * kTileK / 2;
   int64_t panel;
-  int64_t low_rank = 0;  // only where dropout needs the low-rank term apart
+  int64_t low_rank = 0;  // only if dropout needs the low-rank term apart
   int64_t factors = 0;
 
   WorkspaceParts(int64_t panel_outputs, bool masked) : panel(panel_outputs * kTileLd) {
     if (masked) {
-      low_rank = kBackwardPanel * kTokenBlock;
+      low_rank = kBackwardPanel * kTokenBatch;
       factors = kBackwardPanel * 64;
     }
   }
@@ -54,10 +58,10 @@ struct LinearTask {
   template <class M>
   static constexpr bool kByColumn = kBackward && !M::kRowMajorOnly;
 
-  const LinearProblem& problem;
+  const NF4LinearArgs& args;
   int64_t row;   // first token
   int64_t out;   // first output
-  int64_t outs;  // outputs of this task
+  int64_t outs;  // number of outputs of this task
   TokenTiles<S> tiles;
   float* packed;
   float* panel;
@@ -67,12 +71,13 @@ struct LinearTask {
 
   void run() {
     const int64_t padded = round_up(outs, kPanel);
-    const int64_t depth = problem.depth();
+    const int64_t depth = args.depth();
     const int64_t tokens = tiles.padded();
     const int64_t elements = stretch_elements();
     const int64_t step = panel_width();
     const int64_t stretch = elements * Sums::kStep;
-    // Few tokens: pack all of them first, then go through W row by row as it lies in memory.
+    // If all of the tokens' values fit, pack them first, and then read W row by row, as it lies in
+    // memory.
     const bool whole = tokens * elements_of<Sums>(depth) <= WorkspaceParts::kPacked;
     if (whole) {
       for (int64_t k = 0; k < depth; k += stretch) pack(k, min(stretch, depth - k), whole);
@@ -89,13 +94,14 @@ struct LinearTask {
         }
       }
     }
-    if (problem.low != nullptr && problem.rank <= kTileK / 2) pack_low(0, problem.rank);
+    if (args.low != nullptr && args.rank <= kTileK / 2) pack_low(0, args.rank);
     for (int64_t p = 0; p < outs; p += kPanel) {
       finish(p, min(kPanel, outs - p), padded, depth > 0);
     }
   }
 
-  // A panel that only one tile of tokens will read should not leave the first-level cache.
+  // How many elements of the sum are taken at a time. A panel that only one tile of tokens reads
+  // should stay in the first-level cache.
   int64_t stretch_elements() const {
     constexpr int64_t kShort = kByColumn<Sums> ? kTileK / 4 : kTileK / 2;
     if (tiles.count() == 1) return kShort;
@@ -112,35 +118,35 @@ struct LinearTask {
   }
 
   void pack(int64_t k, int64_t count, bool whole) {
-    const int64_t depth = problem.depth();
-    const T* x = static_cast<const T*>(problem.x) + row * depth + k;
+    const int64_t depth = args.depth();
+    const T* x = static_cast<const T*>(args.x) + row * depth + k;
     pack_tokens<S, Mac>(x, depth, tiles, count, packed_at(k, whole));
   }
 
-  // Sums of outputs p .. over one stretch.
+  // 1. Adds one stretch to the sums of outputs p .. p + width.
   void add_panel(int64_t p, int64_t width, int64_t padded, int64_t k, int64_t count, bool whole) {
     if constexpr (kBackward) {
-      decode_panel_t(Sums{}, problem.weight, k, count, out + p, width, panel, kPanel);
+      decode_panel_t(Sums{}, args.weight, k, count, out + p, width, panel, kPanel);
     } else {
-      // Next comes the next stretch of these rows, or this stretch of the rows below.
-      const int64_t cols = problem.weight.cols;
+      // What is read next is the next stretch of these rows, or this stretch of the rows below.
+      const int64_t cols = args.weight.cols;
       const int64_t ahead = (!whole             ? width * cols
                              : k + count < cols ? count
                                                 : width * cols - k) /
                             2;
-      decode_panel(Sums{}, problem.weight, out + p, width, k, count, ahead, panel);
+      decode_panel(Sums{}, args.weight, out + p, width, k, count, ahead, panel);
     }
     multiply<Mac>(packed_at(k, whole), elements_of<Sums>(count), width, sums, padded, p, k > 0);
   }
 
-  // All tiles of tokens times the panel, into outputs p .. p + width of `target`, which holds
-  // `height` outputs a tile.
+  // Multiplies all tiles of tokens by the panel, into outputs p .. p + width of `target`, which
+  // holds `height` outputs for each tile.
   template <template <class> class M>
   void multiply(const float* from, int64_t elements, int64_t width, float* target, int64_t height,
                 int64_t p, bool accumulate) {
-    const int64_t chain = M<S>::kStep > 1            ? kTileK
-                          : tiles.rows <= kFewTokens ? kFewTokensChain
-                                                     : kManyTokensChain;
+    const int64_t chain = M<S>::kStep > 1              ? kTileK
+                          : tiles.tokens <= kFewTokens ? kFewTokensChain
+                                                       : kManyTokensChain;
     for (int64_t t = 0; t < tiles.count(); ++t) {
       const int v = tiles.vectors(t);
       const int64_t tokens = v * S::kLanes;
@@ -160,17 +166,16 @@ struct LinearTask {
   }
 
   void pack_low(int64_t first, int64_t count) {
-    pack_tokens<S, F32Mac>(problem.low + row * problem.rank + first, problem.rank, tiles, count,
-                           packed);
+    pack_tokens<S, F32Mac>(args.low + row * args.rank + first, args.rank, tiles, count, packed);
   }
 
-  // Outputs p .. p + width: the low-rank term, the bias, and out.
+  // 2. Completes and stores outputs p .. p + width.
   void finish(int64_t p, int64_t width, int64_t padded, bool summed) {
-    const bool masked = problem.low != nullptr && problem.dropout.enabled;
-    if (problem.low != nullptr) {
-      for (int64_t r = 0; r < problem.rank; r += kTileK / 2) {
-        const int64_t count = min(kTileK / 2, problem.rank - r);
-        if (problem.rank > kTileK / 2) pack_low(r, count);
+    const bool masked = args.low != nullptr && args.dropout.enabled;
+    if (args.low != nullptr) {
+      for (int64_t r = 0; r < args.rank; r += kTileK / 2) {
+        const int64_t count = min(kTileK / 2, args.rank - r);
+        if (args.rank > kTileK / 2) pack_low(r, count);
         load_adapter(p, width, r, count);
         if (masked) {
           multiply<F32Mac>(packed, count, width, low_rank, kPanel, 0, r > 0);
@@ -179,34 +184,34 @@ struct LinearTask {
         }
       }
     }
-    const int64_t total = problem.width();
-    const float* bias = problem.bias != nullptr ? problem.bias + out + p : nullptr;
+    const int64_t total = args.width();
+    const float* bias = args.bias != nullptr ? args.bias + out + p : nullptr;
     for (int64_t t = 0; t < tiles.count(); ++t) {
       const int v = tiles.vectors(t);
-      const int64_t rows = tiles.rows_in(t);
+      const int64_t rows = tiles.tokens_in(t);
       const int64_t first = (row + t * tiles.kWidth) * total + out + p;
       if (masked) {
         for (int64_t m = 0; m < rows; ++m) {
-          dropout_factors<S>(problem.dropout, first + m * total, width, factors + m * width);
+          dropout_factors<S>(args.dropout, first + m * total, width, factors + m * width);
         }
       }
       float* c = sums + tiles.offset(t, padded) + p * v * S::kLanes;
       write_tile<S>(c, v, rows, width, bias, masked ? low_rank + tiles.offset(t, kPanel) : nullptr,
-                    factors, static_cast<T*>(problem.y) + first, total);
+                    factors, static_cast<T*>(args.y) + first, total);
     }
   }
 
-  // The adapter's part of the panel, as fp32, in the panel's own order.
+  // Loads the adapter's part that meets the panel, as fp32, in the panel's own order.
   void load_adapter(int64_t p, int64_t width, int64_t r, int64_t count) {
-    visit_dtype(problem.adapter_dtype, [&](auto element) {
-      const auto* adapter = static_cast<const decltype(element)*>(problem.adapter);
+    visit_dtype(args.adapter_dtype, [&](auto element) {
+      const auto* adapter = static_cast<const decltype(element)*>(args.adapter);
       if constexpr (kBackward) {
         for (int64_t i = 0; i < count; ++i) {
-          widen_row<S>(adapter + (r + i) * problem.width() + out + p, width, panel + i * kPanel);
+          widen_row<S>(adapter + (r + i) * args.width() + out + p, width, panel + i * kPanel);
         }
       } else {
         for (int64_t i = 0; i < width; ++i) {
-          widen_row<S>(adapter + (out + p + i) * problem.rank + r, count, panel + i * kTileLd);
+          widen_row<S>(adapter + (out + p + i) * args.rank + r, count, panel + i * kTileLd);
         }
       }
     });
@@ -214,34 +219,34 @@ struct LinearTask {
 };
 
 template <class S, template <class> class Mac, class T, bool kBackward>
-void run_panels(const LinearProblem& problem) {
+void run_panels(const NF4LinearArgs& args) {
   using Task = LinearTask<S, Mac, T, kBackward>;
-  const int64_t row_blocks = ceil_div(problem.rows, kTokenBlock);
+  const int64_t token_batches = ceil_div(args.tokens, kTokenBatch);
   const int64_t rows =
-      round_up(ceil_div(problem.rows, row_blocks), row_blocks > 1 ? TokenTiles<S>::kWidth : 1);
-  const int64_t width = problem.width();
-  const WorkspaceParts parts(Task::kPanel, problem.low != nullptr && problem.dropout.enabled);
+      round_up(ceil_div(args.tokens, token_batches), token_batches > 1 ? TokenTiles<S>::kWidth : 1);
+  const int64_t width = args.width();
+  const WorkspaceParts parts(Task::kPanel, args.low != nullptr && args.dropout.enabled);
   const int64_t most = parts.sums() / TokenTiles<S>{rows}.padded() / Task::kPanel * Task::kPanel;
   const int64_t panels = ceil_div(width, Task::kPanel);
-  int64_t out_blocks = ceil_div(width, most);
-  // An even share for every thread, where there are enough panels.
-  while (row_blocks * out_blocks % num_threads() != 0 && out_blocks < panels) ++out_blocks;
-  const int64_t outs = round_up(ceil_div(width, out_blocks), Task::kPanel);
-  out_blocks = ceil_div(width, outs);
+  int64_t out_shares = ceil_div(width, most);
+  // Every thread gets the same number of tasks, if there are enough panels.
+  while (token_batches * out_shares % num_threads() != 0 && out_shares < panels) ++out_shares;
+  const int64_t outs = round_up(ceil_div(width, out_shares), Task::kPanel);
+  out_shares = ceil_div(width, outs);
 
-  parallel_for(0, row_blocks * out_blocks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, token_batches * out_shares, 1, [&](int64_t begin, int64_t end) {
     float* memory = thread_workspace();
     [[maybe_unused]] const typename Mac<S>::Scope scope;
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i % row_blocks * rows;
-      const int64_t out = i / row_blocks * outs;
-      if (row >= problem.rows) continue;
+      const int64_t row = i % token_batches * rows;
+      const int64_t out = i / token_batches * outs;
+      if (row >= args.tokens) continue;
       Task task{
-          problem,
+          args,
           row,
           out,
           width - out < outs ? width - out : outs,
-          TokenTiles<S>{problem.rows - row < rows ? problem.rows - row : rows},
+          TokenTiles<S>{args.tokens - row < rows ? args.tokens - row : rows},
           memory,
           memory + parts.kPacked,
           memory + parts.kPacked + parts.panel,
@@ -254,12 +259,12 @@ void run_panels(const LinearProblem& problem) {
 }
 
 template <class S, template <class> class Mac, class T>
-void run_linear_as(const LinearProblem& problem) {
-  if (problem.rows == 0 || problem.width() == 0) return;
-  if (problem.backward) {
-    run_panels<S, Mac, T, true>(problem);
-  } else if (!run_vector<S, Mac, T>(problem)) {
-    run_panels<S, Mac, T, false>(problem);
+void run_linear_as(const NF4LinearArgs& args) {
+  if (args.tokens == 0 || args.width() == 0) return;
+  if (args.backward) {
+    run_panels<S, Mac, T, true>(args);
+  } else if (!run_small_m<S, Mac, T>(args)) {
+    run_panels<S, Mac, T, false>(args);
   }
 }
 

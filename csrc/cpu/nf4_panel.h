@@ -1,7 +1,8 @@
-// Decoding NF4 into the panels that gemm_tile.h multiplies: fp32, or bf16 pairs along the sum.
+// Decodes NF4 into the panels that gemm_tile.h multiplies: fp32, or pairs of bf16 along the sum.
 //
-// A panel covers some rows and columns of W [out_features, in_features]. Forward sums over columns:
-// the panel is row-major, one row of W a row. Backward sums over rows: the panel is column-major.
+// A panel covers some rows and columns of W [out_features, in_features]. The forward sums over
+// columns, and its panel is row-major: one row of W is one row of the panel. The backward sums over
+// rows, and its panel is column-major.
 #pragma once
 
 #include <cstring>
@@ -12,15 +13,16 @@
 
 namespace pylora::cpu {
 
-inline constexpr int64_t kGroup = 32;  // weights that surely share an absmax when rows allow it
+inline constexpr int64_t kGroup = 32;  // such aligned weights share an absmax
 
-// A row that starts at a multiple of 32 flat elements falls into groups of 32 within one block.
+// If each row starts at a multiple of 32 flat elements, it falls into groups of 32 that each lie
+// within one block.
 PYLORA_INLINE bool has_aligned_groups(const NF4Matrix& w) { return w.cols % kGroup == 0; }
 
-// Weights, in the default blocks of 64, whose absmax values fill a cache line.
+// So many weights, in blocks of 64 (the default), have absmax values that fill a cache line.
 inline constexpr int64_t kLineAhead = 1024;
 
-// absmax of the 32-weight groups of a stretch of the flat weight.
+// The absmax of each group of 32 weights in a stretch of the flat weight.
 template <class S>
 struct GroupScales {
   static constexpr int64_t kMaxGroups = 256;
@@ -29,7 +31,7 @@ struct GroupScales {
   int shift;      // log2(blocksize)
   float decoded[kMaxGroups + 1];
 
-  // `ahead`: how many weights further the next look-up will be.
+  // The next look-up will be `ahead` weights further on.
   PYLORA_INLINE void find(const NF4Matrix& w, int64_t first, int64_t count, int64_t ahead) {
     shift = __builtin_ctzll(static_cast<unsigned long long>(w.blocksize));
     phase = first & (w.blocksize - 1);
@@ -58,7 +60,7 @@ struct GroupScales {
   }
 };
 
-// Any alignment: one weight at a time, with a table per block.
+// Decodes a stretch of any alignment: one weight at a time, with a table for each block.
 template <class S>
 __attribute__((noinline)) void decode_stretch(const NF4Matrix& w, int64_t first, int64_t count,
                                               float* out) {
@@ -74,7 +76,8 @@ __attribute__((noinline)) void decode_stretch(const NF4Matrix& w, int64_t first,
   }
 }
 
-// W[row, col .. col + count) as fp32. Groups of 32: `col` and `count` are multiples of 32.
+// Decodes W[row, col .. col + count) to fp32. With aligned groups, `col` and `count` are multiples
+// of 32.
 template <class S>
 PYLORA_INLINE void decode_row_f32(const NF4Matrix& w, int64_t row, int64_t col, int64_t count,
                                   int64_t ahead, float* out) {
@@ -93,9 +96,9 @@ PYLORA_INLINE void decode_row_f32(const NF4Matrix& w, int64_t row, int64_t col, 
   }
 }
 
-// Forward panel: `rows` rows of W, columns col .. col + count; panel [rows][kTileLd]. A panel reads
-// a short stretch of each row: the hardware cannot see what comes next, which is `ahead` bytes
-// further.
+// The forward panel [rows][kTileLd]: columns col .. col + count of `rows` rows of W. It reads only
+// a short stretch of each row, so the hardware cannot foresee what comes next: that lies `ahead`
+// bytes further on, and is prefetched.
 template <class S>
 void decode_panel(F32Mac<S>, const NF4Matrix& w, int64_t row, int64_t rows, int64_t col,
                   int64_t count, int64_t ahead, float* panel) {
@@ -104,7 +107,7 @@ void decode_panel(F32Mac<S>, const NF4Matrix& w, int64_t row, int64_t rows, int6
   }
 }
 
-// Backward panel: columns col .. col + cols of `count` rows of W; panel [count][ld].
+// The backward panel [count][ld]: columns col .. col + cols of `count` rows of W.
 template <class S>
 void decode_panel_t(F32Mac<S>, const NF4Matrix& w, int64_t row, int64_t count, int64_t col,
                     int64_t cols, float* panel, int64_t ld) {

@@ -10,7 +10,7 @@
 namespace pylora::cpu {
 namespace {
 
-// Below this many elements a second thread costs more than it saves.
+// With fewer elements than this, a second thread costs more than it saves.
 constexpr int64_t kGrain = 32768;
 
 uint32_t nearest_code(float scaled) {

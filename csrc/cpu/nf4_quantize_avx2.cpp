@@ -1,5 +1,6 @@
-// AVX2, F16C: 8 elements at a time. A code is found by a binary search through the 15 midpoints, as
-// in nf4_quantize_avx512.cpp: each step looks its midpoint up in a register of at most eight.
+// AVX2 and F16C quantize 8 elements at a time. A code is found by a binary search through the 15
+// midpoints, as in nf4_quantize_avx512.cpp. Each step looks its midpoint up in a register, which
+// holds at most eight.
 #include <immintrin.h>
 
 #include "common/float16.h"
@@ -19,7 +20,7 @@ PYLORA_INLINE __m256 load8(const BFloat16* x) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
-// Codes of 8 scaled values, one a 32-bit lane.
+// The codes of 8 scaled values, one in each 32-bit lane.
 PYLORA_INLINE __m256i nearest_codes(__m256 scaled) {
   constexpr auto m = nf4_midpoint;
   const __m256 second = _mm256_setr_ps(m(3), m(11), 0, 0, 0, 0, 0, 0);
@@ -35,16 +36,16 @@ PYLORA_INLINE __m256i nearest_codes(__m256 scaled) {
   return next_bit(index, _mm256_permutevar8x32_ps(fourth, index));
 }
 
-// 32 codes in 32-bit lanes -> 16 bytes.
+// Packs 32 codes, which lie in 32-bit lanes, into 16 bytes.
 PYLORA_INLINE __m128i pack32(__m256i a, __m256i b, __m256i c, __m256i d) {
-  // The packs work within 128-bit halves and leave groups of four codes in the order
-  // a.low b.low c.low d.low | a.high b.high c.high d.high; the permute puts each a, b, c, d whole.
+  // The packs work within 128-bit halves. They leave groups of four codes in the order
+  // a.low b.low c.low d.low | a.high b.high c.high d.high; the permute joins the halves of each.
   const __m256i words_ab = _mm256_packus_epi32(a, b);
   const __m256i words_cd = _mm256_packus_epi32(c, d);
   const __m256i mixed = _mm256_packus_epi16(words_ab, words_cd);
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   const __m256i codes = _mm256_permutevar8x32_epi32(mixed, order);
-  // even * 16 + odd in each pair of bytes
+  // Each pair of bytes becomes even * 16 + odd.
   const __m256i bytes = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(0x0110));
   return _mm_packus_epi16(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
 }

@@ -1,5 +1,6 @@
-// AVX-512 F, BW, VL, DQ: 16 elements at a time. A code is found by a binary search through the 15
-// midpoints, each step one vpermps from a register: exact, and four steps in place of 15 compares.
+// AVX-512 F, BW, VL and DQ quantize 16 elements at a time. A code is found by a binary search
+// through the 15 midpoints. Each step is one vpermps from a register: four steps replace 15
+// compares, and the result is exact.
 #include <immintrin.h>
 
 #include "common/float16.h"
@@ -19,8 +20,9 @@ PYLORA_INLINE __m512 load16(const BFloat16* x) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
-// Codes of 16 scaled values, one a 32-bit lane. After d steps lane `index` holds the top d bits of
-// the code; the midpoint that decides the next bit is number (2 * index + 1) * 2^(3 - d) - 1.
+// The codes of 16 scaled values, one in each 32-bit lane. After d steps lane `index` holds the top
+// d bits of the code; the midpoint that decides the next bit is number (2 * index + 1) * 2^(3 - d)
+// - 1.
 PYLORA_INLINE __m512i nearest_codes(__m512 scaled) {
   constexpr auto m = nf4_midpoint;
   const __m512 second = _mm512_setr_ps(m(3), m(11), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
@@ -39,7 +41,8 @@ PYLORA_INLINE __m512i nearest_codes(__m512 scaled) {
   return next_bit(index, _mm512_permutexvar_ps(index, fourth));
 }
 
-// 16 codes in 32-bit lanes -> 8 bytes. Seen as 64-bit lanes the even code is below, the odd above.
+// Packs 16 codes, which lie in 32-bit lanes, into 8 bytes. In a 64-bit lane the even code is the
+// lower half, the odd code the upper one.
 PYLORA_INLINE __m128i pack16(__m512i codes) {
   const __m512i bytes = _mm512_or_si512(_mm512_slli_epi64(codes, 4), _mm512_srli_epi64(codes, 32));
   return _mm512_cvtepi64_epi8(bytes);

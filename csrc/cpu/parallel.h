@@ -1,5 +1,5 @@
-// Threads for the CPU kernels, without torch headers: bind.cpp forwards to torch's own thread pool,
-// so that torch.set_num_threads() governs pylora too and no second pool competes for the cores.
+// Threads for the CPU kernels, without torch headers. bind.cpp forwards to torch's own thread pool:
+// torch.set_num_threads() then governs pylora too, and no second pool competes for the cores.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,9 @@ namespace pylora::cpu {
 
 using RangeBody = void (*)(int64_t begin, int64_t end, void* context);
 
-// Splits [begin, end) into at most num_threads() ranges of at least `grain` items; returns when all
-// are done. The body must not throw. Inside a parallel region it runs on the calling thread.
+// Cuts [begin, end) into at most num_threads() ranges of at least `grain` items, runs the body on
+// each, and returns when all are done. The body must not throw. A call from inside a parallel
+// region runs on the calling thread.
 void parallel_ranges(int64_t begin, int64_t end, int64_t grain, RangeBody body, void* context);
 
 int num_threads();

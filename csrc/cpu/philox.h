@@ -1,8 +1,8 @@
 // Dropout masks from Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3",
-// SC 2011): forward and backward draw them anew from the seed, nothing is stored.
+// SC 2011). Forward and backward both draw the mask from the seed, so no mask is stored.
 //
-// Element i of the flat input takes word i % 4 of counter (i / 4, 0) under the key `seed`, and is
-// kept where that word is at least `threshold`.
+// Element i of the flat input takes word i % 4 of counter (i / 4, 0) under the key `seed`. The
+// element is kept if that word is at least `threshold`.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ struct Dropout {
   bool enabled = false;
 };
 
-// 16 counters from `counter` on -> 64 words in the order of the elements.
+// Draws the 64 words of 16 counters, from `counter` on, in the order of the elements.
 template <class S>
 PYLORA_INLINE void philox_words(uint64_t seed, uint64_t counter, uint32_t* words) {
   constexpr int kCounters = 16;
@@ -43,7 +43,7 @@ PYLORA_INLINE void philox_words(uint64_t seed, uint64_t counter, uint32_t* words
   }
 }
 
-// What elements first .. first + count of the flat input are multiplied by: 0 or 1 / (1 - p).
+// Writes the factor, 0 or 1 / (1 - p), of each element first .. first + count of the flat input.
 template <class S>
 void dropout_factors(const Dropout& dropout, int64_t first, int64_t count, float* factors) {
   constexpr int64_t kWords = 64;

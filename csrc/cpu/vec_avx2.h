@@ -1,4 +1,4 @@
-// Vector primitives: AVX2, FMA and F16C. Include only from files compiled with those flags.
+// The vector primitives in AVX2, FMA and F16C. Only files compiled with those flags include this.
 #pragma once
 
 #include <immintrin.h>
@@ -12,7 +12,8 @@ namespace pylora::cpu {
 struct Avx2 {
   static constexpr int kLanes = 8;
   static constexpr int kMaxV = 2;
-  // Rows of a tile of `v` vectors: 12 accumulators leave room for the operands in 16 registers.
+  // How many rows a tile of `v` vectors has: 12 accumulators leave 4 of the 16 registers for the
+  // operands.
   static constexpr int rows_for(int v) { return 12 / v; }
   using F = __m256;
 
@@ -36,7 +37,7 @@ struct Avx2 {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
   PYLORA_INLINE static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
-  PYLORA_INLINE static void store(BFloat16* p, F v) {  // to nearest even, NaN kept a NaN
+  PYLORA_INLINE static void store(BFloat16* p, F v) {  // rounds to nearest even; a NaN stays one
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
@@ -87,7 +88,7 @@ struct Avx2 {
     }
   }
 
-  // The 16 codes in two registers; bit 3 of an index chooses between them.
+  // The 16 codes lie in two registers, and bit 3 of an index chooses between them.
   struct Codes {
     F low, high;
   };
@@ -100,7 +101,7 @@ struct Avx2 {
                             _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
   }
 
-  // 8 consecutive weights of one block, from 4 bytes.
+  // Decodes 8 consecutive weights of one block from 4 bytes.
   PYLORA_INLINE static F decode(const uint8_t* q, float absmax) {
     int32_t word;
     __builtin_memcpy(&word, q, sizeof word);
@@ -109,7 +110,7 @@ struct Avx2 {
     return _mm256_mul_ps(look_up(codes(), index), _mm256_set1_ps(absmax));
   }
 
-  // See nf4_vector.h: a chunk of 64 weights, at most `left` of which are read.
+  // Decodes a chunk (nf4_linear_small_m.h) of 64 weights; at most `left` of them are read.
   PYLORA_INLINE static Codes chunk_table(F32Mac<Avx2>) { return codes(); }
   PYLORA_INLINE static constexpr float chunk_scale(F32Mac<Avx2>) { return 1.0f; }
   PYLORA_INLINE static void decode_chunk(const uint8_t* q, int64_t left, const Codes& codes,

@@ -1,5 +1,5 @@
-// Vector primitives: AVX-512 F, BW, VL, DQ; and, for the struct with Bf16 in its name, BF16 and
-// VBMI. Include only from files compiled with those flags.
+// The vector primitives in AVX-512 F, BW, VL and DQ. Only files compiled with those flags include
+// this.
 #pragma once
 
 #include <immintrin.h>
@@ -13,7 +13,7 @@ namespace pylora::cpu {
 struct Avx512 {
   static constexpr int kLanes = 16;
   static constexpr int kMaxV = 4;
-  // Rows of a tile of `v` vectors: 24 accumulators, which hide the latency of two FMA pipes.
+  // How many rows a tile of `v` vectors has: 24 accumulators hide the latency of two FMA pipes.
   static constexpr int rows_for(int v) { return 24 / v; }
   using F = __m512;
 
@@ -23,7 +23,7 @@ struct Avx512 {
   PYLORA_INLINE static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   PYLORA_INLINE static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   PYLORA_INLINE static float sum(F a) {
-    constexpr __mmask16 kAll = 0xFFFF;  // these spare GCC 12 a warning about its own header
+    constexpr __mmask16 kAll = 0xFFFF;  // the mask spares GCC 12 a warning about its own header
     a = add(a, _mm512_maskz_shuffle_f32x4(kAll, a, a, 0x4E));
     a = add(a, _mm512_maskz_shuffle_f32x4(kAll, a, a, 0xB1));
     a = add(a, _mm512_maskz_shuffle_ps(kAll, a, a, 0x4E));
@@ -34,7 +34,7 @@ struct Avx512 {
   PYLORA_INLINE static F widen(__m256i bf16) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16));
   }
-  // fp32 to bf16, to nearest even, NaN kept a NaN.
+  // Rounds fp32 to bf16, to nearest even. A NaN stays one.
   PYLORA_INLINE static __m256i narrow(F v) {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -100,7 +100,7 @@ struct Avx512 {
       r[i + 3] = hi(t[i + 1], t[i + 3]);
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {  // 128-bit lanes: a 4 x 4 transpose of lanes
+    for (int i = 0; i < 4; ++i) {  // a 4 x 4 transpose of 128-bit lanes
       const F a = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
       const F b = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xDD);
       const F c = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
@@ -114,19 +114,19 @@ struct Avx512 {
     for (int i = 0; i < 16; ++i) r[i] = t[i];
   }
 
-  // 16 consecutive weights of one block, from 8 bytes.
+  // Decodes 16 consecutive weights of one block from 8 bytes.
   PYLORA_INLINE static F decode(const uint8_t* q, float absmax) {
     const __m256i bytes =
         _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(q)));
-    // A 64-bit lane holds one byte: its low half takes the high nibble, its high half the byte
-    // itself (vpermps reads the low four bits of an index only).
+    // A 64-bit lane holds one byte. Its low half takes the high nibble, and its high half takes the
+    // byte itself, since vpermps reads only the low four bits of an index.
     const __m512i wide = _mm512_cvtepu32_epi64(bytes);
     const __m512i index = _mm512_or_si512(_mm512_srli_epi64(wide, 4), _mm512_slli_epi64(wide, 32));
     return _mm512_mul_ps(_mm512_permutexvar_ps(index, _mm512_loadu_ps(kNF4Code)),
                          _mm512_set1_ps(absmax));
   }
 
-  // See nf4_vector.h: a chunk of 128 weights, at most `left` of which are read.
+  // Decodes a chunk (nf4_linear_small_m.h) of 128 weights; at most `left` of them are read.
   PYLORA_INLINE static __m512i load_chunk(const uint8_t* q, int64_t left) {
     if (left >= 128) return _mm512_loadu_si512(q);
     return _mm512_maskz_loadu_epi8((__mmask64{1} << (left / 2)) - 1, q);

@@ -1,4 +1,5 @@
-// Vector primitives with AVX-512 BF16 and VBMI: bf16 activations multiply without widening.
+// The vector primitives of vec_avx512.h with AVX-512 BF16 and VBMI: bf16 activations are multiplied
+// without widening.
 #pragma once
 
 #include <array>
@@ -11,16 +12,16 @@ struct Avx512Bf16 : Avx512 {
   PYLORA_INLINE static F dot(F acc, F a, F b) {  // acc + a0 b0 + a1 b1, pairs of bf16 in each lane
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
-  // Table of 32 bf16: code * absmax of a block, then of another. Rounded once to fp32 and once to
-  // bf16, as a dequantized weight is.
+  // A table of 32 bf16: code * absmax of one block, then of another. Each is rounded once to fp32
+  // and once to bf16, as a dequantized weight is.
   PYLORA_INLINE static __m512i table(float absmax, float other) {
     const F code = _mm512_loadu_ps(kNF4Code);
     return reinterpret_cast<__m512i>(
         _mm512_cvtne2ps_pbh(_mm512_mul_ps(code, set1(other)), _mm512_mul_ps(code, set1(absmax))));
   }
-  // 32 weights as bf16. `spread` holds in the low byte of each word the byte of its weight;
-  // `shifts` is 4 where that weight is the high nibble, else 0; `bank` (0 or 16) picks the table's
-  // half.
+  // Looks up 32 weights as bf16. The low byte of each word of `spread` is the byte of its weight.
+  // `shifts` is 4 if that weight is the high nibble, else 0. `bank` (0 or 16) picks the half of the
+  // table.
   PYLORA_INLINE static __m512i decode_32(__m512i spread, __m512i shifts, __m512i bank,
                                          __m512i table) {
     const __m512i index = _mm512_ternarylogic_epi32(
@@ -28,7 +29,8 @@ struct Avx512Bf16 : Avx512 {
     return _mm512_permutexvar_epi16(index, table);
   }
 
-  // `groups` (at most 4) times 32 weights in natural order; scale(g) is absmax of group g.
+  // Decodes `groups` (at most 4) times 32 weights, in natural order. scale(g) is the absmax of
+  // group g.
   template <bool kFull, class Scale>
   PYLORA_INLINE static void decode_row_128(const uint8_t* q, const Scale& scale, int groups,
                                            float* out) {
@@ -37,7 +39,7 @@ struct Avx512Bf16 : Avx512 {
       for (int i = 0; i < 64; ++i) spread[i] = static_cast<uint8_t>(i / 4);
       return spread;
     }();
-    if (kFull) groups = 4;  // known to the compiler
+    if (kFull) groups = 4;  // tells the compiler
     const __m512i bytes = kFull ? _mm512_loadu_si512(q)
                                 : _mm512_maskz_loadu_epi8((__mmask64{1} << (16 * groups)) - 1, q);
     const __m512i spread = _mm512_load_si512(kSpread.data());
@@ -55,7 +57,7 @@ struct Avx512Bf16 : Avx512 {
     }
   }
 
-  // 32 columns of two rows, as pairs (row, next row) of each column: from 16 bytes a row.
+  // Decodes 32 columns of two rows, from 16 bytes a row, into pairs (row, next row) of each column.
   PYLORA_INLINE static void decode_pair_32(const uint8_t* row, const uint8_t* next, float absmax,
                                            float next_absmax, float* out) {
     alignas(64) static constexpr auto kSpread =
@@ -79,9 +81,9 @@ struct Avx512Bf16 : Avx512 {
     _mm512_storeu_si512(out + 16, decode_32(high, shifts, bank, codes));
   }
 
-  // See nf4_vector.h. Multiplying the 16 codes by this before rounding them to bf16, and the sum by
-  // its inverse, brings their root-mean-square rounding error down from 5.5e-4 to 3.2e-4; weights
-  // that are each rounded to bf16 have 8e-4.
+  // The small-M kernel multiplies the 16 codes by this before it rounds them to bf16, and the sum
+  // by its inverse. That brings the root-mean-square rounding error of the codes down from 5.5e-4
+  // to 3.2e-4; weights that are each rounded to bf16 have 8e-4.
   static constexpr float kCodeScale = 1.437f;
   PYLORA_INLINE static __m512i chunk_table(Bf16Mac<Avx512Bf16>) {
     return table(kCodeScale, kCodeScale);  // twice, so that an index's fifth bit does not matter

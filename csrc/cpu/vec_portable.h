@@ -1,7 +1,7 @@
-// Vector primitives in plain C++: four lanes, in GCC's and Clang's vector extension.
+// The vector primitives in plain C++: four lanes, in the vector extension of GCC and Clang.
 //
-// Every kernel is a template over one of these structs (Portable, Avx2, Avx512, ...), so a file
-// that is compiled for one instruction set never shares an instantiation with another.
+// Every kernel is a template over one of these structs (Portable, Avx2, Avx512, ...). A file that
+// is compiled for one instruction set therefore never shares an instantiation with another one.
 #pragma once
 
 #include <cstring>
@@ -57,13 +57,13 @@ struct Portable {
     }
     for (int i = 0; i < kLanes; ++i) r[i] = t[i];
   }
-  // kLanes consecutive weights from element `e` (even) of one block.
+  // Decodes kLanes consecutive weights of one block, from element `e` (even) on.
   PYLORA_INLINE static F decode(const uint8_t* q, float absmax) {
     return F{kNF4Code[q[0] >> 4], kNF4Code[q[0] & 15], kNF4Code[q[1] >> 4], kNF4Code[q[1] & 15]} *
            set1(absmax);
   }
 
-  // See nf4_vector.h: a chunk of 32 weights, at most `left` of which are read.
+  // Decodes a chunk (nf4_linear_small_m.h) of 32 weights; at most `left` of them are read.
   PYLORA_INLINE static const float* chunk_table(F32Mac<Portable>) { return kNF4Code; }
   PYLORA_INLINE static constexpr float chunk_scale(F32Mac<Portable>) { return 1.0f; }
   PYLORA_INLINE static void decode_chunk(const uint8_t* q, int64_t /*left*/, const float* table,

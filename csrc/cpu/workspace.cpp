@@ -23,8 +23,8 @@ float* thread_workspace() {
     void* fresh = std::aligned_alloc(kWorkspaceBytes, kWorkspaceBytes);
     if (fresh == nullptr) throw std::bad_alloc();
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    madvise(fresh, kWorkspaceBytes,
-            MADV_HUGEPAGE);  // one TLB entry; advice, so failure is no matter
+    // One page means one TLB entry. This is a hint, and a refusal does no harm.
+    madvise(fresh, kWorkspaceBytes, MADV_HUGEPAGE);
 #endif
     memory.reset(static_cast<float*>(fresh));
   }

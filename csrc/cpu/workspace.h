@@ -1,4 +1,4 @@
-// Scratch memory of the calling thread, kept between calls: to map and fault in fresh pages at each
+// Scratch memory of the calling thread. It is kept between calls, since mapping fresh pages at each
 // call would cost more than a small matrix product.
 #pragma once
 
@@ -8,8 +8,8 @@ namespace pylora::cpu {
 
 inline constexpr size_t kWorkspaceBytes = size_t{2} << 20;
 
-// kWorkspaceBytes of memory, aligned to a page; the same for every call from one thread. A kernel
-// that holds it must not call another that takes it.
+// Returns kWorkspaceBytes of memory, aligned to 2 MiB. Every call from one thread returns the same
+// memory, so a kernel that uses it must not call another one that does.
 float* thread_workspace();
 
 }  // namespace pylora::cpu

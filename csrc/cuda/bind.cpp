@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "common/boxed.h"
-#include "cuda/nf4_dequantize.cuh"
-#include "cuda/nf4_quantize.cuh"
+#include "cuda/nf4/nf4_dequantize.cuh"
+#include "cuda/nf4/nf4_quantize.cuh"
 
 // Only a CUDA build of torch has it. Weak, so that one extension also loads beside a CPU-only
 // torch.

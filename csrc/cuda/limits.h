@@ -6,16 +6,16 @@
 
 namespace pylora::cuda {
 
-// The kernels for few tokens, of lora_linear.cuh and nf4_linear_backward.cuh.
-inline constexpr int64_t kMaxSmallTokens = 64;
-inline constexpr int64_t kMaxSmallTokensOfBlock32 = 16;
-inline constexpr int64_t kMaxSmallRank = 1024;
-inline constexpr int64_t kMaxSmallElements = int64_t{1} << 35;  // blocks are counted in 32 bits
+// The kernels for few tokens, in small_m/.
+inline constexpr int64_t kMaxSmallM = 64;
+inline constexpr int64_t kMaxSmallMBlock32 = 16;
+inline constexpr int64_t kMaxRank = 1024;
+inline constexpr int64_t kMaxElements = int64_t{1} << 35;  // blocks are counted in 32 bits
 
-// The kernels for many tokens, of nf4_linear_hopper.cuh and lora_hidden_many.cuh.
-inline constexpr int64_t kMaxManyTokens = 8 * 65535;  // of a grid
-inline constexpr int64_t kHopperColumns = 64;         // K and the blocksize are multiples of it
-inline constexpr int64_t kManyColumns = 64;           // K is a multiple of it
+// The kernels for many tokens, in many_rows/ and hopper/.
+inline constexpr int64_t kMaxM = 8 * 65535;      // of a grid
+inline constexpr int64_t kHopperColumns = 64;    // K and the blocksize are multiples of it
+inline constexpr int64_t kManyRowsColumns = 64;  // K is a multiple of it
 
 inline constexpr int64_t kAlignment = 16;  // bytes, of what is read 16 at a time
 

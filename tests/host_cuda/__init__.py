@@ -15,7 +15,15 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # in the order of the C++ enum
-HOPPER_KERNELS = ("nf4_linear_hopper", "hopper_plan", "lora_hidden_many", "tensor_map")
+# The .cu files of a program, by their names below csrc/cuda.
+SMALL_M_KERNELS = ("small_m/lora_linear", "small_m/plan", "small_m/lora_shrink")
+BACKWARD_KERNELS = ("small_m/nf4_linear_backward", "small_m/plan")
+HOPPER_KERNELS = (
+    "hopper/lora_linear",
+    "hopper/plan",
+    "hopper/tensor_map",
+    "many_rows/lora_shrink",
+)
 DRIVER = ("tests/host_cuda/driver.cpp",)  # stands in for it, where there are tensor maps
 SEEDS = range(2)  # of the order in which threads run
 

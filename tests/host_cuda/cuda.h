@@ -1,4 +1,4 @@
-// Stands in for the driver's header: what csrc/cuda/tensor_map.cu uses of it. Enumerators have the
+// Stands in for the driver's header: what csrc/cuda/hopper/tensor_map.cu uses of it. Enumerators have the
 // values that cuda.h gives them.
 #pragma once
 

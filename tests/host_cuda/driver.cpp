@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "cuda/tensor_map.cuh"
+#include "cuda/hopper/tensor_map.cuh"
 
 namespace {
 

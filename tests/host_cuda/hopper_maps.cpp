@@ -1,11 +1,10 @@
-// The maps of nf4_linear_hopper.cu: each covers what it stands for, once. Exit code 0: all do.
-#include "cuda/hopper_maps.cuh"
-
+// The maps of hopper/lora_linear.cu: each covers what it stands for, once. Exit code 0: all do.
 #include <cstdio>
 #include <set>
 #include <vector>
 
-#include "cuda/ptx_hopper.cuh"
+#include "cuda/hopper/maps.cuh"
+#include "cuda/hopper/ptx.cuh"
 
 namespace {
 
@@ -123,13 +122,13 @@ void check_partials() {
   constexpr int kSlices = 2, kTiles = 3, kUnits = kTokens / 8;
   Cover units(kSlices * kTiles * kConsumers * kUnits * kGroupThreads);
   for (int group = 0; group < kSlices * kTiles * kConsumers; ++group) {
-    const int slice = group / kConsumers / kTiles, tile = group / kConsumers % kTiles;
+    const int split = group / kConsumers / kTiles, tile = group / kConsumers % kTiles;
     for (int i = 0; i < kUnits * kGroupThreads; ++i) {
-      units.add(static_cast<int>(partial_index<kTokens>(slice, kTiles, tile, group % kConsumers,
-                                                        i / kGroupThreads, i % kGroupThreads)));
+      units.add(static_cast<int>(partial_vector<kTokens>(split, kTiles, tile, group % kConsumers,
+                                                         i / kGroupThreads, i % kGroupThreads)));
     }
   }
-  expect(units.complete(), "sums of slices");
+  expect(units.complete(), "sums of splits");
 }
 
 void check_ring() {

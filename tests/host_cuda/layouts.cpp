@@ -5,11 +5,11 @@
 #include <vector>
 
 #include "common/float16.h"
-#include "cuda/element.cuh"
-#include "cuda/hopper_maps.cuh"
-#include "cuda/launch.cuh"
-#include "cuda/ptx_hopper.cuh"
-#include "cuda/tensor_map.cuh"
+#include "cuda/common/element.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/hopper/maps.cuh"
+#include "cuda/hopper/ptx.cuh"
+#include "cuda/hopper/tensor_map.cuh"
 
 namespace {
 
@@ -36,7 +36,7 @@ void print_integers(const char* name, const Index& sizes,
   std::printf(",\n");
 }
 
-// The maps of nf4_linear_hopper.cu; an index is row + 64 * column, as CUTLASS counts.
+// The maps of hopper/lora_linear.cu; an index is row + 64 * column, as CUTLASS counts.
 void print_maps() {
   print_integers("weights", {kSteps, kGroupThreads, 8}, [](const Index& at) {
     const int step = at[0], thread = at[1], i = at[2] / 2;
@@ -83,7 +83,7 @@ void print_descriptors() {
 template <class Kernel, class... Arguments>
 void run(Kernel* kernel, int threads, size_t shared_bytes, Arguments... arguments) {
   LaunchShape shape;
-  shape.block = threads;
+  shape.threads = threads;
   shape.shared_bytes = shared_bytes;
   launch(kernel, shape, arguments...);
   cudaDeviceSynchronize();

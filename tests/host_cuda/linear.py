@@ -40,9 +40,9 @@ def check_linear(
 
     adapter_ids    of a stack of three adapters, the second of which is NaN: multi_lora_linear
     plan           a choice in place of the rule's plan: warps beside each other or tokens of a
-                   tile, slices, CTAs
+                   tile, splits, CTAs
 
-    Returns y and the plan: slices of K, warps beside each other, CTAs.
+    Returns y and the plan: splits of K, warps beside each other, CTAs.
     """
     M, N, K = shape
     generator = torch.Generator().manual_seed(M + N + K + rank)
@@ -111,7 +111,7 @@ def check_linear_backward(
 ) -> tuple[Tensor, int]:
     """Runs grad [M, N] on W [N, K] and judges dx by the numerics rule.
 
-    Returns dx and the number of slices of N.
+    Returns dx and the number of splits of N.
     """
     M, N, K = shape
     generator = torch.Generator().manual_seed(M + N + K)
@@ -125,4 +125,4 @@ def check_linear_backward(
     dx = torch.frombuffer(stdout, dtype=dtype).view(M, K)
     arguments = (grad, *w.op_arguments(), K)
     assert_as_accurate_as_torch(dx, reference_op("nf4_linear_backward"), *arguments)
-    return dx, int(re.findall(r"slices (\d+)", stderr)[-1])
+    return dx, int(re.findall(r"splits (\d+)", stderr)[-1])

@@ -1,23 +1,23 @@
 // The call of a linear op from standard input, and the memory for its results.
 #pragma once
 
-#include "cuda/lora_linear.cuh"
+#include "cuda/common/lora_args.cuh"
 #include "stdin_weight.h"
 
 inline pylora::DType dtype_of(int64_t code) { return static_cast<pylora::DType>(code); }
 
 // What follows in the input where `code` is not negative.
-inline pylora::cuda::Vector read_vector(int64_t code, int64_t count) {
+inline pylora::cuda::TypedVector read_vector(int64_t code, int64_t count) {
   if (code < 0) return {};
   const int64_t bytes = count * pylora::dtype_size(dtype_of(code));
   return {read_array<uint8_t>(bytes), dtype_of(code)};
 }
 
 // The seed follows in the input.
-inline void read_dropout(pylora::cuda::LoraHidden& hidden, double p) {
-  hidden.seed = read_array<int64_t>(1);
-  hidden.threshold = static_cast<uint32_t>(p * 4294967296.0 + 0.5);
-  hidden.keep_scale = static_cast<float>(1.0 / (1.0 - p));
+inline void read_dropout(pylora::cuda::LoraShrinkArgs& shrink, double p) {
+  shrink.seed = read_array<int64_t>(1);
+  shrink.threshold = static_cast<uint32_t>(p * 4294967296.0 + 0.5);
+  shrink.keep_scale = static_cast<float>(1.0 / (1.0 - p));
 }
 
 struct LinearHeader {
@@ -30,7 +30,7 @@ struct LinearHeader {
 inline constexpr int kRefused = 3;
 
 // Reads all there is.
-inline LinearHeader read_linear(pylora::cuda::LoraLinear& op) {
+inline LinearHeader read_linear(pylora::cuda::LoraLinearArgs& op) {
   const LinearHeader in = *read_array<LinearHeader>(1);
   const double scaling = *read_array<double>(1);
   const double dropout_p = *read_array<double>(1);
@@ -41,24 +41,24 @@ inline LinearHeader read_linear(pylora::cuda::LoraLinear& op) {
   op.weight = read_weight(in, &op.offset);
   op.bias = read_vector(in.bias_dtype, in.rows);
 
-  pylora::cuda::LoraHidden& hidden = op.hidden;
-  hidden.rank = static_cast<int>(in.rank);
+  pylora::cuda::LoraShrinkArgs& shrink = op.shrink;
+  shrink.rank = static_cast<int>(in.rank);
   if (in.rank > 0) {
-    hidden.dtype = dtype_of(in.lora_dtype);
+    shrink.dtype = dtype_of(in.lora_dtype);
     const int64_t stacked = in.adapters > 0 ? in.adapters : 1;
-    hidden.lora_A = read_vector(in.lora_dtype, stacked * in.rank * in.cols).data;
+    shrink.lora_A = read_vector(in.lora_dtype, stacked * in.rank * in.cols).data;
     op.lora_B = read_vector(in.lora_dtype, stacked * in.rows * in.rank).data;
     if (in.adapters > 0) {
-      hidden.adapters.count = static_cast<int>(in.adapters);
-      hidden.adapters.ids = read_array<int64_t>(in.tokens);
-      hidden.adapters.scalings = read_array<float>(in.adapters);
+      shrink.adapters.count = static_cast<int>(in.adapters);
+      shrink.adapters.ids = read_array<int64_t>(in.tokens);
+      shrink.adapters.scalings = read_array<float>(in.adapters);
     } else if (in.biases != 0) {
-      hidden.lora_A_bias = read_vector(in.lora_dtype, in.rank).data;
+      shrink.lora_A_bias = read_vector(in.lora_dtype, in.rank).data;
       op.lora_B_bias = read_vector(in.lora_dtype, in.rows);
     }
-    hidden.scaling = static_cast<float>(scaling);
-    hidden.activation = static_cast<pylora::Activation>(in.activation);
-    if (in.dropout != 0) read_dropout(hidden, dropout_p);
+    shrink.scaling = static_cast<float>(scaling);
+    shrink.activation = static_cast<pylora::Activation>(in.activation);
+    if (in.dropout != 0) read_dropout(shrink, dropout_p);
   }
   return in;
 }
@@ -68,16 +68,16 @@ struct LinearOutput {
 };
 
 // `low_pitch`: floats from one row of low to the next.
-inline LinearOutput make_outputs(pylora::cuda::LoraLinear& op, int64_t low_pitch) {
+inline LinearOutput make_outputs(pylora::cuda::LoraLinearArgs& op, int64_t low_pitch) {
   const LinearOutput out = {op.tokens * op.weight.rows * pylora::dtype_size(op.dtype),
-                            int64_t{4} * op.tokens * op.hidden.rank};
+                            int64_t{4} * op.tokens * op.shrink.rank};
   op.y = make_output(out.y_bytes);
-  op.hidden.h = static_cast<float*>(make_output(out.h_bytes));
-  op.hidden.low = static_cast<float*>(make_output(4 * op.tokens * low_pitch));
+  op.shrink.h = static_cast<float*>(make_output(out.h_bytes));
+  op.shrink.low = static_cast<float*>(make_output(4 * op.tokens * low_pitch));
   return out;
 }
 
-inline void write_outputs(const pylora::cuda::LoraLinear& op, const LinearOutput& out) {
+inline void write_outputs(const pylora::cuda::LoraLinearArgs& op, const LinearOutput& out) {
   write_output(op.y, out.y_bytes);
-  write_output(op.hidden.h, out.h_bytes);
+  write_output(op.shrink.h, out.h_bytes);
 }

@@ -1,6 +1,6 @@
 // Runs lora_extend on the CPU: arguments from standard input, [x | low | 0] and h to standard
 // output.
-#include "cuda/lora_hidden_many.cuh"
+#include "cuda/many_rows/lora_shrink.cuh"
 #include "linear_input.h"
 
 struct Header {
@@ -12,7 +12,7 @@ int main() {
   const Header in = *read_array<Header>(1);
   const int64_t size = pylora::dtype_size(dtype_of(in.dtype));
   const void* x = read_vector(in.dtype, in.tokens * in.cols).data;
-  pylora::cuda::LoraHidden op;
+  pylora::cuda::LoraShrinkArgs op;
   op.dtype = dtype_of(in.dtype);
   op.rank = static_cast<int>(in.rank);
   op.lora_A = read_vector(in.dtype, in.rank * in.cols).data;

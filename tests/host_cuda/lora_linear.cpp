@@ -1,23 +1,25 @@
 // Runs the CUDA kernels on the CPU: arguments from standard input, y and h to standard output.
+#include "cuda/small_m/lora_linear.cuh"
+
 #include "linear_input.h"
 
 int main() {
-  pylora::cuda::LoraLinearSmall op;
+  pylora::cuda::LoraLinearSmallMArgs op;
   const LinearHeader in = read_linear(op);
   const pylora::cuda::DeviceLimits limits = limits_of(in);
-  pylora::cuda::SmallPlan plan = pylora::cuda::plan_small(in.tokens, in.rows, in.cols, limits);
+  pylora::cuda::SmallMPlan plan = pylora::cuda::plan_small_m(in.tokens, in.rows, in.cols, limits);
   if (in.plan[0] != 0) {
-    const pylora::cuda::SmallChoice choice = {in.plan[0], in.plan[1], in.plan[2]};
-    const char* wrong = choose_small(choice, in.tokens, in.rows, in.cols, limits, &plan);
+    const pylora::cuda::SmallMChoice choice = {in.plan[0], in.plan[1], in.plan[2]};
+    const char* wrong = choose_small_m(choice, in.tokens, in.rows, in.cols, limits, &plan);
     if (wrong != nullptr) return std::fprintf(stderr, "%s\n", wrong), kRefused;
   }
   if (plan.shared_bytes > limits.shared_per_cta) return 2;
   op.partials = static_cast<float*>(make_output(4 * plan.partial_floats(in.tokens, in.rows)));
   op.counters = static_cast<unsigned*>(make_output(4 * plan.counters()));
-  const LinearOutput out = make_outputs(op, op.hidden.rank);
-  if (pylora::cuda::lora_linear_small_cuda(op, plan, true, nullptr) != cudaSuccess) return 1;
+  const LinearOutput out = make_outputs(op, op.shrink.rank);
+  if (pylora::cuda::lora_linear_small_m_cuda(op, plan, true, nullptr) != cudaSuccess) return 1;
   cudaDeviceSynchronize();
-  std::fprintf(stderr, "slices %d, output warps %d, grid %d\n", plan.slices, plan.output_warps,
+  std::fprintf(stderr, "splits %d, output warps %d, grid %d\n", plan.splits, plan.output_warps,
                plan.grid);
   write_outputs(op, out);
 }

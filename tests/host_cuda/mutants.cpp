@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "common/float16.h"
-#include "cuda/launch.cuh"
-#include "cuda/ptx.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/common/ptx.cuh"
 
 namespace {
 
@@ -125,7 +125,7 @@ template <class Kernel>
 bool is_two_x_plus_one(Kernel* second_kernel) {
   std::vector<int> in(kThreads, 3), between(kThreads, -1), out(kThreads, -1);
   LaunchShape shape;
-  shape.block = kThreads;
+  shape.threads = kThreads;
   launch(double_values, shape, in.data(), between.data());
   shape.dependent = true;
   launch(second_kernel, shape, between.data(), out.data());

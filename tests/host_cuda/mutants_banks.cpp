@@ -3,8 +3,8 @@
 #include <cstdio>
 #include <string>
 
-#include "cuda/launch.cuh"
-#include "cuda/ptx_hopper.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/hopper/ptx.cuh"
 
 namespace {
 
@@ -122,7 +122,7 @@ int main(int, char** arguments) {
     if (std::string(arguments[1]) != pattern.name) continue;
     alignas(16) static int out[kLanes];
     LaunchShape shape;
-    shape.block = kLanes;
+    shape.threads = kLanes;
     shape.shared_bytes = kSharedBytes;
     launch(pattern.kernel, shape, static_cast<int*>(out));
     cudaDeviceSynchronize();

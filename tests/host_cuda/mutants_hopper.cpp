@@ -1,14 +1,14 @@
-// A toy kernel with all that nf4_linear_hopper.cu is built of, right until the bug that its name on
+// A toy kernel with all that hopper/lora_linear.cu is built of, right until the bug that its name on
 // the command line asks for is seeded in it. Exit code 0: the result was right. The executor must
 // see every one of these bugs.
 #include <cstdio>
 #include <string>
 #include <vector>
 
-#include "cuda/hopper_maps.cuh"
-#include "cuda/launch.cuh"
-#include "cuda/ptx_hopper.cuh"
-#include "cuda/tensor_map.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/hopper/maps.cuh"
+#include "cuda/hopper/ptx.cuh"
+#include "cuda/hopper/tensor_map.cuh"
 
 namespace {
 
@@ -168,7 +168,7 @@ bool result_is_right(const std::string& name) {
       std::memcpy(&map, &wrong, sizeof(wrong));
     }
     LaunchShape shape;
-    shape.block = 2 * kGroupThreads;
+    shape.threads = 2 * kGroupThreads;
     shape.shared_bytes = kSharedBytes;
     launch(multiply_through_ring<static_cast<Bug>(kBug)>, shape, map,
            static_cast<const uint16_t*>(a_bits.data()), y.data());

@@ -6,11 +6,11 @@
 #include <vector>
 
 #include "common/float16.h"
-#include "cuda/element.cuh"
-#include "cuda/hopper_maps.cuh"
-#include "cuda/launch.cuh"
-#include "cuda/ptx_hopper.cuh"
-#include "cuda/tensor_map.cuh"
+#include "cuda/common/element.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/hopper/maps.cuh"
+#include "cuda/hopper/ptx.cuh"
+#include "cuda/hopper/tensor_map.cuh"
 
 namespace {
 
@@ -136,7 +136,7 @@ bool result_is_right(const std::string& name) {
     TensorMap map;
     if (encode_tensor_map(matrix, &map) != cudaSuccess) return false;
     LaunchShape shape;
-    shape.block = kGroupThreads;
+    shape.threads = kGroupThreads;
     shape.shared_bytes = kTileBytes + sizeof(Barrier);
     launch(multiply_stored<static_cast<Bug>(kBug)>, shape, map,
            static_cast<const uint16_t*>(a.data()), static_cast<const uint16_t*>(b), y.data());

@@ -1,6 +1,6 @@
 // Runs the CUDA kernel on the CPU: arguments from standard input, the weight and what lies between
 // its rows to standard output.
-#include "cuda/nf4_dequantize.cuh"
+#include "cuda/nf4/nf4_dequantize.cuh"
 
 #include "stdin_arrays.h"
 

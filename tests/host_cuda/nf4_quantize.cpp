@@ -1,6 +1,6 @@
 // Runs the CUDA kernel on the CPU: arguments from standard input, qweight and absmax to standard
 // output.
-#include "cuda/nf4_quantize.cuh"
+#include "cuda/nf4/nf4_quantize.cuh"
 
 #include "stdin_arrays.h"
 

@@ -1,4 +1,4 @@
-// The functions of csrc/cuda/ptx_hopper.cuh on the CPU, as the PTX ISA (9.0) describes the
+// The functions of csrc/cuda/hopper/ptx.cuh on the CPU, as the PTX ISA (9.0) describes the
 // instructions: its own reading of swizzles, fragments and phases, none of it shared with kernels.
 #pragma once
 

@@ -1,4 +1,4 @@
-// The functions of csrc/cuda/ptx.cuh on the CPU, as the PTX ISA (9.0) describes the instructions.
+// The functions of csrc/cuda/common/ptx.cuh on the CPU, as the PTX ISA (9.0) describes the instructions.
 #pragma once
 
 #include <bit>

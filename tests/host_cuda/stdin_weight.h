@@ -2,7 +2,8 @@
 // the fields' names in common.
 #pragma once
 
-#include "cuda/lora_linear.cuh"
+#include "common/nf4.h"
+#include "cuda/common/device.cuh"
 #include "stdin_arrays.h"
 
 template <class Header>

@@ -1,10 +1,10 @@
-// Asks csrc/cuda/tensor_map.cu to describe matrices, right ones and wrong ones. Standard output has
+// Asks csrc/cuda/hopper/tensor_map.cu to describe matrices, right ones and wrong ones. Standard output has
 // a line for each: its name and the answer. The driver's stand-in says on standard error which
 // demand a wrong one does not meet.
 #include <cstdio>
 #include <cstring>
 
-#include "cuda/tensor_map.cuh"
+#include "cuda/hopper/tensor_map.cuh"
 
 namespace {
 

@@ -1,7 +1,7 @@
 // The bodies of timed loops that several programs use: look-ups in the decode table, and mma.sync.
 #pragma once
 
-#include "cuda/nf4_pairs.cuh"
+#include "cuda/nf4/nf4_decode.cuh"
 #include "timed_loop.cuh"
 
 namespace primitives {
@@ -29,7 +29,7 @@ struct SlotSums {
   }
 };
 
-// LDS.32 alone: looks up fixed random entries in a table like that of nf4_pairs.cuh.
+// LDS.32 alone: looks up fixed random entries in a table like that of nf4/nf4_decode.cuh.
 struct PrivateTable : PlainBody {
   static constexpr int kSharedBytes = kPairBytes;
   static __host__ __device__ uint32_t offset(int thread, int slot) {
@@ -56,7 +56,7 @@ struct PrivateTable : PlainBody {
 };
 
 // Decodes as the kernels do: a PRMT and an LDS for each byte of two words of qweight, with a table
-// like that of nf4_pairs.cuh. Each round has other words.
+// like that of nf4/nf4_decode.cuh. Each round has other words.
 struct DecodeTable : PlainBody {
   static constexpr int kSharedBytes = kPairBytes;
   static constexpr uint32_t kStep = 0x3B1D2F47u;

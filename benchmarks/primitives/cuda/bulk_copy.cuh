@@ -1,9 +1,9 @@
 // PTX wrappers for bulk copies of consecutive bytes, to one CTA or to all CTAs of a cluster, and
-// for barriers of other CTAs. They are not in ptx_hopper.cuh, since the kernels of pylora copy
+// for barriers of other CTAs. They are not in hopper/ptx.cuh, since the kernels of pylora copy
 // tiles and have no clusters.
 #pragma once
 
-#include "cuda/ptx_hopper.cuh"
+#include "cuda/hopper/ptx.cuh"
 
 namespace pylora::cuda {}
 

@@ -7,8 +7,8 @@
 // is 64 bytes of each of 8 rows of 2048 bytes, and the copies of the next warps follow in the same
 // rows.
 #include "bulk_copy.cuh"
-#include "cuda/ptx_hopper.cuh"
-#include "cuda/tensor_map.cuh"
+#include "cuda/hopper/ptx.cuh"
+#include "cuda/hopper/tensor_map.cuh"
 #include "experiment.cuh"
 
 namespace primitives {
@@ -113,7 +113,7 @@ struct BulkProblem {
   int64_t range;
   int stages, stage_bytes;
 };
-constexpr int kTileRows = 128, kTileColumns = 32;  // as nf4_linear_hopper.cu reads qweight
+constexpr int kTileRows = 128, kTileColumns = 32;  // as hopper/lora_linear.cu reads qweight
 constexpr int kBulkWarps = 4;
 
 // Each warp keeps `stages` copies of `stage_bytes` under way, and reads what it has copied itself.

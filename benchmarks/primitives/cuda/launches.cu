@@ -1,7 +1,7 @@
 // Measures the time between two kernels that follow each other, in a stream and in a graph, each
 // with and without programmatic dependent launch.
-#include "cuda/launch.cuh"
-#include "cuda/ptx.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/common/ptx.cuh"
 #include "experiment.cuh"
 
 namespace primitives {
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads) nothing() {
 LaunchShape shape_of(int ctas, bool dependent, cudaStream_t stream) {
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(ctas));
-  shape.block = kThreads;
+  shape.threads = kThreads;
   shape.stream = stream;
   shape.dependent = dependent;
   return shape;

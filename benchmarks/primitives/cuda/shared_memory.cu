@@ -172,7 +172,7 @@ std::vector<Experiment> experiments() {
   add_loop<PrivateTable>(all, "lds32_private", kTurns, 1,
                          "a slot is one LDS.32, each lane in its own bank, random rows");
   add_loop<DecodeTable>(all, "lds32_private+prmt", kTurns, 1,
-                        "a slot is one PRMT and one LDS.32: the decode of nf4_pairs.cuh");
+                        "a slot is one PRMT and one LDS.32: the decode of nf4/nf4_decode.cuh");
   add_loop<SharedTable>(all, "lds32_shared_table", kTurns, 0,
                         "a slot is one LDS.32 at random in 256 words that all lanes share");
   const std::string vector = "a slot is one LDS.128 at ", grouped = ", neighbours share one",

@@ -12,7 +12,7 @@
 
 #include <iterator>
 
-#include "cuda/ptx.cuh"
+#include "cuda/common/ptx.cuh"
 #include "experiment.cuh"
 
 namespace primitives {

@@ -1,8 +1,8 @@
 // PTX wrappers for wgmma with 16, 32 and 64 columns. Those for 128 and 256 columns are in
-// ptx_hopper.cuh. These are not, because no kernel uses such tiles yet.
+// hopper/ptx.cuh. These are not, because no kernel uses such tiles yet.
 #pragma once
 
-#include "cuda/ptx_hopper.cuh"
+#include "cuda/hopper/ptx.cuh"
 
 #if PYLORA_SM90A
 
@@ -17,7 +17,7 @@ namespace primitives {
   ", 1, 1, 1, 0;"
 
 // Called by a whole warpgroup. Starts d += A B in bf16, with the layouts of multiply() in
-// ptx_hopper.cuh.
+// hopper/ptx.cuh.
 template <int kTokens>
 __device__ __forceinline__ void multiply_bf16(float (&d)[kTokens / 2], const uint32_t (&a)[4],
                                               SharedOperand b) {
