@@ -1,4 +1,4 @@
-"""`python -m benchmarks`, started in the repository root."""
+"""Runs `python -m benchmarks`, which has to be started in the root of the repository."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import os
 import sys
 
 # `python -m` puts the current folder first on sys.path. Our folder kernels/ would then be found as
-# the top-level package `kernels` and hide Hugging Face's package of that name: transformers, PEFT
-# and bitsandbytes probe for it and fail on ours. This package is found by its own __path__ from
-# here on, and pylora by its installation.
+# the top-level package `kernels` and hide the Hugging Face package of that name: transformers, PEFT
+# and bitsandbytes look for it and fail on ours. Without the folder on sys.path, this package is
+# still found by its own __path__, and pylora where it is installed.
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or os.getcwd()) != _HERE]
 

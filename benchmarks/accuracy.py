@@ -1,4 +1,4 @@
-"""Correct first: every result against plain torch and float64, by the one numerics rule."""
+"""Judges every result against plain torch and float64 by the numerics rule of pylora.testing."""
 
 from __future__ import annotations
 
@@ -10,26 +10,31 @@ import torch
 from torch import Tensor
 
 from benchmarks import linear_oracle
-from benchmarks.contender import Bench, Contender, Layer
-from benchmarks.operands import Operands
+from benchmarks.contender import Bench, BuiltLayer, Contender
+from benchmarks.layer_tensors import LayerTensors
 from benchmarks.shapes import BACKWARD
 from pylora.testing import assert_as_accurate_as_torch
 
 EXACT = "equal to plain torch bit for bit"
-# Results that an oracle remembers to recognize their like: contenders of a cell differ in them.
+# An oracle keeps this many results, to recognize equal ones. The contenders of a cell rarely give
+# more than that.
 _REMEMBERED = 24
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the rule says of one result; `text` gives the errors, or what is wrong."""
+    """The verdict on one result. `text` gives its errors, or says what is wrong with it."""
 
     passes: bool
     text: str
 
 
 class Oracle:
-    """One computation in plain torch and in float64, each run once however many are checked."""
+    """One computation in plain torch and in float64. Each runs once, however many results are
+    checked against it.
+
+    skip    how many of the first outputs of the function are not compared
+    """
 
     def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], skip: int = 0) -> None:
         self._function, self._args, self._skip = function, args, skip
@@ -37,7 +42,7 @@ class Oracle:
         self._judged: list[tuple[Any, Verdict]] = []
 
     def check(self, actual: Any) -> Verdict:
-        """The verdict; one result that equals another bit for bit shares its verdict."""
+        """Returns the verdict on a result. Results that are equal bit for bit share a verdict."""
         if not self._judged:
             self._judged.append((self._run(*self._args), Verdict(True, EXACT)))
         for known, verdict in self._judged:
@@ -54,7 +59,7 @@ class Oracle:
         return verdict
 
     def _run(self, *args: Any) -> Any:
-        """The rule calls this with float64 arguments too; outputs not asked for are cut off."""
+        """Runs the function, but only once in float64 and once in the dtype of the contenders."""
         in_float64 = any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args)
         if in_float64 not in self._results:
             result = self._function(*args)
@@ -69,18 +74,24 @@ def _identical(actual: Any, expected: Any) -> bool:
 
 
 class Oracles:
-    """The oracles of one cell: contenders differ in LoRA or not, and in the dtype of x."""
+    """The oracles of one cell. Contenders with and without LoRA have different oracles, and so have
+    contenders with different dtypes or with a weight of their own."""
 
-    def __init__(self, bench: Bench, operands: Operands, mode: str) -> None:
-        self._bench, self._operands = bench, operands
+    def __init__(self, bench: Bench, tensors: LayerTensors, mode: str) -> None:
+        self._bench, self._tensors = bench, tensors
         self._skip = bench.outputs if mode == BACKWARD else 0
         self._known: dict[tuple[Any, ...], Oracle] = {}
 
     def check(
-        self, contender: Contender, layer: Layer, x: Tensor | None, grad: Tensor | None, actual: Any
+        self,
+        contender: Contender,
+        layer: BuiltLayer,
+        x: Tensor | None,
+        grad: Tensor | None,
+        actual: Any,
     ) -> Verdict:
-        """`x` and `grad` are the ones that gave `actual`; they are the same for every contender and
-        every layer of its rotation, up to their dtype."""
+        """Returns the verdict on `actual`, the result for `x` and `grad`. Their values must be the
+        same for all contenders and layers of the cell; only their dtype may differ."""
         if x is not None:
             x = x.detach()
         key: tuple[Any, ...] = (contender.has_lora, contender.dtype)
@@ -89,8 +100,8 @@ class Oracles:
         if key not in self._known:
             if layer.weight is not None:
                 weight, lora = layer.weight, tuple(p.detach() for p in layer.parameters)
-                oracle = linear_oracle.over(weight.to, self._operands.scaling, x, grad, lora)
+                oracle = linear_oracle.over(weight.to, self._tensors.scaling, x, grad, lora)
             else:
-                oracle = self._bench.oracle(self._operands, x, grad, contender.has_lora)
+                oracle = self._bench.oracle(self._tensors, x, grad, contender.has_lora)
             self._known[key] = Oracle(*oracle, self._skip)
         return self._known[key].check(actual)

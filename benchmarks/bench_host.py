@@ -1,4 +1,4 @@
-"""host: what one call costs the host, layer by layer of pylora's path, beside its peers'.
+"""host: what a call costs the host, for each layer of pylora and for its peers.
 
     python -m benchmarks run --op host --threads 1
     python -m benchmarks run --op host --device cuda
@@ -13,8 +13,8 @@ adds:
     C call      torch.ops.pylora_C.*: the kernels, with arguments that are ready
 
 The op calls both the plan and the C call. A layer keeps its plans and skips the op if nothing but
-autograd watches. With a backward, the plan and the C call are those of
-the forward and of the backward. On a CPU the C call includes the kernel; the weight is so small
+autograd watches. With a backward, the plan and the C call are those of the forward and of the
+backward together. On a CPU the C call includes the kernel; the weight is so small
 that the kernel takes a few microseconds at most. On CUDA nothing waits for the kernels: every time
 is the time to launch them.
 
@@ -36,15 +36,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from benchmarks import contenders_peers, contenders_torch
-from benchmarks.contender import Bench, Contender, Layer, NotApplicable, linear_work
+from benchmarks.contender import Bench, BuiltLayer, Contender, NotApplicable, linear_work
+from benchmarks.layer_tensors import LayerTensors
 from benchmarks.linear_oracle import linear_oracle
-from benchmarks.operands import Operands
 from benchmarks.shapes import HOST_MODES, HOST_SHAPES
 from pylora import dispatch, functional, nn
 from pylora.ops.registration import OPS, run_plan
 from pylora.ops.spec import SPECS
 
-Build = Callable[[Operands], Layer]
+Build = Callable[[LayerTensors], BuiltLayer]
 
 
 class _Recorder(TorchDispatchMode):
@@ -61,8 +61,8 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _op_calls(layer: Layer, x: Tensor, grad: Tensor | None) -> list[Any]:
-    """The records of the ops that a forward calls, and with `grad` a backward."""
+def _op_calls(layer: BuiltLayer, x: Tensor, grad: Tensor | None) -> list[Any]:
+    """Returns the records of the ops that a forward calls, and with `grad` those of a backward."""
     x = x.detach().requires_grad_()
     with _Recorder("pylora") as recorder, torch.enable_grad():
         y = layer.forward(x)
@@ -73,7 +73,8 @@ def _op_calls(layer: Layer, x: Tensor, grad: Tensor | None) -> list[Any]:
 
 
 def _results(raw: list[Any]) -> tuple[Tensor, ...]:
-    """(y,), or (y, dx) and with LoRA (y, dx, dA, dB), from what an op and its backward return."""
+    """Returns (y,) from what an op returned. With its backward it is (y, dx), with LoRA also dA and
+    dB."""
     first, *others = raw
     y = first if isinstance(first, Tensor) else first[0]
     if not others:
@@ -86,10 +87,10 @@ def _results(raw: list[Any]) -> tuple[Tensor, ...]:
 
 
 def _plan(build: Build) -> Build:
-    """The choice of a backend alone. Its result is that of the backends it chose."""
+    """Builds the choice of a backend alone. Its result comes from the backends that it chose."""
 
-    def planned(operands: Operands) -> Layer:
-        layer = build(operands)
+    def planned(tensors: LayerTensors) -> BuiltLayer:
+        layer = build(tensors)
 
         def prepared(x: Tensor, grad: Tensor | None) -> Callable[[], Any]:
             calls = _op_calls(layer, x, grad)
@@ -105,10 +106,11 @@ def _plan(build: Build) -> Build:
 
 
 def _c_call(build: Build) -> Build:
-    """The ops of the compiled extension alone, with the arguments that the backend gives them."""
+    """Builds the ops of the compiled extension alone, with the arguments that the backend gives
+    them."""
 
-    def called(operands: Operands) -> Layer:
-        layer = build(operands)
+    def called(tensors: LayerTensors) -> BuiltLayer:
+        layer = build(tensors)
 
         def prepared(x: Tensor, grad: Tensor | None) -> Callable[[], Any]:
             calls = [_only_c_call(call) for call in _op_calls(layer, x, grad)]
@@ -120,7 +122,8 @@ def _c_call(build: Build) -> Build:
 
 
 def _only_c_call(call: Any) -> tuple[Any, tuple[Any, ...]]:
-    """The one op of the extension that runs `call`; raises NotApplicable if it is not one."""
+    """Returns the op of the extension that runs `call`, and its arguments. Raises NotApplicable if
+    several ops run it."""
     backend, plan = dispatch.choose(call)
     with _Recorder("pylora_C") as recorder, torch.no_grad():
         plan.run(call)
@@ -132,46 +135,46 @@ def _only_c_call(call: Any) -> tuple[Any, tuple[Any, ...]]:
     return recorder.calls[0]
 
 
-def _lora_op(operands: Operands) -> Layer:
-    layer, x = contenders_torch.lora_linear(operands), operands.normal(1, operands.cell.in_features)
+def _lora_op(tensors: LayerTensors) -> BuiltLayer:
+    layer, x = contenders_torch.lora_linear(tensors), tensors.normal(1, tensors.cell.in_features)
     record = functional.CALLS["lora_linear"]
-    call = record(x, operands.nf4(), *layer.parameters, operands.scaling)
+    call = record(x, tensors.nf4(), *layer.parameters, tensors.scaling)
     _, *rest = SPECS["lora_linear"].flatten(call)
     op = torch.ops.pylora.lora_linear.default
     return replace(layer, forward=lambda x: op(x, *rest)[0])
 
 
-def _nf4_op(operands: Operands) -> Layer:
-    layer, x = contenders_torch.nf4_linear(operands), operands.normal(1, operands.cell.in_features)
-    call = functional.CALLS["nf4_linear"](x, operands.nf4())
+def _nf4_op(tensors: LayerTensors) -> BuiltLayer:
+    layer, x = contenders_torch.nf4_linear(tensors), tensors.normal(1, tensors.cell.in_features)
+    call = functional.CALLS["nf4_linear"](x, tensors.nf4())
     _, *rest = SPECS["nf4_linear"].flatten(call)
     op = torch.ops.pylora.nf4_linear.default
     return replace(layer, forward=lambda x: op(x, *rest))
 
 
-def _nf4_module(operands: Operands) -> Layer:
-    cell, layer = operands.cell, contenders_torch.nf4_linear(operands)
+def _nf4_module(tensors: LayerTensors) -> BuiltLayer:
+    cell, layer = tensors.cell, contenders_torch.nf4_linear(tensors)
     size = cell.in_features, cell.out_features
-    module = nn.NF4Linear(*size, bias=False, device="meta", dtype=operands.dtype)
-    module.set_nf4_weight(operands.nf4())
+    module = nn.NF4Linear(*size, bias=False, device="meta", dtype=tensors.dtype)
+    module.set_nf4_weight(tensors.nf4())
     return replace(layer, forward=module)
 
 
-def _lora_module(operands: Operands) -> Layer:
-    layer, rank = contenders_torch.lora_linear(operands), operands.cell.rank
-    base: Any = _nf4_module(operands).forward
-    module = nn.LoRALinear(base, rank, rank * operands.scaling, dtype=operands.dtype)
+def _lora_module(tensors: LayerTensors) -> BuiltLayer:
+    layer, rank = contenders_torch.lora_linear(tensors), tensors.cell.rank
+    base: Any = _nf4_module(tensors).forward
+    module = nn.LoRALinear(base, rank, rank * tensors.scaling, dtype=tensors.dtype)
     module.lora_A, module.lora_B = (torch.nn.Parameter(p.detach()) for p in layer.parameters)
     return replace(layer, forward=module, parameters=(module.lora_A, module.lora_B))
 
 
-def _dense_function(operands: Operands) -> Layer:
-    linear = partial(torch.nn.functional.linear, weight=operands.dense(operands.dtype))
-    return Layer(linear, lambda x: "linear")
+def _dense_function(tensors: LayerTensors) -> BuiltLayer:
+    linear = partial(torch.nn.functional.linear, weight=tensors.dense(tensors.dtype))
+    return BuiltLayer(linear, lambda x: "linear")
 
 
-def _dense_module(operands: Operands) -> Layer:
-    return Layer(contenders_peers.dense_linear(operands), lambda x: "linear")
+def _dense_module(tensors: LayerTensors) -> BuiltLayer:
+    return BuiltLayer(contenders_peers.dense_linear(tensors), lambda x: "linear")
 
 
 def _ours(name: str, build: Build, has_lora: bool) -> Contender:
@@ -184,7 +187,7 @@ def _dense(name: str, build: Build) -> Contender:
 
 
 def _of_peers(contender: Contender) -> Contender:
-    """With a forward that autograd records too, if the contender can be differentiated."""
+    """Adds the forward that autograd records, if the contender can be differentiated."""
     modes = HOST_MODES if set(HOST_MODES) & set(contender.modes[1:]) else contender.modes
     return replace(contender, modes=modes)
 
@@ -211,7 +214,7 @@ BENCH = Bench(
     rank=16,
     quick_modes=HOST_MODES,
     shapes=HOST_SHAPES,
-    rows=(1,),
+    tokens=(1,),
     modes=HOST_MODES,
     in_quick=False,
     host_time=True,

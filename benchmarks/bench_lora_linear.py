@@ -1,7 +1,7 @@
-"""lora_linear: y = x @ W^T + s (x @ A^T) @ B^T over NF4; the backward gives dx, dA and dB.
+"""lora_linear: y = x @ W^T + s (x @ A^T) @ B^T with W in NF4. The backward gives dx, dA and dB.
 
-LoRA weights are bf16 on every side. Contenders without LoRA (dense, bare bitsandbytes) do less work
-than ours and are compared with all the same.
+All contenders have their LoRA weights in bf16. Those without LoRA (dense, bare bitsandbytes) do
+less work than pylora, and are compared with it nevertheless.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""lora_mlp: down(silu(gate(x)) * up(x)), each NF4 with LoRA.
+"""lora_mlp: down(silu(gate(x)) * up(x)), where each of the three layers is NF4 with LoRA.
 
-A shape is that of gate and of up, intermediate x in_features; down has it transposed.
+The shape of a cell is that of the gate and up layers, intermediate x in_features. The down layer
+has the transposed shape.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from benchmarks.shapes import Cell
 
 
 def _layers(cell: Cell) -> tuple[Cell, ...]:
-    # Each is a plain linear layer: result_features means something else for the op itself.
+    # The op of each is lora_linear, because `Cell.result_features` is another number for lora_mlp.
     up = replace(cell, op="lora_linear")
     down = replace(up, out_features=cell.in_features, in_features=cell.out_features)
     return (up, up, down)

@@ -1,7 +1,8 @@
 """lora_qkv: the query, key and value projections of an attention layer, each NF4 with LoRA.
 
-A shape is that of the three weights below one another, out_features = q + k + v; q has in_features
-rows, as the models here have it, and k and v share the rest.
+The shape of a cell is that of the three weights stacked: its out_features are those of q, k and v
+together. As in the models here, q has as many out_features as in_features, and k and v share the
+rest.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def _layers(cell: Cell) -> tuple[Cell, ...]:
 
 
 def _split(grad: Tensor, layers: Sequence[Cell]) -> tuple[Tensor, ...]:
-    # An attention gives three gradients of their own, not views into one.
+    # The attention gives three separate gradients, not views into one.
     sizes = [layer.out_features for layer in layers]
     return tuple(part.contiguous() for part in grad.split(sizes, dim=-1))
 

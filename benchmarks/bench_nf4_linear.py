@@ -1,4 +1,4 @@
-"""nf4_linear: y = x @ W^T straight from the 4-bit weight; the backward gives dx = grad @ W."""
+"""nf4_linear: y = x @ W^T from the 4-bit weight. The backward gives dx = grad @ W."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ BENCH = Bench(
     contenders=(*contenders_torch.LINEAR, *contenders_peers.LINEAR),
     work=linear_work,
     oracle=linear_oracle,
-    quick_modes=(FORWARD,),  # its backward is part of lora_linear's
+    quick_modes=(FORWARD,),  # the quick suite measures the backward in lora_linear
 )

@@ -1,4 +1,4 @@
-"""A layer, its inputs and a mode made into the one call that is checked, timed and measured."""
+"""Makes a call of a layer, its inputs and a mode. The call is what is checked and timed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.contender import Contender, Layer
-from benchmarks.operands import Operands
+from benchmarks.contender import BuiltLayer, Contender
+from benchmarks.layer_tensors import LayerTensors
 from benchmarks.shapes import BACKWARD, FORWARD, GRAD_FORWARD, Cell
 from benchmarks.timing import Call
 from pylora import dispatch, refresh
@@ -20,17 +20,19 @@ from pylora import dispatch, refresh
 def bind(
     cell: Cell,
     contender: Contender,
-    layer: Layer,
-    operands: Operands,
+    layer: BuiltLayer,
+    tensors: LayerTensors,
     inputs: tuple[Tensor | None, Tensor | None] | None = None,
 ) -> tuple[Call, Tensor | None, Tensor | None]:
-    """(call, x, grad). `inputs` are copied in the contender's dtype; None draws new ones.
+    """Returns (call, x, grad). x and grad are copies of `inputs` in the contender's dtype; without
+    `inputs` they are drawn anew.
 
-    A forward runs without autograd, as in inference; a forward with gradients is the same call
-    recorded by autograd. forward+backward gives (y, dx, dparameters); backward the gradients alone,
-    its forward untimed.
+    The mode of the cell decides what the call does. A forward runs without autograd, as in
+    inference, and a forward with gradients is the same call while autograd records it. A
+    forward+backward returns y, dx and the gradients of the parameters. A backward returns the
+    gradients alone, and the forward before it is not timed.
     """
-    x, grad = inputs if inputs is not None else draw(cell, operands)
+    x, grad = inputs if inputs is not None else draw(cell, tensors)
     dtype = getattr(torch, contender.dtype or cell.dtype)
     x, grad = (None if t is None else t.to(dtype, copy=True) for t in (x, grad))
 
@@ -43,10 +45,10 @@ def bind(
                 stack.callback(refresh)
                 stack.enter_context(mock.patch.dict(os.environ, layer.environment))
                 refresh()
-            stack.enter_context(torch.set_grad_enabled(records))
+            stack.enter_context(torch.set_grad_enabled(autograd_records))
             yield
 
-    records = cell.mode != FORWARD and layer.prepared is None
+    autograd_records = cell.mode != FORWARD and layer.prepared is None
     if layer.prepared is not None:
         with around():
             prepared = layer.prepared(x, grad)
@@ -58,10 +60,10 @@ def bind(
     if cell.mode == GRAD_FORWARD:
         return Call(lambda _: layer.forward(x), around=around), x, None
 
-    wanted, grads = [x, *layer.parameters], layer.grads(grad)
+    inputs_of_grad, grads = [x, *layer.parameters], layer.grads(grad)
     if cell.mode == BACKWARD:
         call = Call(
-            lambda y: torch.autograd.grad(y, wanted, grads),
+            lambda y: torch.autograd.grad(y, inputs_of_grad, grads),
             prepare=lambda: layer.forward(x),
             around=around,
         )
@@ -70,26 +72,26 @@ def bind(
     def training(_: Any) -> tuple[Tensor, ...]:
         y = layer.forward(x)
         outputs = y if isinstance(y, tuple) else (y,)
-        return (*(t.detach() for t in outputs), *torch.autograd.grad(y, wanted, grads))
+        return (*(t.detach() for t in outputs), *torch.autograd.grad(y, inputs_of_grad, grads))
 
     return Call(training, around=around), x, grad
 
 
-def draw(cell: Cell, operands: Operands) -> tuple[Tensor | None, Tensor | None]:
-    """Fresh random x [rows, in_features] and grad [rows, result_features], where the mode has
-    them."""
-    if not cell.rows:
+def draw(cell: Cell, tensors: LayerTensors) -> tuple[Tensor | None, Tensor | None]:
+    """Draws x [tokens, in_features] and grad [tokens, result_features]. Either is None if the op or
+    the mode does not take it."""
+    if not cell.tokens:
         return None, None
-    x = operands.normal(cell.rows, cell.in_features)
+    x = tensors.normal(cell.tokens, cell.in_features)
     has_grad = cell.mode not in (FORWARD, GRAD_FORWARD)
-    grad = operands.normal(cell.rows, cell.result_features) if has_grad else None
+    grad = tensors.normal(cell.tokens, cell.result_features) if has_grad else None
     return x, grad
 
 
-def comparable(cell: Cell, layer: Layer, raw: Any) -> Any:
-    """The result in the form of the oracles: a tuple of outputs for an op that takes x."""
+def comparable(cell: Cell, layer: BuiltLayer, raw: Any) -> Any:
+    """Returns a raw result in the form of the oracles, which is a tuple if the op takes x."""
     result = layer.result(raw)
     is_forward = cell.mode in (FORWARD, GRAD_FORWARD)
-    if cell.rows and is_forward and isinstance(result, Tensor):
+    if cell.tokens and is_forward and isinstance(result, Tensor):
         return (result.detach(),)
     return result

@@ -1,4 +1,4 @@
-"""The command line: list, run, sweep, compare, report."""
+"""The command line of `python -m benchmarks`: list, run, sweep, compare, report."""
 
 from __future__ import annotations
 
@@ -27,42 +27,89 @@ def _words(text: str) -> list[str]:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
-        prog="python -m benchmarks", description="Benchmarks of pylora against its peers."
+        prog="python -m benchmarks", description="Benchmarks of pylora and its peers."
     )
-    commands = top.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="ops, contenders, suites and shapes")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("list", help="print the ops, contenders, suites and shapes")
 
-    run = commands.add_parser("run", help="check, time and measure; writes one JSON an op")
-    run.add_argument("--op", action="append", help="an op (may be repeated); default: all")
-    run.add_argument("--suite", choices=("quick", "full"), default="quick")
-    run.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    run.add_argument("--against", type=_words, help="contenders whose name holds one of A,B,...")
-    run.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder of the JSON files")
-    run.add_argument("--threads", type=int, help="CPU threads; default: torch's")
-    run.add_argument("--seed", type=int, help="seed of the random data; default: a fresh one")
-    run.add_argument("--shape", type=_shape, action="append", help="OUTxIN instead of the suite's")
-    run.add_argument("--rows", type=_numbers, help="values of M instead of the suite's: 1,16,...")
-    run.add_argument("--seconds", type=float, help="time to spend on each cell; 0: a dry run")
+    run = commands.add_parser(
+        "run", help="check, time and measure contenders; write a JSON file for each op"
+    )
+    run.add_argument(
+        "--op", action="append", help="an op (may be repeated); default: all of the suite"
+    )
+    run.add_argument(
+        "--suite",
+        choices=("quick", "full"),
+        default="quick",
+        help="default: quick; `list` shows both",
+    )
+    run.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    run.add_argument("--against", type=_words, help="only contenders whose name contains A, B, ...")
+    run.add_argument(
+        "--out",
+        type=Path,
+        default=DEFAULT_OUT,
+        help="the folder for the JSON files; default: build/benchmarks",
+    )
+    run.add_argument("--threads", type=int, help="number of CPU threads; default: what torch uses")
+    run.add_argument(
+        "--seed", type=int, help="seed of the random data; default: a new one in each run"
+    )
+    run.add_argument(
+        "--shape",
+        type=_shape,
+        action="append",
+        metavar="OUTxIN",
+        help="a shape of the weight, in place of the suite's (may be repeated)",
+    )
+    run.add_argument(
+        "--tokens", type=_numbers, help="numbers of tokens in place of the suite's: 1,16,..."
+    )
+    run.add_argument(
+        "--seconds", type=float, help="time to spend on each cell; 0: check, but time nothing"
+    )
     run.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
 
-    sweep = commands.add_parser("sweep", help="time every plan of the GPU kernels into one JSON")
-    sweep.add_argument("--device", choices=("cuda",), default="cuda")
-    sweep.add_argument("--out", type=Path, required=True, help="the file; a sweep in it is resumed")
-    sweep.add_argument("--seconds", type=float, default=300.0, help="time for this call in all")
-    sweep.add_argument("--kernels", type=_words, help="some of small,hopper,triton,product")
-    sweep.add_argument("--shape", type=_shape, action="append", help="OUTxIN instead of the four")
-    sweep.add_argument("--rows", type=_numbers, help="values of M instead of 1 to 8192: 1,16,...")
-    sweep.add_argument("--seed", type=int, default=0, help="seed of the random data")
+    sweep = commands.add_parser("sweep", help="time every plan of the GPU kernels")
+    sweep.add_argument("--device", choices=("cuda",), default="cuda", help="default: cuda")
+    sweep.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="the JSON file; if it holds a sweep, that is continued",
+    )
+    sweep.add_argument(
+        "--seconds", type=float, default=300.0, help="time for the whole call; default: 300"
+    )
+    sweep.add_argument(
+        "--kernels", type=_words, help="kernels to time, of small,hopper,triton,product"
+    )
+    sweep.add_argument(
+        "--shape",
+        type=_shape,
+        action="append",
+        metavar="OUTxIN",
+        help="a shape of the weight, in place of the four (may be repeated)",
+    )
+    sweep.add_argument(
+        "--tokens", type=_numbers, help="numbers of tokens in place of 1 to 8192: 1,16,..."
+    )
+    sweep.add_argument("--seed", type=int, default=0, help="seed of the random data; default: 0")
 
-    compare = commands.add_parser("compare", help="what changed between two runs of one op")
-    compare.add_argument("before", type=Path)
-    compare.add_argument("after", type=Path)
+    compare = commands.add_parser("compare", help="show what changed between two runs of one op")
+    compare.add_argument("before", type=Path, help="the JSON file of the first run")
+    compare.add_argument("after", type=Path, help="the JSON file of the second run")
 
-    report = commands.add_parser("report", help="one HTML page and PNGs from the JSON of runs")
-    report.add_argument("paths", type=Path, nargs="*", help="folders or JSON files")
-    report.add_argument("--out", type=Path, help="folder of the page; default: that of the JSON")
+    report = commands.add_parser("report", help="make an HTML page and PNGs from the JSON of runs")
+    report.add_argument(
+        "paths", type=Path, nargs="*", help="folders or JSON files; default: build/benchmarks"
+    )
+    report.add_argument(
+        "--out", type=Path, help="the folder for the page; default: the folder of the JSON"
+    )
 
-    commands.add_parser("memory-probe")  # the process behind `benchmarks.memory`, not for people
+    commands.add_parser("memory-probe")  # for `benchmarks.memory`, not for people
     return top
 
 
@@ -87,7 +134,7 @@ def _list(arguments: argparse.Namespace) -> int:
             state = f"not installed: {', '.join(missing)}" if missing else contender.version()
             print(f"  {contender.name:36} {state}{' (full suite)' if contender.only_full else ''}")
     for (name, device), suite in SUITES.items():
-        print(f"suite {name} on {device}: M = {', '.join(map(str, suite.rows))}")
+        print(f"suite {name} on {device}: M = {', '.join(map(str, suite.tokens))}")
         print(f"  {', '.join(f'{n}x{k}' for n, k in suite.shapes)}")
     for model, layers in MODELS.items():
         print(f"{model}: " + "; ".join(f"{what} {n}x{k}" for (n, k), what in layers.items()))
@@ -101,19 +148,19 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    from benchmarks.sweep import run
+    from benchmarks.sweep.run import run
 
     return run(arguments)
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from benchmarks.tables import compare_table
+    from benchmarks.report.tables import compare_table
 
     before, after = load(arguments.before), load(arguments.after)
     if before["op"] != after["op"]:
         raise InvalidResults(
-            f"{arguments.before} is of {before['op']} and {arguments.after} of {after['op']}; "
-            "two runs of one op can be compared"
+            f"{arguments.before} measured {before['op']} and {arguments.after} {after['op']}; "
+            "only two runs of one op can be compared"
         )
     for field in ("machine", "versions"):
         for name in before[field].keys() | after[field].keys():
@@ -126,7 +173,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from benchmarks.report import write_report
+    from benchmarks.report.page import write_report
 
     paths = arguments.paths or [DEFAULT_OUT]
     out = arguments.out or (paths[0] if paths[0].is_dir() else paths[0].parent)

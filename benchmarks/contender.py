@@ -1,4 +1,4 @@
-"""What a contender is: who it is, how its layer is built, and the least work it has to do."""
+"""What a contender is, how it builds a layer, and the least work that it has to do."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.operands import Operands
+from benchmarks.layer_tensors import LayerTensors
 from benchmarks.shapes import BACKWARD, MODES, TRAINING, Cell
 
-NF4_BITS = 4.5  # a weight, with one fp32 absmax per 64
+NF4_BITS = 4.5  # for each weight: a code of 4 bits, and an fp32 absmax for 64 weights
 
 
 @dataclass
-class Layer:
-    """One contender's layer over memory of its own.
+class BuiltLayer:
+    """A layer that a contender has built, with memory of its own.
 
     forward      x -> result; x is None for an op that takes none
-    path         x -> the path that a call with x takes, in words; asked after a call, with the
-                 backend and the environment of one
-    parameters   what a backward differentiates besides x
-    result       makes a raw result comparable, outside the timed region
-    weight       the dense weight this layer stands for, where its format is not our NF4
-    backend      the pylora backend to force
-    environment  variables that are set while it runs
-    grads        the gradient as drawn -> what the results of forward are differentiated with
-    prepared     (x, grad) -> the call to time, all of its arguments prepared, for a part of a layer
-                 that autograd does not differentiate; it does a forward if grad is None, else a
-                 forward and a backward. None: `forward` is timed
+    variant      x -> the kernel variant that a call with x runs, in words; it is asked after a
+                 call, with the same backend and environment
+    parameters   the tensors besides x for which a backward computes gradients
+    result       turns a raw result into what the oracle returns; it runs outside the timed region
+    weight       the dense weight that this layer stands for, if its format is not our NF4
+    backend      the pylora backend that is forced, if any
+    environment  environment variables that are set while it runs
+    grads        random gradient -> the gradients of all results of forward
+    prepared     (x, grad) -> the call to time, with all arguments prepared. It is for a part of a
+                 layer that autograd does not see. The call does a forward, and a backward too if
+                 grad is not None. If `prepared` is None, `forward` is timed
     """
 
     forward: Callable[[Tensor | None], Any]
-    path: Callable[[Tensor | None], str]
+    variant: Callable[[Tensor | None], str]
     parameters: tuple[Tensor, ...] = ()
     result: Callable[[Any], Any] = lambda raw: raw
     weight: Tensor | None = None
@@ -46,22 +46,25 @@ class Layer:
 
 
 class NotApplicable(Exception):
-    """A contender says, in words, that it does not apply to the cell it was built for."""
+    """Raised by a contender that cannot take part in a cell. The message is the reason."""
 
 
 @dataclass(frozen=True)
 class Contender:
     """One implementation to time.
 
-    weights       "nf4" or "dense": what it has to read
-    has_lora      computes the low-rank path too
-    unavailable   None where it can run this cell on this device, else the reason in words
-    only_full     part of the full suite, and of the quick one only when asked for
-    dtype         of its activations, where that is not the cell's
+    build         makes a layer from random weights
+    packages      the Python packages that it needs and whose versions the results name
+    weights       the format of the weight that it reads, "nf4" or "dense"
+    has_lora      it computes the low-rank path too
+    modes         the modes that it can run
+    unavailable   (cell, device) -> the reason why it cannot run there, or None if it can
+    only_full     it is part of the full suite alone, unless it is asked for by name
+    dtype         the dtype of its activations, if it is not that of the cell
     """
 
     name: str
-    build: Callable[[Operands], Layer]
+    build: Callable[[LayerTensors], BuiltLayer]
     packages: tuple[str, ...] = ("torch",)
     weights: str = "nf4"
     has_lora: bool = True
@@ -75,12 +78,12 @@ class Contender:
         return ", ".join(f"{name} {metadata.version(name)}" for name in self.packages)
 
     def why_not(self, cell: Cell, device: torch.device) -> str | None:
-        """None where this contender takes part in `cell`, else the reason."""
+        """Returns why this contender does not take part in `cell`, or None if it does."""
         missing = [name for name in self.packages if not installed(name)]
         if missing:
             return f"not installed: {', '.join(missing)}"
         if cell.mode not in self.modes:
-            return f"has no {cell.mode}"
+            return f"it has no {cell.mode}"
         return self.unavailable(cell, device)
 
 
@@ -94,7 +97,7 @@ def installed(package: str) -> bool:
 
 @dataclass(frozen=True)
 class Work:
-    """The least that a contender's own format has to compute and move."""
+    """The least that a contender has to compute and move, given the format of its weight."""
 
     flop: float
     bytes_read: float
@@ -106,21 +109,25 @@ class Work:
 
 
 def weight_bytes(cell: Cell, contender: Contender) -> float:
-    """Bytes of one weight as this contender holds it."""
+    """Returns the bytes of the weight of a layer in the format of this contender."""
     return cell.numel * (NF4_BITS / 8 if contender.weights == "nf4" else item_size(cell, contender))
 
 
 def item_size(cell: Cell, contender: Contender) -> int:
+    """Returns the bytes of one number of the activations."""
     return getattr(torch, contender.dtype or cell.dtype).itemsize
 
 
 def linear_work(cell: Cell, contender: Contender) -> Work:
-    """Forward reads x and W and writes y; backward reads grad, W and, for LoRA, x, and writes dx.
+    """Returns the least work of a linear layer.
 
-    FLOP: 2 M N K for y and again for dx. Rank r adds 2 M r (N + K) forward and twice that backward
-    (da, dx, dA, dB). The weights of the low-rank path are read once and their gradients written.
+    A forward reads x and W and writes y. A backward reads grad and W, with LoRA also x, and writes
+    dx. The factors of LoRA are read once, and their gradients are written.
+
+    y takes 2 M N K FLOP, and so does dx. LoRA of rank r adds 2 M r (N + K) to a forward and twice
+    as much to a backward.
     """
-    m, n, k = cell.rows, cell.out_features, cell.in_features
+    m, n, k = cell.tokens, cell.out_features, cell.in_features
     r = cell.rank if contender.has_lora else 0
     size = item_size(cell, contender)
     weight = weight_bytes(cell, contender)
@@ -138,37 +145,39 @@ def linear_work(cell: Cell, contender: Contender) -> Work:
 
 @dataclass(frozen=True)
 class Bench:
-    """One op: its contenders, its work, and what is right.
+    """How to measure one op.
 
-    contenders    the first is pylora itself
-    work          least FLOP and bytes of a contender in a cell
-    oracle        (operands, x, grad, has_lora) -> (function, its arguments) in plain torch
-    has_rows      the op takes x
-    rank          of the LoRA on our side; 0 where there is none
-    quick_modes   what the quick suite measures of it
-    layers        the linear layers in a cell, each a cell of its own
-    outputs       results of the forward
-    shapes        to measure instead of the suite's; () for the suite's own
-    rows          to measure instead of the suite's; () for the suite's own
-    modes         to measure instead of the suite's; () for the suite's own
-    in_quick      part of the quick suite; otherwise of the full one, and whenever it is asked for
-    host_time     the time of the host alone is measured: several calls a sample, on one layer each,
-                  and on CUDA without waiting for the device
-    budget        how many times the suite's seconds to spend on a cell
+    contenders    who takes part; the first is pylora itself
+    work          (cell, contender) -> the least FLOP and bytes
+    oracle        (tensors, x, grad, has_lora) -> (a function in plain torch, its arguments)
+    has_tokens    the op takes x
+    has_backward  the op has a backward
+    rank          the rank of LoRA in pylora; 0 without LoRA
+    quick_modes   the modes that the quick suite measures
+    layers        cell -> the linear layers in it, each as a cell
+    outputs       how many results a forward returns
+    shapes        measured in place of the suite's shapes, if there are any
+    tokens        measured in place of the suite's numbers of tokens, if there are any
+    modes         measured in place of the suite's modes, if there are any
+    in_quick      the quick suite measures this op; if not, it is measured by the full suite or if
+                  it is asked for
+    host_time     only the time of the host is measured: a sample is several calls of one layer,
+                  and on CUDA nothing waits for the device
+    budget        the time to spend on a cell, as a multiple of the suite's
     """
 
     op: str
     contenders: tuple[Contender, ...]
     work: Callable[[Cell, Contender], Work]
     oracle: Callable[..., tuple[Callable[..., Any], tuple[Any, ...]]]
-    has_rows: bool = True
+    has_tokens: bool = True
     has_backward: bool = True
     rank: int = 0
     quick_modes: tuple[str, ...] = MODES
     layers: Callable[[Cell], tuple[Cell, ...]] = lambda cell: (cell,)
     outputs: int = 1
     shapes: tuple[tuple[int, int], ...] = ()
-    rows: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = ()
     modes: tuple[str, ...] = ()
     in_quick: bool = True
     host_time: bool = False

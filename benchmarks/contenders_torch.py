@@ -1,4 +1,4 @@
-"""Contenders for a linear layer that need torch alone: pylora, its reference, dense, decomposed."""
+"""Contenders for a linear layer that need torch alone: variants of pylora, dense, decomposed."""
 
 from __future__ import annotations
 
@@ -11,52 +11,56 @@ from torch import Tensor
 
 import pylora
 import pylora.functional as F
-from benchmarks.contender import Contender, Layer, installed
-from benchmarks.operands import Operands
+from benchmarks.contender import BuiltLayer, Contender, installed
+from benchmarks.layer_tensors import LayerTensors
 from benchmarks.shapes import MODES, Cell
 from pylora import dispatch, settings
 from pylora.backends import limits
 
 
 def explained(op: str, *args: Any) -> str:
-    """The backend and its variant that take this call, from `pylora.explain`."""
+    """Names the backend and the variant that run this call, as `pylora.explain` does, and what the
+    kernels are compiled for if the variant does not say so."""
     explanation = pylora.explain(op, *args)
-    return f"{explanation.backend} ({explanation.path})"
+    variant, compiled_for = explanation.variant, explanation.path
+    words = variant if variant == compiled_for else f"{variant}; {compiled_for}"
+    return f"{explanation.backend} ({words})"
 
 
-def nf4_linear(operands: Operands) -> Layer:
-    w = operands.nf4()
-    return Layer(lambda x: F.nf4_linear(x, w), lambda x: explained("nf4_linear", x, w))
+def nf4_linear(tensors: LayerTensors) -> BuiltLayer:
+    w = tensors.nf4()
+    return BuiltLayer(lambda x: F.nf4_linear(x, w), lambda x: explained("nf4_linear", x, w))
 
 
-def lora_linear(operands: Operands) -> Layer:
-    w, (a, b), scaling = operands.nf4(), operands.lora(), operands.scaling
-    return Layer(
+def lora_linear(tensors: LayerTensors) -> BuiltLayer:
+    w, (a, b), scaling = tensors.nf4(), tensors.lora(), tensors.scaling
+    return BuiltLayer(
         lambda x: F.lora_linear(x, w, a, b, scaling),
         lambda x: explained("lora_linear", x, w, a, b, scaling),
         (a, b),
     )
 
 
-def on_reference(layer: Layer) -> Layer:
+def on_reference(layer: BuiltLayer) -> BuiltLayer:
+    """Changes a layer of pylora to run on the reference backend, and returns it."""
     layer.backend = "reference"
-    layer.path = lambda x: "pure PyTorch, a panel of the weight at a time"
+    layer.variant = lambda x: "pure PyTorch, a panel of the weight at a time"
     return layer
 
 
 def _hopper_why_not(cell: Cell, device: torch.device) -> str | None:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        return "needs a GPU of compute capability 9.0"
-    if cell.rows < limits.CUDA_HOPPER_FROM:
-        return f"takes {limits.CUDA_HOPPER_FROM} rows or more"
+        return "it needs a GPU of compute capability 9.0"
+    if cell.tokens < limits.CUDA_HOPPER_FROM:
+        return f"it needs {limits.CUDA_HOPPER_FROM} tokens or more"
     return None
 
 
-def _hopper(build: Callable[[Operands], Layer], has_lora: bool) -> Contender:
-    """The kernel that is off by default, until it has been measured."""
+def _hopper(build: Callable[[LayerTensors], BuiltLayer], has_lora: bool) -> Contender:
+    """Returns pylora with the Hopper kernel, which is off by default until it is measured."""
     return Contender(
         "pylora, Hopper kernel",
-        lambda operands: replace(build(operands), environment={settings.HOPPER: "1"}),
+        lambda tensors: replace(build(tensors), environment={settings.HOPPER: "1"}),
         ("pylora-kernels",),
         has_lora=has_lora,
         modes=MODES[:1],
@@ -66,17 +70,18 @@ def _hopper(build: Callable[[Operands], Layer], has_lora: bool) -> Contender:
 
 def _triton_why_not(cell: Cell, device: torch.device) -> str | None:
     if device.type != "cuda":
-        return "needs a GPU"
-    if limits.CUDA_FEW_ROWS < cell.rows < limits.CUDA_PRODUCT_FROM:
-        return "is what pylora runs there"
+        return "it needs a GPU"
+    if limits.CUDA_FEW_ROWS < cell.tokens < limits.CUDA_PRODUCT_FROM:
+        return "pylora runs it here anyway"
     return dispatch.BACKENDS["triton"].unavailable()
 
 
-def _triton(build: Callable[[Operands], Layer], has_lora: bool) -> Contender:
-    """Where pylora prefers the C++ kernels: whether it should."""
+def _triton(build: Callable[[LayerTensors], BuiltLayer], has_lora: bool) -> Contender:
+    """Returns pylora with the Triton kernels, for cells in which it would choose the C++ kernels.
+    The times show if that choice is right."""
     return Contender(
         "pylora, Triton kernels",
-        lambda operands: replace(build(operands), backend="triton"),
+        lambda tensors: replace(build(tensors), backend="triton"),
         ("pylora-kernels", "triton"),
         has_lora=has_lora,
         modes=MODES[:1],
@@ -85,16 +90,18 @@ def _triton(build: Callable[[Operands], Layer], has_lora: bool) -> Contender:
 
 
 def _dense(dtype: torch.dtype) -> Any:
-    def build(operands: Operands) -> Layer:
-        weight = operands.dense(dtype)
-        return Layer(lambda x: torch.nn.functional.linear(x, weight), lambda x: "linear")
+    def build(tensors: LayerTensors) -> BuiltLayer:
+        weight = tensors.dense(dtype)
+        return BuiltLayer(lambda x: torch.nn.functional.linear(x, weight), lambda x: "linear")
 
     return build
 
 
 class _Decomposed(torch.autograd.Function):
-    """Dequantize, matmul, and LoRA through `addmm_`, as Unsloth's LoRA_W does it (its
-    unsloth/kernels/fast_lora.py); the backward dequantizes again."""
+    """Dequantizes, multiplies, and adds LoRA with `addmm_`. The backward dequantizes again.
+
+    Unsloth does the same in LoRA_W of its unsloth/kernels/fast_lora.py.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, dense: Any) -> Tensor:
@@ -114,9 +121,10 @@ class _Decomposed(torch.autograd.Function):
         return dx, d_a, d_b, None, None
 
 
-def _dequantizer(operands: Operands) -> tuple[Any, str]:
-    """bitsandbytes' dequantize where it is installed, as Unsloth and Axolotl call it."""
-    w, dtype = operands.nf4(), operands.dtype
+def _dequantizer(tensors: LayerTensors) -> tuple[Any, str]:
+    """Returns (a function that dequantizes the weight, its name). It is bitsandbytes' function if
+    that is installed, which Unsloth and Axolotl call too; otherwise it is pylora's."""
+    w, dtype = tensors.nf4(), tensors.dtype
     if not installed("bitsandbytes"):
         return lambda: pylora.dequantize_nf4(w, dtype), "pylora dequantize"
     from bitsandbytes.functional import dequantize_4bit
@@ -125,27 +133,27 @@ def _dequantizer(operands: Operands) -> tuple[Any, str]:
     return lambda: dequantize_4bit(packed.data, packed.quant_state), "bitsandbytes dequantize_4bit"
 
 
-def _decomposed_lora(operands: Operands) -> Layer:
-    (dense, name), (a, b), scaling = _dequantizer(operands), operands.lora(), operands.scaling
-    return Layer(
+def _decomposed_lora(tensors: LayerTensors) -> BuiltLayer:
+    (dense, name), (a, b), scaling = _dequantizer(tensors), tensors.lora(), tensors.scaling
+    return BuiltLayer(
         lambda x: _Decomposed.apply(x, a, b, scaling, dense),
         lambda x: f"{name}, matmul, addmm_",
         (a, b),
     )
 
 
-def _own_decomposed_lora(operands: Operands) -> Layer:
-    w, (a, b), scaling = operands.nf4(), operands.lora(), operands.scaling
-    return Layer(
+def _own_decomposed_lora(tensors: LayerTensors) -> BuiltLayer:
+    w, (a, b), scaling = tensors.nf4(), tensors.lora(), tensors.scaling
+    return BuiltLayer(
         lambda x: _Decomposed.apply(x, a, b, scaling, w.dequantize),
         lambda x: f"pylora dequantize on {explained('dequantize_nf4', w)}, matmul, addmm_",
         (a, b),
     )
 
 
-def _decomposed_base(operands: Operands) -> Layer:
-    dense, name = _dequantizer(operands)
-    return Layer(lambda x: x @ dense().t(), lambda x: f"{name}, matmul")
+def _decomposed_base(tensors: LayerTensors) -> BuiltLayer:
+    dense, name = _dequantizer(tensors)
+    return BuiltLayer(lambda x: x @ dense().t(), lambda x: f"{name}, matmul")
 
 
 DENSE = tuple(
@@ -164,14 +172,14 @@ LINEAR = (
     Contender("pylora", nf4_linear, ("pylora-kernels",), has_lora=False, is_ours=True),
     Contender(
         "pylora reference",
-        lambda operands: on_reference(nf4_linear(operands)),
+        lambda tensors: on_reference(nf4_linear(tensors)),
         ("pylora-kernels", "torch"),
         has_lora=False,
     ),
     *DENSE,
     _hopper(nf4_linear, has_lora=False),
     _triton(nf4_linear, has_lora=False),
-    # Its backward keeps the dequantized weight alive, which nobody would do: forward alone.
+    # A backward is not timed: it would keep the dequantized weight alive, which nobody would do.
     Contender("dequantize + linear", _decomposed_base, has_lora=False, modes=MODES[:1]),
 )
 
@@ -180,7 +188,7 @@ LORA = (
     Contender("pylora, no LoRA", nf4_linear, ("pylora-kernels",), has_lora=False),
     Contender(
         "pylora reference",
-        lambda operands: on_reference(lora_linear(operands)),
+        lambda tensors: on_reference(lora_linear(tensors)),
         ("pylora-kernels", "torch"),
     ),
     *DENSE,

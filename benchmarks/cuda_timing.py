@@ -1,8 +1,9 @@
-"""Timers for CUDA: the device's time of single calls and of calls in a graph, and the host's time.
+"""Timers for a GPU: the device's time of single calls and of calls in a graph, and the host's time.
 
-Launch latency and gaps between launches never count as the device's time: all work is queued
-behind a kernel that only waits, and each sample proves that the queue was full in time. What the
-timers need from torch is passed in as `cuda`, so that their logic is tested without a GPU.
+The latency of launches and the gaps between them never count as the device's time. All work is
+queued behind a kernel that only waits, and each sample checks that everything was in the queue
+before the device began. What the timers need from torch is passed in as `cuda`, so that tests can
+run them without a GPU.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ import torch
 from benchmarks.machine import cuda_l2_bytes
 from benchmarks.timing import Call, ClockTimer, HostTimer, Sample, Timer
 
-# Cycles of the GPU's clock for which the device is kept busy: at 1.9 GHz 70 us and 35 ms.
+# The device is kept busy for so many cycles of its clock: at 1.9 GHz these are 70 us and 35 ms.
 SHORTEST_WAIT, LONGEST_WAIT = 1 << 17, 1 << 26
 
 NOT_COVERED = (
-    "the host was not done issuing the call while the device was kept busy (the call waits for the "
-    "device, or makes too many launches): the device's time includes the host's"
+    "the host had not issued the whole call when the device began (the call waits for the device, "
+    "or makes too many launches): the device's time includes the host's"
 )
 
 
 class CacheReader:
-    """Pushes everything else out of the L2 cache by reading a buffer of twice its size.
+    """Flushes the L2 cache by reading a buffer of twice its size.
 
-    Reading leaves clean lines behind. Lines that were written would have to go back to memory
-    while the next call is timed, and would double the traffic of a small weight.
+    It reads because lines that were written would have to go back to memory while the next call is
+    timed, which would double the traffic of a small weight.
     """
 
     _ROW_BYTES = 32 << 10
@@ -41,8 +42,9 @@ class CacheReader:
         self.sums = torch.empty(rows, device=device)
 
     def __call__(self) -> None:
-        """One kernel. It stores the sum of each row, so that no read can be left out; there are so
-        many rows that torch does not split one over several CTAs, which would be more launches."""
+        """Launches one kernel, which stores the sum of each row, so that no read can be left out.
+        There are so many rows that torch does not split a row over several CTAs, which would take
+        more launches."""
         torch.sum(self.buffer, dim=1, out=self.sums)
 
 
@@ -52,14 +54,15 @@ def _cache_reader() -> CacheReader:
 
 
 class BusyQueue:
-    """Measures a function that launches kernels: the device's time without the host's share.
+    """Measures how long the device takes for the kernels that a function launches.
 
-    1. A kernel that only waits is launched. 2. The first event, the kernels of the function and
-    the second event are queued behind it. 3. If the first event has not completed when the last
-    launch has returned, the device found all kernels in its queue and never waited for the host.
-    Otherwise the wait is doubled, for this sample and those that follow, and the function is
-    measured again. If even the longest wait is too short, the events are recorded on an idle device
-    and `note` says so.
+    1. Launch a kernel that only waits.
+    2. Queue the first event, the kernels of the function and the second event behind it.
+    3. If the first event has not completed when the last launch has returned, the device found all
+       kernels in its queue and never waited for the host: the time between the events is right.
+    4. Otherwise double the wait, for this sample and all that follow, and start again.
+    5. If even the longest wait is too short, record the events on an idle device, and say so in
+       `note`.
     """
 
     def __init__(self, cuda: Any = torch.cuda, clock: Callable[[], float] | None = None) -> None:
@@ -70,15 +73,15 @@ class BusyQueue:
     def sample(self, prepare: Callable[[], Callable[[], Any]]) -> Sample:
         """`prepare` makes everything ready and returns the function to measure."""
         while self.cycles <= LONGEST_WAIT:
-            found, covered = self._between_events(prepare(), self.cycles)
+            sample, covered = self._between_events(prepare(), self.cycles)
             if covered:
-                return found
+                return sample
             self.cycles *= 2
         self.note = NOT_COVERED
         return self._between_events(prepare(), None)[0]
 
     def _between_events(self, run: Callable[[], Any], cycles: int | None) -> tuple[Sample, bool]:
-        """(the sample, the host was done before the device began)."""
+        """Returns (the sample, True if the host had issued everything before the device began)."""
         begin, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
         self._cuda.synchronize()  # the queue has room for all launches
         if cycles is not None:
@@ -95,7 +98,8 @@ class BusyQueue:
 
 
 class EagerTimer:
-    """Times one call after the other, each with a cold L2: the device's time and the host's."""
+    """Times single calls with a cold L2 cache, each on the next layer of the rotation. It gives
+    the device's time and the host's."""
 
     calls_a_sample = 1
 
@@ -125,12 +129,12 @@ class EagerTimer:
 
 
 class GraphTimer:
-    """Captures all calls in one CUDA graph, several times over, and divides its time by their
-    number: neither launches nor the resolution of events count.
+    """Captures all calls of a rotation in one CUDA graph, `passes` times, and divides its time by
+    the number of calls. So neither launches nor the resolution of events count.
 
-    The calls follow each other without a flush. Their weights come from memory if all calls
-    together move several times the bytes of the L2 cache. The results of the last pass are kept:
-    each has memory of its own in the graph's pool, and can be checked after a replay.
+    The cache is not flushed between the calls. Their weights come from memory if all calls together
+    move several times the bytes of the L2 cache. The results of the last pass are kept. Each has
+    memory of its own in the graph's pool, so that it can be checked after a replay.
     """
 
     def __init__(
@@ -140,14 +144,14 @@ class GraphTimer:
         cuda: Any = torch.cuda,
         queue: BusyQueue | None = None,
     ) -> None:
-        """Raises RuntimeError if a call cannot be captured. A call with something to prepare before
-        every run (a backward needs a new forward) must not come here."""
+        """Raises RuntimeError if a call cannot be captured. The calls must have nothing to prepare,
+        as a backward has, which needs a new forward each time."""
         self._cuda, self._queue = cuda, queue or BusyQueue(cuda)
         self.calls_a_sample = passes * len(calls)
         side = cuda.Stream()
         side.wait_stream(cuda.current_stream())
         with cuda.stream(side):
-            for call in (calls[0], calls[0], *calls):  # what a first call sets up stays outside
+            for call in (calls[0], calls[0], *calls):  # their first runs may set something up
                 call.once()
         cuda.current_stream().wait_stream(side)
         self._graph = cuda.CUDAGraph()
@@ -164,8 +168,8 @@ class GraphTimer:
         return self._queue.note
 
     def replayed(self) -> list[Any]:
-        """The raw result of each call, as the graph computes it. What a call leaves unwritten is
-        NaN, and not the right result of an earlier call in the same memory."""
+        """Replays the graph and returns the raw result of each call. The results are filled with
+        NaN before, so that what a call does not write is not taken from an earlier replay."""
         for result in self._results:
             poison(result)
         self._graph.replay()
@@ -173,8 +177,8 @@ class GraphTimer:
         return self._results
 
     def sample(self, turn: int) -> Sample:
-        found = self._queue.sample(lambda: self._graph.replay)
-        return Sample(found.seconds / self.calls_a_sample)
+        whole = self._queue.sample(lambda: self._graph.replay)
+        return Sample(whole.seconds / self.calls_a_sample)
 
 
 def poison(result: Any) -> None:

@@ -1,4 +1,4 @@
-"""Checks, times and measures all contenders of all cells; the one place that does."""
+"""Checks, times and measures the contenders of a cell, and returns the numbers as JSON."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from statistics import median
 from typing import Any
 
 import torch
@@ -15,24 +14,25 @@ import torch
 from benchmarks import memory, roofline
 from benchmarks.accuracy import Oracles, Verdict
 from benchmarks.calls import bind, comparable, draw
-from benchmarks.contender import Bench, Contender, Layer, NotApplicable
+from benchmarks.contender import Bench, BuiltLayer, Contender, NotApplicable
 from benchmarks.cuda_timing import GraphTimer, eager_timer, host_timer
+from benchmarks.layer_tensors import LayerTensors
 from benchmarks.machine import last_level_cache
-from benchmarks.operands import Operands
+from benchmarks.results import CONTROL
 from benchmarks.shapes import BACKWARD, Cell
 from benchmarks.statistics import equal_counts, rounds, sample_counts, summarize
 from benchmarks.timing import EAGER, GRAPH, HOST, Call, Timer
 
-CONTROL = "pylora (control)"
-# The calls of a rotation move this many times the bytes of the last-level cache, over at most so
-# many copies of a layer.
+# A rotation is a number of calls, each on a copy of the layer, that are timed in turn. They move
+# CACHES times the bytes of the last-level cache, but there are at most MOST_LAYERS of them.
 CACHES, MOST_LAYERS = 3, 256
-# A graph holds this many calls, or as many as take this many seconds: its launch is lost in either.
+# A graph holds GRAPH_CALLS calls, or as many as take GRAPH_SECONDS. In either case its launch takes
+# a small part of its time.
 GRAPH_CALLS, GRAPH_SECONDS = 32, 2e-3
 LEAST_SAMPLES, MOST_SAMPLES, MOST_HOST_SAMPLES = 5, 60, 1000
 _SHAPES_REMEMBERED = 3
 _QUICK_CALL = 0.05  # seconds
-# Who needs this long for some rows is left out for more: a suite must end.
+# A contender that takes longer than this for some M is not timed for a larger one.
 _SLOW_CALL = 1.0  # seconds
 
 OK, FAILS, REFUSED, ERROR, ABSENT = "ok", "fails the rule", "refused", "error", "absent"
@@ -40,13 +40,13 @@ OK, FAILS, REFUSED, ERROR, ABSENT = "ok", "fails the rule", "refused", "error", 
 
 @dataclass
 class Entry:
-    """One contender in one cell, on its way through check, timing and memory."""
+    """One contender in one cell: its layers and calls, its verdict, and its samples."""
 
     contender: Contender
     calls: list[Call] = field(default_factory=list)  # one for each of the layers
-    layers: list[Layer] = field(default_factory=list)
-    judge: Callable[[Layer, Any], Verdict] | None = None  # of the raw result of a layer's call
-    path: str = ""
+    layers: list[BuiltLayer] = field(default_factory=list)
+    judge: Callable[[BuiltLayer, Any], Verdict] | None = None  # (layer, raw result) -> verdict
+    variant: str = ""
     status: str = OK
     note: str = ""
     timer: Timer | None = None
@@ -59,7 +59,7 @@ class Entry:
 
 
 class Harness:
-    """Runs cells on one device; keeps what is costly to make from one cell to the next."""
+    """Runs cells on one device, and keeps what takes long to make from one cell to the next."""
 
     def __init__(
         self,
@@ -68,19 +68,19 @@ class Harness:
         seconds: float,
         limits: dict[str, float] | None = None,
     ) -> None:
-        """`limits` is what `roofline.measure` gives, which is asked where it is None."""
+        """`limits` is what `roofline.measure` returns. If it is None, they are measured here."""
         self.device, self.seed, self.seconds = device, seed, seconds
-        if limits is None:  # in a dry run they only have to be numbers: one call each
+        if limits is None:  # a dry run needs any numbers, so one call of each is enough
             limits = roofline.measure(device) if seconds else roofline.measure(device, 1)
         self.roofline = limits
-        self._operands: dict[tuple[Any, ...], Operands] = {}
-        self._layers: dict[str, list[Layer]] = {}
+        self._tensors: dict[tuple[Any, ...], LayerTensors] = {}
+        self._layers: dict[str, list[BuiltLayer]] = {}
         self._layers_of: tuple[Any, ...] | None = None
-        self._took: dict[tuple[Any, ...], tuple[int, float]] = {}  # rows and seconds of the last
+        self._took: dict[tuple[Any, ...], tuple[int, float]] = {}  # the latest (tokens, seconds)
 
     def measure_limits(self) -> None:
-        """Measures them anew, except in a dry run, and keeps the best: a disturbed moment must not
-        lower a limit."""
+        """Measures the limits again, except in a dry run, and keeps the best of all measurements,
+        since another process may have disturbed one."""
         if not self.seconds:
             return
         again = roofline.measure(self.device)
@@ -89,8 +89,8 @@ class Harness:
     def run(
         self, bench: Bench, contenders: Sequence[Contender], cell: Cell
     ) -> list[dict[str, Any]]:
-        """The cell as JSON: one entry for each way of timing. That is eager and, on CUDA, as a
-        graph; a bench of host times has only the host's time."""
+        """Measures a cell and returns it as JSON, one entry for each way of timing. The ways are
+        eager and, on CUDA, in a graph. A bench of host times has only the host's time."""
         ours = contenders[0]
         entries = [
             self._entry(bench, contender, cell)
@@ -103,8 +103,8 @@ class Harness:
             self._time(entries, timing, self.seconds * bench.budget)
             for entry in entries:
                 if entry.samples:
-                    took = (cell.rows, min(entry.samples))
-                    self._took[_kind(entry.contender, cell)] = took
+                    took = (cell.tokens, min(entry.samples))
+                    self._took[_except_tokens(entry.contender, cell)] = took
             reports.append(self._report(bench, cell, timing, entries))
         return reports
 
@@ -125,57 +125,57 @@ class Harness:
         return entry
 
     def _too_long(self, contender: Contender, cell: Cell) -> str | None:
-        """Where fewer rows of this shape already took so long that these are left out."""
-        rows, seconds = self._took.get(_kind(contender, cell), (0, 0.0))
-        if rows >= cell.rows or seconds <= _SLOW_CALL:
+        """Returns a reason to leave the contender out if it was too slow with fewer tokens."""
+        tokens, seconds = self._took.get(_except_tokens(contender, cell), (0, 0.0))
+        if tokens >= cell.tokens or seconds <= _SLOW_CALL:
             return None
-        return f"left out, since a call with M={rows} took {seconds:.2g} s"
+        return f"left out, since a call with M={tokens} took {seconds:.2g} s"
 
-    def _rotation(self, bench: Bench, contender: Contender, cell: Cell) -> list[Layer]:
-        """As many layers, each over memory of its own, as move several times what the cache
-        holds."""
+    def _rotation(self, bench: Bench, contender: Contender, cell: Cell) -> list[BuiltLayer]:
+        """Returns so many copies of the contender's layer that a call of each moves several times
+        the bytes of the cache."""
         shape = (bench.op, cell.out_features, cell.in_features, cell.dtype)
         if shape != self._layers_of:
             self._layers, self._layers_of = {}, shape
         needed = CACHES * last_level_cache(self.device) / bench.work(cell, contender).bytes
-        # Zero seconds is a dry run: it checks everything, and its times mean nothing.
+        # Zero seconds mean a dry run, which checks everything and whose times mean nothing.
         count = max(2, min(MOST_LAYERS, math.ceil(needed))) if self.seconds else 2
         if bench.host_time:
             count = 1
         layers = self._layers.setdefault(contender.name, [])
-        layers += [contender.build(self.operands(cell)) for _ in range(count - len(layers))]
+        layers += [contender.build(self.tensors(cell)) for _ in range(count - len(layers))]
         return layers[:count]
 
-    def operands(self, cell: Cell) -> Operands:
-        """The operands of a shape; those of the last few shapes are kept for the next op."""
+    def tensors(self, cell: Cell) -> LayerTensors:
+        """Returns the tensors of a shape. Those of a few shapes are kept for the next op."""
         key = (cell.out_features, cell.in_features, cell.dtype)
-        if key not in self._operands:
-            while len(self._operands) >= _SHAPES_REMEMBERED:
-                del self._operands[next(iter(self._operands))]
+        if key not in self._tensors:
+            while len(self._tensors) >= _SHAPES_REMEMBERED:
+                del self._tensors[next(iter(self._tensors))]
             any_rank = replace(cell, rank=cell.rank or 16)
-            self._operands[key] = Operands(any_rank, self.device, self.seed)
-        return self._operands[key]
+            self._tensors[key] = LayerTensors(any_rank, self.device, self.seed)
+        return self._tensors[key]
 
     def _check(self, bench: Bench, cell: Cell, entries: list[Entry]) -> None:
-        """Binds every call, and judges each contender's first result: ours is refused where it is
-        wrong, a peer's is timed and marked."""
-        operands = self.operands(cell)
-        inputs = draw(cell, operands)  # the values of all calls; each has a copy of its own
-        oracles = Oracles(bench, operands, cell.mode)
+        """Makes the calls of every contender and judges the first result of each. If ours is wrong
+        it is not timed; a peer that is wrong is timed and marked."""
+        tensors = self.tensors(cell)
+        inputs = draw(cell, tensors)  # each call gets a copy of its own
+        oracles = Oracles(bench, tensors, cell.mode)
         for entry in entries:
             if not entry.runs:
                 continue
             with _recorded(entry):
                 for index, layer in enumerate(entry.layers):
-                    call, x, grad = bind(cell, entry.contender, layer, operands, inputs)
+                    call, x, grad = bind(cell, entry.contender, layer, tensors, inputs)
                     entry.calls.append(call)
                     if index == 0:
                         entry.judge = _judging(oracles, cell, entry.contender, x, grad)
                         _judge(entry, entry.judge(layer, call.once()))
-                        entry.path = _path(layer, call, x)
+                        entry.variant = _variant_of(layer, call, x)
 
     def _time(self, entries: list[Entry], timing: str, budget: float) -> None:
-        """Round-robin over contenders, each over its own rotation of inputs."""
+        """Times the contenders in turn, each on its own rotation of layers."""
         running = {e.contender.name: e for e in entries if e.runs}
         for entry in list(running.values()):
             with _recorded(entry):
@@ -220,7 +220,7 @@ class Harness:
             "mode": cell.mode,
             "out_features": cell.out_features,
             "in_features": cell.in_features,
-            "rows": cell.rows,
+            "tokens": cell.tokens,
             "dtype": cell.dtype,
             "rank": cell.rank,
             "timing": timing,
@@ -236,18 +236,20 @@ class Harness:
         result: dict[str, Any] = {
             "contender": contender.name,
             "version": "" if entry.status == ABSENT else contender.version(),
-            "path": entry.path,
+            "variant": entry.variant,
             "has_lora": contender.has_lora,
             "status": entry.status,
             "note": entry.note,
             "samples": len(entry.samples),
             "rotation_bytes": int(len(entry.layers) * bench.work(cell, contender).bytes),
             "extra_memory_bytes": None,
-            "host_s": median(entry.host_samples) if entry.host_samples else None,
             "timing_note": "",
         }
         names = ("median_s", "p20_s", "p80_s", "bytes_per_s", "flop_per_s", "of_roofline")
-        result |= dict.fromkeys(names)
+        result |= dict.fromkeys((*names, "host_s", "host_p20_s", "host_p80_s"))
+        if entry.host_samples:
+            host = summarize(entry.host_samples)
+            result |= {"host_s": host.median, "host_p20_s": host.p20, "host_p80_s": host.p80}
         if entry.runs and entry.samples:
             summary, work = summarize(entry.samples), bench.work(cell, contender)
             result |= {
@@ -255,7 +257,7 @@ class Harness:
                 "p20_s": summary.p20,
                 "p80_s": summary.p80,
             }
-            if timing != HOST:  # host time says nothing of how fast the work itself is done
+            if timing != HOST:  # the host's time does not tell how fast the work itself is done
                 floor = roofline.floor_seconds(work, self.roofline)
                 result |= {
                     "bytes_per_s": work.bytes / summary.median,
@@ -268,11 +270,11 @@ class Harness:
         return result
 
     def _timing_note(self, timing: str, entry: Entry, rotation_bytes: int) -> str:
-        """What a reader of the times must know, "" if nothing."""
+        """Returns what a reader of the times must know; "" if nothing."""
         notes = [entry.timer.note] if entry.timer is not None and entry.timer.note else []
         cache = last_level_cache(self.device)
         flushed = self.device.type == "cuda" and timing == EAGER
-        # Host times are meant to be those of a layer that stays in the caches.
+        # Host times are measured on a layer that stays in the caches.
         if rotation_bytes < CACHES * cache and not flushed and timing != HOST:
             notes.append(
                 f"the rotation moves {rotation_bytes / 2**20:.1f} MiB, less than {CACHES} times "
@@ -281,27 +283,29 @@ class Harness:
         return "; ".join(notes)
 
 
-def _kind(contender: Contender, cell: Cell) -> tuple[Any, ...]:
-    return contender.name, replace(cell, rows=0)
+def _except_tokens(contender: Contender, cell: Cell) -> tuple[Any, ...]:
+    """Returns a key that is the same for all cells that differ only in the number of tokens."""
+    return contender.name, replace(cell, tokens=0)
 
 
 def _judge(entry: Entry, verdict: Verdict) -> None:
+    """Notes the verdict on the results of a contender."""
     entry.note = verdict.text
     if not verdict.passes:
         entry.status = REFUSED if entry.contender.is_ours else FAILS
 
 
-def _path(layer: Layer, call: Call, x: Any) -> str:
+def _variant_of(layer: BuiltLayer, call: Call, x: Any) -> str:
     with call.around(), torch.no_grad():
-        return layer.path(x)
+        return layer.variant(x)
 
 
 def _judging(
     oracles: Oracles, cell: Cell, contender: Contender, x: Any, grad: Any
-) -> Callable[[Layer, Any], Verdict]:
-    """Judges the raw results of a contender's layers for these x and grad."""
+) -> Callable[[BuiltLayer, Any], Verdict]:
+    """Returns a function that judges the raw results of a contender's layers for x and grad."""
 
-    def judge(layer: Layer, raw: Any) -> Verdict:
+    def judge(layer: BuiltLayer, raw: Any) -> Verdict:
         return oracles.check(contender, layer, x, grad, comparable(cell, layer, raw))
 
     return judge
@@ -316,8 +320,9 @@ def _sample(entry: Entry, turn: int) -> None:
 
 
 def _timed_as(timing: str, entry: Entry, device: torch.device) -> Entry:
-    """The same contender without samples and with the timer that `timing` needs, or the reason why
-    it cannot be timed so. A graph is made after the eager samples, which say how long a call is."""
+    """Returns the entry without samples and with the timer for this way of timing. If it cannot be
+    timed so, its status and note say why. A graph comes after the eager samples, which tell how
+    long a call takes."""
     timed = replace(entry, timer=None, samples=[], host_samples=[])
     if not entry.runs:
         return timed
@@ -334,7 +339,7 @@ def _timed_as(timing: str, entry: Entry, device: torch.device) -> Entry:
 
 
 def _check_graph(entry: Entry, graph: GraphTimer) -> None:
-    """Judges every call of the rotation as the graph computes it."""
+    """Judges the result of every call in the graph, and notes the first wrong one."""
     assert entry.judge is not None
     for layer, raw in zip(entry.layers, graph.replayed(), strict=True):
         verdict = entry.judge(layer, raw)
@@ -344,15 +349,15 @@ def _check_graph(entry: Entry, graph: GraphTimer) -> None:
 
 
 def passes_of(calls: int, seconds: float) -> int:
-    """How often a graph repeats a rotation of so many calls, each of which takes so long."""
+    """Returns how often a graph repeats a rotation of `calls` calls of `seconds` each."""
     enough = min(GRAPH_CALLS, GRAPH_SECONDS / seconds)
     return max(1, math.ceil(enough / calls))
 
 
 @contextmanager
 def _recorded(entry: Entry) -> Iterator[None]:
-    """What a contender raises is its result: another's failure must not end the run. It is shown
-    in the table, and where it is ours the run exits with 1."""
+    """Notes an exception as the result of the contender that raised it, so that the others are
+    still measured. The tables show it, and if the contender is ours the run exits with 1."""
     try:
         yield
     except NotApplicable as error:
@@ -373,12 +378,13 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def add_cpu_memory(reports: Sequence[tuple[Cell, dict[str, Any]]], seed: int) -> None:
-    """Fills in the peak memory of every contender that was timed in these cells."""
-    wanted = {
+    """Measures the peak memory of every contender that was timed in these cells, and puts it into
+    the reports."""
+    results = {
         (cell, result["contender"]): result
         for cell, report in reports
         for result in report["results"]
         if result["median_s"] is not None and result["contender"] != CONTROL
     }
-    for task, extra in memory.cpu_extra(list(wanted), seed, torch.get_num_threads()).items():
-        wanted[task]["extra_memory_bytes"] = extra
+    for task, extra in memory.cpu_extra(list(results), seed, torch.get_num_threads()).items():
+        results[task]["extra_memory_bytes"] = extra

@@ -1,4 +1,4 @@
-"""Facts about where and with what a run was made."""
+"""Facts about the machine, the versions and the commit of a run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ _UNKNOWN_CACHE = 64 << 20
 
 @lru_cache(maxsize=1)
 def cache_bytes() -> dict[str, int]:
-    """Data caches by level, all instances that this process can use together: {"L3": bytes}."""
+    """Returns the bytes of the data caches by level, such as {"L3": 33554432}. Caches of the same
+    level that this process can use are added up."""
     instances: dict[tuple[str, str], int] = {}
     for cpu in usable_cpus():
         for index in Path(f"/sys/devices/system/cpu/cpu{cpu}/cache").glob("index*"):
@@ -50,7 +51,7 @@ def cache_bytes() -> dict[str, int]:
 
 
 def last_level_cache(device: torch.device) -> int:
-    """Bytes that inputs must exceed to be read from memory; 64 MiB where nothing says so."""
+    """Returns the bytes of the last cache before memory, or 64 MiB if they are unknown."""
     if device.type == "cuda":
         return cuda_l2_bytes()
     caches = cache_bytes()
@@ -62,13 +63,14 @@ def cuda_l2_bytes() -> int:
 
 
 def usable_cpus() -> list[int]:
+    """Returns the numbers of the CPUs that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
 
 
 def _cpu_facts() -> tuple[str, list[str]]:
-    """(model name, the flags that matter) from /proc/cpuinfo."""
+    """Returns (model name, those flags of the CPU that begin with one of _FLAGS)."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -85,6 +87,7 @@ def _cpu_facts() -> tuple[str, list[str]]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
+    """Returns the facts about this machine that a run records."""
     name, flags = _cpu_facts()
     facts: dict[str, Any] = {
         "device": device.type,
@@ -109,26 +112,28 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    """Returns the versions of Python, CUDA and those of PACKAGES that are installed."""
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
     if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    return found
+        versions["cuda"] = torch.version.cuda
+    return versions
 
 
 def commit() -> dict[str, Any] | None:
-    """{"hash", "dirty"} of the checkout this runs from; None if nothing tells.
+    """Returns {"hash", "dirty"} of the checkout that this runs from, or None if it is not known.
 
-    A copy without git is told by PYLORA_COMMIT; "-dirty" at its end says that files differ from
-    the commit, as in the output of `git describe --always --abbrev=40 --dirty --exclude '*'`.
+    A copy without git gets it from PYLORA_COMMIT, in the form that `git describe --always
+    --abbrev=40 --dirty --exclude '*'` prints: "-dirty" at the end says that files differ from the
+    commit.
     """
-    told = os.environ.get("PYLORA_COMMIT")
-    if told:
-        return {"hash": told.removesuffix("-dirty"), "dirty": told.endswith("-dirty")}
+    described = os.environ.get("PYLORA_COMMIT")
+    if described:
+        return {"hash": described.removesuffix("-dirty"), "dirty": described.endswith("-dirty")}
     revision = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
     if not revision:
         return None
@@ -141,6 +146,7 @@ def now() -> str:
 
 
 def _output(*command: str) -> str | None:
+    """Returns what a command prints, or None if it cannot be run or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

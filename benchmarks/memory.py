@@ -1,10 +1,13 @@
-"""Peak extra memory of one call: the results and everything allocated on the way to them.
+"""Measures the peak extra memory of one call: its results and everything allocated on the way.
 
-On CUDA it is what torch's allocator has seen. On a CPU no allocator sees it all (kernels have
-workspaces of their own), so that the resident set of a process is taken: a child for each
-contender, forked before any thread pool exists, runs a small call first so that libraries have
-set up, hands free memory back, sets the peak back (`/proc/self/clear_refs`), and makes the call
-once. The kernel counts pages a few at a time for each thread: figures are good to about 0.3 MiB.
+On CUDA the number comes from torch's allocator. On a CPU no allocator sees everything, since
+kernels have workspaces of their own, and so the number is the growth of the resident set of a
+process.
+
+Each contender gets a child process, which is forked before any thread pool exists. The child makes
+a small call, so that libraries have set up what they need. It then gives free memory back to the
+system, resets the peak (`/proc/self/clear_refs`) and makes the call once. Linux counts the pages of
+each thread a few at a time, so the numbers are good to about 0.3 MiB.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ _SECONDS_A_TASK = 60
 
 
 def cuda_extra(run: Callable[[], Any]) -> int:
+    """Returns the peak extra bytes of a call on the current GPU."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -43,7 +47,8 @@ def cuda_extra(run: Callable[[], Any]) -> int:
 def cpu_extra(
     tasks: Sequence[tuple[Cell, str]], seed: int, threads: int
 ) -> dict[tuple[Cell, str], int | None]:
-    """Bytes for each (cell, contender); None where the child failed or there is no /proc."""
+    """Returns the peak extra bytes of each (cell, contender). The number is None if the child
+    process failed, or if the system has no /proc."""
     if not tasks or not CLEAR_REFS.exists():
         return dict.fromkeys(tasks)
     request = {"seed": seed, "threads": threads, "tasks": [[asdict(c), n] for c, n in tasks]}
@@ -62,7 +67,7 @@ def cpu_extra(
 
 
 def probe() -> int:
-    """The process behind `cpu_extra`: reads tasks from stdin, answers with a list of bytes."""
+    """Runs in the process that `cpu_extra` starts: reads tasks, then prints their bytes."""
     from benchmarks.registry import bench_of
 
     request = json.loads(sys.stdin.read())
@@ -71,18 +76,19 @@ def probe() -> int:
         cell = Cell(**facts)
         contender = next(c for c in bench_of(cell.op).contenders if c.name == name)
         _import(contender.packages)
-        answers.append(_in_child(lambda who=contender, what=cell: _measure(what, who, request)))
+        answers.append(_in_child(lambda c=contender, at=cell: _measure(at, c, request)))
     print(json.dumps(answers))
     return 0
 
 
 def _import(packages: Sequence[str]) -> None:
-    """Before the fork: children then share what an import costs."""
+    """Imports before the fork, so that the children share the memory of the imports."""
     for package in packages:
         __import__({"pylora-kernels": "pylora"}.get(package, package))
 
 
 def _in_child(measure: Callable[[], int]) -> int | None:
+    """Returns what `measure` returns in a forked process, or None if that process fails."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
@@ -101,17 +107,17 @@ def _in_child(measure: Callable[[], int]) -> int | None:
 
 def _measure(cell: Cell, contender: Any, request: dict[str, Any]) -> int:
     from benchmarks.calls import bind
-    from benchmarks.operands import Operands
+    from benchmarks.layer_tensors import LayerTensors
 
     torch.set_num_threads(request["threads"])
     device = torch.device("cpu")
 
     def prepared(cell: Cell) -> Any:
-        operands = Operands(cell, device, request["seed"], real=False)
-        layer = contender.build(operands)
-        return bind(cell, contender, layer, operands)[0]
+        tensors = LayerTensors(cell, device, request["seed"], real=False)
+        layer = contender.build(tensors)
+        return bind(cell, contender, layer, tensors)[0]
 
-    small = replace(cell, out_features=256, in_features=256, rows=min(cell.rows, 8))
+    small = replace(cell, out_features=256, in_features=256, tokens=min(cell.tokens, 8))
     prepared(small).once()
     call = prepared(cell)
     before = _settle()
@@ -122,9 +128,9 @@ def _measure(cell: Cell, contender: Any, request: dict[str, Any]) -> int:
 
 
 def _settle() -> int:
-    """Gives free memory back and sets the peak back; the bytes now resident."""
+    """Gives free memory back to the system, resets the peak, and returns the resident bytes."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # absent from musl
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl does not have it
     if trim is not None:
         trim(0)
     CLEAR_REFS.write_text("5")

@@ -1,4 +1,4 @@
-"""The benches by op."""
+"""Finds the bench of an op, and the contenders that a run asks for."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BENCHES: dict[str, Bench] = {
         bench_nf4_dequantize,
         bench_nf4_linear,
         bench_lora_linear,
-        # With these the quick suite would take more than five minutes: they are of the full one.
+        # The quick suite leaves out the benches below: with them it would take over five minutes.
         bench_lora_qkv,
         bench_lora_mlp,
         bench_multi_lora_linear,
@@ -33,20 +33,20 @@ BENCHES: dict[str, Bench] = {
 
 
 def ops_of(suite: str) -> list[str]:
-    """The ops that a suite measures where none is named."""
+    """Returns the ops that a suite measures if the command line names none."""
     return [op for op, bench in BENCHES.items() if bench.in_quick or suite != "quick"]
 
 
 def bench_of(op: str) -> Bench:
-    """Raises ValueError for an op without a bench."""
+    """Returns the bench of an op. Raises ValueError if it has none."""
     if op not in BENCHES:
         raise ValueError(f"op is {op!r}; it must be one of {', '.join(BENCHES)}")
     return BENCHES[op]
 
 
 def selected(bench: Bench, against: Sequence[str] | None, few: bool) -> list[Contender]:
-    """pylora and the contenders asked for: all of the suite, or those whose name holds one of the
-    words of `against`."""
+    """Returns pylora and the contenders whose name contains one of the words of `against`. Without
+    `against` these are all contenders, or if `few` is set those of the quick suite."""
     if against is None:
         return [c for c in bench.contenders if not (few and c.only_full)]
     return [
@@ -57,7 +57,7 @@ def selected(bench: Bench, against: Sequence[str] | None, few: bool) -> list[Con
 
 
 def check_against(against: Sequence[str]) -> None:
-    """Raises ValueError for a word that no contender's name holds."""
+    """Raises ValueError if a word is not part of any contender's name."""
     names = {c.name for bench in BENCHES.values() for c in bench.contenders}
     for word in against:
         if not any(word.lower() in name.lower() for name in names):

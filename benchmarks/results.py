@@ -1,4 +1,4 @@
-"""The JSON of a run: written whole or not at all, checked when it is read."""
+"""The JSON file of a run: it is written as a whole, and checked when it is written and read."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 2
+SCHEMA = 3
+# Contenders that every table treats in a way of its own: pylora, pylora timed a second time, its
+# reference, and pylora without LoRA, which shows what LoRA costs and is no peer to win against.
+OURS, CONTROL = "pylora", "pylora (control)"
+REFERENCE, BASE_ONLY = "pylora reference", "pylora, no LoRA"
 NUMBER = (int, float)
 OPTIONAL_NUMBER = (int, float, type(None))
 
-# Field -> the types it may have. Everything listed must be there.
+# Field -> the types it may have. Every field must be there.
 _RUN: dict[str, Any] = {
     "schema": int,
     "op": str,
@@ -43,7 +47,7 @@ _CELL: dict[str, Any] = {
     "mode": str,
     "out_features": int,
     "in_features": int,
-    "rows": int,
+    "tokens": int,
     "dtype": str,
     "rank": int,
     "timing": str,
@@ -56,34 +60,41 @@ _CELL: dict[str, Any] = {
 _RESULT: dict[str, Any] = {
     "contender": str,
     "version": str,
-    "path": str,
+    "variant": str,
     "has_lora": bool,
     "status": str,
     "note": str,
     "samples": int,
     "rotation_bytes": int,
     "extra_memory_bytes": OPTIONAL_NUMBER,
-    "host_s": OPTIONAL_NUMBER,  # to issue an eager call to a GPU; null elsewhere
+    # How long the host needs to issue an eager call to a GPU; null for other calls.
+    **dict.fromkeys(("host_s", "host_p20_s", "host_p80_s"), OPTIONAL_NUMBER),
     "timing_note": str,  # what a reader of the times must know
     **dict.fromkeys(
         ("median_s", "p20_s", "p80_s", "bytes_per_s", "flop_per_s", "of_roofline"), OPTIONAL_NUMBER
     ),
 }
-CELL_KEY = ("mode", "out_features", "in_features", "rows", "dtype", "rank", "timing")
+# Names of schema 1 and 2 -> names of schema 3.
+_RENAMED = {"rows": "tokens", "path": "variant"}
+CELL_KEY = ("mode", "out_features", "in_features", "tokens", "dtype", "rank", "timing")
 
 
 class InvalidResults(ValueError):
-    """A file that is not the result of a run; says which file, which field and what is wrong."""
+    """A file is not the result of a run. The message names the file, the field and the mistake."""
 
 
 def save(path: Path, run: Mapping[str, Any]) -> None:
-    """Raises InvalidResults rather than write what `load` would refuse."""
+    """Writes the file. Raises InvalidResults if `load` would refuse what it would hold."""
     _check_run(run, str(path))
     write_atomically(path, json.dumps(run, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Under its name appears the whole file or what was there before."""
+    """Replaces the file as a whole: a reader sees the old content or the new one.
+
+    `pylora.files` has the same for the package. It is not used here because `benchmarks.gpu`
+    writes its results in a process that must not import torch, before pylora is installed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
@@ -94,7 +105,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """One run. Raises InvalidResults naming the field that is missing or wrong."""
+    """Returns the run in a file, whatever its schema, with the names of the newest schema.
+
+    Raises InvalidResults, which names the field that is missing or wrong.
+    """
     try:
         run = json.loads(path.read_text())
     except OSError as error:
@@ -107,9 +121,9 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def load_all(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """The runs in these files, and in the *.json of these folders, by op.
+    """Returns the runs in these files and in the *.json files of these folders.
 
-    Raises InvalidResults where a path is missing or a folder holds none.
+    Raises InvalidResults if a path is missing or a folder holds no such file.
     """
     runs = []
     for path in paths:
@@ -123,24 +137,39 @@ def load_all(paths: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def _upgrade(run: Any, where: str) -> None:
-    """Gives a run of schema 1 the fields that came with schema 2, in place.
+    """Changes a run of schema 1 or 2 to the newest schema, in place. No number changes.
 
-    Times on a GPU meant something else before: with launches in them, and after writes to the L2.
+    A run of schema 1 on a GPU is refused: its times included the launches, and its calls followed
+    writes to the L2 cache.
     """
-    if not isinstance(run, dict) or run.get("schema") != 1:
+    if not isinstance(run, dict) or run.get("schema") not in (1, 2):
         return
     check_fields(run, _RUN, where)
-    if run["machine"].get("device") != "cpu":
+    if run["schema"] == 1 and run["machine"].get("device") != "cpu":
         raise InvalidResults(
             f"{where} has schema 1, whose times on a GPU cannot be compared with those of schema "
             f"{SCHEMA}; run the benchmark again"
         )
     run["schema"] = SCHEMA
-    for cell in run["cells"]:
-        for result in cell.get("results", ()) if isinstance(cell, dict) else ():
+    run["cells"] = [_upgraded_cell(cell) for cell in run["cells"]]
+
+
+def _upgraded_cell(cell: Any) -> Any:
+    cell = _renamed(cell)
+    if isinstance(cell, dict) and isinstance(cell.get("results"), list):
+        cell["results"] = [_renamed(result) for result in cell["results"]]
+        for result in cell["results"]:
             if isinstance(result, dict):
-                result.setdefault("host_s", None)
+                for name in ("host_s", "host_p20_s", "host_p80_s"):
+                    result.setdefault(name, None)
                 result.setdefault("timing_note", "")
+    return cell
+
+
+def _renamed(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {_RENAMED.get(name, name): content for name, content in value.items()}
 
 
 def _check_run(run: Any, where: str) -> None:
@@ -159,13 +188,13 @@ def _check_run(run: Any, where: str) -> None:
 
 
 def check_fields(value: Any, fields: Mapping[str, Any], where: str) -> None:
-    """Raises InvalidResults unless `value` has each of the fields, of its type."""
+    """Raises InvalidResults unless `value` has each of the fields with one of its types."""
     if not isinstance(value, Mapping):
         raise InvalidResults(f"{where} is {type(value).__name__}; it must be an object")
     for name, types in fields.items():
         if name not in value:
             raise InvalidResults(f"{where} has no {name!r}")
-        # bool is an int to Python, and never one here.
+        # bool is a subclass of int, but a field for a number must not hold one.
         wrong_bool = isinstance(value[name], bool) and types is not bool
         if not isinstance(value[name], types) or wrong_bool:
             raise InvalidResults(
@@ -174,18 +203,20 @@ def check_fields(value: Any, fields: Mapping[str, Any], where: str) -> None:
 
 
 def _words(types: Any) -> str:
-    names = {int: "an integer", float: "a number", type(None): "null", str: "a string"}
-    names |= {dict: "an object", list: "a list", bool: "true or false"}
-    each = types if isinstance(types, tuple) else (types,)
-    return " or ".join(dict.fromkeys(names[t] for t in each))
+    """Returns the names that JSON has for these Python types."""
+    words = {int: "an integer", float: "a number", type(None): "null", str: "a string"}
+    words |= {dict: "an object", list: "a list", bool: "true or false"}
+    allowed = types if isinstance(types, tuple) else (types,)
+    return " or ".join(words[allowed_type] for allowed_type in allowed)
 
 
 def cell_key(cell: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Returns what a cell of one run has in common with the same cell of another run."""
     return tuple(cell[name] for name in CELL_KEY)
 
 
 def result_of(cell: Mapping[str, Any], contender: str) -> Mapping[str, Any] | None:
-    """The contender's result where it was timed, else None."""
+    """Returns the contender's result in this cell, or None if it was not timed."""
     for result in cell["results"]:
         if result["contender"] == contender and result["median_s"] is not None:
             return result

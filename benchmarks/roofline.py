@@ -1,4 +1,4 @@
-"""The machine's limits, measured in the run they are compared with."""
+"""The limits of the machine, measured in the same run as the times that are compared with them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ CUDA_MATMUL_SHAPES = ((8192, 8192, 8192),)
 
 
 def _best(call: Call, device: torch.device, times: int) -> float:
+    """Returns the shortest time of a call, in seconds."""
     call.once()
     timer = eager_timer([call], device)
     return min(timer.sample(turn).seconds for turn in range(times))
 
 
 def measure(device: torch.device, times: int = 7) -> dict[str, float]:
-    """Read and copy bandwidth, and the dense bf16 matmul peak: the best of `times` calls each."""
-    # On a CPU four caches' worth is read from memory; a GPU needs more to reach its rate.
+    """Measures the bandwidth of reads and copies and the rate of dense bf16 products. Each is the
+    best of `times` calls."""
+    # Four times its cache is enough for a CPU. A GPU needs a larger buffer to reach its rate.
     size = max(4 * last_level_cache(device), 128 << 20 if device.type == "cpu" else 1 << 30)
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
@@ -36,7 +38,7 @@ def measure(device: torch.device, times: int = 7) -> dict[str, float]:
         for m, n, k in (MATMUL_SHAPES if device.type == "cpu" else CUDA_MATMUL_SHAPES)
     )
     return {
-        # A copy moves what a reduction on a GPU may be too slow to read.
+        # A reduction on a GPU can be slower than a copy, whose reads are as fast.
         "read_bytes_per_s": max(read, copy) if device.type == "cuda" else read,
         "copy_bytes_per_s": copy,
         "matmul_flop_per_s": peak,
@@ -50,10 +52,10 @@ def _matmul(m: int, n: int, k: int, device: torch.device):
 
 
 def floor_seconds(work: Work, roofline: dict[str, float]) -> float:
-    """No implementation of this work is faster: it moves its bytes and computes its FLOP.
+    """Returns the time that any implementation of this work needs to move its bytes or to compute
+    its FLOP, whichever takes longer.
 
-    Work that mostly reads is held against the read bandwidth, work that also writes against that
-    of a copy.
+    The bandwidth is that of reads if the work writes little, otherwise that of a copy.
     """
     mostly_reads = work.bytes_written < 0.1 * work.bytes_read
     bandwidth = roofline["read_bytes_per_s" if mostly_reads else "copy_bytes_per_s"]

@@ -1,4 +1,4 @@
-"""`python -m benchmarks run`: the suite, the progress bar, the tables and the files."""
+"""`python -m benchmarks run`: measures the cells of a suite, writes JSON and prints tables."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import goals, machine, results
+from benchmarks import machine, results
 from benchmarks.contender import Bench
 from benchmarks.harness import Harness, add_cpu_memory
-from benchmarks.host_tables import host_tables
 from benchmarks.registry import bench_of, check_against, ops_of, selected
+from benchmarks.report import goals
+from benchmarks.report.host_tables import host_tables
+from benchmarks.report.tables import cell_table, summary_table
 from benchmarks.shapes import QUICK_SHAPES, SUITES, TRAINING, Cell, Suite
 from benchmarks.statistics import BUSY
-from benchmarks.tables import cell_table, summary_table
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Returns 1 where a result of ours was refused or failed, else 0."""
+    """Returns 1 if a result of ours was wrong or failed, else 0."""
     if "PYTEST_CURRENT_TEST" in os.environ and not arguments.seconds == 0:
-        raise ValueError("benchmarks do not time under pytest; --seconds must be 0 there")
+        raise ValueError("--seconds must be 0 under pytest, where nothing is timed")
     if arguments.against is not None:
         check_against(arguments.against)
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     seed = random.SystemRandom().randrange(2**31) if arguments.seed is None else arguments.seed
     device = torch.device(arguments.device)
     begin = time.perf_counter()
-    # Before our own load, and before our own files make the checkout dirty.
+    # These facts are taken before this run loads the machine and adds files to the checkout.
     facts = {
         "machine": machine.machine(device),
         "versions": machine.versions(),
@@ -55,8 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
             runs.append(finished)
             if not bench.host_time:
                 to_measure += [pair for pair in reports if _has_memory(pair[0], suite)]
-    if device.type == "cpu" and suite.memory_rows and to_measure:
-        print("measuring peak memory, a process for each contender")
+    if device.type == "cpu" and suite.memory_tokens and to_measure:
+        print("measuring the peak memory of each contender in a process of its own")
         add_cpu_memory(to_measure, seed)
         for finished in runs:
             results.save(arguments.out / f"{finished['op']}.json", finished)
@@ -74,25 +75,26 @@ def run(arguments: argparse.Namespace) -> int:
     ]
     print(f"\n{time.perf_counter() - begin:.0f} s in all")
     if bad:
-        print(f"{len(bad)} results of pylora were refused or failed: {bad[0]['note']}")
+        print(f"{len(bad)} results of pylora were wrong or failed; the first: {bad[0]['note']}")
     return 1 if bad else 0
 
 
 def _suite(arguments: argparse.Namespace) -> Suite:
+    """Returns the suite with what the command line replaces in it."""
     suite = SUITES[arguments.suite, arguments.device]
     if arguments.shape:
         suite = replace(suite, shapes=tuple(arguments.shape))
-    if arguments.rows:
+    if arguments.tokens:
         suite = replace(
             suite,
-            rows=arguments.rows,
-            backward_rows=arguments.rows,
-            memory_rows=() if arguments.device == "cuda" else arguments.rows,
+            tokens=arguments.tokens,
+            backward_tokens=arguments.tokens,
+            memory_tokens=() if arguments.device == "cuda" else arguments.tokens,
         )
     if arguments.seconds is not None:
         suite = replace(suite, seconds=arguments.seconds)
     if arguments.no_memory:
-        suite = replace(suite, memory_rows=())
+        suite = replace(suite, memory_tokens=())
     return suite
 
 
@@ -101,31 +103,31 @@ def _ours(op: str) -> set[str]:
 
 
 def _cells(bench: Bench, suite: Suite, arguments: argparse.Namespace) -> list[Cell]:
+    """Returns the cells of one op in the suite, with what the bench replaces in it."""
     if bench.shapes and not arguments.shape:
         suite = replace(suite, shapes=bench.shapes)
-    if bench.rows and not arguments.rows:
-        suite = replace(suite, rows=bench.rows, backward_rows=bench.rows)
+    if bench.tokens and not arguments.tokens:
+        suite = replace(suite, tokens=bench.tokens, backward_tokens=bench.tokens)
     if bench.modes:
         suite = replace(suite, modes=bench.modes)
-    cells = suite.cells(bench.op, bench.has_rows, bench.has_backward, bench.rank)
+    cells = suite.cells(bench.op, bench.has_tokens, bench.has_backward, bench.rank)
     return [c for c in cells if not suite.few_contenders or c.mode in bench.quick_modes]
 
 
 def _has_memory(cell: Cell, suite: Suite) -> bool:
-    if not cell.rows:
+    """Returns True if the peak memory of this cell is measured on a CPU."""
+    if not cell.tokens:
         return True
     quick_shape = (cell.out_features, cell.in_features) in QUICK_SHAPES
     given = len(suite.shapes) == 1
-    return cell.mode == TRAINING and cell.rows in suite.memory_rows and (quick_shape or given)
+    return cell.mode == TRAINING and cell.tokens in suite.memory_tokens and (quick_shape or given)
 
 
 def _announce(facts: dict[str, Any], harness: Harness) -> None:
     limits = harness.roofline
     print(f"{facts['gpu'] or facts['cpu']}, {facts['threads']} threads, {facts['caches']}")
     if (facts["load"] or 0) > BUSY:
-        print(
-            f"load average {facts['load']:.1f}: something else runs here, do not trust these times"
-        )
+        print(f"load average {facts['load']:.1f}: other programs run too, these times are in doubt")
     print(
         f"measured limits: read {limits['read_bytes_per_s'] / 1e9:.1f} GB/s, "
         f"copy {limits['copy_bytes_per_s'] / 1e9:.1f} GB/s, "
@@ -142,7 +144,7 @@ def _run_bench(
     facts: dict[str, Any],
     bar: Any,
 ) -> tuple[dict[str, Any], list[tuple[Cell, dict[str, Any]]]]:
-    """(the run of one op as JSON, its cells with their reports inside that JSON).
+    """Measures the cells of one op. Returns (the run as JSON, each cell with its part of the JSON).
 
     The file is replaced after each cell, so that a run that is cut off keeps what it measured.
     """

@@ -1,4 +1,4 @@
-"""What is measured: linear layers by the models that have them, rows of x, and the suites."""
+"""What is measured: the shapes of the linear layers of models, cells, and the suites of cells."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 FORWARD, BACKWARD, TRAINING = "forward", "backward", "forward+backward"
 MODES = (FORWARD, BACKWARD, TRAINING)
-# A forward that autograd records, with x and the LoRA weights requiring gradients.
+# A forward that autograd records, because x and the LoRA weights require gradients.
 GRAD_FORWARD = "forward with gradients"
 HOST_MODES = (FORWARD, GRAD_FORWARD, TRAINING)
 
-# (out_features, in_features) -> the layers of that shape.
+# Model -> (out_features, in_features) -> the layers of that shape.
 MODELS: dict[str, dict[tuple[int, int], str]] = {
     "Llama-3 8B": {
         (4096, 4096): "q, o",
@@ -27,22 +27,23 @@ MODELS: dict[str, dict[tuple[int, int], str]] = {
     "BERT base": {(768, 768): "q, k, v, o", (3072, 768): "up", (768, 3072): "down"},
 }
 QUICK_SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
-# So small that a kernel takes little of a call: what is left is the host's time.
+# So small that nearly all of a call is time of the host.
 HOST_SHAPES = ((64, 64),)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One thing to measure: every contender does this same work.
+    """One piece of work that every contender does and is timed with.
 
-    rows is M, the rows of x; 0 where the op takes no x. rank is 0 where there is no LoRA.
+    tokens  M, the number of tokens in x; 0 if the op takes no x
+    rank    the rank of LoRA; 0 without LoRA
     """
 
     op: str
     mode: str
     out_features: int
     in_features: int
-    rows: int
+    tokens: int
     dtype: str = "bfloat16"
     rank: int = 0
 
@@ -52,50 +53,54 @@ class Cell:
 
     @property
     def result_features(self) -> int:
-        """Of y. A gated MLP whose gate and up are out_features x in_features gives in_features."""
+        """Returns the features of y. An MLP returns as many as it takes; the shape of its cell is
+        that of its gate and up layers."""
         return self.in_features if self.op == "lora_mlp" else self.out_features
 
     def __str__(self) -> str:
-        rows = f", M={self.rows}" if self.rows else ""
+        tokens = f", M={self.tokens}" if self.tokens else ""
         rank = f", r={self.rank}" if self.rank else ""
         shape = f"{self.out_features}x{self.in_features}"
-        return f"{self.op} {self.mode} {shape}{rows}{rank}, {self.dtype}"
+        return f"{self.op} {self.mode} {shape}{tokens}{rank}, {self.dtype}"
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Shapes and rows; `seconds` is the time to spend on timing each cell.
+    """The cells that a run measures.
 
-    few_contenders    leaves out what only a full comparison needs (fp16 and fp32 dense, ...)
-    backward_rows     the rows for which backward modes are measured
-    modes             the modes of ops that have a backward
-    memory_rows       the rows for which the peak memory of a training step is measured on a CPU,
-                      for the shapes of the quick suite: it takes a process each
+    shapes           (out_features, in_features) of the weights
+    tokens           the numbers of tokens for a forward
+    backward_tokens  the numbers of tokens for modes with a backward
+    memory_tokens    the numbers of tokens for which the peak memory of a training step is measured
+                     on a CPU, for the shapes of the quick suite; each takes a process of its own
+    modes            the modes of an op that has a backward
+    seconds          the time to spend on a cell
+    few_contenders   leaves out contenders that only a full comparison needs, such as dense fp16
     """
 
     shapes: tuple[tuple[int, int], ...]
-    rows: tuple[int, ...]
-    backward_rows: tuple[int, ...]
-    memory_rows: tuple[int, ...]
+    tokens: tuple[int, ...]
+    backward_tokens: tuple[int, ...]
+    memory_tokens: tuple[int, ...]
     modes: tuple[str, ...]
     seconds: float
     few_contenders: bool
 
-    def cells(self, op: str, has_rows: bool, has_backward: bool, rank: int) -> Iterator[Cell]:
-        """The cells of one op, shape by shape, so that prepared weights serve many of them.
+    def cells(self, op: str, has_tokens: bool, has_backward: bool, rank: int) -> Iterator[Cell]:
+        """Gives the cells of an op, shape by shape, so that many cells use the same weights.
 
-        An op without rows sees its weight as a flat run of blocks: one shape of each size is
+        An op without tokens sees its weight as a flat run of blocks, so one shape of each size is
         enough.
         """
-        if not has_rows:
+        if not has_tokens:
             sizes = {n * k: (n, k) for n, k in reversed(self.shapes)}
             yield from (Cell(op, FORWARD, *shape, 0) for shape in reversed(sizes.values()))
             return
         for out_features, in_features in self.shapes:
             for mode in self.modes if has_backward else (FORWARD,):
                 is_forward = mode in (FORWARD, GRAD_FORWARD)
-                for rows in self.rows if is_forward else self.backward_rows:
-                    yield Cell(op, mode, out_features, in_features, rows, rank=rank)
+                for tokens in self.tokens if is_forward else self.backward_tokens:
+                    yield Cell(op, mode, out_features, in_features, tokens, rank=rank)
 
 
 def shapes_of(*models: str) -> tuple[tuple[int, int], ...]:
@@ -103,7 +108,7 @@ def shapes_of(*models: str) -> tuple[tuple[int, int], ...]:
 
 
 def layers_named(out_features: int, in_features: int) -> str:
-    """The layers of this shape in words, such as "Llama-3 8B q, o"; "" where no model has it."""
+    """Names the layers of this shape, such as "Llama-3 8B q, o"; "" if no model has it."""
     shape = (out_features, in_features)
     return "; ".join(
         f"{model} {layers[shape]}" for model, layers in MODELS.items() if shape in layers
@@ -113,36 +118,36 @@ def layers_named(out_features: int, in_features: int) -> str:
 SUITES: dict[tuple[str, str], Suite] = {
     ("quick", "cpu"): Suite(
         shapes=QUICK_SHAPES,
-        rows=(1, 4, 16, 64, 512),
-        backward_rows=(512,),
-        memory_rows=(512,),
+        tokens=(1, 4, 16, 64, 512),
+        backward_tokens=(512,),
+        memory_tokens=(512,),
         modes=(FORWARD, TRAINING),
         seconds=1.0,
         few_contenders=True,
     ),
     ("full", "cpu"): Suite(
         shapes=shapes_of("Llama-3 8B", "SmolLM2 135M", "BERT base"),
-        rows=(1, 4, 16, 64, 512),
-        backward_rows=(16, 512),
-        memory_rows=(512,),
+        tokens=(1, 4, 16, 64, 512),
+        backward_tokens=(16, 512),
+        memory_tokens=(512,),
         modes=MODES,
         seconds=1.0,
         few_contenders=False,
     ),
     ("quick", "cuda"): Suite(
         shapes=(*QUICK_SHAPES, (8192, 8192), (28672, 8192)),
-        rows=(1, 4, 16, 64, 512, 2048, 8192),
-        backward_rows=(512, 2048, 8192),
-        memory_rows=(),
+        tokens=(1, 4, 16, 64, 512, 2048, 8192),
+        backward_tokens=(512, 2048, 8192),
+        memory_tokens=(),
         modes=(FORWARD, TRAINING),
         seconds=0.5,
         few_contenders=True,
     ),
     ("full", "cuda"): Suite(
         shapes=shapes_of(*MODELS),
-        rows=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192),
-        backward_rows=(16, 128, 512, 1024, 2048, 4096, 8192),
-        memory_rows=(),
+        tokens=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192),
+        backward_tokens=(16, 128, 512, 1024, 2048, 4096, 8192),
+        memory_tokens=(),
         modes=MODES,
         seconds=1.0,
         few_contenders=False,

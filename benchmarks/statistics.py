@@ -1,4 +1,4 @@
-"""Medians, quantiles and noise of samples of time."""
+"""Medians, quantiles and noise of times, and how many samples each contender gets."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-# Two copies of one contender may differ by this much before a cell's ratios are in doubt.
+# If two copies of one contender differ by more than this, the ratios of the cell are in doubt.
 CONTROL_TOLERANCE = 0.05
-# A load average before the run from which other processes disturb the times.
+# From this load average on, before the run, other processes disturb the times.
 BUSY = 0.7
-# No change below this is called one: clocks and page placement differ between two processes.
+# A smaller change counts as none: clocks and the placement of pages differ between two processes.
 SMALLEST_CHANGE = 0.02
 
 
 def quantile(samples: Sequence[float], q: float) -> float:
-    """Linear interpolation between the order statistics, as numpy's default."""
+    """Returns a quantile, interpolated linearly between two samples as numpy does by default."""
     if not samples:
         raise ValueError("samples is empty; a quantile needs at least one")
     ordered = sorted(samples)
@@ -40,7 +40,7 @@ def summarize(samples: Sequence[float]) -> Summary:
 
 
 def relative_noise(summary: Summary) -> float:
-    """Standard error of the median over the median.
+    """Returns the standard error of the median, divided by the median.
 
     For a normal distribution p80 - p20 is 1.68 standard deviations, and the median of n samples
     has the standard error 1.25 / sqrt(n) standard deviations.
@@ -50,8 +50,11 @@ def relative_noise(summary: Summary) -> float:
 
 
 def change_threshold(a: Summary, b: Summary, controls: Sequence[float]) -> float:
-    """How large a relative change between two runs must be to be called one: two combined standard
-    errors, or what the self-pair controls show of the machine, whichever is more."""
+    """Returns the relative change between two runs above which they differ.
+
+    It is two standard errors of the difference, or the largest difference between two copies of
+    the same contender in these runs (`controls`), or SMALLEST_CHANGE, whichever is largest.
+    """
     errors = 2 * math.hypot(relative_noise(a), relative_noise(b))
     return max(SMALLEST_CHANGE, errors, *(abs(control - 1) for control in controls))
 
@@ -63,37 +66,39 @@ def geometric_mean(values: Sequence[float]) -> float:
 def sample_counts(
     seconds: Mapping[str, float], budget: float, least: int, most: int
 ) -> dict[str, int]:
-    """Samples for each contender, so that all together take about `budget` seconds.
+    """Returns how many samples each contender gets, so that all take about `budget` seconds.
 
-    Each gets an equal share of the time, at least `least` and at most `most` samples. Where even
-    `least` exceeds its share, one that is over three times slower than the fastest gets three, and
-    over ten times slower, one: no one needs to know such a ratio to a percent.
+    Every contender gets the same share of the time, and between `least` and `most` samples. If
+    `least` samples would take more than its share, a contender gets only three if it is over three
+    times slower than the fastest, and one if it is over ten times slower: nobody needs such a ratio
+    to a percent.
     """
     share = budget / len(seconds)
     fastest = min(seconds.values())
     counts = {}
-    for name, each in seconds.items():
+    for name, seconds_a_sample in seconds.items():
         smallest = least
-        if least * each > share and each > 3 * fastest:
-            smallest = 3 if each < 10 * fastest else 1
-        counts[name] = max(smallest, min(most, int(share / each)))
+        if least * seconds_a_sample > share and seconds_a_sample > 3 * fastest:
+            smallest = 3 if seconds_a_sample < 10 * fastest else 1
+        counts[name] = max(smallest, min(most, int(share / seconds_a_sample)))
     return counts
 
 
 def equal_counts(
     seconds: Mapping[str, float], budget: float, least: int, most: int
 ) -> dict[str, int]:
-    """The same number of samples for every contender, so that all together take about `budget`
+    """Returns the same number of samples for every contender, so that all take about `budget`
     seconds."""
     count = max(least, min(most, int(budget / sum(seconds.values()))))
     return dict.fromkeys(seconds, count)
 
 
 def rounds(counts: Mapping[str, int], seed: int) -> list[list[str]]:
-    """Who runs in each round: every contender spread evenly over all rounds, each round in a new
-    random order. In a fixed order each would always run in the wake of the same other one, with
-    the caches and thread pools as that one leaves them: two copies of a call then differ by tens of
-    percent.
+    """Returns which contenders run in each round, and in which order.
+
+    The samples of a contender are spread evenly over the rounds, and each round has a new random
+    order. In a fixed order a contender would always follow the same other one, and find the caches
+    and thread pools as that one leaves them: two copies of a call then differ by tens of percent.
     """
     total, generator = max(counts.values()), random.Random(seed)
     turns = []

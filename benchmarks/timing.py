@@ -1,6 +1,5 @@
-"""Calls to time, and the timers that read the clock of the host.
-
-cuda_timing.py has the timers of a GPU.
+"""A call to time, and the timers that read the clock of the host. The timers for a GPU are in
+cuda_timing.py.
 """
 
 from __future__ import annotations
@@ -12,15 +11,15 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 EAGER, GRAPH, HOST = "eager", "graph", "host"
-# A sample of host time is as many calls as take this many seconds, after some that are not timed
-# because they still meet the caches of another contender. A short sample is seldom interrupted by
-# another process, and so few calls launch far fewer kernels than a CUDA stream queues (about 1000);
-# a launch into a full queue would wait.
+# A sample of host time is as many calls as take HOST_SAMPLE seconds, at most HOST_MOST_CALLS.
+# Before them come HOST_WARMUP calls that are not timed, since they find the caches as another
+# contender left them. Another process seldom interrupts such a short sample. It also launches far
+# fewer kernels than the queue of a CUDA stream holds (about 1000), so that no launch has to wait.
 HOST_SAMPLE, HOST_MOST_CALLS, HOST_WARMUP = 2e-4, 20, 3
 
 
 class Call:
-    """A call to time: `prepare` runs before the clock starts and its result goes to `run`; both
+    """A call to time. `prepare` runs before the clock starts, and `run` takes what it returns. Both
     run in the context that `around` makes."""
 
     def __init__(
@@ -33,7 +32,7 @@ class Call:
         self.around = around or contextlib.nullcontext
 
     def once(self) -> Any:
-        """Runs it untimed; the raw result."""
+        """Makes the call once without timing it, and returns the raw result."""
         with self.around():
             return self.run(self.prepare())
 
@@ -42,8 +41,9 @@ class Call:
 class Sample:
     """The time of one call.
 
-    seconds  of the device; on a CPU that is the whole call; from a HostTimer, of the host
-    host     what the host needs to issue the call to a GPU, beside the device's time; else None
+    seconds  how long the device took, which on a CPU is the whole call; a HostTimer gives the time
+             of the host here
+    host     how long the host took to issue the call to a GPU; None if that was not measured
     """
 
     seconds: float
@@ -53,8 +53,8 @@ class Sample:
 class Timer(Protocol):
     """Takes samples of calls that do the same work, each over memory of its own.
 
-    calls_a_sample  calls that run in one sample; its times are those of one call
-    note            what a reader of the samples must know, "" if nothing
+    calls_a_sample  how many calls run in a sample; its times are those of one of them
+    note            what a reader of the samples must know; "" if nothing
     """
 
     calls_a_sample: int
@@ -64,7 +64,7 @@ class Timer(Protocol):
 
 
 class ClockTimer:
-    """Times one call after the other by the clock of the host."""
+    """Times single calls by the clock of the host, each on the next layer of the rotation."""
 
     calls_a_sample = 1
     note = ""
@@ -73,7 +73,7 @@ class ClockTimer:
         self._calls = calls
 
     def sample(self, turn: int) -> Sample:
-        """What the call returns is freed after the clock has stopped."""
+        """Times one call. What it returns is freed after the clock has stopped."""
         call = self._calls[turn % len(self._calls)]
         with call.around():
             prepared = call.prepare()
@@ -85,11 +85,11 @@ class ClockTimer:
 
 
 class HostTimer:
-    """Times each call several times in a row: what one costs the host.
+    """Times what a call costs the host, by making it several times in a row.
 
-    On a CPU that is the whole call; on a GPU it ends when the work is in the stream. The loop and
-    the functions around the call add 0.1 to 0.2 us. What a call returns, an autograd graph
-    included, is freed within the time, as in a user's loop.
+    On a CPU the time is that of the whole call. On a GPU a call ends when its work is in the
+    stream. The loop around the calls adds 0.1 to 0.2 us to each. What a call returns is freed
+    within the time, its autograd graph included, as in a user's loop.
     """
 
     note = ""

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -25,6 +23,7 @@ import triton
 from torch import Tensor
 
 from pylora import settings
+from pylora.files import replacing
 from pylora.kernels.configs import TileConfig, TilePlan, cdiv
 
 # What a plan must save to be worth a change: less is noise.
@@ -32,11 +31,7 @@ _WORTHWHILE = 0.97
 
 
 def cache_file() -> Path:
-    folder = os.environ.get("PYLORA_CACHE")
-    if folder is None:
-        folder = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        return Path(folder).expanduser() / "pylora" / "tuning.json"
-    return Path(folder).expanduser() / "tuning.json"
+    return settings.cache_folder() / "tuning.json"
 
 
 @lru_cache(maxsize=8)
@@ -74,11 +69,9 @@ def forget() -> None:
 
 def _save() -> None:
     """Replaces the file as a whole: another process sees the old one or the new one."""
-    path = cache_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
-        json.dump({d: {k: asdict(p) for k, p in ps.items()} for d, ps in _plans().items()}, file)
-    os.replace(file.name, path)
+    stored = {d: {key: asdict(plan) for key, plan in ps.items()} for d, ps in _plans().items()}
+    with replacing(cache_file()) as temporary:
+        temporary.write_text(json.dumps(stored))
 
 
 def tuned(

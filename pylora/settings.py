@@ -6,10 +6,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 BACKEND = "PYLORA_BACKEND"
 HOPPER = "PYLORA_HOPPER"
 AUTOTUNE = "PYLORA_AUTOTUNE"
+CACHE = "PYLORA_CACHE"
 
 _forget: list[Callable[[], None]] = []
 
@@ -30,6 +32,16 @@ def current() -> Settings:
         hopper=os.environ.get(HOPPER) == "1",
         autotune=os.environ.get(AUTOTUNE, "0") not in ("", "0"),
     )
+
+
+def cache_folder() -> Path:
+    """The folder for files that pylora keeps for a user: PYLORA_CACHE if it is set, otherwise the
+    folder "pylora" in XDG_CACHE_HOME or ~/.cache. It may not exist yet.
+    """
+    chosen = os.environ.get(CACHE)
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pylora"
 
 
 def forgotten_on_refresh(forget: Callable[[], None]) -> None:

@@ -19,11 +19,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import goals, results, statistics, tables
+from benchmarks import results, statistics
 from benchmarks.command_line import main
-from benchmarks.contender import Contender, Layer, linear_work
+from benchmarks.contender import BuiltLayer, Contender, linear_work
 from benchmarks.harness import Harness
 from benchmarks.registry import BENCHES, bench_of, check_against, ops_of, selected
+from benchmarks.report import goals, tables
 from benchmarks.roofline import floor_seconds
 from benchmarks.shapes import BACKWARD, FORWARD, SUITES, TRAINING, Cell
 
@@ -35,7 +36,7 @@ LIMITS = {"read_bytes_per_s": 1e10, "copy_bytes_per_s": 2e10, "matmul_flop_per_s
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the command line writes for one tiny cell an op and mode."""
     out = tmp_path_factory.mktemp("results")
-    command = "-m benchmarks run --op nf4_quantize --op lora_linear --shape 32x64 --rows 2"
+    command = "-m benchmarks run --op nf4_quantize --op lora_linear --shape 32x64 --tokens 2"
     command += " --against dense,reference --threads 1 --seconds 0 --seed 7"
     done = subprocess.run(
         [sys.executable, *command.split(), "--out", str(out)],
@@ -65,7 +66,7 @@ def test_run_writes_everything(run: dict[str, Any]) -> None:
         for result in timed.values():
             assert result["status"] == "ok" and result["samples"] >= 1
             assert 0 < result["p20_s"] <= result["median_s"] <= result["p80_s"]
-        assert timed["pylora reference"]["path"].startswith("pure PyTorch")
+        assert timed["pylora reference"]["variant"].startswith("pure PyTorch")
         if sys.platform == "linux" and cell["mode"] == TRAINING:
             assert timed["pylora"]["extra_memory_bytes"] >= 0
 
@@ -82,7 +83,7 @@ def test_compare_and_report(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["compare", path, path]) == 0
     assert "same" in capsys.readouterr().out
     assert main(["compare", path, str(folder / "nf4_quantize.json")]) == 2
-    assert "two runs of one op" in capsys.readouterr().err
+    assert "only two runs of one op" in capsys.readouterr().err
     assert main(["report", str(folder)]) == 0
     page = (folder / "report.html").read_text()
     assert "<svg" in page and "dense bf16" in page
@@ -105,6 +106,27 @@ def test_compare_names_what_became_slower(
     assert capsys.readouterr().out.count("SLOWER") == 1
 
 
+def test_compare_shows_host_times(run: dict[str, Any], tmp_path: Path) -> None:
+    """A GPU run has the host's time beside the device's, and a slower host is slower for a user."""
+
+    def with_host_times(ours: float, control: float) -> dict[str, Any]:
+        seconds, changed = {"pylora": ours, "pylora (control)": control}, copy.deepcopy(run)
+        for result in changed["cells"][0]["results"]:
+            host = seconds.get(result["contender"], 20e-6)
+            result |= dict.fromkeys(("host_s", "host_p20_s", "host_p80_s"), host)
+        return changed
+
+    before, after = with_host_times(20e-6, 20e-6), with_host_times(30e-6, 30e-6)
+    table, slower = tables.compare_table(before, after)
+    (row,) = [line for line in table.splitlines() if "  pylora: host " in line]
+    assert slower == table.count("SLOWER") == 1
+    assert "20 us" in row and "30 us" in row and "+50.0%" in row and row.endswith("SLOWER")
+    # Two copies of pylora differ by more than that: such a machine cannot tell.
+    table, slower = tables.compare_table(before, with_host_times(30e-6, 60e-6))
+    assert slower == 0 and "SLOWER" not in table
+    assert "host" not in tables.compare_table(run, run)[0]
+
+
 def test_timing_under_pytest_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run"]) == 2
     assert "under pytest" in capsys.readouterr().err
@@ -120,8 +142,8 @@ def _harness_report(
 
 
 def _scaled(contender: Contender, factor: float, name: str, is_ours: bool) -> Contender:
-    def build(operands: Any) -> Layer:
-        layer = contender.build(operands)
+    def build(tensors: Any) -> BuiltLayer:
+        layer = contender.build(tensors)
         right = layer.forward
         layer.forward = lambda x: right(x) * factor
         return layer
@@ -141,16 +163,16 @@ def test_a_wrong_result_of_ours_is_not_timed(mode: str) -> None:
     assert found["peer"]["status"] == "fails the rule" and found["peer"]["samples"] > 0
 
 
-def test_the_path_told_is_that_of_the_backend_asked_for() -> None:
+def test_the_variant_named_is_that_of_the_backend_asked_for() -> None:
     ours = bench_of("lora_linear").contenders[0]
 
-    def build(operands: Any) -> Layer:
-        layer = ours.build(operands)
+    def build(tensors: Any) -> BuiltLayer:
+        layer = ours.build(tensors)
         layer.backend = "reference"
         return layer
 
     found = _harness_report(ours, replace(ours, build=build, name="forced", is_ours=False))
-    assert found["forced"]["path"].startswith("reference")
+    assert found["forced"]["variant"].startswith("reference")
 
 
 @pytest.mark.parametrize("mode", [FORWARD, BACKWARD, TRAINING])
@@ -177,8 +199,8 @@ def test_contenders_of_ops_of_several_layers(op: str, mode: str) -> None:
     bench = bench_of(op)
     ours = bench.contenders[0]
 
-    def build(operands: Any) -> Layer:
-        layer = ours.build(operands)
+    def build(tensors: Any) -> BuiltLayer:
+        layer = ours.build(tensors)
         right = layer.forward
 
         def wrong(x: torch.Tensor) -> Any:
@@ -223,7 +245,7 @@ def test_least_work_of_ops_of_several_layers() -> None:
 
 
 def test_what_a_contender_raises_ends_only_its_own_part() -> None:
-    def build(operands: Any) -> Layer:
+    def build(tensors: Any) -> BuiltLayer:
         raise RuntimeError("no such kernel")
 
     ours = bench_of("lora_linear").contenders[0]
@@ -257,12 +279,12 @@ def test_a_contender_that_would_take_minutes_is_left_out(monkeypatch: pytest.Mon
     ("change", "message"),
     [
         (lambda run: run.pop("seed"), "has no 'seed'"),
-        (lambda run: run.update(schema=99), "schema 99; it must be 2"),
+        (lambda run: run.update(schema=99), "schema 99; it must be 3"),
         (
             lambda run: run["machine"].update(threads="two"),
             "threads = 'two'; it must be an integer",
         ),
-        (lambda run: run["cells"][0].update(rows=True), r"cells\[0\] has rows = True"),
+        (lambda run: run["cells"][0].update(tokens=True), r"cells\[0\] has tokens = True"),
         (lambda run: run["cells"][1].pop("floor_s"), r"cells\[1\] has no 'floor_s'"),
         (
             lambda run: run["cells"][0]["results"][1].update(median_s="fast"),
@@ -283,16 +305,20 @@ def test_invalid_results(run: dict[str, Any], tmp_path: Path, change: Any, messa
 
 
 def test_results_of_the_schema_before(run: dict[str, Any], tmp_path: Path) -> None:
-    """A CPU's are read as they were meant; a GPU's times were others."""
-    path, old = tmp_path / "run.json", copy.deepcopy(run)
+    """Runs on a CPU are read with the names of today; times on a GPU meant something else."""
+    path, run = tmp_path / "run.json", copy.deepcopy(run)
+    for result in (result for cell in run["cells"] for result in cell["results"]):
+        result["timing_note"] = ""
+    old = copy.deepcopy(run)
     old["schema"] = 1
     for cell in old["cells"]:
+        cell["rows"] = cell.pop("tokens")
         for result in cell["results"]:
-            del result["host_s"], result["timing_note"]
+            result["path"] = result.pop("variant")
+            for name in ("host_s", "host_p20_s", "host_p80_s", "timing_note"):
+                del result[name]
     path.write_text(json.dumps(old))
-    found = results.load(path)
-    assert {r["host_s"] for c in found["cells"] for r in c["results"]} == {None}
-    tables.summary_table(found)
+    assert results.load(path) == run
     old["machine"]["device"] = "cuda"
     path.write_text(json.dumps(old))
     with pytest.raises(results.InvalidResults, match="schema 1, whose times on a GPU"):
@@ -386,19 +412,19 @@ def test_least_work_of_a_linear_layer() -> None:
 
 
 def test_goals_take_the_best_mode_and_every_shape(run: dict[str, Any]) -> None:
-    goal = next(g for g in goals.CPU_GOALS if g.rows == 16 and g.against == goals.BEST)
+    goal = next(g for g in goals.CPU_GOALS if g.tokens == 16 and g.against == goals.BEST)
     cell = run["cells"][0]
-    cell["rows"] = 16
+    cell["tokens"] = 16
     template = cell["results"][0]
     cell["results"] = [
         {**template, "contender": name, "median_s": seconds}
         for name, seconds in (("pylora", 1.0), (goals.BNB_TRAIN, 9.0), (goals.BNB_EVAL, 4.5))
     ]
     run["cells"] = [{**cell, "out_features": n, "in_features": k} for n, k in goals.QUICK_SHAPES]
-    assert next(o for o in goals.outcomes([run]) if o.goal == goal).met is True
+    assert next(o for o in goals.goal_outcomes([run]) if o.goal == goal).met is True
     run["cells"][1] = copy.deepcopy(run["cells"][1])
     run["cells"][1]["results"][0]["median_s"] = 2.0
-    outcome = next(o for o in goals.outcomes([run]) if o.goal == goal)
+    outcome = next(o for o in goals.goal_outcomes([run]) if o.goal == goal)
     assert outcome.met is False and list(outcome.values.values()) == [4.5, 2.25, 4.5]
     assert "MISSED" in goals.goals_table([run])
     assert "4.50" in tables.summary_table(run)
@@ -406,11 +432,11 @@ def test_goals_take_the_best_mode_and_every_shape(run: dict[str, Any]) -> None:
 
 def test_suites_are_what_they_are_called() -> None:
     quick = SUITES["quick", "cpu"]
-    cells = list(quick.cells("lora_linear", has_rows=True, has_backward=True, rank=16))
-    forward = {(c.out_features, c.in_features, c.rows) for c in cells if c.mode == FORWARD}
+    cells = list(quick.cells("lora_linear", has_tokens=True, has_backward=True, rank=16))
+    forward = {(c.out_features, c.in_features, c.tokens) for c in cells if c.mode == FORWARD}
     assert forward == {(*s, m) for s in goals.QUICK_SHAPES for m in (1, 4, 16, 64, 512)}
-    assert {c.rows for c in cells if c.mode == TRAINING} == {512}
-    flat = list(quick.cells("nf4_quantize", has_rows=False, has_backward=False, rank=0))
+    assert {c.tokens for c in cells if c.mode == TRAINING} == {512}
+    flat = list(quick.cells("nf4_quantize", has_tokens=False, has_backward=False, rank=0))
     assert [(c.out_features, c.in_features) for c in flat] == [(4096, 4096), (14336, 4096)]
 
 

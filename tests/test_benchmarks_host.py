@@ -17,14 +17,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import goals, host_tables, results
+from benchmarks import results
 from benchmarks.bench_host import BENCH
 from benchmarks.command_line import main
-from benchmarks.contender import Contender, Layer
+from benchmarks.contender import BuiltLayer, Contender
 from benchmarks.harness import Harness
+from benchmarks.report import goals, host_tables
+from benchmarks.results import CONTROL, OURS
 from benchmarks.shapes import FORWARD, GRAD_FORWARD, HOST_MODES, TRAINING, Cell
 from benchmarks.statistics import equal_counts
-from benchmarks.tables import CONTROL, OURS
 from benchmarks.timing import HOST, HOST_WARMUP, Call, HostTimer
 from pylora.backends import extension
 
@@ -58,10 +59,10 @@ def run(dry_run: tuple[Path, str]) -> dict[str, Any]:
 
 
 @needs_extension
-def test_every_path_is_measured_in_every_mode(run: dict[str, Any]) -> None:
+def test_every_contender_is_measured_in_every_mode(run: dict[str, Any]) -> None:
     assert [cell["mode"] for cell in run["cells"]] == list(HOST_MODES)
     for cell in run["cells"]:
-        assert (cell["out_features"], cell["in_features"], cell["rows"]) == (64, 64, 1)
+        assert (cell["out_features"], cell["in_features"], cell["tokens"]) == (64, 64, 1)
         assert cell["timing"] == HOST
         found = {r["contender"]: r for r in cell["results"]}
         assert list(found) == [OURS, CONTROL, *NAMES[1:]]
@@ -76,9 +77,9 @@ def test_every_path_is_measured_in_every_mode(run: dict[str, Any]) -> None:
         assert found[OURS]["rotation_bytes"] == cell["bytes"], "more than one layer"
 
 
-def test_it_prints_a_row_a_path_and_the_goals(dry_run: tuple[Path, str]) -> None:
+def test_it_prints_a_row_for_each_contender_and_the_goals(dry_run: tuple[Path, str]) -> None:
     printed = dry_run[1]
-    tables = printed[printed.index("host: Median") :]
+    tables = printed[printed.index("host: The median") :]
     for name in ("pylora nn.LoRALinear", "pylora plan nf4_linear", "F.linear", "nn.Linear"):
         assert f"\n  {name} " in tables, tables
     assert "less C" in tables and "forward + backward" in tables
@@ -108,13 +109,13 @@ def test_compare_and_report_read_it(
     ],
 )
 def test_goals_of_host_time(run: dict[str, Any], mode: str, contender: str, limit: float) -> None:
-    def outcome(seconds: float) -> goals.Outcome:
+    def outcome(seconds: float) -> goals.GoalOutcome:
         changed = copy.deepcopy(run)
         cell = next(c for c in changed["cells"] if c["mode"] == mode)
         next(r for r in cell["results"] if r["contender"] == contender)["median_s"] = seconds
         (found,) = [
             o
-            for o in goals.outcomes([changed])
+            for o in goals.goal_outcomes([changed])
             if (o.goal.op, o.goal.mode, o.goal.contender) == ("host", mode, contender)
         ]
         return found
@@ -153,11 +154,11 @@ def _contender(name: str) -> Contender:
     return next(c for c in BENCH.contenders if c.name == name)
 
 
-def _changed(name: str, change: Callable[[Layer], None]) -> Contender:
+def _changed(name: str, change: Callable[[BuiltLayer], None]) -> Contender:
     contender = _contender(name)
 
-    def build(operands: Any) -> Layer:
-        layer = contender.build(operands)
+    def build(tensors: Any) -> BuiltLayer:
+        layer = contender.build(tensors)
         change(layer)
         return layer
 
@@ -184,7 +185,7 @@ def _result(contender: Contender, mode: str) -> dict[str, Any]:
 def test_a_wrong_result_of_a_part_is_refused(name: str, mode: str) -> None:
     """The last result is changed: y in a forward, else a gradient."""
 
-    def spoil(layer: Layer) -> None:
+    def spoil(layer: BuiltLayer) -> None:
         right = layer.result
 
         def wrong(raw: Any) -> Any:
@@ -201,7 +202,7 @@ def test_a_wrong_result_of_a_part_is_refused(name: str, mode: str) -> None:
 @needs_extension
 @pytest.mark.parametrize("mode", [FORWARD, TRAINING])
 def test_a_backend_without_a_c_call_is_told(mode: str) -> None:
-    def on_reference(layer: Layer) -> None:
+    def on_reference(layer: BuiltLayer) -> None:
         layer.backend = "reference"
 
     found = _result(_changed("pylora C call lora_linear", on_reference), mode)

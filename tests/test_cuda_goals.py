@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cuda_goals, goals, report
-from benchmarks.cuda_goals import CUDA_GOALS, DECODED, DENSE, PEFT, CudaGoal
 from benchmarks.registry import BENCHES
+from benchmarks.report import cuda_goals, goals, page
+from benchmarks.report.cuda_goals import CUDA_GOALS, DECODED, DENSE, PEFT, CudaGoal
+from benchmarks.results import BASE_ONLY, OURS
 from benchmarks.shapes import BACKWARD, FORWARD
-from benchmarks.tables import BASE_ONLY, OURS
 
 US = 1e-6
 
@@ -33,7 +33,7 @@ def _cell(
         "mode": mode,
         "timing": timing,
         "dtype": "bfloat16",
-        "rows": rows,
+        "tokens": rows,
         "out_features": shape[0],
         "in_features": shape[1],
         "results": results,
@@ -44,8 +44,8 @@ def _run(*cells: dict[str, Any], device: str = "cuda", op: str = "lora_linear") 
     return {"op": op, "machine": {"device": device, "flags": ["amx_bf16"]}, "cells": list(cells)}
 
 
-def _outcome(run: dict[str, Any], goal: CudaGoal) -> cuda_goals.Outcome:
-    return next(found for found in cuda_goals.outcomes([run]) if found.goal == goal)
+def _outcome(run: dict[str, Any], goal: CudaGoal) -> cuda_goals.CudaGoalOutcome:
+    return next(found for found in cuda_goals.goal_outcomes([run]) if found.goal == goal)
 
 
 def _goal(**fields: Any) -> CudaGoal:
@@ -56,13 +56,13 @@ def _goal(**fields: Any) -> CudaGoal:
 def test_every_goal_names_contenders_that_there_are() -> None:
     for goal in CUDA_GOALS:
         names = {contender.name for contender in BENCHES[goal.op].contenders}
-        assert goal.kind == cuda_goals.LIMIT or goal.against in names, goal
+        assert goal.measure == cuda_goals.LIMIT or goal.against in names, goal
         assert goal.shapes in cuda_goals.SHAPES
     assert len({str(goal) for goal in CUDA_GOALS}) == len(CUDA_GOALS)
 
 
 def test_the_worst_cell_decides() -> None:
-    goal = _goal(rows=(512, 1024), against=PEFT)
+    goal = _goal(tokens=(512, 1024), against=PEFT)
     cells = [_cell(rows, ours=10, peft=us) for rows, us in ((512, 20), (1024, 14), (2048, 10))]
     found = _outcome(_run(*cells), goal)
     assert found.met is True and found.worst == pytest.approx(1.4)
@@ -78,7 +78,7 @@ def test_the_worst_cell_decides() -> None:
 
 def test_an_eager_call_takes_the_slower_of_host_and_device() -> None:
     """Three times as fast on the device, but the host of ours is slow."""
-    goal = _goal(rows=(1, 4), timing="eager", mode=FORWARD)
+    goal = _goal(tokens=(1, 4), timing="eager", mode=FORWARD)
     slow = _cell(1, timing="eager", ours=(10, 50), peft=(30, 70))
     assert _outcome(_run(slow), goal).worst == pytest.approx(1.4)
     fast = _cell(1, timing="eager", ours=(10, 12), peft=(30, 70))
@@ -89,18 +89,18 @@ def test_an_eager_call_takes_the_slower_of_host_and_device() -> None:
     ("shape", "targets"), [((8192, 8192), {4.0}), ((28672, 8192), {1.8}), ((8224, 4096), {1.8})]
 )
 def test_goals_of_narrow_and_wide_layers(shape: tuple[int, int], targets: set[float]) -> None:
-    found = cuda_goals.outcomes([_run(_cell(16, shape, ours=10, peft=30))])
+    found = cuda_goals.goal_outcomes([_run(_cell(16, shape, ours=10, peft=30))])
     assert {o.goal.target for o in found if o.goal.against == PEFT and o.cells} == targets
 
 
 def test_stretch_surcharge_and_limit() -> None:
-    goal = _goal(rows=(2048, cuda_goals.MANY), against=DECODED, mode=FORWARD, op="lora_linear")
+    goal = _goal(tokens=(2048, cuda_goals.MANY), against=DECODED, mode=FORWARD, op="lora_linear")
     for us, words in ((100, "MISSED"), (110, "not the stretch"), (120, "and the stretch")):
         assert words in _outcome(_run(_cell(4096, ours=100, decoded=us)), goal).verdict
     run = _run(_cell(1, ours=108, base=100), _cell(4, ours=103, base=100))
-    surcharge = _outcome(run, _goal(rows=(1, 16), against=BASE_ONLY))
+    surcharge = _outcome(run, _goal(tokens=(1, 16), against=BASE_ONLY))
     assert surcharge.worst == pytest.approx(0.08) and surcharge.met is True
-    limit = _outcome(run, _goal(rows=(1, 4), kind="limit", shapes="larger than 4096x4096"))
+    limit = _outcome(run, _goal(tokens=(1, 4), measure="limit", shapes="larger than 4096x4096"))
     assert limit.worst == 0.5 and limit.met is False
     backward = _cell(2048, mode=BACKWARD, timing="eager", ours=(100, 5), dense=(90, 5))
     assert _outcome(_run(backward), _goal(mode=BACKWARD, against=DENSE)).met is True
@@ -111,7 +111,7 @@ def test_tables_of_gpu_runs_name_every_goal_and_those_of_a_cpu_none() -> None:
     assert table.count("\n") == len(CUDA_GOALS) + 1
     assert f"goals on a GPU: 2 met, 0 missed, {len(CUDA_GOALS) - 2} not measured" in table
     assert table.count("not measured") == len(CUDA_GOALS) - 2 + 1
-    page = "".join(report._goals([_run(_cell(64, ours=10, peft=30))]))
-    assert page.count("<tr>") == len(CUDA_GOALS) + 1 == page.count("</tr>")
+    html = "".join(page._goals([_run(_cell(64, ours=10, peft=30))]))
+    assert html.count("<tr>") == len(CUDA_GOALS) + 1 == html.count("</tr>")
     on_cpu = goals.goals_table([_run(_cell(64, ours=10, peft=30), device="cpu")])
     assert "GPU" not in on_cpu and "no CPU goal was measured" in on_cpu

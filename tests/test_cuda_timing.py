@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import cuda_timing, harness, tables
-from benchmarks.contender import Contender, Layer
+from benchmarks import cuda_timing, harness
+from benchmarks.contender import BuiltLayer, Contender
 from benchmarks.cuda_timing import BusyQueue, CacheReader, EagerTimer, GraphTimer
 from benchmarks.harness import Harness
 from benchmarks.registry import bench_of
+from benchmarks.report import tables
 from benchmarks.shapes import FORWARD, Cell
 from benchmarks.timing import Call
 
@@ -272,8 +273,8 @@ def _launching(
     one layer of its rotation."""
     built = []
 
-    def build(operands: Any) -> Layer:
-        layer = contender.build(operands)
+    def build(tensors: Any) -> BuiltLayer:
+        layer = contender.build(tensors)
         right, number = layer.forward, len(built)
         built.append(layer)
 

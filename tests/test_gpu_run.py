@@ -113,7 +113,7 @@ def test_what_is_chosen(target: Target, tmp_path: Path):
         (None, ["tests=soon"], "the limit of tests is 'soon'; it must be whole seconds"),
         (None, ["tests=0"], "the limit of tests is '0'; it must be whole seconds"),
         ("9", [], "the call is '9'; it must be one of 1, 2, 3, 4"),
-        ("1", ["tests"], r"a call \(1\) and steps \(tests\) are given; give one"),
+        ("1", ["tests"], r"a call \(1\) and steps \(tests\) are given; give only one"),
     ],
 )
 def test_unknown_names_are_refused(target: Target, call, names, message: str):
@@ -188,7 +188,7 @@ def test_benchmarks_save_each_cell(tmp_path: Path):
         str(tmp_path),
         "--shape",
         "32x64",
-        "--rows",
+        "--tokens",
         "1,2,3",
     ]
     arguments = command_line.parser().parse_args(words)
@@ -219,7 +219,7 @@ def test_what_a_call_leaves(tmp_path: Path):
     assert summary["json"][where].endswith("3 cells were not measured")
     result.write_text('{"cells": [1,')
     _, summary = run(tmp_path, step("second", "print('there')"))
-    assert summary["json"][where].startswith("not whole: ")
+    assert summary["json"][where].startswith("not complete: ")
     files = archived(tmp_path)
     assert files[where] == result.read_bytes()
     assert files["logs/second.log"].endswith(b"there\n")

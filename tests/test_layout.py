@@ -13,7 +13,7 @@ PACKAGE = ROOT / "pylora"
 # Layers from the bottom up; a module imports from its own layer or from below, also inside
 # functions.
 LAYERS = [
-    ("pylora.nf4", "pylora.calls", "pylora.settings", "pylora.backends.limits"),
+    ("pylora.nf4", "pylora.files", "pylora.calls", "pylora.settings", "pylora.backends.limits"),
     ("pylora.reference", "pylora.kernels", "pylora.bnb_format"),
     ("pylora.backends",),
     ("pylora.dispatch",),
@@ -38,6 +38,10 @@ OPS = (
     "lora_mlp",
     "multi_lora_linear",
 )
+# Bench files that are not named after an op, and why they exist.
+BENCHES_BEYOND_OPS = {
+    "host": "times the layers of pylora above the kernels, which is not the work of a single op",
+}
 
 
 def layer(module: str) -> int:
@@ -156,6 +160,12 @@ def test_one_stem_per_op(op: str) -> None:
     for folder in ("pylora/ops", "pylora/reference"):
         assert (ROOT / folder / f"{op}.py").exists()
     assert (ROOT / "tests" / f"test_{op}.py").exists()
+
+
+def test_one_bench_per_op() -> None:
+    benches = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*")}
+    assert benches - BENCHES_BEYOND_OPS.keys() == set(OPS)
+    assert benches >= BENCHES_BEYOND_OPS.keys()
 
 
 def test_wheel_lists_every_package() -> None:

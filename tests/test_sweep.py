@@ -12,13 +12,13 @@ import torch
 from flat_calls import reference_op
 from torch import Tensor
 
-from benchmarks import sweep_kernels
 from benchmarks.command_line import main
 from benchmarks.results import InvalidResults
-from benchmarks.sweep import Point, coarse_to_fine, points, sweep
-from benchmarks.sweep_file import SweepFile, load
-from benchmarks.sweep_kernels import KERNELS, Kernel, Operand, Plan, Refused, cuts
-from benchmarks.sweep_measure import SweepMeasurer
+from benchmarks.sweep import kernels as sweep_kernels
+from benchmarks.sweep.file import SweepFile, load
+from benchmarks.sweep.kernels import KERNELS, Kernel, KernelPlan, Refused, SweptLayer, cuts
+from benchmarks.sweep.measure import SweepMeasurer
+from benchmarks.sweep.run import Point, coarse_to_fine, points, sweep
 from benchmarks.timing import Call, ClockTimer
 
 CPU = torch.device("cpu")
@@ -32,7 +32,11 @@ OK |= {"samples": 5, "calls_a_sample": 32, "rotation_bytes": 1 << 20}
 
 
 def _kernel(name: str, forward: Any = None, most: int = 8192) -> Kernel:
-    levels: list[list[Plan]] = [[{"slices": 1}], [{"slices": s} for s in (1, 2)], [{"slices": 3}]]
+    levels: list[list[KernelPlan]] = [
+        [{"slices": 1}],
+        [{"slices": s} for s in (1, 2)],
+        [{"slices": 3}],
+    ]
     return Kernel(name, 1, most, lambda x, N: levels, forward, lambda device: None)
 
 
@@ -69,11 +73,11 @@ def test_points_are_ordered_from_coarse_to_fine(planned: list[Point]) -> None:
     assert coarse_to_fine([7]) == [7]
     assert [point.level for point in planned] == sorted(point.level for point in planned)
     rules = [point for point in planned if point.level == 0]
-    assert {(p.kernel, p.out_features, p.rows) for p in rules} == {
+    assert {(p.kernel, p.out_features, p.tokens) for p in rules} == {
         *(("few", n, m) for n in (64, 128) for m in (1, 2)),
         *(("many", n, m) for n in (64, 128) for m in (1, 2, 4)),
     }
-    assert list(dict.fromkeys(p.rows for p in rules)) == [1, 4, 2]
+    assert list(dict.fromkeys(p.tokens for p in rules)) == [1, 4, 2]
     assert len({point.key for point in planned}) == len(planned) == 10 * 3
 
 
@@ -84,7 +88,7 @@ def test_a_sweep_that_is_cut_off_goes_on(planned: list[Point], tmp_path: Path) -
     assert sweep(planned, first, _file(path), 7.5, lambda: next(times), said.append)
     assert first.seen == planned[: len(first.seen)] and 0 < len(first.seen) < len(planned)
     left = len(planned) - len(first.seen)
-    assert said == [f"time is up: {left} plans are left for the same command"]
+    assert said == [f"time is up: the same command goes on with the {left} plans left"]
     second = Measure()
     assert sweep(planned, second, _file(path), 1e9)
     assert first.seen + second.seen == planned
@@ -150,8 +154,8 @@ def test_points_of_two_machines_do_not_mix(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda file: file.update(kind="run"), "is no sweep"),
-        (lambda file: file.update(schema=9), "schema 9; it must be 1"),
+        (lambda file: file.update(kind="run"), "is not a sweep"),
+        (lambda file: file.update(schema=9), "schema 9; it must be 2"),
         (lambda file: file["points"][1].pop("plan"), r"points\[1\] has no 'plan'"),
         (lambda file: file["points"][0].update(median_s="fast"), "median_s = 'fast'"),
     ],
@@ -219,7 +223,7 @@ def test_triton_plans_cover_the_sum() -> None:
 
 
 def test_only_a_refusal_of_the_plan_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    operand = _operand()
+    layer = _operand()
 
     class Ops:
         message = "the kernel cannot run this plan: slices must be 1; got slices 2\n(at a line)"
@@ -232,10 +236,10 @@ def test_only_a_refusal_of_the_plan_is_one(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.ops, "pylora_C", Ops, raising=False)
     forward = next(kernel for kernel in KERNELS if kernel.name == "small").forward
     with pytest.raises(Refused, match=r"got slices 2$"):
-        forward(torch.empty(1, 64), operand, {"slices": 2, "grid": 3})
+        forward(torch.empty(1, 64), layer, {"slices": 2, "grid": 3})
     Ops.message = "CUDA error"
     with pytest.raises(RuntimeError, match="CUDA error"):
-        forward(torch.empty(1, 64), operand, {"slices": 2, "grid": 3})
+        forward(torch.empty(1, 64), layer, {"slices": 2, "grid": 3})
 
 
 @pytest.mark.parametrize(
@@ -257,19 +261,19 @@ def test_ops_with_a_chosen_plan_take_the_arguments_of_lora_linear(op: str, first
     assert arguments(f"{op}_planned") == arguments(op) + [(name, "int") for name in choice]
     returned = getattr(ops, f"{op}_plan").default._schema.returns
     assert [result.name for result in returned] == choice
-    operand = _operand()
+    layer = _operand()
     with pytest.raises(NotImplementedError, match="CPU"):
-        getattr(ops, f"{op}_planned")(torch.randn(1, 64), *operand.arguments(), 1, 1, 1)
+        getattr(ops, f"{op}_planned")(torch.randn(1, 64), *layer.arguments(), 1, 1, 1)
 
 
 # What is measured
 
 
-def _operand() -> Operand:
+def _operand() -> SweptLayer:
     import pylora
 
     weight = pylora.quantize_nf4(torch.randn(32, 64))
-    return Operand(weight, torch.randn(4, 64), torch.randn(32, 4))
+    return SweptLayer(weight, torch.randn(4, 64), torch.randn(32, 4))
 
 
 class Graph(ClockTimer):
@@ -283,10 +287,10 @@ class Graph(ClockTimer):
         return [call.once() for call in self._calls]
 
 
-def _reference(x: Tensor, operand: Operand, plan: Plan) -> Tensor:
+def _reference(x: Tensor, layer: SweptLayer, plan: KernelPlan) -> Tensor:
     if plan["slices"] == 2:
         raise Refused("two slices are too many")
-    y = reference_op("lora_linear")(x, *operand.arguments()[:-1], "identity")[0]
+    y = reference_op("lora_linear")(x, *layer.arguments()[:-1], "identity")[0]
     return y * 1.1 if plan["slices"] == 3 else y
 
 

@@ -94,7 +94,7 @@ def test_absmax_is_decoded_with_two_roundings() -> None:
     if decode.INTERPRETED.value:
         pytest.skip("the interpreter compiles nothing")
     from benchmarks.resources.triton import compile_variant
-    from benchmarks.triton_launches import launches
+    from benchmarks.resources.triton_launches import launches
 
     variants = [v for v in launches(90) if v.kernel == "nf4_dequantize"]
     nested = [v for v in variants if "nested" in str(v)]

@@ -16,7 +16,7 @@ if interpreted():
 
 from benchmarks.resources import sass
 from benchmarks.resources import triton as resources
-from benchmarks.triton_launches import launches
+from benchmarks.resources.triton_launches import launches
 
 
 @pytest.mark.parametrize("capability", resources.SHARED)
@@ -126,18 +126,18 @@ def test_main_loop_decodes_one_tile_a_turn() -> None:
 
 
 def test_cost_model_charges_every_regime() -> None:
-    from benchmarks import cost_model
+    from benchmarks.resources import cost_model
 
-    machine = cost_model.Machine(4e12, 8e14, 1e13, 132)
+    device = cost_model.Device(4e12, 8e14, 1e13, 132)
     for M, names in (
         (1, ["shrink", "tiles", "expand"]),
         (512, ["shrink", "tiles"]),
         (8192, ["shrink", "hidden", "dequantize", "matmul"]),
     ):
-        launches_ = cost_model.forward(M, 4096, 4096, 16, machine)
+        launches_ = cost_model.forward(M, 4096, 4096, 16, device)
         assert [launch.name for launch in launches_] == names
-        total = sum(launch.seconds(machine) for launch in launches_)
-        assert cost_model.floor_seconds(M, 4096, 4096, 16, machine) < total
-        several = cost_model.multi_forward(M, 4096, 4096, 16, 8, machine)
+        total = sum(launch.seconds(device) for launch in launches_)
+        assert cost_model.floor_seconds(M, 4096, 4096, 16, device) < total
+        several = cost_model.multi_forward(M, 4096, 4096, 16, 8, device)
         middle = [name for name in names if name in ("tiles", "dequantize", "matmul")]
         assert [launch.name for launch in several] == ["rows", "shrink", *middle, "expand"]

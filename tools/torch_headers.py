@@ -4,10 +4,11 @@
     python -m tools.torch_headers 2.11 2.15  these alone
     python -m tools.torch_headers --ends     the oldest and the newest alone
 
-The releases are what pip's index has: the newest patch of each minor. Their headers come from the
-macOS wheels, which are the smallest by far (about 100 MB); the headers are the same for every
-system. They are kept in PYLORA_TORCH_HEADERS (default: pylora/torch-headers in XDG_CACHE_HOME or
-~/.cache), 65 MB a release. The commands are those of setup.py, with -fsyntax-only.
+The newest patch of each minor release on pip's index is checked. The headers come from the macOS
+wheels, which are by far the smallest (about 100 MB); the headers are the same for every system.
+They take 65 MB a release and are kept in the folder PYLORA_TORCH_HEADERS, by default
+"torch-headers" in pylora's cache folder (`pylora.settings.cache_folder`). The commands are those
+that setup.py compiles with, plus -fsyntax-only.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from packaging.version import Version
 from setuptools import Distribution
 
 import setup
+from pylora import settings
 
 INCLUDE = "torch/include/"
 # Wheels of any macOS up to this one are taken. The headers do not depend on Python either: 3.14 is
@@ -36,7 +38,7 @@ WHEELS = ("--only-binary=:all:", "--platform=macosx_99_0_arm64", "--python-versi
 
 
 def run_pip(*arguments: str) -> str:
-    # Constraints of this machine say what may be installed here. This installs nothing.
+    # PIP_CONSTRAINT may say what can be installed on this machine. Nothing is installed here.
     environment = os.environ | {"PIP_CONSTRAINT": os.devnull, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     command = [sys.executable, "-m", "pip", *arguments]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -46,13 +48,13 @@ def run_pip(*arguments: str) -> str:
 
 
 def released() -> list[Version]:
-    """Every release of torch on pip's index."""
+    """Returns every release of torch on pip's index."""
     listed = json.loads(run_pip("index", "versions", "torch", "--json", *WHEELS))
     return [Version(version) for version in listed["versions"]]
 
 
 def newest_of_each_minor(versions: list[Version], oldest: tuple[int, int]) -> list[Version]:
-    """The newest patch of each minor release from `oldest` on, in ascending order."""
+    """Returns the newest patch of each minor release from `oldest` on, in ascending order."""
     newest: dict[tuple[int, int], Version] = {}
     for version in sorted(versions):
         minor = (version.major, version.minor)
@@ -64,19 +66,17 @@ def newest_of_each_minor(versions: list[Version], oldest: tuple[int, int]) -> li
 
 
 def cache_folder() -> Path:
-    if os.environ.get("PYLORA_TORCH_HEADERS"):
-        return Path(os.environ["PYLORA_TORCH_HEADERS"]).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "pylora" / "torch-headers"
+    chosen = os.environ.get("PYLORA_TORCH_HEADERS")
+    return Path(chosen).expanduser() if chosen else settings.cache_folder() / "torch-headers"
 
 
 def headers_of(version: Version) -> Path:
-    """The folder torch/include of a release, downloaded if it is not in the cache."""
+    """Returns the folder torch/include of a release, and downloads it if the cache lacks it."""
     kept = cache_folder() / str(version)
     if not kept.exists():
         print(f"torch {version}: downloading its headers to {kept}", flush=True)
         kept.parent.mkdir(parents=True, exist_ok=True)
-        # The wheel goes with this folder; the headers are moved out when they are complete.
+        # The wheel is deleted with this folder; the headers are moved out once they are complete.
         with tempfile.TemporaryDirectory(dir=kept.parent, prefix=f".{version}-") as folder:
             run_pip("download", "--no-deps", f"--dest={folder}", *WHEELS, f"torch=={version}")
             (wheel,) = Path(folder).glob("*.whl")
@@ -97,7 +97,7 @@ def torch_facing_files() -> list[Path]:
 
 
 def compile_error(compilation: setup.Compilation, path: Path) -> str | None:
-    """What the compiler says about a file; None if it passes."""
+    """Returns what the compiler says about a file, or None if the file compiles."""
     command = compilation.command(path)
     assert command is not None, f"{path} is not part of the build"
     command += ["-fsyntax-only", str(path)]
@@ -108,18 +108,20 @@ def compile_error(compilation: setup.Compilation, path: Path) -> str | None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.torch_headers")
     parser.add_argument("minor", nargs="*", help="such as 2.11; default: every one")
-    parser.add_argument("--ends", action="store_true", help="the oldest and the newest alone")
+    parser.add_argument(
+        "--ends", action="store_true", help="check the oldest and the newest release alone"
+    )
     arguments = parser.parse_args()
-    wanted = arguments.minor
+    minors = arguments.minor
     compiler = setup.find_compiler()
     if compiler is None:
         raise SystemExit("no C++ compiler was found (tried CXX, c++, g++, clang++)")
     releases = newest_of_each_minor(released(), setup.TORCH_TARGET)
-    if wanted:
+    if minors:
         known = {f"{release.major}.{release.minor}": release for release in releases}
-        if unknown := set(wanted) - set(known):
+        if unknown := set(minors) - set(known):
             raise SystemExit(f"minor must be among {', '.join(known)}; got {' '.join(unknown)}")
-        releases = [known[minor] for minor in wanted]
+        releases = [known[minor] for minor in minors]
     if arguments.ends:
         between = [str(release) for release in releases[1:-1]]
         print(f"not checked, since --ends is given: torch {', '.join(between) or 'none'}")

@@ -1,4 +1,5 @@
-"""`python -m benchmarks.gpu`, started in the repository root with the Python that holds torch."""
+"""Runs `python -m benchmarks.gpu`, to be started in the root of the repository with the Python that
+has torch."""
 
 from __future__ import annotations
 
@@ -27,31 +28,47 @@ BUILD = ROOT / "build"
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
-        description="Runs what needs a GPU; docs/gpu-run.md says in which order.",
+        description="Runs what needs a GPU. docs/gpu-run.md gives the order of the calls.",
     )
-    top.add_argument("--call", help=f"one of {', '.join(CALLS)}; default: all, as far as they fit")
-    top.add_argument("--steps", nargs="*", default=[], metavar="NAME[=SECONDS]")
+    top.add_argument("--call", help=f"one of {', '.join(CALLS)}; default: all that fit the budget")
+    top.add_argument(
+        "--steps",
+        nargs="*",
+        default=[],
+        metavar="NAME[=SECONDS]",
+        help="run these steps, with a time limit if one is given",
+    )
     top.add_argument(
         "--out",
         type=Path,
         default=Path(os.environ.get("OUT") or BUILD / "gpu"),
-        help="a folder; results.tgz and summary.json go into a folder in it, named after the call",
+        help="results.tgz and summary.json go into a folder in this one, named after the call",
     )
-    top.add_argument("--work", type=Path, default=BUILD / "gpu-work", help="for what is unpacked")
-    top.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for the whole call")
+    top.add_argument(
+        "--work", type=Path, default=BUILD / "gpu-work", help="a folder for all other files"
+    )
+    top.add_argument(
+        "--budget",
+        type=float,
+        default=BUDGET_S,
+        help=f"seconds for the whole call; default: {BUDGET_S}",
+    )
     top.add_argument("--wheels", type=Path, help="a folder of wheels to install")
-    top.add_argument("--dry", action="store_true", help="the same steps, small and without a GPU")
+    top.add_argument(
+        "--dry", action="store_true", help="run the same steps, small and without a GPU"
+    )
     return top
 
 
 def environment_of(work: Path, site: Path, has_wheels: bool) -> dict[str, str]:
-    """What all steps see: nvcc, one Triton cache, the wheels, and Python's output as it comes."""
+    """Returns the environment of all steps: nvcc on PATH, the folder of the wheels, one cache of
+    Triton, and Python's output without buffering."""
     environment = dict(os.environ)
     home = find_cuda_home()
     if shutil.which("nvcc") is None and not environment.get("CUDA_HOME") and home is not None:
         environment["CUDA_HOME"] = str(home)
     if environment.get("CUDA_HOME"):
-        # compute-sanitizer is there too.
+        # compute-sanitizer is in this folder too.
         environment["PATH"] += f"{os.pathsep}{environment['CUDA_HOME']}/bin"
     if has_wheels:
         others = environment.get("PYTHONPATH")
@@ -61,7 +78,7 @@ def environment_of(work: Path, site: Path, has_wheels: bool) -> dict[str, str]:
 
 
 def facts_of(environment: dict[str, str]) -> dict[str, Any]:
-    """Raises ValueError if this Python cannot say what the machine is: it has no torch."""
+    """Returns what facts.py prints. Raises ValueError if this Python has no torch."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu.facts"],
         cwd=ROOT,
@@ -71,7 +88,7 @@ def facts_of(environment: dict[str, str]) -> dict[str, Any]:
     )
     if done.returncode != 0:
         raise ValueError(
-            f"{sys.executable} must be a Python that has torch (PYTHON=... names another): "
+            f"{sys.executable} must be a Python with torch (PYTHON=... chooses another): "
             f"{done.stderr.strip().splitlines()[-1]}"
         )
     return json.loads(done.stdout.splitlines()[-1])
@@ -79,7 +96,8 @@ def facts_of(environment: dict[str, str]) -> dict[str, Any]:
 
 @contextmanager
 def alone(base: Path) -> Iterator[None]:
-    """Raises ValueError if another run uses this folder: its files would be removed under it."""
+    """Locks the folder. Raises ValueError if another run uses it, whose files this run would
+    remove."""
     base.mkdir(parents=True, exist_ok=True)
     with (base / "lock").open("w") as file:
         try:
@@ -101,7 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
     environment = environment_of(base, site, bool(wheels))
     facts = facts_of(environment)
     if not facts["arch"] and not arguments.dry:
-        raise ValueError("torch finds no CUDA device; --dry does what can be done without one")
+        raise ValueError("torch finds no CUDA device; --dry runs the steps without one")
     arch = "" if arguments.dry else facts["arch"]
     target = Target(sys.executable, arch, work, site, facts["cores"], wheels, arguments.dry)
     steps = chosen(target, arguments.call, arguments.steps)
@@ -118,7 +136,7 @@ def run_steps(
     facts: dict[str, Any],
 ) -> int:
     work = target.work
-    # The results of an earlier call of this name are not those of this one.
+    # Results of an earlier call of the same name must not be packed with those of this one.
     shutil.rmtree(work, ignore_errors=True)
     (work / "results").mkdir(parents=True)
     write_atomically(work / "machine.json", json.dumps(facts, indent=1) + "\n")
@@ -136,7 +154,7 @@ def run_steps(
 
 
 def main() -> int:
-    # Both end the step that runs and pack what there is.
+    # SystemExit ends the step that runs, and packs what there is.
     for signal_ in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signal_, lambda number, frame: sys.exit(128 + number))
     top = parser()

@@ -1,4 +1,4 @@
-"""What a call leaves: results.tgz with every log and result, and summary.json, one page."""
+"""Writes what a call leaves: results.tgz with all logs and results, and summary.json, one page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TAIL_LINES = 15
 
 
 def save(out: Path, work: Path, summary: Mapping[str, Any]) -> None:
-    """Replaces both files, each atomically: a kill leaves the last good ones."""
+    """Replaces both files. If the process is killed, the last complete ones are still there."""
     packed = pack(work)
     write_atomically(out / ARCHIVE, packed)
     whole = {**summary, "archive": {"file": ARCHIVE, "bytes": len(packed)}, "json": _json_in(work)}
@@ -27,13 +27,14 @@ def save(out: Path, work: Path, summary: Mapping[str, Any]) -> None:
 
 
 def pack(work: Path) -> bytes:
-    """The files below `work` as a .tgz. Names that begin with a dot are files half written."""
+    """Returns the files below `work` as a .tgz. It leaves out names that begin with a dot, which
+    are files that are being written."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=6) as archive:
         for path in _files(work):
             try:
                 content = _content(path)
-            except FileNotFoundError:  # the step that runs has just removed it
+            except FileNotFoundError:  # the running step has just removed the file
                 continue
             entry = tarfile.TarInfo(str(path.relative_to(work)))
             entry.size, entry.mtime = len(content), int(time.time())
@@ -42,7 +43,7 @@ def pack(work: Path) -> bytes:
 
 
 def tail(log: Path, lines: int = TAIL_LINES) -> list[str]:
-    """The last lines of a log that are not blank, each of at most 300 characters."""
+    """Returns the last lines of a log that are not blank, at most 300 characters of each."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 65536))
         text = file.read().decode(errors="replace")
@@ -50,12 +51,13 @@ def tail(log: Path, lines: int = TAIL_LINES) -> list[str]:
 
 
 def _files(work: Path) -> list[Path]:
-    found = (path for path in work.rglob("*") if path.is_file() and not path.is_symlink())
-    return sorted(path for path in found if not path.name.startswith("."))
+    files = (path for path in work.rglob("*") if path.is_file() and not path.is_symlink())
+    return sorted(path for path in files if not path.name.startswith("."))
 
 
 def _content(path: Path) -> bytes:
-    """The file; of a long log its beginning and its end, and a line that says how much is gone."""
+    """Returns the content of a file. A long log is cut in the middle, where a line says how much is
+    left out."""
     size = path.stat().st_size
     if path.suffix != ".log" or size <= MAX_LOG_BYTES:
         return path.read_bytes()
@@ -68,7 +70,7 @@ def _content(path: Path) -> bytes:
 
 
 def _json_in(work: Path) -> dict[str, str]:
-    """Says where each JSON lies in the archive, with its size and how many cells are missing."""
+    """Returns the place of each JSON file in the archive -> its size and the cells it lacks."""
     described = {}
     for path in _files(work):
         if path.suffix == ".json":
@@ -83,7 +85,7 @@ def _described(path: Path) -> str:
     except FileNotFoundError:
         return "removed while this was written"
     except ValueError as error:
-        return f"not whole: {error}"
+        return f"not complete: {error}"
     if isinstance(content, dict) and content.get("cells_left"):
         return f"{len(text)} characters, {content['cells_left']} cells were not measured"
     return f"{len(text)} characters"

@@ -1,7 +1,7 @@
-"""What the machine is, as one line of JSON: the GPU, the versions, the commit, the packages.
+"""Prints what the machine is as one line of JSON: the GPU, the versions, the commit, the packages.
 
-A process of its own: it imports torch and touches the GPU, which the process that watches the
-steps must not.
+It runs in a process of its own, because it imports torch and touches the GPU. The process that
+watches the steps must do neither.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import machine
 
-# The kernels for Hopper use instructions that only the code for "90a" may hold.
+# The Hopper kernels use instructions that a compiler accepts only for "90a".
 _ARCHS = {(9, 0): "90a"}
 
 
@@ -29,7 +29,7 @@ def facts() -> dict[str, Any]:
         "python": sys.executable,
         "versions": machine.versions(),
         "commit": machine.commit(),
-        "packages": sorted({found.metadata["Name"] for found in metadata.distributions()}),
+        "packages": sorted({package.metadata["Name"] for package in metadata.distributions()}),
     }
 
 

@@ -1,10 +1,13 @@
-"""The step that installs pylora into the Python that runs it, with the least compiling.
+"""Installs pylora into the Python that runs this, and compiles only if it must.
 
     python -m benchmarks.gpu.install [--arch 90a]
 
-The extension of an installed pylora is kept if it is made from these sources for this GPU. If not,
-a pylora/_C*.so that was carried here is used if it is. If not, it is compiled. What was done, and
-why nothing less would do, is printed. Nothing is fetched: no network is needed.
+1. If the pylora that is installed has an extension from these sources for this GPU, it is kept.
+2. Otherwise, if pylora/ has such an extension (_C*.so) that was carried here, it is used.
+3. Otherwise the extension is compiled.
+
+What was done is printed, with the reason why the steps before it were not enough. Nothing is
+downloaded, so no network is needed.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from typing import Any
 
 from benchmarks.gpu.steps import ROOT
 
-# What building needs beside torch; setuptools reads the license in pyproject.toml from 77 on.
+# From this version on, setuptools understands the license in pyproject.toml.
 MIN_SETUPTOOLS = 77
 
 _INSTALLED = """
@@ -32,7 +35,7 @@ import json, pylora, pylora.kernels
 from pylora import _C
 print(json.dumps({"package": pylora.__file__, **_C.build_info()}))
 """
-# The module alone, before there is a package around it.
+# This loads the extension alone, since the package may not be installed yet.
 _ALONE = """
 import importlib.util, json, sys, torch
 spec = importlib.util.spec_from_file_location("pylora._C", sys.argv[1])
@@ -43,7 +46,8 @@ print(json.dumps(module.build_info()))
 
 
 def find_cuda_home() -> Path | None:
-    """The newest toolkit in /usr/local, for a machine that has none on PATH or in CUDA_HOME."""
+    """Returns the newest CUDA toolkit in /usr/local, or None. It is for a machine that has neither
+    nvcc on PATH nor CUDA_HOME."""
     homes = [path.parent.parent for path in Path("/usr/local").glob("cuda*/bin/nvcc")]
 
     def version(home: Path) -> list[int]:
@@ -54,7 +58,8 @@ def find_cuda_home() -> Path | None:
 
 
 def build_info(code: str, *arguments: str) -> dict[str, Any] | str:
-    """What the extension says of itself to a Python of its own, or why it could not be loaded."""
+    """Runs `code` in another Python and returns the build info that it prints. If the extension
+    could not be loaded, returns the reason."""
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         env=os.environ | {"PYTHONSAFEPATH": "1", "PYTHONWARNINGS": "ignore"},
@@ -67,14 +72,13 @@ def build_info(code: str, *arguments: str) -> dict[str, Any] | str:
 
 
 def why_not(info: dict[str, Any] | str, arch: str | None) -> str | None:
-    """None if an extension is made from these sources for this GPU, else the reason.
-
-    Without an arch, in a dry run, it may be built for any GPU or for none.
+    """Returns why an extension cannot be used, or None if it is made from these sources for this
+    GPU. Without `arch`, in a dry run, it may be built for any GPU or for none.
     """
     if isinstance(info, str):
         return info
     if info.get("sources") != source_digest():
-        return "it was compiled from other sources than these"
+        return "it was compiled from other sources"
     built = [name.removesuffix("+PTX") for name in info["cuda_archs"]]
     if arch is not None and arch not in built:
         return f"it was built for {', '.join(built) or 'the CPU alone'}, and {arch} is wanted"
@@ -82,22 +86,24 @@ def why_not(info: dict[str, Any] | str, arch: str | None) -> str | None:
 
 
 def load_setup() -> ModuleType:
-    """setup.py; a script cannot be imported in the ordinary way."""
+    """Returns setup.py as a module. It is a script that is not on the import path, so it is loaded
+    from its file."""
     spec = importlib.util.spec_from_file_location("pylora_setup", ROOT / "setup.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look themselves up here
+    sys.modules[spec.name] = module  # dataclasses look up their module here
     spec.loader.exec_module(module)
     return module
 
 
 def source_digest() -> str:
-    """The digest that setup.py computes of the sources and flags of the extension."""
+    """Returns the digest that setup.py computes of the sources and flags of the extension."""
     return load_setup().source_digest()
 
 
 def carried(arch: str | None) -> Path | None:
-    """A compiled extension in pylora/ that can be used as it is; prints why another cannot."""
+    """Returns a compiled extension in pylora/ that can be used, or None. For each that cannot be
+    used it prints the reason."""
     for path in sorted((ROOT / "pylora").glob("_C*.so")):
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         reason: str | None = f"it is not for this Python, which loads _C{suffix}"
@@ -115,10 +121,10 @@ def command() -> list[str]:
 
 
 def install(arch: str | None, extension: Path | None) -> int:
-    """Exit code of pip, which compiles unless an extension is given."""
-    found = metadata.version("setuptools")
-    if int(found.split(".")[0]) < MIN_SETUPTOOLS:
-        print(f"setuptools is {found}; it must be {MIN_SETUPTOOLS} or later")
+    """Installs with pip, which compiles unless an extension is given. Returns pip's exit code."""
+    installed = metadata.version("setuptools")
+    if int(installed.split(".")[0]) < MIN_SETUPTOOLS:
+        print(f"setuptools is {installed}; it must be {MIN_SETUPTOOLS} or later")
         return 1
     environment = os.environ | {"PYTHONSAFEPATH": "1"}
     if extension is not None:
@@ -131,7 +137,9 @@ def install(arch: str | None, extension: Path | None) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.install")
-    parser.add_argument("--arch", help="the GPU's, such as 90a; default: any, or none")
+    parser.add_argument(
+        "--arch", help="the architecture of the GPU, such as 90a; default: any, or none"
+    )
     arch = parser.parse_args().arch
     info = build_info(_INSTALLED)
     reason = why_not(info, arch)

@@ -1,4 +1,4 @@
-"""Runs the steps of one call, one after the other, within their limits and the call's budget."""
+"""Runs the steps of a call one after the other, within their limits and the budget of the call."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from benchmarks.gpu import archive
 from benchmarks.gpu.steps import ROOT, Step
 
 OK, NOT_STARTED, NOT_FOR_THIS_GPU = "ok", "not started", "not for this GPU"
-# A process that is told to end may write what it has; then it is killed.
+# A process that is told to end has so long to write its results before it is killed.
 GRACE_S = 5.0
-# A command may be killed together with us at any time: what it measured until then is packed.
+# This process may be killed at any time, and so packs the results so far at this interval.
 SAVE_EVERY_S = 60.0
 
 
 class Runner:
-    """One call: `entries` says of every step how it went, from the beginning.
+    """Runs the steps of one call.
 
-    facts  of benchmarks/gpu/facts.py
+    entries  how each step went; from the beginning there is an entry for every step
+    facts    what benchmarks/gpu/facts.py printed
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Runner:
         ]
 
     def run(self) -> bool:
-        """True if every step that is for this GPU ran and succeeded."""
+        """Runs the steps. Returns True if every step that is for this GPU ran and succeeded."""
         (self.work / "logs").mkdir(parents=True, exist_ok=True)
         failed: str | None = None
         for step, entry in zip(self.steps, self.entries, strict=True):
@@ -79,7 +80,7 @@ class Runner:
         return step.arch not in (None, self.facts["arch"]) and not self.is_dry
 
     def _why_not(self, step: Step) -> str | None:
-        """None if the step can be started, else the reason."""
+        """Returns why the step cannot be started, or None if it can."""
         if self._is_for_another_gpu(step):
             return f"it needs sm_{step.arch}, and this GPU is sm_{self.facts['arch']}"
         missing = self._missing(step.needs)
@@ -91,7 +92,8 @@ class Runner:
         return None
 
     def _missing(self, packages: Sequence[str]) -> str:
-        """Those that the steps' Python cannot find, which may lie among the carried wheels."""
+        """Names the packages that the Python of the steps cannot find. It also looks in the folder
+        of the carried wheels."""
         find = "import sys; from importlib.util import find_spec\n"
         find += "print(*[name for name in sys.argv[1:] if find_spec(name) is None])"
         done = subprocess.run(
@@ -132,9 +134,10 @@ def run_command(
     environment: Mapping[str, str],
     keep: Callable[[], None] = lambda: None,
 ) -> tuple[str, int | None]:
-    """(status, exit code) of a command in a process group of its own, which ends with it.
+    """Runs a command in a process group of its own, and returns (status, exit code).
 
-    Its output goes into `log` as it comes. `keep` is called every minute.
+    Its output goes into `log` as it comes. `keep` is called every minute. When the command ends,
+    all processes of the group are ended.
     """
     with log.open("w") as file:
         file.write(f"$ {shlex.join(command)}\n")
@@ -166,13 +169,14 @@ def run_command(
 
 
 def end_group(process: subprocess.Popen[Any]) -> None:
-    """Ends what is left of the process group that `process` leads: asks first, then kills."""
+    """Ends the process group that `process` leads: first asks its processes to end, then kills
+    them."""
     for signal_ in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + GRACE_S
         try:
             os.killpg(process.pid, signal_)
             while time.monotonic() < deadline:
-                process.poll()  # reaps the leader, which otherwise stays in its group
+                process.poll()  # otherwise the ended leader stays in its group
                 os.killpg(process.pid, 0)
                 time.sleep(0.02)
         except ProcessLookupError:

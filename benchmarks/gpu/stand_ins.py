@@ -1,7 +1,7 @@
 """Programs that stand in for nvidia-smi and compute-sanitizer in a dry run.
 
-They write their arguments into a file and run the command that stands behind the options, so that
-a dry run goes through the same steps as a real one.
+They write their arguments into a file. The one for compute-sanitizer then runs the program after
+its options, so that a dry run has the same steps as a real one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from pathlib import Path
 
 CALLS = "stand-ins.log"
 
-# What an option of compute-sanitizer is followed by: `--tool memcheck --error-exitcode 1 program`.
+# A command is such as `compute-sanitizer --tool memcheck --error-exitcode 1 program`, in which each
+# option has a value.
 _SCRIPTS = {
     "nvidia-smi": 'echo "nvidia-smi $*" >> "{calls}"\necho "a dry run has no GPU"\n',
     "compute-sanitizer": (
@@ -22,7 +23,8 @@ _SCRIPTS = {
 
 
 def write(folder: Path, work: Path) -> Path:
-    """The folder of the stand-ins, made anew; each call of one adds a line to work/CALLS."""
+    """Writes the programs into `folder` and returns it. Each program that is run adds a line to the
+    file CALLS in `work`."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, script in _SCRIPTS.items():
         program = folder / name

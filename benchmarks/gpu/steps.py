@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# A borrowed machine may kill a command after 600 s; what is left is for starting and packing.
+# A borrowed machine may kill a command after 600 s. The other 60 s are for starting and packing.
 BUDGET_S = 540
 
 
@@ -16,11 +16,12 @@ BUDGET_S = 540
 class Step:
     """One command of the run.
 
-    seconds      its time limit: it is ended when it runs longer, and not started if less is left
-    environment  variables set for it alone
-    needs        Python packages without which it is not started
-    arch         it is only for a GPU of this architecture; None: for every GPU
-    is_vital     if it fails, the steps after it are not started
+    seconds      the time limit: the step is ended if it takes longer, and is not started if less
+                 time is left
+    environment  variables that are set for this step alone
+    needs        Python packages without which the step is not started
+    arch         the step is only for GPUs of this architecture; None if it is for all
+    is_vital     if the step fails, the steps after it are not started
     """
 
     name: str
@@ -34,14 +35,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Target:
-    """Where the steps run.
+    """The machine and the folders of the steps.
 
-    python  the interpreter that holds torch
+    python  the Python that has torch
     arch    the architecture of the GPU, such as "90a"; "" in a dry run
     work    the folder for the logs and results of this call
     site    the folder into which `wheels` are installed; it is on PYTHONPATH
     cores   the cores that this process may use
-    is_dry  nothing may be launched on a GPU: the same steps run small on the CPU
+    is_dry  the same steps run small on the CPU, and nothing is launched on a GPU
     """
 
     python: str
@@ -56,9 +57,9 @@ class Target:
 # A dry run must not fail on a slow or busy machine.
 DRY_PATIENCE = 5
 
-# Each call begins with the steps of FIRST. The limits of the first call, which has to compile, add
-# up to less than the budget. The others find the build of the first on a machine that was kept,
-# and leave some time for it on another one.
+# Each call begins with the steps of FIRST. The first call has to compile, and so the limits of all
+# its steps together are below the budget. The other calls find that build if the machine was kept,
+# and have some time left to compile on another machine.
 FIRST = ("wheels", "build")
 CALLS: dict[str, tuple[str, ...]] = {
     "1": ("machine", "info", "check", "tests"),
@@ -66,18 +67,18 @@ CALLS: dict[str, tuple[str, ...]] = {
     "3": ("sweep", "hopper-racecheck"),
     "4": ("goals", "memcheck-cuda", "memcheck-triton"),
 }
-# The rows of x of the three shapes of `pylora check` that are for the Hopper kernel alone.
+# The numbers of tokens in the three shapes of `pylora check` that only the Hopper kernel needs.
 HOPPER_ROWS = "128,131,300"
 
 
 def steps(target: Target) -> dict[str, Step]:
-    """All steps by name, in the order in which they run."""
+    """Returns all steps by name, in the order in which they run."""
     python, is_dry = target.python, target.is_dry
     pip = (python, "-m", "pip", "--disable-pip-version-check", "install")
     pylora = (python, "-m", "pylora")
     pytest = (python, "-m", "pytest", "-v", "-m", "gpu")
     bench = (python, "-m", "benchmarks")
-    # `python -m benchmarks` is found in the root of the repository, the folder the steps run in.
+    # `python -m benchmarks` is found through the current folder, the root of the repository.
     from_root = {"PYTHONSAFEPATH": ""}
     hopper = {"PYLORA_HOPPER": "1"}
     results = target.work / "results"
@@ -86,14 +87,15 @@ def steps(target: Target) -> dict[str, Step]:
         check = ("check", "--backend", "cpu" if is_dry else backend, *options)
         return ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *pylora, *check)
 
-    # One shape for each kernel: the sanitizers are slow, and so is a CPU in a dry run.
+    # The sanitizers are slow, and so is a CPU in a dry run: each kernel gets one shape.
     few_rows = ("--rows", "9,131" if is_dry else "1,9,63,131,513")
     hopper_ops = ("--op", "nf4_linear", "--op", "lora_linear", "--rows", HOPPER_ROWS)
     goals = ("run", "--suite", "quick", "--device", "cuda")
     if is_dry:
-        small = "--device cpu --op lora_linear --shape 32x64 --rows 2 --against dense,reference"
+        small = "--device cpu --op lora_linear --shape 32x64 --tokens 2 --against dense,reference"
         goals = ("run", *small.split(), "--threads", "1", "--seconds", "0", "--no-memory")
-    # Torch's allocator hands out parts of one block; without it every tensor has bounds.
+    # Torch's allocator cuts tensors from one large piece of memory. Without it memcheck knows the
+    # bounds of each tensor.
     no_cache = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     workers = str(max(1, target.cores * 3 // 4))
 
@@ -101,7 +103,7 @@ def steps(target: Target) -> dict[str, Step]:
     install = (python, "-m", "benchmarks.gpu.install", *(["--arch", target.arch] * (not is_dry)))
     primitives = ("--out", str(results / "primitives.json"), "--total", "230")
     sweep = ("--out", str(results / "sweep.json"), "--seconds", "340")
-    if is_dry:  # both measure nothing but a GPU
+    if is_dry:  # these two can only measure a GPU
         primitives = ("--list", "--only", "products", "--only", "host")
         sweep += ("--help",)
     listed = [
@@ -151,14 +153,14 @@ def steps(target: Target) -> dict[str, Step]:
 
 
 def chosen(target: Target, call: str | None, names: Sequence[str]) -> list[Step]:
-    """The steps of a call, or those of `names` ("tests", or "tests=400" with a limit in seconds),
-    or without either those of all calls; before them those of FIRST.
+    """Returns the steps of FIRST and after them those of a call, or those in `names`, or if neither
+    is given those of all calls. A name is such as "tests", or "tests=400" with a limit in seconds.
 
-    Raises ValueError for a call or a step that there is not.
+    Raises ValueError if there is no such call or step.
     """
     known = steps(target)
     if call is not None and names:
-        raise ValueError(f"a call ({call}) and steps ({', '.join(names)}) are given; give one")
+        raise ValueError(f"a call ({call}) and steps ({', '.join(names)}) are given; give only one")
     if call is not None and call not in CALLS:
         raise ValueError(f"the call is {call!r}; it must be one of {', '.join(CALLS)}")
     limits: dict[str, int] = {}

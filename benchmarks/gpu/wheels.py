@@ -1,10 +1,11 @@
-"""`make gpu-wheels`: small wheels to carry to a GPU machine that has no network.
+"""`make gpu-wheels`: downloads small wheels to carry to a GPU machine that has no network.
 
     python -m benchmarks.gpu.wheels [--python 3.12] [--cuda 130] [--have peft tqdm ...]
 
-The benchmarks' packages that the machine does not have are downloaded for its Python, in the
-versions of requirements.lock. bitsandbytes is stripped to the library of one CUDA version and that
-of the CPU. Of the rest only wheels of pure Python are taken; what is left out is printed.
+It downloads the packages that the benchmarks need and that the machine does not have, for the
+machine's Python and in the versions of requirements.lock. From bitsandbytes it keeps only the
+library for one version of CUDA and the one for the CPU. From the other packages it takes only
+wheels of pure Python, and prints which packages it left out.
 """
 
 from __future__ import annotations
@@ -31,15 +32,16 @@ from benchmarks.results import write_atomically
 
 LOCK = ROOT / "requirements.lock"
 OUT = ROOT / "build" / "gpu-wheels"
-# A Python that holds torch for a GPU has these.
+# A Python that has torch for a GPU has these packages.
 WITH_TORCH = ("torch", "triton", "numpy", "packaging", "setuptools")
-# With the code and an extension, this is what a borrowed machine may take.
+# The wheels, the code and an extension together may have so many MB on a borrowed machine.
 LIMIT_MB = 64
-_NATIVE = re.compile(r"^bitsandbytes/libbitsandbytes_(?P<kind>\w+)\.so$")
+_LIBRARY = re.compile(r"^bitsandbytes/libbitsandbytes_(?P<device>\w+)\.so$")
 
 
 def imported(folder: Path = ROOT / "benchmarks") -> set[str]:
-    """The packages that the benchmarks import and that neither Python nor pylora brings."""
+    """Returns the packages that the benchmarks import and that come neither with Python nor with
+    pylora."""
     names: set[str] = set()
     for path in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -50,22 +52,21 @@ def imported(folder: Path = ROOT / "benchmarks") -> set[str]:
     return names - set(sys.stdlib_module_names) - {"benchmarks", "pylora"}
 
 
-def strip(wheel: Path, kinds: Iterable[str], out: Path) -> Path:
-    """Writes the bitsandbytes wheel without the libraries of other kinds than "cuda130" or "cpu".
-
-    Raises ValueError if it has none of a kind that is wanted.
+def strip(wheel: Path, devices: Iterable[str], out: Path) -> Path:
+    """Writes the bitsandbytes wheel with only the libraries for these devices, such as "cuda130"
+    and "cpu". Raises ValueError if it lacks one of them.
     """
-    kinds = set(kinds)
+    devices = set(devices)
     buffer = io.BytesIO()
     with zipfile.ZipFile(wheel) as source:
-        names = {name: _NATIVE.match(name) for name in source.namelist()}
-        found = {match["kind"] for match in names.values() if match}
-        if not kinds <= found:
+        names = {name: _LIBRARY.match(name) for name in source.namelist()}
+        available = {match["device"] for match in names.values() if match}
+        if not devices <= available:
             raise ValueError(
-                f"{wheel.name} has libraries for {', '.join(sorted(found))}; "
-                f"{', '.join(sorted(kinds - found))} is wanted"
+                f"{wheel.name} has libraries for {', '.join(sorted(available))}; "
+                f"{', '.join(sorted(devices - available))} is wanted"
             )
-        kept = [name for name, match in names.items() if not match or match["kind"] in kinds]
+        kept = [name for name, match in names.items() if not match or match["device"] in devices]
         (record,) = (name for name in kept if name.endswith(".dist-info/RECORD"))
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as target:
             for name in kept:
@@ -78,7 +79,8 @@ def strip(wheel: Path, kinds: Iterable[str], out: Path) -> Path:
 
 
 def _record(content: str, kept: list[str]) -> str:
-    """The lines of RECORD about the files that are left: pip installs what it lists."""
+    """Returns RECORD with only the lines about files that are kept, since pip looks for each file
+    that it lists."""
     lines = io.StringIO()
     rows = (row for row in csv.reader(io.StringIO(content)) if row and row[0] in kept)
     csv.writer(lines, lineterminator="\n").writerows(rows)
@@ -86,7 +88,7 @@ def _record(content: str, kept: list[str]) -> str:
 
 
 def requirements(wheel: Path) -> set[str]:
-    """The packages that a wheel cannot do without, under their canonical names."""
+    """Returns the canonical names of the packages that a wheel requires."""
     with zipfile.ZipFile(wheel) as source:
         (name,) = (n for n in source.namelist() if n.endswith(".dist-info/METADATA"))
         metadata = Metadata.from_email(source.read(name), validate=False)
@@ -98,18 +100,18 @@ def requirements(wheel: Path) -> set[str]:
 
 
 def locked(python: str) -> dict[str, str]:
-    """Canonical name -> "name==version" in requirements.lock for this version of Python."""
-    found = {}
+    """Returns canonical name -> "name==version" in requirements.lock for this version of Python."""
+    pins = {}
     for line in LOCK.read_text().splitlines():
         if line and not line.startswith("#"):
             pin = Requirement(line)
             if pin.marker is None or pin.marker.evaluate({"python_version": python}):
-                found[canonicalize_name(pin.name)] = f"{pin.name}{pin.specifier}"
-    return found
+                pins[canonicalize_name(pin.name)] = f"{pin.name}{pin.specifier}"
+    return pins
 
 
 def download(pin: str, tags: list[str], into: Path) -> Path | None:
-    """The wheel of "name==version"; None if there is none with these tags."""
+    """Downloads the wheel of "name==version", and returns None if none has these tags."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
     options = ["--no-deps", "--only-binary=:all:", *tags, "--dest", str(into)]
     done = subprocess.run([*pip, *options, pin], capture_output=True, text=True)
@@ -129,13 +131,14 @@ def fetch(
     out: Path,
     get: Callable[[str, list[str], Path], Path | None] = download,
 ) -> list[str]:
-    """Downloads what the benchmarks need beyond `have`; returns what was left out, in words."""
+    """Downloads what the benchmarks need beyond `have`, and returns a reason for each package that
+    was left out."""
     pins = locked(python)
     known = {canonicalize_name(name) for name in (*WITH_TORCH, *have)}
-    wanted = sorted({canonicalize_name(name) for name in imported()} - known)
+    left = sorted({canonicalize_name(name) for name in imported()} - known)
     left_out = []
-    while wanted:
-        name = wanted.pop(0)
+    while left:
+        name = left.pop(0)
         known.add(name)
         if name not in pins:
             left_out.append(f"{name}: requirements.lock does not have it")
@@ -154,12 +157,13 @@ def fetch(
                 kept = out / wheel.name
                 write_atomically(kept, wheel.read_bytes())
         print(f"{kept.stat().st_size / 1e6:6.2f} MB  {kept.name}")
-        wanted += sorted(needed - known - set(wanted))
+        left += sorted(needed - known - set(left))
     return left_out
 
 
 def names_of(have: Iterable[str]) -> list[str]:
-    """The names themselves, and those in a machine.json, which each call of `make gpu` leaves."""
+    """Returns the package names in `have`. An entry that ends in .json is a machine.json, which
+    each call of `make gpu` leaves, and stands for the packages in it."""
     names: list[str] = []
     for word in have:
         is_file = word.endswith(".json")
@@ -169,14 +173,18 @@ def names_of(have: Iterable[str]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.wheels")
-    parser.add_argument("--python", default="3.12", help="that of the machine; default: 3.12")
+    parser.add_argument(
+        "--python", default="3.12", help="version of the machine's Python; default: 3.12"
+    )
     parser.add_argument("--platform", default="manylinux_2_24_x86_64")
-    parser.add_argument("--cuda", default="130", help="CUDA of the machine's torch; default: 130")
+    parser.add_argument(
+        "--cuda", default="130", help="CUDA version of the machine's torch; default: 130"
+    )
     parser.add_argument(
         "--have",
         nargs="*",
         default=["peft", "transformers"],
-        help="packages the machine has beside torch, or a machine.json; default: peft transformers",
+        help="packages on the machine beside torch, or a machine.json; default: peft transformers",
     )
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
@@ -189,7 +197,7 @@ def main() -> int:
     for line in left_out:
         print(f"left out: {line}")
     total = sum(wheel.stat().st_size for wheel in out.glob("*.whl")) / 1e6
-    print(f"{total:.1f} MB in {out}, of {LIMIT_MB} MB that code, wheels and extension may have")
+    print(f"{total:.1f} MB in {out}; wheels, code and extension may have {LIMIT_MB} MB together")
     return 0
 
 

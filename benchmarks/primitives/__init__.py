@@ -1,1 +1,1 @@
-"""Rates of what the kernels are made of, measured one by one: `python -m benchmarks.primitives`."""
+"""`python -m benchmarks.primitives`: measures the parts that kernels are made of, one by one."""

@@ -1,12 +1,12 @@
-"""`python -m benchmarks.primitives`, started in the repository root."""
+"""Runs `python -m benchmarks.primitives`, to be started in the root of the repository."""
 
 from __future__ import annotations
 
 import os
 import sys
 
-# As in benchmarks/__main__.py: our folder kernels/ must not hide the Hugging Face package of that
-# name.
+# Our folder kernels/ must not hide the Hugging Face package of that name. benchmarks/__main__.py
+# says why it would.
 _HERE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or os.getcwd()) != _HERE]
 

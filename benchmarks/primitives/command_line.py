@@ -1,13 +1,13 @@
-"""Builds the programs, runs them group by group and keeps one JSON file up to date.
+"""Builds the programs, runs them group by group and writes their results into one JSON file.
 
     python -m benchmarks.primitives --out FILE.json                  everything, in under 4 minutes
     python -m benchmarks.primitives --out FILE.json --only GROUP     one group (may be repeated)
     python -m benchmarks.primitives --list                           the experiments
     python -m benchmarks.primitives --build --arch 90a               compile only; needs no GPU
 
-The file and the table tell of a program that does not build, and of an experiment that fails, hangs
-or gives a wrong result; the others go on. The exit code is 1 if there was one.
-Cycles are those of an SM's clock64, and a sample is that of the slowest CTA.
+If a program does not build, or an experiment fails, hangs or gives a wrong result, the others still
+run; the file and the table report it, and the exit code is 1. Cycles are counted by clock64 of an
+SM, and a sample has the cycles of the slowest CTA.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from benchmarks.results import write_atomically
 
 SCHEMA = 1
 PYTHON_GROUPS = ("products", "host")
-# What decides most comes first: a run may be cut off.
+# The most important group comes first, since a run may be cut off.
 GROUPS = (*build.PROGRAMS, *PYTHON_GROUPS)
 _SECONDS_TO_LIST = 60.0
 _SMI_FIELDS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
@@ -41,16 +41,16 @@ _SMI_FIELDS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "po
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["serve"]:  # the other end of a Python group's command
+    if arguments[:1] == ["serve"]:  # `_programs` makes this command for a group in Python
         _serve(arguments[1], arguments[2], arguments[3:])
         return 0
     options = _parser().parse_args(arguments)
     groups = tuple(options.only or GROUPS)
     arch = options.arch or _arch_here()
     if arch is None and options.build:
-        print("--build needs --arch without a GPU, such as --arch 90a", file=sys.stderr)
+        print("without a GPU --build needs --arch, such as --arch 90a", file=sys.stderr)
         return 2
-    # Programs can list their experiments on a machine without a GPU as well.
+    # A program can list its experiments on a machine without a GPU too.
     programs, problems = _programs(
         groups, arch or "90a", options.build or torch.cuda.is_available()
     )
@@ -79,14 +79,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, help="the JSON file")
     parser.add_argument("--only", action="append", choices=GROUPS, metavar="GROUP",
-                        help=f"of {', '.join(GROUPS)}; may be repeated")  # fmt: skip
+                        help=f"one of {', '.join(GROUPS)}; may be repeated")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="name the experiments")
     parser.add_argument("--build", action="store_true", help="compile the programs, run nothing")
-    parser.add_argument("--arch", help="such as 90a; default: that of the GPU")
+    parser.add_argument("--arch", help="an architecture such as 90a; default: that of the GPU")
     parser.add_argument("--limit", type=float, default=30.0, metavar="SECONDS",
-                        help="for an experiment; default: 30")  # fmt: skip
+                        help="limit for an experiment; default: 30")  # fmt: skip
     parser.add_argument("--total", type=float, default=230.0, metavar="SECONDS",
-                        help="for all that runs after the build; default: 230")  # fmt: skip
+                        help="limit for everything after the build; default: 230")  # fmt: skip
     return parser
 
 
@@ -100,7 +100,7 @@ def _arch_here() -> str | None:
 def _programs(
     groups: Sequence[str], arch: str, with_library: bool
 ) -> tuple[dict[str, runner.Program], dict[str, str]]:
-    """(programs by group, what is wrong with the groups that have none)."""
+    """Returns (the programs by group, the reason for each group that has none)."""
     targets = [build.PROGRAMS[group] for group in groups if group in build.PROGRAMS]
     targets += [build.EMPTY_LAUNCH] if with_library and "host" in groups else []
     paths, problems = {}, {}
@@ -118,7 +118,7 @@ def _programs(
         elif group in PYTHON_GROUPS:
             library = str(paths.get(build.EMPTY_LAUNCH.name, ""))
             module = [sys.executable, "-m", "benchmarks.primitives", "serve"]
-            # On a CPU a second thread would only add its start to a call on tiny tensors.
+            # The tensors are tiny: on a CPU a second thread would only make the calls longer.
             environment = {"OMP_NUM_THREADS": "1"} if group == "host" else {}
             programs[group] = runner.Program(group, [*module, group, library], environment)
     return programs, problems
@@ -127,14 +127,14 @@ def _programs(
 def _experiments(
     programs: dict[str, runner.Program], problems: dict[str, str]
 ) -> dict[str, list[runner.Record]]:
-    """By group; a program that cannot list its experiments becomes a problem."""
-    found = {}
+    """Returns the experiments by group. If a program cannot list them, that becomes a problem."""
+    experiments = {}
     for group, program in programs.items():
         try:
-            found[group] = runner.describe(program, _SECONDS_TO_LIST)
+            experiments[group] = runner.describe(program, _SECONDS_TO_LIST)
         except RuntimeError as error:
             problems[group] = str(error)
-    return found
+    return experiments
 
 
 def _run(
@@ -189,7 +189,7 @@ def _run(
 
 
 def _device_facts(programs: dict[str, runner.Program]) -> dict[str, Any] | None:
-    """What a compiled program says of the device, and the clocks that nvidia-smi knows."""
+    """Returns what a compiled program says about the device, and the clocks from nvidia-smi."""
     facts = None
     for group, program in programs.items():
         if group in build.PROGRAMS and facts is None:

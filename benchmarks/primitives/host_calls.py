@@ -1,7 +1,8 @@
-"""Host time of the layers of a call, from torch.empty to nn.LoRALinear with gradients.
+"""Measures the host's time for calls of many kinds, from torch.empty to nn.LoRALinear with
+gradients.
 
 The shapes are tiny. On a GPU nothing waits for the device while the clock runs, and the calls of a
-sample are few enough that its queue never fills.
+sample are so few that they never fill the queue of the device.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _WITH_GRADIENTS = "lora_linear_grad"  # every other call has none
 
 
 def host_microseconds(call: Callable[[], object], device: torch.device) -> Measured:
-    """Each sample is the mean of some calls; the device is idle before and is waited for after."""
+    """Takes samples, each the mean of some calls. The device is idle before a sample."""
     for _ in range(_WARM_UP):
         call()
     samples = []
@@ -41,7 +42,8 @@ def host_microseconds(call: Callable[[], object], device: torch.device) -> Measu
 
 
 def experiments(device: torch.device, empty_launch: Path | None) -> list[Experiment]:
-    """`empty_launch` is the library of cuda/empty_launch.cu; without a GPU there is none."""
+    """Returns the experiments. `empty_launch` is the compiled library of cuda/empty_launch.cu, or
+    None without a GPU."""
     makers: list[tuple[str, str, Callable[[], Callable[[], object]]]] = [
         ("python_call", "an empty Python function", lambda: lambda: None),
         ("torch_empty", "torch.empty(64)", lambda: partial(torch.empty, 64, device=device)),
@@ -53,7 +55,7 @@ def experiments(device: torch.device, empty_launch: Path | None) -> list[Experim
         ("lora_linear", "nn.LoRALinear", partial(_lora_linear, device)),
         (
             _WITH_GRADIENTS,
-            "nn.LoRALinear, forward with gradients to come",
+            "nn.LoRALinear, a forward that autograd records",
             partial(_lora_linear, device),
         ),
     ]

@@ -1,6 +1,8 @@
-"""What torch reaches on the GPU: dense products with K a little above 4096, a large one, a copy.
+"""Measures what torch reaches on the GPU: dense products with K a little above 4096, a large dense
+product, and a copy.
 
-`F.linear` at K = 4096 + r tells whether LoRA may ride on a dense product as r more columns.
+LoRA can be added to a dense product as r more columns, which makes K = 4096 + r. The times of
+`F.linear` with such a K tell if that costs more than its FLOP.
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ MS = (512, 2048, 8192)
 LARGE = 8192
 COPY_BYTES = 2 << 30
 _SAMPLES = 7
-_CALLS = 8  # in a sample, each with operands of its own: together they exceed the L2
+# Each call of a sample has operands of its own, which together exceed the L2 cache.
+_CALLS = 8
 # The device waits about a millisecond before a sample, so that the host is ahead of it.
 _HEAD_START_CYCLES = 2_000_000
 
 
 def device_seconds(calls: list[Callable[[], object]]) -> float:
-    """Gives the time of one call, from two events around all of them."""
+    """Returns the time of one call, measured by two events around all of them."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(_HEAD_START_CYCLES)
     begin.record()
@@ -54,12 +57,12 @@ def experiments(
         return [call() for _ in range(_CALLS)]
 
     def linear(m: int, n: int, k: int) -> Measured:
-        """Turn by turn with the first K, so that both see the same clock."""
+        """Times this K and the first K in turn, so that the GPU's clock is the same for both."""
         ours, first = linear_calls(m, n, k), linear_calls(m, n, ks[0])
         times, first_times = [], []
         for turn in range(_SAMPLES + 1):
             pair = seconds(ours), seconds(first)
-            if turn:  # the first warms up
+            if turn:  # the first turn warms up
                 times.append(pair[0])
                 first_times.append(pair[1])
         return Measured(
@@ -84,7 +87,7 @@ def experiments(
             {"M": m, "N": n, "K": k, "dtype": "bfloat16"},
             "TFLOP/s",
             partial(linear, m, n, k),
-            f"F.linear; time_over_first_k: against K = {ks[0]}, measured in turn with it",
+            f"F.linear; time_over_first_k: over the time with K = {ks[0]}, measured in turn",
         )
         for m in ms
         for n in ns

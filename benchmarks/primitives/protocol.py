@@ -1,7 +1,8 @@
-"""What a program of experiments written in Python prints: the same lines as cuda/experiment.cuh.
+"""Runs experiments that are written in Python as a program: it prints the same lines as the
+programs that are made with cuda/experiment.cuh.
 
-An exception ends the program. The runner then takes the last line of the traceback for the error of
-the experiment that had begun, and starts the program anew for those that are left.
+An exception ends the program. The runner then takes the last line of the traceback as the error of
+the experiment that had begun, and starts the program again for the experiments that are left.
 """
 
 from __future__ import annotations
@@ -14,13 +15,19 @@ from typing import Any
 
 @dataclass
 class Measured:
+    """The samples of an experiment, and numbers that follow from them."""
+
     samples: list[float]
     derived: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """`run` measures; `ideal` is in the same unit, None if it is not known."""
+    """One thing to measure.
+
+    unit   the unit of the samples
+    ideal  the best possible sample, in the same unit; None if it is not known
+    """
 
     name: str
     parameters: dict[str, Any]
@@ -40,7 +47,7 @@ class Experiment:
 
 
 def serve(experiments: Sequence[Experiment], arguments: Sequence[str]) -> None:
-    """`--list` describes the experiments; otherwise `arguments` are the names of those to run."""
+    """Describes the experiments if the arguments are `--list`, otherwise runs the named ones."""
     if list(arguments) == ["--list"]:
         for experiment in experiments:
             _say(experiment.described())

@@ -1,8 +1,8 @@
 """Runs the programs of experiments, each in a process group of its own and under a time limit.
 
-A program says when it begins an experiment (protocol.py, cuda/experiment.cuh). If it then prints
-nothing for too long it is killed; if it dies, its end is the result. Either way that experiment
-gets an error, and the program is started again for the experiments that are left.
+A program prints a line when it begins an experiment (protocol.py, cuda/experiment.cuh). If it
+prints nothing more for too long, it is killed. If it is killed or ends by itself, the experiment
+that had begun gets an error, and the program is started again for the experiments that are left.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import IO, Any
 from benchmarks.machine import ROOT
 
 OK, ERROR, SKIPPED = "ok", "error", "skipped"
-# A killed program may hang in the driver; nobody waits for it longer than this.
+# A killed program may hang in the driver, and is waited for at most so long.
 _SECONDS_TO_DIE = 5.0
 _ERROR_LENGTH = 500
 
@@ -32,7 +32,8 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Program:
-    """`command` with the names of experiments behind it runs these, with --list it names them."""
+    """A program of experiments. Its command is followed by the names of experiments to run, or by
+    --list to describe all of them."""
 
     group: str
     command: Sequence[str]
@@ -40,7 +41,8 @@ class Program:
 
 
 def describe(program: Program, seconds: float) -> list[Record]:
-    """The program's experiments, without results. Raises RuntimeError if it cannot say."""
+    """Returns the experiments of a program, without results. Raises RuntimeError if the program
+    cannot list them."""
     try:
         done = subprocess.run(
             [*program.command, "--list"],
@@ -65,9 +67,9 @@ def run(
     finished: Callable[[Record], None],
     time_left: Callable[[], float] = lambda: float("inf"),
 ) -> None:
-    """Runs the experiments in order and gives each record to `finished` as soon as it is there.
+    """Runs the experiments in order, and calls `finished` with the record of each when it ends.
 
-    An experiment ends after `seconds`, and when no time is left those that remain are skipped.
+    An experiment is ended after `seconds`. If `time_left` is zero, the remaining ones are skipped.
     """
     remaining = list(experiments)
     while remaining and time_left() > 0:
@@ -85,8 +87,8 @@ def _run_once(
     finished: Callable[[Record], None],
     time_left: Callable[[], float],
 ) -> None:
-    """Starts the program for the remaining experiments and takes those off that it has settled: at
-    least one."""
+    """Starts the program for the remaining experiments, and removes those from the list that then
+    have a result or an error. At least one is removed."""
     names = [experiment["name"] for experiment in remaining]
     with tempfile.TemporaryFile("w+") as errors:
         try:
@@ -124,7 +126,7 @@ def _run_once(
             else:
                 code = process.returncode
         settled = len(names) - len(remaining)
-        # Code 3: the program ended behind an experiment whose error it has told.
+        # Code 3 says that the program ended after an experiment whose error it has printed.
         if remaining and not (settled and code == 3 and not ending):
             errors.seek(0)
             reason = ending or _ending(code, errors.read())
@@ -138,7 +140,7 @@ def _environment(program: Program) -> dict[str, str]:
 
 
 def _lines_of(stream: IO[str]) -> queue.Queue[str | None]:
-    """Lines as they come, None at the end."""
+    """Returns a queue to which a thread adds each line as it comes, and None at the end."""
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
@@ -151,7 +153,7 @@ def _lines_of(stream: IO[str]) -> queue.Queue[str | None]:
 
 
 def _parsed(line: str) -> Record | None:
-    """None if the line is not of the protocol: libraries print warnings."""
+    """Returns the line as a record, or None if it is another text, such as a library's warning."""
     try:
         parsed = json.loads(line)
     except json.JSONDecodeError:
@@ -160,7 +162,7 @@ def _parsed(line: str) -> Record | None:
 
 
 def _end(process: subprocess.Popen[str], wait: bool) -> int | None:
-    """The exit code; None if the process does not even end when it is killed."""
+    """Ends a process and returns its exit code, or None if even killing it does not end it."""
     try:
         if wait:
             return process.wait(_SECONDS_TO_DIE)
@@ -177,11 +179,12 @@ def _end(process: subprocess.Popen[str], wait: bool) -> int | None:
 
 
 def _ending(code: int | None, errors: str) -> str:
+    """Says how a program ended that gave no result, with the last line that it printed."""
     lines = errors.strip().splitlines()
-    told = f": {lines[-1][:_ERROR_LENGTH]}" if lines else ""
+    reason = f": {lines[-1][:_ERROR_LENGTH]}" if lines else ""
     if code is not None and code < 0:
-        return f"the program was ended by {signal.Signals(-code).name}{told}"
-    return f"the program ended with code {code} without a result{told}"
+        return f"the program was ended by {signal.Signals(-code).name}{reason}"
+    return f"the program ended with code {code} without a result{reason}"
 
 
 def _record(
@@ -191,7 +194,7 @@ def _record(
     error: str | None = None,
     skipped: str | None = None,
 ) -> Record:
-    """The experiment with what came of it."""
+    """Returns the record of an experiment with its result, its error, or why it was skipped."""
     result = result or {}
     error, skipped = result.get("error", error), result.get("skipped", skipped)
     samples = result.get("samples", [])
@@ -211,7 +214,7 @@ def _record(
 
 
 def ask(command: Sequence[str | Path], seconds: float) -> Record | None:
-    """The one JSON line that a program prints, such as --facts; None if it prints none."""
+    """Returns the JSON line that a command prints, or None if it prints none."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except (OSError, subprocess.TimeoutExpired):

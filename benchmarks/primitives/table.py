@@ -1,4 +1,4 @@
-"""The results as a table: one line an experiment, grouped."""
+"""The table of results: a line for each experiment, by group."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ _UNKNOWN = "-"
 
 
 def results_table(records: Sequence[dict[str, Any]]) -> str:
-    """Median, spread (p80 - p20 over the median), the ideal and what follows from the median."""
+    """Returns the table. It has the median, the spread (p80 - p20, over the median), the ideal and
+    what follows from the samples."""
     lines: list[str] = []
     width = max((len(record["name"]) for record in records), default=0)
     group = None

@@ -1,4 +1,4 @@
-"""A Triton kernel that does nothing: what its launch costs the host."""
+"""A Triton kernel that does nothing. It shows what a launch costs the host."""
 
 from __future__ import annotations
 

@@ -6,14 +6,16 @@
                                                     what keeps the SM busy in a main loop
 
 No GPU is needed: the CUDA files are compiled for every architecture that we ship, and cuobjdump,
-which comes with the Triton wheel, lists their machine code. A file whose key is that of the table
-is not compiled again unless CI_FULL=1 is set (`sources`).
+which comes with the Triton wheel, reads the numbers from their machine code. A file whose key is
+that of the table is not compiled again unless CI_FULL=1 is set (`sources`).
 
-Worse means a spill, a kernel gone, more registers or shared memory, fewer 16-byte accesses or
-matrix instructions than the table says, or more cycles of the slowest part of the SM
-(`cycle_model`). A change that means it updates the table in the same commit. Shared memory is the
-static one. Registers count as the hardware hands them out, in eights: below that, two builds of the
-same source differ, since ptxas orders some of its work by where the heap lies.
+A kernel is worse than the table if it spills, is gone, has more registers or shared memory, has
+fewer 16-byte accesses or matrix instructions, or takes more cycles in the slowest part of the SM
+(`cycle_model`). A change that is meant to do this updates the table in the same commit.
+
+Only static shared memory counts. Registers are compared in eights, which is how the hardware hands
+them out: two builds of the same source can differ by less, since the order of some of the work of
+ptxas depends on addresses.
 """
 
 from __future__ import annotations
@@ -33,9 +35,10 @@ from typing import Any
 from benchmarks.resources import cycle_model, sass
 from benchmarks.resources.cycle_model import Loop
 from benchmarks.resources.sources import CudaFiles, everything
+from benchmarks.results import write_atomically
 
 TABLE = Path(__file__).parents[1] / "results" / "kernel_resources.json"
-# The column is checked in this direction: +1 where more is worse, -1 where less is.
+# Column -> 1 if more is worse, -1 if less is worse.
 WORSE = {
     "registers": 1,
     "shared": 1,
@@ -45,26 +48,26 @@ WORSE = {
     "stores_16": -1,
     "matrix": -1,
 }
-# What a warp's registers are allocated in, for each of its threads.
+# A warp gets its registers in this unit for each of its threads.
 REGISTER_UNIT = 8
 LANES = 32
 
-# arch -> kernel -> column. "cycles" is a mapping of its own, the others are numbers and "binds".
+# Arch -> kernel -> column -> value. Most values are numbers; "cycles" is a mapping, "binds" a word.
 Table = dict[str, dict[str, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """How the machine code of a kernel tells how many weights its main loop decodes.
+    """How to find out from the machine code of a kernel how many weights its main loop decodes.
 
-    marker          begins the opcode of an instruction of which the number is known
-    weights         that a lane decodes for each of them
-    per_token_tile  there is such an instruction for each of the kernel's token tiles, which are the
-                    first number among its template arguments
-    tile            weights of the CTA's tile in one turn of the loop, if the copy engine feeds it
-    tile_bytes      bytes of qweight that are copied for it,
-    token_bytes     and bytes of x for each token
-    passes          see `cycle_model.Loop`
+    marker          the beginning of the opcode of an instruction that is counted
+    weights         how many weights a lane decodes for each of these instructions
+    per_token_tile  the instruction is repeated for each token tile. The number of token tiles is
+                    the first number among the template arguments of the kernel
+    tile            the weights that a CTA decodes in a turn, if the copy engine brings them
+    tile_bytes      the bytes of qweight that are copied for these weights
+    token_bytes     the bytes that are copied for each token of x
+    passes          `cycle_model.Loop.passes`
     """
 
     marker: str
@@ -76,7 +79,7 @@ class Decoder:
     passes: Mapping[str, float] = field(default_factory=dict)
 
     def loop(self, kernel: str, code: sass.Code) -> Loop | None:
-        """The main loop of the kernel; None without one."""
+        """Returns the main loop of the kernel, or None if it has none that decodes weights."""
         match = re.search(r"<\w+, (\d+)", kernel)
         tokens = int(match[1]) if match else 1
 
@@ -96,10 +99,11 @@ DECODERS = {
     "lora_linear_small_m": Decoder("LDSM", 32),
     # A lane has 8 weights of the fragment of a mma.m16n8k16.
     "nf4_linear_backward_small_m": Decoder("HMMA", 8, per_token_tile=True),
-    # A lane decodes a quarter of the 16 bytes that it loads. The four lanes of a quad load the same
-    # ones: with equal addresses in pairs of lanes a load of 16 bytes takes two passes, not four
-    # (NVIDIA for compute capability 7.x, https://forums.developer.nvidia.com/t/77228; assumed to
-    # hold for 9.0). The copy engine writes 64 columns of the tile's 128 rows and of its tokens.
+    # Each lane loads 16 bytes and decodes a quarter of them; the four lanes of a quad load the same
+    # bytes. If pairs of lanes have equal addresses, a load of 16 bytes takes two passes, not four.
+    # (NVIDIA says so about compute capability 7.x, https://forums.developer.nvidia.com/t/77228; it
+    # is assumed for 9.0.) The copy engine writes 64 columns of the tile's 128 rows and of its
+    # tokens.
     "lora_linear_hopper": Decoder(
         "LDS.128",
         8,
@@ -109,14 +113,14 @@ DECODERS = {
         passes={"LDS.128": 2.0},
     ),
 }
-# Kernels that multiply without decoding NF4, and so have no cycles for a number of weights.
+# These kernels multiply matrices but decode no NF4, so the cycle model does not apply to them.
 WITHOUT_WEIGHTS = ("lora_shrink_many_rows",)
 
 
 def short_name(mangled: str) -> str:
-    """`lora_linear_small_m<bf16, 1, false>` of a mangled kernel name."""
+    """Returns a readable name such as `lora_linear_small_m<bf16, 1, false>` for a mangled name."""
     position, names = 3, []
-    # Itanium mangling: _ZN, then each enclosing name behind its length.
+    # Itanium mangling: _ZN, then each enclosing name after its length.
     while match := re.match(r"\d+", mangled[position:]):
         start = position + match.end()
         position = start + int(match[0])
@@ -132,7 +136,7 @@ def short_name(mangled: str) -> str:
 
 
 def _template_argument(code: str, before: list[str]) -> str:
-    if code.startswith("S"):  # one that was named before
+    if code.startswith("S"):  # it stands for an argument that was named before
         return before[-1]
     if code.startswith("Lb"):
         return "true" if code == "Lb1E" else "false"
@@ -140,7 +144,7 @@ def _template_argument(code: str, before: list[str]) -> str:
 
 
 def base_name(kernel: str) -> str:
-    """The kernel's name without its template arguments."""
+    """Returns the name of a kernel without its template arguments."""
     return kernel.split("<")[0]
 
 
@@ -150,7 +154,7 @@ def machine_code(module: Path, arch: str) -> dict[str, sass.Code]:
 
 
 def measure(module: Path) -> Table:
-    """The columns of every kernel in the module."""
+    """Reads the columns of every kernel in a compiled extension."""
     table: Table = {}
     arch = ""
     mangled = ""
@@ -168,7 +172,7 @@ def measure(module: Path) -> Table:
         for kernel, code in machine_code(module, arch).items():
             table[arch][kernel] |= numbers_of(kernel, code, arch)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # most of the time is cuobjdump's
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # most of the time is spent in cuobjdump
         list(pool.map(add_code, table))
     return table
 
@@ -194,7 +198,7 @@ def without_files(table: Table, files: Sequence[str]) -> Table:
 
 
 def numbers_of(kernel: str, code: sass.Code, arch: str) -> dict[str, Any]:
-    """The columns that come from a kernel's machine code."""
+    """Returns the columns that come from a kernel's machine code."""
     names = [instruction.opcode for instruction in code]
     numbers: dict[str, Any] = {
         "instructions": len(code) - sass.count(code, "NOP"),
@@ -211,33 +215,35 @@ def numbers_of(kernel: str, code: sass.Code, arch: str) -> dict[str, Any]:
 
 
 def problems(measured: Table, committed: Table) -> list[str]:
-    """Sentences for what is worse than the committed table, or wrong whatever that says."""
-    found = []
+    """Returns a sentence for everything that is worse than in the committed table, or that is wrong
+    whatever the table says."""
+    sentences = []
     for arch, kernels in measured.items():
         for name, numbers in kernels.items():
             if numbers["local"] or numbers["stack"]:
-                found.append(f"{arch} {name} spills: {numbers}")
+                sentences.append(f"{arch} {name} spills: {numbers}")
             multiplies = numbers["matrix"] and base_name(name) not in WITHOUT_WEIGHTS
             if multiplies and "cycles" not in numbers:
-                found.append(f"{arch} {name}: no main loop found, see DECODERS")
+                sentences.append(f"{arch} {name}: no main loop found, see DECODERS")
     for arch, kernels in committed.items():
         for name, before in kernels.items():
             after = measured.get(arch, {}).get(name)
             if after is None:
-                found.append(f"{arch} {name} is gone")
+                sentences.append(f"{arch} {name} is gone")
                 continue
-            found += [
+            sentences += [
                 f"{arch} {name}: {key} {before[key]} -> {after[key]}"
                 for key, sign in WORSE.items()
                 if sign * (_compared(key, after) - _compared(key, before)) > 0
             ]
             if "cycles" in before and "cycles" in after:
                 slower = cycle_model.problem(after["cycles"], before["cycles"])
-                found += [f"{arch} {name}: {slower}"] if slower else []
-    return found
+                sentences += [f"{arch} {name}: {slower}"] if slower else []
+    return sentences
 
 
 def _compared(key: str, numbers: dict[str, int]) -> int:
+    """Returns the number to compare: registers count in REGISTER_UNIT."""
     return -(-numbers[key] // REGISTER_UNIT) if key == "registers" else numbers[key]
 
 
@@ -271,13 +277,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resources.cuda")
     parser.add_argument("--write", action="store_true", help="replace the committed table")
     parser.add_argument("--explain", nargs=2, metavar=("KERNEL", "ARCH"))
-    parser.add_argument("--clock", type=float, help="GHz, in place of each device's")
-    parser.add_argument("--bandwidth", type=float, help="TB/s, in place of each device's")
+    parser.add_argument("--clock", type=float, help="clock in GHz, in place of that of each device")
+    parser.add_argument(
+        "--bandwidth", type=float, help="bandwidth in TB/s, in place of that of each device"
+    )
     arguments = parser.parse_args()
     given = {key: getattr(arguments, key) for key in ("clock", "bandwidth")}
     given = {key: value for key, value in given.items() if value is not None}
     if given and arguments.write:
-        parser.error("the table is of the devices' own clocks and bandwidths")
+        parser.error("--write makes the table with each device's own clock and bandwidth")
     for name, arch in cycle_model.ARCHS.items():
         cycle_model.ARCHS[name] = dataclasses.replace(arch, **given)
     files = CudaFiles()
@@ -310,21 +318,17 @@ def main() -> int:
         print("CI_FULL=1 compiles them as well")
     rows = without_files(committed["kernels"], same)
     if committed["cuda"] != files.toolkit.version:
-        print(f"the table is of CUDA {committed['cuda']}: only spills and loops are checked")
+        print(f"the table was made with CUDA {committed['cuda']}: only spills and loops are checked")
         rows = {}
-    found = problems(measured, rows)
-    for line in found:
-        print(f"WORSE {line}")
-    print(f"{sum(map(len, measured.values()))} kernels, {len(found)} problems")
-    return 1 if found else 0
+    sentences = problems(measured, rows)
+    for sentence in sentences:
+        print(f"WORSE {sentence}")
+    print(f"{sum(map(len, measured.values()))} kernels, {len(sentences)} problems")
+    return 1 if sentences else 0
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Replaces the file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
-    part.replace(path)
+    write_atomically(path, json.dumps(document, indent=1, sort_keys=True) + "\n")
     print(f"wrote {path}")
 
 

@@ -1,13 +1,16 @@
-"""Cycles of a streaming multiprocessor (SM) for 2,048 decoded weights, and what binds.
+"""Models how long each part of a streaming multiprocessor (SM) is busy with a kernel's main loop.
 
-Every column is the time that one part of the SM is busy if nothing else held it up. The slowest
-part is the lower limit of the loop, and `binds` names it.
+The main loop of a kernel decodes NF4 weights. The model reads the machine code of one turn of the
+loop and counts, for 2,048 decoded weights, the cycles in which each part of the SM is busy:
 
-    issue       warp instructions / 4: each of four schedulers issues one a cycle
-    arithmetic  the busiest arithmetic pipe, see `PIPES`
-    shared      passes over the 32 banks of shared memory, which moves 128 bytes a cycle
-    tensor      multiply-adds of the tensor cores / their dense 16-bit rate
-    memory      bytes of the weights and their absmax (4.5 bit a weight) at the DRAM's rate
+    issue       the four schedulers, each of which issues one instruction of a warp a cycle
+    arithmetic  the busiest of the arithmetic pipes, which `PIPES` lists
+    shared      shared memory, which moves 128 bytes a cycle; that is one pass over its 32 banks
+    tensor      the tensor cores, at their dense 16-bit rate
+    memory      the DRAM, which delivers the weights and their absmax (4.5 bits for each weight)
+
+The parts work at the same time, so the loop takes at least as long as the busiest one. That part
+binds the loop: only less work for it can make the loop faster.
 
 What is documented
     Rates of instructions: CUDA C++ Best Practices Guide, "Throughput of Native Arithmetic
@@ -15,18 +18,21 @@ What is documented
     Multiply-adds, clocks, SMs and bandwidths: NVIDIA's data sheets and architecture white papers.
 
 What is assumed, since no document says it
-    - Shared memory has no bank conflict. A load of 4 bytes a lane takes one pass, of 8 two, of 16
-      four, whatever the addresses; a kernel that knows better says so (`Loop.passes`).
-    - Global loads and stores return or send a register of a warp a pass, over the same path.
-      cp.async (LDGSTS) takes only the passes of its write. A shuffle or an mbarrier takes one pass.
+    - Shared memory has no bank conflict. A load of 4 bytes a lane takes one pass, of 8 bytes two,
+      of 16 bytes four, whatever the addresses are. `Loop.passes` gives another number for a kernel
+      whose addresses are known to need it.
+    - Global loads and stores use the same path as shared memory. A pass moves one register of a
+      warp. cp.async (LDGSTS) takes only the passes of its write to shared memory. A shuffle or an
+      mbarrier takes one pass.
     - A product of a warpgroup (HGMMA) reads its operands in shared memory once, not once for each
       of the four tensor cores.
-    - Both sides of a predicate count. Spinning at a barrier does not.
+    - An instruction counts whether or not its predicate lets it run. Waiting in a loop at a barrier
+      does not count.
     - mma.sync (HMMA) reaches the share `Arch.mma_share` of the peak.
-    - DRAM delivers 90 % of the data sheet's bandwidth.
+    - The DRAM delivers 90 % of the bandwidth in the data sheet.
     - PRMT, SEL and F2FP have the rate of the integer and logic pipe, on which they run. 12.0 adds
       and compares integers at twice that rate, which the model does not take into account.
-    - Instructions of no known pipe, uniform ones and branches cost their issue slot alone.
+    - Uniform instructions, branches and instructions of an unknown pipe only take their issue slot.
 """
 
 from __future__ import annotations
@@ -41,18 +47,18 @@ from benchmarks.resources.sass import Code, Instruction
 UNIT = 2048  # weights
 SCHEDULERS = 4
 PASS_BYTES = 128
-BITS = 4.5  # of a weight, with an absmax of 32 bits for 64 weights
+BITS = 4.5  # for each weight: 4 bits of its own, and an absmax of 32 bits for 64 weights
 DRAM_SHARE = 0.9
 COLUMNS = ("issue", "arithmetic", "shared", "tensor", "memory")
 
 
 @dataclass(frozen=True)
 class Arch:
-    """Rates of an architecture, and the device whose clock and memory it is compared with.
+    """The rates of an architecture, and the clock and memory of one device that has it.
 
-    macs       dense 16-bit multiply-adds an SM a cycle, summed in fp32
-    mma_share  how much of it mma.sync reaches
-    slow       cycles of a scheduler for a warp instruction where they differ from `PIPES`
+    macs       dense 16-bit multiply-adds, summed in fp32, that an SM makes in a cycle
+    mma_share  the share of `macs` that mma.sync reaches
+    slow       pipe -> cycles for an instruction of a warp, for pipes that differ from `PIPES`
     """
 
     device: str
@@ -64,12 +70,12 @@ class Arch:
     slow: Mapping[str, float] = field(default_factory=dict)
 
     def memory_cycles(self) -> float:
-        """Until the DRAM has delivered `UNIT` weights to each SM."""
+        """Returns the cycles after which the DRAM has delivered `UNIT` weights to each SM."""
         bytes_a_cycle = DRAM_SHARE * self.bandwidth * 1e3 / (self.multiprocessors * self.clock)
         return UNIT * BITS / 8 / bytes_a_cycle
 
 
-# Packed 16-bit arithmetic has half the rate of 9.0.
+# Packed 16-bit arithmetic has half the rate that it has on 9.0.
 _PACKED = {"half": 2.0}
 ARCHS = {
     # bf16 has half the rate of fp16 outside of the tensor cores, which the model charges to both.
@@ -79,15 +85,15 @@ ARCHS = {
     # mma.sync: about 62 % of wgmma in "Benchmarking and Dissecting the Nvidia Hopper GPU
     # Architecture via Microbenchmarking", arXiv:2402.13499.
     "sm_90": Arch("H200 SXM", 132, 1.83, 4.8, 2048, mma_share=0.62),
-    # mma.sync at the rate of sm_80: assumed, without a source.
+    # No source says how fast mma.sync is; it is assumed to have the rate of sm_80.
     "sm_100": Arch("B200", 148, 1.85, 8.0, 4096, mma_share=0.25, slow=_PACKED),
     "sm_120": Arch("RTX PRO 6000", 188, 2.617, 1.792, 512, slow=_PACKED),
 }
 ARCHS["sm_90a"] = ARCHS["sm_90"]
 
-# Pipe: cycles of a scheduler for a warp instruction, and the names of its instructions. The integer
-# and logic pipe has 16 lanes a scheduler (64 results an SM a cycle), so has the integer
-# multiply-add; special functions and most conversions have 4.
+# Pipe -> (the cycles that it is busy with an instruction of a warp, the names of its instructions).
+# Each scheduler has 16 lanes for integers and logic, and 16 for integer multiply-adds, so that the
+# 32 lanes of a warp take two cycles. It has four for special functions and most conversions.
 PIPES: dict[str, tuple[float, str]] = {
     "alu": (
         2.0,
@@ -101,20 +107,21 @@ PIPES: dict[str, tuple[float, str]] = {
 }
 _PIPE_OF = {name: pipe for pipe, (_, names) in PIPES.items() for name in names.split()}
 _MEMORY = ("LDS", "STS", "LDG", "STG", "LDGSTS", "LD", "ST", "ATOMS")
-_MATRICES = ("LDSM", "STSM")  # of 8 x 8 elements of 16 bits: 128 bytes
+_MATRICES = ("LDSM", "STSM")  # move matrices of 8 x 8 elements of 16 bits, which are 128 bytes
 _ONE_PASS = ("SHFL", "SYNCS", "REDUX")
 
 
 @dataclass(frozen=True)
 class Loop:
-    """Once round the main loop of a kernel.
+    """One turn of the main loop of a kernel, as one warp runs it.
 
-    code     of one warp
-    weights  that this warp decodes in it, all lanes together
-    copied   bytes a weight that other warps or the copy engine write to shared memory
-    read     bytes a weight that tcgen05 products (UTCHMMA) read from it
-    macs     multiply-adds a weight of UTCHMMA, whose machine code does not name its shape
-    passes   over shared memory of an instruction whose opcode begins so, in place of the rule
+    code     the instructions of the turn
+    weights  how many weights the warp decodes in it, with all its lanes
+    copied   bytes for each weight that other warps or the copy engine write to shared memory
+    read     bytes for each weight that products of tcgen05 (UTCHMMA) read from shared memory
+    macs     multiply-adds of UTCHMMA for each weight; its machine code does not name its shape
+    passes   the beginning of an opcode -> the passes over shared memory that such an instruction
+             takes, if they differ from the general rule
     """
 
     code: Code
@@ -126,7 +133,8 @@ class Loop:
 
 
 def pipe_of(instruction: Instruction) -> str:
-    """The arithmetic pipe, or "shared", "tensor" or "other" (its issue slot alone)."""
+    """Returns the arithmetic pipe of an instruction, or "shared" or "tensor", or "other" if it only
+    takes an issue slot."""
     name = instruction.name
     if name in _PIPE_OF:
         return _PIPE_OF[name]
@@ -136,7 +144,10 @@ def pipe_of(instruction: Instruction) -> str:
 
 
 def passes(instruction: Instruction, instead: Mapping[str, float]) -> float:
-    """Passes over shared memory that a warp's instruction takes, those of HGMMA included."""
+    """Returns the passes over shared memory that an instruction of a warp takes.
+
+    instead  the `passes` of the loop, which replace the general rule
+    """
     opcode = instruction.opcode
     if instruction.never_runs:
         return 0.0
@@ -150,7 +161,7 @@ def passes(instruction: Instruction, instead: Mapping[str, float]) -> float:
     if instruction.name == "HGMMA":
         rows, columns = _shape(opcode)
         in_registers = re.match(r"R\d+, R\d+", instruction.operands) is not None
-        # 32 bytes along k; a quarter is each warp's.
+        # Each operand has 32 bytes along k. Four warps share the passes.
         return 32 * (columns + (0 if in_registers else rows)) / PASS_BYTES / 4
     return 1.0 if instruction.name in _ONE_PASS else 0.0
 
@@ -163,12 +174,13 @@ def _shape(opcode: str) -> tuple[int, int]:
 
 
 def tensor_cycles(instruction: Instruction, arch: Arch) -> float:
-    """Of the SM's tensor cores, for a warp's instruction; TF32 takes twice a 16-bit product's."""
+    """Returns the cycles in which an instruction of a warp keeps the tensor cores of the SM busy. A
+    product of TF32 takes twice as long as one of 16 bits."""
     if instruction.name == "HGMMA":
         rows, columns = _shape(instruction.opcode)
         return rows * columns * 16 / 4 / arch.macs
     if instruction.name == "HMMA":
-        # .16816: rows, columns and depth. The depth of a 16-bit product is 16 or 8, of TF32 8 or 4.
+        # HMMA.16816 has 16 rows, 8 columns and the depth 16. TF32 has the depths 8 and 4.
         match = re.match(r"HMMA\.168(\d+)\.", instruction.opcode)
         if match is None:
             raise ValueError(f"{instruction.opcode} has no shape such as HMMA.16816")
@@ -178,7 +190,7 @@ def tensor_cycles(instruction: Instruction, arch: Arch) -> float:
 
 
 def pipe_cycles(loop: Loop, arch: Arch) -> dict[str, float]:
-    """Of each arithmetic pipe, for `UNIT` weights."""
+    """Returns the cycles in which each arithmetic pipe is busy with `UNIT` weights."""
     numbers = Counter(pipe_of(instruction) for instruction in loop.code)
     return {
         pipe: numbers[pipe] * arch.slow.get(pipe, cost) / SCHEDULERS * UNIT / loop.weights
@@ -187,36 +199,37 @@ def pipe_cycles(loop: Loop, arch: Arch) -> dict[str, float]:
 
 
 def cycles(loop: Loop, arch: Arch) -> dict[str, float]:
-    """The columns, for `UNIT` weights."""
+    """Returns the cycles in which each part of COLUMNS is busy with `UNIT` weights."""
     turns = UNIT / loop.weights
     shared = turns * sum(passes(instruction, loop.passes) for instruction in loop.code)
     tensor = turns * sum(tensor_cycles(instruction, arch) for instruction in loop.code)
-    found = {
+    columns = {
         "issue": turns * len(loop.code) / SCHEDULERS,
         "arithmetic": max(pipe_cycles(loop, arch).values()),
         "shared": shared + UNIT * (loop.copied + loop.read) / PASS_BYTES,
         "tensor": tensor + UNIT * loop.macs / arch.macs,
         "memory": arch.memory_cycles(),
     }
-    return {column: round(found[column], 1) for column in COLUMNS}
+    return {column: round(columns[column], 1) for column in COLUMNS}
 
 
 def binds(columns: Mapping[str, float]) -> str:
+    """Returns the busiest part, which sets the time of the loop."""
     return max(COLUMNS, key=lambda column: columns[column])
 
 
 def slowest_on_chip(columns: Mapping[str, float]) -> str:
-    """What binds if the DRAM does not: this is what the code of a kernel can change."""
+    """Returns the busiest part except the DRAM. The code of a kernel can change only these."""
     return max(COLUMNS[:-1], key=lambda column: columns[column])
 
 
 def problem(
     measured: Mapping[str, float], committed: Mapping[str, float], slack: float = 0.5
 ) -> str | None:
-    """A sentence if the slowest part of the SM has become slower, else None.
+    """Says that the busiest part of the SM takes longer than before; None if it does not.
 
-    Work that moves from the slowest part to another is no problem, though the other one's column
-    grows. `slack` cycles are left to differences between two builds of the same source.
+    Work may move from the busiest part to another one, whose column then grows. Two builds of the
+    same source may differ by `slack` cycles.
     """
     column = slowest_on_chip(measured)
     before, after = committed[slowest_on_chip(committed)], measured[column]
@@ -227,11 +240,11 @@ def problem(
 
 
 def explain(loop: Loop, arch: Arch) -> str:
-    """The instructions of a loop by the part of the SM that they keep busy."""
-    found = cycles(loop, arch)
-    busy = pipe_cycles(loop, arch) | {key: found[key] for key in ("shared", "tensor")}
+    """Lists the instructions of a loop by the part of the SM that they keep busy."""
+    columns = cycles(loop, arch)
+    busy = pipe_cycles(loop, arch) | {key: columns[key] for key in ("shared", "tensor")}
     turns = UNIT / loop.weights
-    numbers: dict[str, Counter[str]] = defaultdict(Counter)  # of instructions by part and opcode
+    numbers: dict[str, Counter[str]] = defaultdict(Counter)  # instructions by part and opcode
     passed: dict[str, float] = defaultdict(float)  # passes over shared memory by opcode
     for instruction in loop.code:
         part = pipe_of(instruction)
@@ -241,8 +254,8 @@ def explain(loop: Loop, arch: Arch) -> str:
     lines = [
         f"{len(loop.code)} warp instructions for {loop.weights:g} weights. For {UNIT} weights an "
         f"SM of {arch.device} at {arch.clock:g} GHz takes, in cycles:",
-        "  ".join(f"{column} {number:g}" for column, number in found.items()),
-        f"{binds(found)} binds",
+        "  ".join(f"{column} {number:g}" for column, number in columns.items()),
+        f"{binds(columns)} binds",
         "",
         f"{'':39}instructions   cycles or passes",
     ]

@@ -1,4 +1,4 @@
-"""Machine code as cuobjdump prints it: kernels, instructions, and the main loop of a kernel."""
+"""Reads the machine code (SASS) that cuobjdump prints, and finds the main loop of a kernel."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 MATRIX = ("HMMA", "HGMMA", "UTCHMMA")
 _JUMPS = ("BRA", "BSYNC")
-_ENDS = (*_JUMPS, "BRX", "EXIT", "RET")  # of a basic block
-# To load the next data is a purpose of a main loop, as its matrix products are.
+_ENDS = (*_JUMPS, "BRX", "EXIT", "RET")  # the last instruction of a basic block
+# A main loop multiplies matrices and loads the next data; the turn that does most of both is taken.
 _GLOBAL_LOADS = ("LDG.", "LDGSTS.", "UBLKCP", "UTMALDG")
 
 
@@ -20,8 +20,8 @@ _GLOBAL_LOADS = ("LDG.", "LDGSTS.", "UBLKCP", "UTMALDG")
 class Instruction:
     """One machine instruction.
 
-    guard   the predicate that it depends on, as in "@!P0"; "" without one
-    target  the address that a branch jumps to, or at which BSSY's branches join again
+    guard   the predicate that decides if it runs, such as "@!P0"; "" if it always runs
+    target  the address that a branch jumps to, or at which the branches behind BSSY join again
     """
 
     address: int
@@ -32,7 +32,7 @@ class Instruction:
 
     @property
     def name(self) -> str:
-        """The opcode without its modifiers."""
+        """Returns the opcode without its modifiers, such as "LDG" for "LDG.E.128"."""
         return self.opcode.split(".")[0]
 
     @property
@@ -44,7 +44,7 @@ Code = list[Instruction]
 
 
 def find_cuobjdump() -> Path:
-    """It comes with the Triton wheel."""
+    """Returns the cuobjdump of the Triton wheel."""
     spec = importlib.util.find_spec("triton")
     if spec is None or spec.origin is None:
         raise SystemExit("cuobjdump comes with the triton package, which is not installed")
@@ -52,6 +52,7 @@ def find_cuobjdump() -> Path:
 
 
 def cuobjdump(file: Path, *options: str) -> str:
+    """Returns what cuobjdump prints about a file."""
     command = [find_cuobjdump(), *options, file]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
@@ -63,7 +64,7 @@ _TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
 
 
 def parse(listing: str) -> dict[str, Code]:
-    """The instructions of each kernel by its mangled name."""
+    """Returns the instructions of each kernel by its mangled name."""
     kernels = {}
     for function in listing.split("Function : ")[1:]:
         code = []
@@ -83,12 +84,16 @@ def parse(listing: str) -> dict[str, Code]:
 
 
 def count(code: Iterable[Instruction], *prefixes: str) -> int:
-    """Instructions whose opcode begins with one of the prefixes."""
+    """Counts the instructions whose opcode begins with one of the prefixes."""
     return sum(instruction.opcode.startswith(prefixes) for instruction in code)
 
 
 class _Graph:
-    """Basic blocks of a kernel: `blocks[i]` goes on to the blocks `next[i]`."""
+    """The basic blocks of a kernel. Execution goes from blocks[i] to one of the blocks next[i].
+
+    before  the blocks from which execution can come to blocks[i]
+    order   the blocks that execution can reach, in reverse postorder
+    """
 
     def __init__(self, code: Code) -> None:
         starts = {i.target for i in code}
@@ -100,18 +105,18 @@ class _Graph:
             self.blocks[-1].append(instruction)
             ended = instruction.name in _ENDS
         where = {block[0].address: i for i, block in enumerate(self.blocks)}
-        joins: dict[str, int | None] = {}  # where BSYNC goes on: what BSSY said of its register
+        joins: dict[str, int | None] = {}  # register of BSSY -> where its BSYNC goes on
         self.next: list[list[int]] = []
         for index, block in enumerate(self.blocks):
             for instruction in block:
                 if instruction.name == "BSSY":
                     joins[instruction.operands.split(",")[0]] = instruction.target
-            last = block[-1]
-            target = joins.get(last.operands) if last.name == "BSYNC" else last.target
-            following = {where[target]} if last.name in _JUMPS and target in where else set()
+            end = block[-1]
+            target = joins.get(end.operands) if end.name == "BSYNC" else end.target
+            following = {where[target]} if end.name in _JUMPS and target in where else set()
             # A jump can depend on its guard, or on operands before the address.
-            conditional = bool(last.guard) or "," in last.operands or ".ANY" in last.opcode
-            if (last.name not in _ENDS or conditional) and index + 1 < len(self.blocks):
+            conditional = bool(end.guard) or "," in end.operands or ".ANY" in end.opcode
+            if (end.name not in _ENDS or conditional) and index + 1 < len(self.blocks):
                 following.add(index + 1)
             self.next.append(sorted(following))
         self.order = self._reverse_postorder()
@@ -134,54 +139,55 @@ class _Graph:
         return order[::-1]
 
     def dominators(self) -> list[set[int]]:
-        """Of each block, those that every way to it passes, itself among them."""
-        every = set(self.order)
-        found = [set(every) for _ in self.blocks]
-        found[0] = {0}
+        """Returns, for each block, the blocks that every way to it passes, and the block itself."""
+        reachable = set(self.order)
+        dominators = [set(reachable) for _ in self.blocks]
+        dominators[0] = {0}
         changed = True
         while changed:
             changed = False
             for index in self.order[1:]:
-                new = set.intersection(*(found[i] for i in self.before[index])) | {index}
-                changed |= new != found[index]
-                found[index] = new
-        return found
+                shared = set.intersection(*(dominators[i] for i in self.before[index]))
+                changed |= shared | {index} != dominators[index]
+                dominators[index] = shared | {index}
+        return dominators
 
     def loops(self) -> dict[int, set[int]]:
-        """The natural loops: the blocks of each by the block at its head."""
+        """Returns the natural loops: the block at the head of each -> all blocks of the loop."""
         dominators = self.dominators()
-        found: dict[int, set[int]] = {}
+        loops: dict[int, set[int]] = {}
         for index in self.order:
             for head in self.next[index]:
                 if head in dominators[index]:
-                    body = found.setdefault(head, {head})
+                    body = loops.setdefault(head, {head})
                     waiting = [index]
                     while waiting:
                         block = waiting.pop()
                         if block not in body:
                             body.add(block)
                             waiting += self.before[block]
-        return found
+        return loops
 
     def hot_path(self, head: int, body: set[int]) -> Code:
-        """The shortest way once round a loop among those that do the most of its work.
+        """Returns the instructions of a typical turn of a loop.
 
-        Work is matrix instructions first, loads from global memory next. What only some turns do,
-        such as the step to the next tile or a wait that has to be repeated, is not on this way.
+        Of all ways through the loop it is the one with the most matrix instructions, then the most
+        loads from global memory, then the fewest instructions. So it leaves out what only some
+        turns do, such as the step to the next tile, or waiting again for a barrier.
         """
         rank = {block: i for i, block in enumerate(self.order)}
         best: dict[int, tuple[tuple[int, int, int], list[int]]] = {}
         for index in sorted(body, key=rank.__getitem__):
             block = self.blocks[index]
-            own = (count(block, *MATRIX), count(block, *_GLOBAL_LOADS), -len(block))
+            gain = (count(block, *MATRIX), count(block, *_GLOBAL_LOADS), -len(block))
             if index == head:
-                best[index] = (own, [index])
+                best[index] = (gain, [index])
                 continue
             ways = [best[i] for i in self.before[index] if i in best and rank[i] < rank[index]]
             if ways:
                 score, way = max(ways)
                 best[index] = (
-                    (score[0] + own[0], score[1] + own[1], score[2] + own[2]),
+                    (score[0] + gain[0], score[1] + gain[1], score[2] + gain[2]),
                     [*way, index],
                 )
         _, way = max(best[i] for i in best if head in self.next[i])
@@ -189,26 +195,27 @@ class _Graph:
 
 
 def matrix_loops(code: Code) -> list[Code]:
-    """Once round each innermost loop that has matrix instructions, on its hot path."""
+    """Returns a typical turn of each innermost loop that has matrix instructions."""
     if not count(code, *MATRIX):
         return []
     graph = _Graph(code)
-    found = {
+    bodies = {
         head: body
         for head, body in graph.loops().items()
         if any(count(graph.blocks[i], *MATRIX) for i in body)
     }
     return [
         graph.hot_path(head, body)
-        for head, body in found.items()
-        if not any(other < body for other in found.values())
+        for head, body in bodies.items()
+        if not any(other < body for other in bodies.values())
     ]
 
 
 def main_loop(code: Code, decoded: Callable[[Code], float]) -> Code:
-    """The loop of `matrix_loops` that decodes the most weights; of equals the shortest one.
+    """Returns the loop of `matrix_loops` that decodes the most weights, and of two that decode as
+    many the shorter one. Returns [] if no loop decodes weights.
 
-    [] if none decodes any.
+    decoded  a turn of a loop -> a number that grows with the weights that it decodes
     """
     loops = [loop for loop in matrix_loops(code) if decoded(loop)]
     return max(loops, key=lambda loop: (decoded(loop), -len(loop)), default=[])

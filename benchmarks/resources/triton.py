@@ -8,12 +8,13 @@
                                                      what keeps the SM busy in the main loop of the
                                                      first variant whose name begins so
 
-No GPU is needed: every variant that the backend launches (`benchmarks.triton_launches`) is compiled
-ahead of time and disassembled with the tools of the Triton wheel. Whatever the version of Triton, a
-spill, too much shared memory, a missing matrix instruction or main loop is an error; with the
-version of the table, more registers or more cycles of the slowest part of the SM than it says are
-one as well. Cycles are those of `cycle_model`, which assumes that no access to shared memory meets
-a bank conflict; here nobody has checked that by hand.
+No GPU is needed. `triton_launches` lists every variant that the backend launches; each is compiled
+ahead of time and disassembled with the tools of the Triton wheel. With any version of Triton it is
+an error if a variant spills, takes too much shared memory, or lacks a matrix instruction or a main
+loop. With the version that made the table it is also an error if a variant takes more registers, or
+more cycles in the slowest part of the SM, than the table says. The cycles come from `cycle_model`,
+which assumes that no access to shared memory meets a bank conflict. Nobody has checked that by hand
+for these kernels.
 """
 
 from __future__ import annotations
@@ -37,18 +38,19 @@ from benchmarks.resources import cycle_model, sass
 from benchmarks.resources.cuda import write_json
 from benchmarks.resources.cycle_model import ARCHS, Loop
 from benchmarks.resources.sources import everything, key_of
-from benchmarks.triton_launches import Variant, launches
+from benchmarks.resources.triton_launches import Variant, launches
 
 TABLE = Path(__file__).parents[1] / "results" / "triton_resources.json"
 # The keys of the variants that passed the hard limits with another Triton than that of the table.
 LIMITS = TABLE.with_name("triton_limits.json")
-# Shared memory of a program, and the matrix instructions of tiles of 64 rows and more.
-# What runs on 8.0 runs on 8.6 and 8.9 as well, which have less of it.
+# The most shared memory that a program may take. For 8.0 it is what 8.6 and 8.9 have, which run the
+# same code with less memory.
 SHARED = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+# The matrix instruction that tiles of 64 rows and more must use.
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-# The column is checked in this direction: +1 where more is worse, -1 where less is.
+# Column -> 1 if more is worse, -1 if less is worse.
 WORSE = {"registers": 1, "shared": 1, "matrix": -1}
-# Compilers differ by a few registers between equally good versions of a kernel.
+# Two equally good versions of a kernel may differ by so much.
 SLACK = {"registers": 8, "shared": 0, "matrix": 0}
 CYCLES_SLACK = 1.0
 
@@ -57,12 +59,12 @@ Table = dict[str, dict[str, Numbers]]
 
 
 def compile_variant(variant: Variant, capability: int) -> Any:
-    """Triton's compiled kernel: its machine code under `asm["cubin"]`."""
+    """Compiles a variant. The machine code is in `asm["cubin"]` of the result."""
     source = ASTSource(
         fn=variant.function,
         signature=dict(variant.signature),
         constexprs=dict(variant.constants),
-        attrs={path: [["tt.divisibility", 16]] for path in variant.divisible},
+        attrs={place: [["tt.divisibility", 16]] for place in variant.divisible},
     )
     return triton.compile(
         source, target=GPUTarget("cuda", capability, 32), options=dict(variant.options)
@@ -77,7 +79,7 @@ def variant_key(variant: Variant, capability: int) -> str:
 
 
 def disassemble(cubin: bytes) -> tuple[int, sass.Code]:
-    """(registers, machine code) of the only kernel in a cubin."""
+    """Returns (registers, machine code) of the only kernel in a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -89,16 +91,17 @@ def disassemble(cubin: bytes) -> tuple[int, sass.Code]:
 
 
 def decoding(code: sass.Code) -> int:
-    """Instructions that take the 4-bit codes apart or look them up."""
+    """Counts the instructions that take 4-bit codes apart or look them up."""
     return sass.count(code, "PRMT", "LOP3", "SHF")
 
 
 def decoding_loop(variant: Variant, code: sass.Code) -> Loop | None:
-    """The main loop over a weight in NF4, one tile of it a turn; None if there is none.
+    """Returns the main loop over an NF4 weight, which decodes a tile in each turn; None if the
+    variant has none.
 
-    Products of tcgen05 (UTCHMMA) do not name their shape. It is the output tile by 32 bytes of the
-    sum: 16 numbers, or 8 of TF32 at half the rate. They read x from shared memory, and the decoded
-    weight as well if it does not come from tensor memory.
+    The opcode of a product of tcgen05 (UTCHMMA) does not name its shape. It is the output tile by
+    32 bytes along the sum, which are 16 numbers, or 8 of TF32 at half the rate. The products read x
+    from shared memory, and the decoded weight too if it is not in tensor memory.
     """
     blocks = variant.blocks
     if not decodes(variant) or "BLOCK_N" not in blocks:
@@ -122,7 +125,7 @@ def decoding_loop(variant: Variant, code: sass.Code) -> Loop | None:
 
 
 def measure(variant: Variant, capability: int) -> Numbers:
-    """Registers, bytes, instruction counts and cycles of one variant."""
+    """Compiles a variant and returns its columns of the table."""
     compiled = compile_variant(variant, capability)
     registers, code = disassemble(compiled.asm["cubin"])
     counts = Counter(instruction.name for instruction in code)
@@ -147,10 +150,10 @@ _inherited: list[Variant] = []
 
 
 def measure_all(variants: list[Variant], capability: int) -> list[Numbers]:
-    """`measure` of each, on all cores.
+    """Measures all variants on all cores.
 
-    In processes, since Triton compiles under Python's lock; they are forked, since its functions
-    cannot be sent to another one.
+    It uses processes, since Triton compiles while it holds Python's lock. The processes are forked,
+    since Triton's functions cannot be sent to another process.
     """
     _inherited[:] = variants
     with multiprocessing.get_context("fork").Pool() as pool:
@@ -162,41 +165,43 @@ def _measure_inherited(capability: int, index: int) -> Numbers:
 
 
 def decodes(variant: Variant) -> bool:
+    """Returns True if the kernel reads a weight in NF4."""
     return bool(variant.constant("BLOCKSIZE"))
 
 
 def absolute_problems(variant: Variant, capability: int, numbers: Numbers) -> list[str]:
-    """What no version of Triton may do: spill, ask for too much, or miss the matrix unit meant."""
-    found = []
+    """Returns what is wrong whatever the version of Triton: spills, too much shared memory, no
+    matrix instruction, no main loop."""
+    problems = []
     tiles = variant.kernel in ("nf4_linear", "nf4_linear_backward")
     if numbers["spills"]:
-        found.append(f"{numbers['spills']} spills")
+        problems.append(f"{numbers['spills']} spills")
     if numbers["shared"] > SHARED[capability]:
-        found.append(f"{numbers['shared']} bytes of shared memory")
+        problems.append(f"{numbers['shared']} bytes of shared memory")
     if tiles and variant.blocks["BLOCK_M"] >= 64 and not numbers["matrix"]:
-        found.append(f"no {MATRIX[capability]}")
+        problems.append(f"no {MATRIX[capability]}")
     if tiles and decodes(variant) and "cycles" not in numbers:
-        found.append("no main loop found")
-    return found
+        problems.append("no main loop found")
+    return problems
 
 
 def relative_problems(measured: Numbers, committed: Numbers | None) -> list[str]:
-    """What is worse than the table says."""
+    """Returns what is worse than in the table."""
     if committed is None:
         return ["is not in the table"]
-    found = [
+    problems = [
         f"{key} {committed[key]} -> {measured[key]}"
         for key, sign in WORSE.items()
         if sign * (measured[key] - committed[key]) > SLACK[key]
     ]
     if "cycles" in measured and "cycles" in committed:
         slower = cycle_model.problem(measured["cycles"], committed["cycles"], CYCLES_SLACK)
-        found += [slower] if slower else []
-    return found
+        problems += [slower] if slower else []
+    return problems
 
 
 def named(variants: list[Variant]) -> dict[str, Variant]:
-    """Variants by name; of those that share one, the later ones are numbered."""
+    """Returns the variants by name. If several have the same name, a number follows it."""
     names: dict[str, Variant] = {}
     for variant in variants:
         same = sum(str(variant) == str(other) for other in names.values())
@@ -215,14 +220,14 @@ def show(name: str, numbers: Numbers) -> None:
 
 
 def explain(name: str, arch: str) -> str:
-    """The main loop of the first variant whose name begins with `name`."""
+    """Lists the main loop of the first variant whose name begins with `name`."""
     capabilities = {f"sm_{capability}": capability for capability in SHARED}
     if arch not in capabilities:
         raise SystemExit(f"--explain: {arch} must be one of {', '.join(capabilities)}")
     variants = named(launches(capabilities[arch]))
     match = next((full for full in variants if full.startswith(name)), None)
     if match is None:
-        raise SystemExit(f"--explain: no variant begins with {name!r}; the table has all names")
+        raise SystemExit(f"--explain: no variant begins with {name!r}; {TABLE.name} has all names")
     compiled = compile_variant(variants[match], capabilities[arch])
     loop = decoding_loop(variants[match], disassemble(compiled.asm["cubin"])[1])
     if loop is None:
@@ -252,11 +257,11 @@ def main() -> int:
             for arch, rows in committed["kernels"].items()
         }
     elif not writes:
-        print(f"the table is of Triton {committed['triton']}: only hard limits are checked")
+        print(f"the table was made with Triton {committed['triton']}: only hard limits are checked")
         if limits["triton"] == triton.__version__:
             known = limits["variants"]
     table: Table = {}
-    found: list[str] = []
+    sentences: list[str] = []
     same = 0
     for capability in SHARED:
         arch = f"sm_{capability}"
@@ -266,7 +271,7 @@ def main() -> int:
         variants = named(launches(capability))
         if compares:
             gone = committed["kernels"][arch].keys() - variants.keys()
-            found += [f"{arch} {name}: is gone" for name in sorted(gone)]
+            sentences += [f"{arch} {name}: is gone" for name in sorted(gone)]
         keys = {name: variant_key(variant, capability) for name, variant in variants.items()}
         before = {} if everything() else known.get(arch, {})
         changed = [name for name in variants if before.get(name) != keys[name]]
@@ -282,10 +287,10 @@ def main() -> int:
             problems = absolute_problems(variant, capability, numbers)
             if compares:
                 problems += relative_problems(numbers, committed["kernels"][arch].get(name))
-            found += [f"{arch} {name}: {problem}" for problem in problems]
-    for line in found:
-        print(f"WORSE {line}")
-    print(f"{sum(map(len, table.values()))} variants compiled, {len(found)} problems")
+            sentences += [f"{arch} {name}: {problem}" for problem in problems]
+    for sentence in sentences:
+        print(f"WORSE {sentence}")
+    print(f"{sum(map(len, table.values()))} variants compiled, {len(sentences)} problems")
     if same:
         what = TABLE.name if compares else LIMITS.name
         print(
@@ -294,10 +299,10 @@ def main() -> int:
         )
     if arguments.write:
         write_json(TABLE, {"triton": triton.__version__, "kernels": table})
-    if arguments.write_limits and not found:
+    if arguments.write_limits and not sentences:
         passed = {arch: {n: row["key"] for n, row in rows.items()} for arch, rows in table.items()}
         write_json(LIMITS, {"triton": triton.__version__, "variants": passed})
-    return 1 if found else 0
+    return 1 if sentences else 0
 
 
 if __name__ == "__main__":

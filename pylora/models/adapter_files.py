@@ -13,12 +13,14 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from pylora.files import replacing
 from pylora.models.adapter_config import CONFIG_NAME, AdapterConfig, config_of, read_config
 from pylora.models.adapter_contents import (
     LORA_KEYS,
@@ -184,16 +186,11 @@ def _for_safetensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _write_all(folder: Path, writers: dict[str, Callable[[Path], Any]]) -> None:
     """Writes every file beside its place, and moves them there only when all are on the disk."""
-    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in writers}
-    try:
+    with ExitStack() as stack:  # it replaces the files when all of them have been written
         for name, write in writers.items():
-            write(temporary[name])
-            _sync(temporary[name])
-        for name in writers:
-            os.replace(temporary[name], folder / name)
-    finally:
-        for leftover in temporary.values():
-            leftover.unlink(missing_ok=True)
+            temporary = stack.enter_context(replacing(folder / name))
+            write(temporary)
+            _sync(temporary)
     if os.name == "posix":
         _sync(folder)
 

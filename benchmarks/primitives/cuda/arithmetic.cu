@@ -1,5 +1,5 @@
-// Rates of the instructions that decode NF4 and scale it: PRMT, LOP3, shifts, packed products, FFMA,
-// conversions. Eight chains a warp, so that latency does not count.
+// Measures the instructions that decode NF4 and scale it: PRMT, LOP3, shifts, packed products, FFMA
+// and conversions. Each warp has eight independent chains, so that latency does not count.
 #include <cstring>
 
 #include "timed_loop.cuh"
@@ -7,7 +7,7 @@
 namespace primitives {
 namespace {
 
-// Chain i of a thread: x = Op(x, y) again and again.
+// Chain i of a thread computes x = Op(x, y) again and again.
 template <class Op>
 struct Chains : PlainBody {
   __device__ Chains(uint8_t*, const Input& input, int thread) : y(input.constants[Op::kConstant]) {
@@ -33,7 +33,7 @@ struct Chains : PlainBody {
   uint32_t x[kSlots], y;
 };
 
-// Ops on 32 random bits; `once` is what the host computes.
+// An op on 32 random bits. `once` computes it on the host.
 template <class Op>
 struct BitOp {
   static constexpr int kConstant = 0;
@@ -48,7 +48,7 @@ struct Prmt : BitOp<Prmt> {
   static __device__ __forceinline__ void issue(uint32_t& x, uint32_t y) {
     asm volatile("prmt.b32 %0, %0, %1, 0x5103;" : "+r"(x) : "r"(y));
   }
-  // Bytes 3, 0 and 1 of x, then byte 1 of y.
+  // The result has bytes 3, 0 and 1 of x, then byte 1 of y.
   static uint32_t once(uint32_t x, uint32_t y) {
     return x >> 24 | (x & 0xFFFF) << 8 | (y >> 8 & 0xFF) << 24;
   }
@@ -61,7 +61,7 @@ struct Lop3 : BitOp<Lop3> {
   static uint32_t once(uint32_t x, uint32_t y) { return x ^ (y & 0x0F0F0F0Fu); }
 };
 
-// A funnel shift: the compiler could merge plain shifts of several turns.
+// A funnel shift is used, since the compiler could merge plain shifts of several turns.
 struct Shift : BitOp<Shift> {
   static __device__ __forceinline__ void issue(uint32_t& x, uint32_t y) {
     asm volatile("shf.r.wrap.b32 %0, %0, %1, 4;" : "+r"(x) : "r"(y));
@@ -76,7 +76,7 @@ struct Imad : BitOp<Imad> {
   static uint32_t once(uint32_t x, uint32_t y) { return x * y + y; }
 };
 
-// Takes the bits of the result before as the next integer.
+// The bits of a result are the next integer to convert.
 struct I2F : BitOp<I2F> {
   static __device__ __forceinline__ void issue(uint32_t& x, uint32_t) {
     asm volatile("{\n.reg .f32 value;\ncvt.rn.f32.s32 value, %0;\nmov.b32 %0, value;\n}" : "+r"(x));
@@ -88,7 +88,8 @@ struct I2F : BitOp<I2F> {
   }
 };
 
-// x = x * 1 + 1 from 2 to 3.75 on; the ones come from memory. Every sum is exact up to 2^22.
+// Computes x = x * 1 + 1, starting from 2 to 3.75. The ones come from memory. Sums are exact up to
+// 2^22.
 struct Ffma {
   static constexpr int kConstant = 3;
   static __host__ __device__ uint32_t first(uint32_t random) {
@@ -110,8 +111,9 @@ struct Ffma {
   }
 };
 
-// The same in pairs with kBits of mantissa, from 2 on. Both halves stay at 2^(kBits + 1), since the
-// next sum lies half-way between two numbers and the even one is below.
+// Computes x = x * 1 + 1 for a pair of 16-bit numbers with kBits of mantissa, starting from 2. Both
+// numbers stop at 2^(kBits + 1): the next sum is half-way between two numbers, of which the lower
+// one is even.
 template <int kBits, int kConstantIndex>
 struct PackedFma {
   static constexpr int kConstant = kConstantIndex;

@@ -1,4 +1,4 @@
-// Look-ups in the decode table and mma.sync: bodies of timed loops that several programs use.
+// The bodies of timed loops that several programs use: look-ups in the decode table, and mma.sync.
 #pragma once
 
 #include "cuda/nf4/nf4_decode.cuh"
@@ -19,7 +19,7 @@ __device__ inline void fill_words(uint8_t* shared, int bytes, int thread, int th
   }
 }
 
-// Adds up what the slots of a round have loaded, two in one IADD3.
+// Adds up what the slots of a round have loaded. One IADD3 adds two of them.
 struct SlotSums {
   uint32_t loaded[kSlots], sum = 0;
 
@@ -29,7 +29,7 @@ struct SlotSums {
   }
 };
 
-// The table of nf4/nf4_decode.cuh with other words in it, and fixed random bytes: LDS.32 alone.
+// LDS.32 alone: looks up fixed random entries in a table like that of nf4/nf4_decode.cuh.
 struct PrivateTable : PlainBody {
   static constexpr int kSharedBytes = kPairBytes;
   static __host__ __device__ uint32_t offset(int thread, int slot) {
@@ -55,8 +55,8 @@ struct PrivateTable : PlainBody {
   SlotSums sums;
 };
 
-// As the kernels decode: two words of qweight, PRMT and LDS for each of their bytes, from the table
-// of nf4/nf4_decode.cuh; the next round has other words.
+// Decodes as the kernels do: a PRMT and an LDS for each byte of two words of qweight, with a table
+// like that of nf4/nf4_decode.cuh. Each round has other words.
 struct DecodeTable : PlainBody {
   static constexpr int kSharedBytes = kPairBytes;
   static constexpr uint32_t kStep = 0x3B1D2F47u;
@@ -96,14 +96,14 @@ struct DecodeTable : PlainBody {
   SlotSums sums;
 };
 
-// Small integers as operands of matrix products: all sums are exact.
+// The operands of matrix products are small integers, so that all sums are exact.
 __host__ __device__ constexpr uint32_t a_element(int row, int k) {
   return scramble(row * 64 + k) & 3;
 }
 __host__ __device__ constexpr uint32_t b_element(int k, int column) {
   return scramble((column + 64) * 64 + k) & 3;
 }
-// 0 to 3 as bf16.
+// The bits of 0, 1, 2 and 3 in bf16.
 __host__ __device__ constexpr uint32_t bf16_bits(uint32_t value) {
   return value == 0 ? 0 : value == 1 ? 0x3F80 : value == 2 ? 0x4000 : 0x4040;
 }
@@ -114,7 +114,7 @@ __device__ __forceinline__ uint32_t b_pair(int k, int column) {
   return bf16_bits(b_element(k, column)) | bf16_bits(b_element(k + 1, column)) << 16;
 }
 
-// mma.m16n8k16 of bf16 in the first kUsed slots, each with a sum of its own.
+// mma.m16n8k16 of bf16 in the first kUsed slots. Each slot has a sum of its own.
 template <int kUsed>
 struct Mma : PlainBody {
   __device__ Mma(uint8_t*, const Input&, int thread) {

@@ -1,5 +1,6 @@
-// Copies of bytes that lie side by side, to one CTA or to all of a cluster, and barriers of other
-// CTAs. It is here and not in hopper/ptx.cuh because the kernels copy tiles, and have no clusters.
+// PTX wrappers for bulk copies of consecutive bytes, to one CTA or to all CTAs of a cluster, and
+// for barriers of other CTAs. They are not in hopper/ptx.cuh, since the kernels of pylora copy
+// tiles and have no clusters.
 #pragma once
 
 #include "cuda/hopper/ptx.cuh"
@@ -13,7 +14,7 @@ namespace primitives {
 using namespace pylora;
 using namespace pylora::cuda;
 
-// One thread. `bytes`, a multiple of 16, to `shared`; they are counted at `barrier`.
+// Called by one thread. Copies `bytes`, a multiple of 16, to `shared`. `barrier` counts them.
 __device__ __forceinline__ void copy_bulk(void* shared, const void* global, int bytes,
                                           Barrier* barrier) {
   asm volatile(
@@ -22,8 +23,8 @@ __device__ __forceinline__ void copy_bulk(void* shared, const void* global, int 
       "l"(global), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
 }
-// The same to the same place in every CTA of the cluster whose bit is set in `ctas`, each of which
-// counts the bytes at its own barrier.
+// Called by one thread. Copies `bytes` to the same place in every CTA of the cluster whose bit is
+// set in `ctas`. Each of these CTAs counts the bytes at its own barrier.
 __device__ __forceinline__ void copy_bulk_to(void* shared, const void* global, int bytes,
                                              Barrier* barrier, uint16_t ctas) {
   asm volatile(
@@ -33,9 +34,9 @@ __device__ __forceinline__ void copy_bulk_to(void* shared, const void* global, i
       : "memory");
 }
 
-// Arrives at the barrier that lies in CTA `cta` of the cluster where `barrier` lies in this one. What
-// this thread wrote is not made visible there (that would take a fence of the whole GPU): it says no
-// more than that a place may be overwritten by copies.
+// Arrives at the barrier of CTA `cta` that has the same place there as `barrier` has in this CTA.
+// It does not make visible what this thread wrote, which would take a fence of the whole GPU. It
+// only says that copies may overwrite a place.
 __device__ __forceinline__ void barrier_arrive_at(Barrier* barrier, uint32_t cta) {
   asm volatile(
       "{\n"
@@ -51,9 +52,9 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-// All threads of all CTAs of the cluster.
+// Called by all threads of all CTAs of the cluster.
 __device__ __forceinline__ void cluster_barrier() {
-  __syncwarp();  // a thread may have been elsewhere
+  __syncwarp();  // the threads of the warp may have diverged
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
                    : "memory");
 }

@@ -1,9 +1,11 @@
-// Bandwidth of reading DRAM against the bytes that are under way: plain 16-byte loads, cp.async,
-// bulk copies and tiles through a tensor map, over a buffer that is many times the L2.
+// Measures how the bandwidth of reading DRAM depends on the number of bytes that are under way. It
+// reads a buffer that is many times as large as the L2 cache: with plain 16-byte loads, with
+// cp.async, with bulk copies and with tiles through a tensor map.
 //
-// Two orders. Contiguous: a CTA reads one range from end to end. Rows: as the decode kernels read
-// qweight of 4096 columns, a warp's copy is 64 bytes of each of 8 rows of 2048 bytes, and the copies
-// of the next warps lie behind it in the same rows.
+// There are two orders. In the order "contiguous" a CTA reads a range from its begin to its end. In
+// the order "rows" it reads as the decode kernels read a qweight of 4096 columns: a copy of a warp
+// is 64 bytes of each of 8 rows of 2048 bytes, and the copies of the next warps follow in the same
+// rows.
 #include "bulk_copy.cuh"
 #include "cuda/hopper/ptx.cuh"
 #include "cuda/hopper/tensor_map.cuh"
@@ -13,12 +15,12 @@ namespace primitives {
 namespace {
 
 constexpr int64_t kMostBytes = int64_t{4} << 30;
-constexpr int64_t kRangeUnit = 256 << 10;  // the range of a CTA is a multiple
+constexpr int64_t kRangeUnit = 256 << 10;  // the range of a CTA is a multiple of it
 constexpr int kRowBytes = 2048;
 constexpr int kVector = 16;
 constexpr int kWarpBytes = 32 * kVector;
 constexpr int kSamples = 5;
-constexpr uint32_t kFactor = 2654435761u;  // word i of the buffer is i times this
+constexpr uint32_t kFactor = 2654435761u;  // word i of the buffer is i * kFactor
 
 enum class Order { kContiguous, kRows };
 
@@ -30,7 +32,7 @@ __global__ void fill(uint32_t* words, int64_t count) {
   }
 }
 
-// Where this lane's 16 bytes of a warp's copy number `copy` lie in the range of its CTA.
+// Where the 16 bytes of this lane are in the range of the CTA, for copy number `copy` of its warps.
 template <Order kOrder>
 __device__ __forceinline__ int64_t place(int64_t copy, int lane) {
   if constexpr (kOrder == Order::kContiguous) return copy * kWarpBytes + lane * kVector;
@@ -41,13 +43,13 @@ __device__ __forceinline__ int64_t place(int64_t copy, int lane) {
 
 __device__ __forceinline__ uint32_t sum_of(const uint4& v) { return v.x + v.y + v.z + v.w; }
 
-// Whole warp.
+// Called by a whole warp.
 __device__ __forceinline__ void add_to(uint32_t* total, uint32_t sum) {
   sum = __reduce_add_sync(0xFFFFFFFFu, sum);
   if (threadIdx.x % 32 == 0) atomicAdd(total, sum);
 }
 
-// kDepth loads of a thread at a time.
+// Each thread has kDepth loads under way.
 template <int kDepth, Order kOrder>
 __global__ void __launch_bounds__(512)
     read_plain(const uint8_t* data, int64_t range, uint32_t* total) {
@@ -70,7 +72,7 @@ __global__ void __launch_bounds__(512)
   add_to(total, sum);
 }
 
-// Every thread keeps kStages copies of 16 bytes under way; it reads what it has copied itself.
+// Each thread keeps kStages copies of 16 bytes under way, and reads what it has copied itself.
 template <int kStages, Order kOrder>
 __global__ void __launch_bounds__(512)
     read_async(const uint8_t* data, int64_t range, uint32_t* total) {
@@ -106,7 +108,7 @@ __global__ void __launch_bounds__(512)
 }
 
 struct BulkProblem {
-  TensorMap map;  // tiles of kTileRows x kTileColumns bytes
+  TensorMap map;  // for tiles of kTileRows x kTileColumns bytes
   const uint8_t* data;
   int64_t range;
   int stages, stage_bytes;
@@ -114,7 +116,7 @@ struct BulkProblem {
 constexpr int kTileRows = 128, kTileColumns = 32;  // as hopper/lora_linear.cu reads qweight
 constexpr int kBulkWarps = 4;
 
-// Every warp keeps `stages` copies of `stage_bytes` under way and reads them itself.
+// Each warp keeps `stages` copies of `stage_bytes` under way, and reads what it has copied itself.
 template <bool kTensor>
 __global__ void __launch_bounds__(32 * kBulkWarps)
     read_bulk(const __grid_constant__ BulkProblem problem, uint32_t* total) {
@@ -171,7 +173,7 @@ __global__ void __launch_bounds__(32 * kBulkWarps)
 #endif
 }
 
-// Allocated once, since filling it takes longer than an experiment.
+// The buffer is allocated once, since filling it takes longer than an experiment.
 struct Buffer {
   int64_t bytes;
   DeviceArray<uint32_t> words, total;
@@ -195,21 +197,21 @@ struct Buffer {
 
 struct Shape {
   int ctas_per_processor, threads;
-  int shared_bytes;         // that the kernel uses
-  int64_t bytes_under_way;  // of an SM
+  int shared_bytes;         // what the kernel uses
+  int64_t bytes_under_way;  // on an SM
 };
 
-// GB/s of `launch(data, range, total, grid, shared bytes)`. The sum of all words that were read is
-// compared with the one that the buffer has, so that none can be left out.
+// Measures the GB/s of `launch(data, range, total, grid, shared bytes)`. The sum of all words that
+// it read is compared with that of the buffer, so that no word can be left out.
 template <class Launch>
 Result time_reading(const char* kernel, const Shape& shape, const Launch& launch) {
   Buffer& buffer = Buffer::get();
   const int ctas = shape.ctas_per_processor * processors();
   const int64_t range = buffer.bytes / ctas / kRangeUnit * kRangeUnit;
   const int64_t bytes = range * ctas;
-  // So much shared memory that no more CTAs come to an SM than the experiment says.
+  // A CTA gets so much shared memory that an SM runs no more CTAs than the experiment says.
   const int per_processor = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  const int reserved = 2048;  // the system's 1 KiB a CTA, and static shared memory
+  const int reserved = 2048;  // 1 KiB of each CTA is the system's, and some is static
   const int shared =
       std::max(shape.shared_bytes, per_processor / (shape.ctas_per_processor + 1) + reserved);
   Result result;
@@ -326,7 +328,7 @@ std::vector<Experiment> experiments() {
   std::vector<Experiment> all;
   add_loads_of<Order::kContiguous>(all);
   add_loads_of<Order::kRows>(all);
-  constexpr int kMostUnderWay = 128 << 10;  // of an SM
+  constexpr int kMostUnderWay = 128 << 10;  // on an SM
   for (const int ctas : {1, 2}) {
     for (const int stages : {2, 4, 8, 16}) {
       for (const int stage_bytes : {1024, 2048, 4096, 8192}) {

@@ -1,5 +1,5 @@
-// A launch of an empty kernel behind a C interface, for ctypes: what a call costs that goes from
-// Python to a kernel without torch in between.
+// Launches an empty kernel through a C interface for ctypes. It shows what a call from Python to a
+// kernel costs without torch.
 #include <cuda_runtime.h>
 
 namespace {
@@ -12,7 +12,7 @@ extern "C" int primitives_launch_empty(void* stream) {
   return static_cast<int>(cudaGetLastError());
 }
 
-// In words, for what primitives_launch_empty returned.
+// Returns the name of an error that primitives_launch_empty returned.
 extern "C" const char* primitives_error_name(int error) {
   return cudaGetErrorName(static_cast<cudaError_t>(error));
 }

@@ -1,13 +1,14 @@
-// How the programs of this folder talk to benchmarks/primitives/runner.py.
+// What the programs of this folder have in common, and how they talk to
+// benchmarks/primitives/runner.py.
 //
 //   PROGRAM --facts         one JSON line about the device
 //   PROGRAM --list          one JSON line for each experiment; touches no device
 //   PROGRAM NAME...         runs these experiments in this order
 //
-// A run prints {"begin": NAME} before an experiment and its result, or {"name": NAME, "error": ...},
-// behind it, and flushes each line: the runner sees how far a program got that hangs or dies. The
-// program ends with code 3 at the first error, because a CUDA error can spoil what follows in the
-// same process; the runner then starts it anew for the experiments that are left.
+// A program prints {"begin": NAME} before an experiment, and after it the result or {"name": NAME,
+// "error": ...}. It flushes each line, so that the runner sees how far a program came that hangs or
+// dies. At the first error the program ends with code 3, because a CUDA error can spoil what
+// follows in the same process. The runner then starts it again for the experiments that are left.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -21,7 +22,7 @@
 #include <utility>
 #include <vector>
 
-// The wrappers of csrc/cuda/ are in one of these two.
+// The wrappers of csrc/cuda/ are in pylora or in pylora::cuda.
 namespace pylora::cuda {}
 
 namespace primitives {
@@ -29,7 +30,7 @@ namespace primitives {
 using namespace pylora;
 using namespace pylora::cuda;
 
-// "name": value, as JSON.
+// Pairs of a name and a value that is written as JSON.
 using Fields = std::vector<std::pair<std::string, std::string>>;
 
 inline std::string json(const std::string& text) {
@@ -69,7 +70,7 @@ inline void checked(cudaError_t error, const char* call) {
 }
 #define CHECKED(call) ::primitives::checked(call, #call)
 
-// After a launch: the errors of the launch and of the kernel.
+// Called after a launch. Throws if the launch or the kernel failed.
 inline void finish_launch(const char* kernel) {
   checked(cudaGetLastError(), kernel);
   checked(cudaDeviceSynchronize(), kernel);
@@ -78,17 +79,17 @@ inline void finish_launch(const char* kernel) {
 struct Result {
   std::vector<double> samples;
   Fields derived;       // rates that follow from the median
-  double ideal = 0.0;   // one that only the device can tell; 0: the experiment's
-  std::string problem;  // of a result that is not what it must be; the samples are kept
+  double ideal = 0.0;   // if only the device can tell it; 0: the ideal of the experiment
+  std::string problem;  // what is wrong with the result, if it is wrong; the samples are kept
 };
 
 struct Experiment {
   std::string name;
   Fields parameters;
-  std::string unit;    // of the samples
-  double ideal = 0.0;  // in the same unit; 0: not known
+  std::string unit;    // the unit of the samples
+  double ideal = 0.0;  // the best possible sample; 0: not known
   std::string note;
-  int least_capability = 80, most_capability = 999;  // 90 is 9.0
+  int least_capability = 80, most_capability = 999;  // 90 stands for 9.0
   std::function<Result()> run;
 };
 
@@ -98,7 +99,7 @@ inline double median(std::vector<double> values) {
   return values.size() % 2 ? values[half] : (values[half - 1] + values[half]) / 2;
 }
 
-// Memory of the device for the length of an experiment.
+// Memory on the device that is freed with this object.
 template <class T>
 class DeviceArray {
  public:
@@ -108,7 +109,7 @@ class DeviceArray {
   explicit DeviceArray(const std::vector<T>& values) : DeviceArray(values.size()) {
     CHECKED(cudaMemcpy(data_, values.data(), count_ * sizeof(T), cudaMemcpyHostToDevice));
   }
-  // An error of cudaFree is one of an earlier call, which has been reported.
+  // If cudaFree fails, an earlier call failed, and that was reported.
   ~DeviceArray() { cudaFree(data_); }
   DeviceArray(const DeviceArray&) = delete;
   DeviceArray& operator=(const DeviceArray&) = delete;
@@ -137,13 +138,13 @@ inline int capability() {
          device_attribute(cudaDevAttrComputeCapabilityMinor);
 }
 
-// Asks for dynamic shared memory beyond the 48 KiB that every kernel may have.
+// Lets a kernel have more dynamic shared memory than the 48 KiB that it may have without asking.
 template <class Kernel>
 void allow_shared_memory(Kernel* kernel, int bytes) {
   CHECKED(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
 }
 
-// Milliseconds between two events around `launch`.
+// Measures the milliseconds between two events around `launch`.
 inline double milliseconds(const char* kernel, const std::function<void()>& launch) {
   cudaEvent_t begin, end;
   CHECKED(cudaEventCreate(&begin));
@@ -166,7 +167,7 @@ __device__ __forceinline__ uint64_t global_nanoseconds() {
   return now;
 }
 
-// For about 5 ms: cycles and nanoseconds, and the smallest step that %globaltimer made.
+// Runs for about 5 ms, and notes its cycles, its nanoseconds and the smallest step of %globaltimer.
 __global__ void measure_clock(uint64_t* facts) {
   const uint64_t begin = global_nanoseconds();
   const long long first = clock64();
@@ -188,7 +189,7 @@ inline Fields device_facts() {
   CHECKED(cudaDriverGetVersion(&driver));
   CHECKED(cudaRuntimeGetVersion(&runtime));
   DeviceArray<uint64_t> clock(3);
-  // The first run raises the clock, the second one is kept.
+  // The first run raises the clock of the device. The second run is kept.
   for (int turn = 0; turn < 2; ++turn) {
     measure_clock<<<1, 1>>>(clock.data());
     finish_launch("measure_clock");

@@ -1,5 +1,6 @@
-// Bytes that reach an SM from L2 by plain loads and by bulk copies: every CTA for itself, or the CTAs of a cluster
-// together, where each brings a part of a tile and gives it to all of them (multicast).
+// Measures how many bytes reach an SM from L2, by plain loads and by bulk copies. The CTAs either
+// copy each for itself, or those of a cluster copy together: each CTA brings a part of a tile and
+// gives it to all of them (multicast).
 #include "bulk_copy.cuh"
 #include "timed_loop.cuh"
 
@@ -8,12 +9,12 @@ namespace {
 
 constexpr int kTileBytes = 32 << 10;
 constexpr int kStages = 4;
-constexpr int kTilesInL2 = 256;  // 8 MiB: they stay in L2
-constexpr int kTiles = 1024;     // that each CTA takes
+constexpr int kTilesInL2 = 256;  // 8 MiB, so that they stay in L2
+constexpr int kTiles = 1024;     // so many are copied to each CTA
 constexpr int kThreads = 128;
 
-// The number of the tile that is `number`-th in a cluster: the same for all its CTAs, while clusters
-// begin at different ones.
+// The tile that comes at place `number` in a cluster. All CTAs of a cluster take the same tiles,
+// and clusters begin at different ones.
 __host__ __device__ constexpr int tile_of(int cluster, int number) {
   return (cluster * 37 + number) % kTilesInL2;
 }
@@ -38,7 +39,7 @@ __global__ void __launch_bounds__(kThreads)
     const uint32_t rank = cluster_rank();
     const long long begin = clock64();
     int stage = 0, parity = 0;
-    // A tile is waited for kStages - 1 tiles after it has been asked for.
+    // Between asking for a tile and waiting for it, this thread asks for kStages - 1 others.
 #pragma unroll 1
     for (int number = 0; number < kTiles + kStages - 1; ++number) {
       if (number < kTiles) {
@@ -60,7 +61,7 @@ __global__ void __launch_bounds__(kThreads)
         parity ^= 1;
       }
       if (waited < 0) continue;
-      // Stage `stage` is the one of tile `waited`.
+      // Tile `waited` is in stage `stage`.
       barrier_wait(full + stage, waited / kStages % 2);
       if constexpr (kMulticast) {
         for (uint32_t cta = 0; cta < kClusterCtas; ++cta) barrier_arrive_at(empty + stage, cta);
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     spans[blockIdx.x] = {begin, clock64()};
   }
-  cluster_barrier();  // no CTA may end before the last copy to it and the last arrival have come
+  cluster_barrier();  // a CTA must not end before the last copy and arrival have reached it
   uint32_t sum = 0;
   for (int i = thread; i < kStages * kTileBytes / 4; i += kThreads) {
     sum += reinterpret_cast<const uint32_t*>(stages)[i];
@@ -83,10 +84,10 @@ __global__ void __launch_bounds__(kThreads)
 
 constexpr int kReadThreads = 512;
 constexpr int kReadDepth = 4;
-constexpr int kReadTurns = 4;  // over all tiles
+constexpr int kReadTurns = 4;  // so often all tiles are read
 
-// Every CTA reads all tiles by 16-byte loads past L1, kReadDepth of a thread at a time; CTAs begin at
-// different tiles.
+// Every CTA reads all tiles by 16-byte loads that bypass L1. A thread has kReadDepth of them under
+// way, and CTAs begin at different tiles.
 __global__ void __launch_bounds__(kReadThreads)
     read_from_l2(const uint4* data, Span* spans, uint32_t* results) {
   constexpr int kVectors = kTilesInL2 * kTileBytes / 16, kStep = kReadThreads * kReadDepth;
@@ -147,7 +148,7 @@ Result time_reads() {
   return result;
 }
 
-// What the last tiles in the stages add up to.
+// The sum of the tiles that are in the stages at the end.
 uint32_t expected_sum(int cluster) {
   uint32_t sum = 0;
   for (int number = kTiles - kStages; number < kTiles; ++number) {
@@ -175,7 +176,7 @@ Result time_copies() {
   config.dynamicSmemBytes = static_cast<size_t>(shared);
   config.attrs = &cluster;
   config.numAttrs = 1;
-  // As many as run at once: clusters of four may leave SMs over.
+  // As many clusters as run at once. Clusters of four may not fill all SMs.
   int clusters = 0;
   CHECKED(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
   const int ctas = clusters * kClusterCtas;

@@ -1,5 +1,5 @@
-// What lies between two kernels that follow each other: in a stream, in a graph, and with
-// programmatic dependent launch in both.
+// Measures the time between two kernels that follow each other, in a stream and in a graph, each
+// with and without programmatic dependent launch.
 #include "cuda/common/launch.cuh"
 #include "cuda/common/ptx.cuh"
 #include "experiment.cuh"
@@ -15,15 +15,15 @@ struct Times {
   unsigned long long first_begin, last_end;  // %globaltimer, over all CTAs
 };
 
-// Keeps the device busy until the host has launched all that follows.
+// Keeps the device busy while the host launches all that follows.
 __global__ void occupy(int64_t nanoseconds) {
   const uint64_t begin = global_nanoseconds();
   while (static_cast<int64_t>(global_nanoseconds() - begin) < nanoseconds) {
   }
 }
 
-// Does nothing but note when it ran. With kDependent it lets the next kernel start at once, and
-// begins where the one before it has ended.
+// Only notes when it ran. With kDependent it lets the next kernel start at once, and waits until
+// the kernel before it has ended.
 template <bool kDependent>
 __global__ void __launch_bounds__(kThreads) empty(Times* times) {
   if constexpr (kDependent) {
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads) empty(Times* times) {
   atomicMax(&times->last_end, global_nanoseconds());
 }
 
-// The same without the notes, to time many of them between two events.
+// Does nothing. Many of these are timed between two events.
 template <bool kDependent>
 __global__ void __launch_bounds__(kThreads) nothing() {
   if constexpr (kDependent) {
@@ -54,8 +54,9 @@ LaunchShape shape_of(int ctas, bool dependent, cudaStream_t stream) {
   return shape;
 }
 
-// Runs what `enqueue` puts into a stream, directly or as a graph, behind a kernel that keeps the
-// device busy meanwhile; microseconds from that kernel's end to the end of all.
+// Runs what `enqueue` puts into a stream, directly or as a graph. A kernel before it keeps the
+// device busy until everything is in the queue. Returns the microseconds from the end of that
+// kernel to the end of all.
 double microseconds(cudaStream_t stream, bool graph,
                     const std::function<void(cudaStream_t)>& enqueue) {
   cudaGraphExec_t executable = nullptr;

@@ -1,11 +1,11 @@
-// Look-ups and copies through the pipe that shared memory, shuffles and asynchronous copies share,
-// alone and mixed with each other and with mma.sync.
+// Measures look-ups in shared memory, shuffles and asynchronous copies, which share one pipe: each
+// alone, and mixed with each other and with mma.sync.
 #include "bodies.cuh"
 
 namespace primitives {
 namespace {
 
-// 256 words that all lanes share, at fixed random places: what bank conflicts cost.
+// All lanes look up the same 256 words at fixed random places. It shows what bank conflicts cost.
 struct SharedTable : PrivateTable {
   static constexpr int kSharedBytes = 1024;
   static __host__ __device__ uint32_t offset(int thread, int slot) {
@@ -26,8 +26,8 @@ struct SharedTable : PrivateTable {
   }
 };
 
-// LDS.128 where a warp reads kDistinct neighbouring units of 16 bytes: neighbouring lanes the same
-// unit (kGrouped), or every kDistinct-th lane.
+// LDS.128, with which a warp reads kDistinct neighbouring units of 16 bytes. With kGrouped,
+// neighbouring lanes read the same unit; otherwise every kDistinct-th lane does.
 template <int kDistinct, bool kGrouped>
 struct Vectors : PlainBody {
   static constexpr int kSharedBytes = kSlots * 512;
@@ -59,8 +59,8 @@ struct Vectors : PlainBody {
   uint32_t address, sum = 0;
 };
 
-// LDSM.x4 of 512 neighbouring bytes: no conflicts. The compiler takes an LDSM for a plain read and
-// would leave out a second one of the same address; it does not know that a round steps by zero.
+// LDSM.x4 of 512 consecutive bytes, which has no bank conflicts. The compiler would leave out a
+// second LDSM of the same address. Each round moves the address by a zero that it does not know.
 struct Matrices : PlainBody {
   static constexpr int kSharedBytes = kSlots * 512;
   static __device__ void prepare(uint8_t* shared, int thread, int threads) {
@@ -75,7 +75,7 @@ struct Matrices : PlainBody {
   }
   __device__ __forceinline__ void end_round() { row += zero; }
   __device__ uint32_t result() { return sum; }
-  // Register j of lane l: word l % 4 of row l / 4 of matrix j, which has 8 rows of 4 words.
+  // Register j of lane l holds word l % 4 of row l / 4 of matrix j, which has 8 rows of 4 words.
   static uint32_t expected(int thread, uint32_t rounds) {
     uint32_t sum = 0;
     for (int i = 0; i < kSlots; ++i) {
@@ -88,7 +88,7 @@ struct Matrices : PlainBody {
   uint32_t zero, sum = 0;
 };
 
-// SHFL: slot i hands its value on by i + 1 lanes.
+// SHFL: slot i moves its value by i + 1 lanes.
 struct Shuffles : PlainBody {
   static __host__ __device__ uint32_t first(int warp, int lane, int slot) {
     return scramble((warp * 32 + lane) * kSlots + slot);
@@ -121,12 +121,12 @@ struct Shuffles : PlainBody {
   uint32_t value[kSlots], from[kSlots];
 };
 
-// cp.async of 16 bytes a lane from L2, in the first kUsed slots; a round is a group, and three are
-// under way.
+// cp.async of 16 bytes for each lane from L2, in the first kUsed slots. A round is a group of
+// copies, and three groups are under way.
 template <int kUsed>
 struct Copies : PlainBody {
   static constexpr int kSharedBytes = kUsed * kMaxThreads * 16;
-  static constexpr int kAreaBytes = 4 * kGlobalPeriod;  // of a CTA, at least kSharedBytes
+  static constexpr int kAreaBytes = 4 * kGlobalPeriod;  // what a CTA copies from
   static constexpr int kAreas = kGlobalWords / kGlobalPeriod;
   static_assert(kSharedBytes <= kAreaBytes);
 
@@ -164,7 +164,7 @@ struct Copies : PlainBody {
   uint64_t policy;
 };
 
-// Odd, so that shuffles do not end where they began.
+// The number is odd, so that shuffled values do not end where they began.
 constexpr int kTurns = 255;
 
 std::vector<Experiment> experiments() {

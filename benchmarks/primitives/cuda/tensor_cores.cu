@@ -1,5 +1,6 @@
-// Rates of mma.sync, and of wgmma with A in registers and B in shared memory, alone and beside
-// look-ups in the decode table: by the same warps while their products run, or by other warps.
+// Measures mma.sync, and wgmma with A in registers and B in shared memory. wgmma runs alone and
+// beside look-ups in the decode table, which are made by the same warps while their products run or
+// by other warps.
 #include "bodies.cuh"
 #include "wgmma_narrow.cuh"
 
@@ -8,23 +9,23 @@ namespace {
 
 enum class Lookups { kNone, kSameWarps, kOtherWarps };
 
-constexpr int kSteps = 4;     // wgmma along the 64 columns of k that B has
-constexpr int kLookups = 16;  // of a thread and turn: what decodes A for four wgmma
+constexpr int kSteps = 4;     // so many wgmma multiply the 64 columns of k that B has
+constexpr int kLookups = 16;  // a thread makes so many in a turn to decode A for four wgmma
 constexpr int kGroupThreads = 128;
 constexpr int kLookupThreads = 128;
 constexpr int kMostGroups = 2;
 constexpr int kTurns = 512;
 
 struct WgmmaOutputs {
-  Span* spans;        // of each warp
-  uint32_t* lookups;  // rounds of kLookups look-ups that each thread made
-  uint32_t* sums;     // of what each thread looked up
-  float* products;    // of CTA 0: [chain][register][thread of the first warpgroup]
+  Span* spans;        // for each warp
+  uint32_t* lookups;  // for each thread the number of rounds of kLookups look-ups
+  uint32_t* sums;     // for each thread the sum of all that it looked up
+  float* products;    // from CTA 0: [chain][register][thread of the first warpgroup]
 };
 
 #if PYLORA_SM90A
 
-// Four words of qweight decoded as the kernels do; the next round has other words.
+// Decodes four words of qweight as the kernels do. Each round has other words.
 struct LookupRound {
   const uint8_t* pairs;
   uint32_t lane_offset, words[kLookups / 4], sum = 0;
@@ -46,7 +47,8 @@ struct LookupRound {
   }
 };
 
-// B where wgmma looks for it: columns of 64 k, 128 bytes, swizzled by 128 bytes.
+// Writes B as wgmma reads it: each column has 64 numbers along k, 128 bytes, with the swizzle of
+// 128 bytes.
 __device__ void fill_b(uint8_t* tile, int columns, int thread, int threads) {
   for (int i = thread; i < columns * 32; i += threads) {
     const int column = i / 32, word = i % 32;
@@ -54,14 +56,14 @@ __device__ void fill_b(uint8_t* tile, int columns, int thread, int threads) {
     reinterpret_cast<uint32_t*>(tile + column * 128 + unit * 16)[word % 4] =
         b_pair(2 * word, column);
   }
-  // wgmma reads shared memory past the ordinary path: what was written must be made visible to it.
+  // wgmma reads shared memory through the asynchronous proxy, to which writes must be made visible.
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 #endif
 
-// How often a turn multiplies by B. Alone the products are to show their peak; beside look-ups they
-// come in fours, as in a kernel that decodes A for four of them.
+// How often a turn multiplies by B. Products alone come in large groups, which shows their peak.
+// Beside look-ups they come in fours, as in a kernel that decodes A for four products.
 template <Lookups kWhere>
 constexpr int kRepeats = kWhere == Lookups::kNone ? 4 : 1;
 
@@ -69,7 +71,7 @@ constexpr int most_threads(Lookups where) {
   return kMostGroups * kGroupThreads + (where == Lookups::kOtherWarps ? kLookupThreads : 0);
 }
 
-// kChains sums of 64 x kTokens a warpgroup, products of one after those of another: with one chain
+// A warpgroup has kChains sums of 64 x kTokens, to which its products add in turn. With one chain
 // every wgmma adds to what the one before it has written.
 template <int kTokens, int kChains, Lookups kWhere>
 __global__ void __launch_bounds__(most_threads(kWhere), 1)
@@ -88,7 +90,7 @@ __global__ void __launch_bounds__(most_threads(kWhere), 1)
   uint32_t rounds = 0;
 
   if (shuffle(thread / 32, 0) < 4 * groups) {
-    // 256 columns take more registers than each of 384 threads could have.
+    // 256 columns take more registers than there are for each of 384 threads.
     if constexpr (kWhere == Lookups::kOtherWarps) take_registers<232>();
     const int row = thread % kGroupThreads / 32 * 16 + thread % 32 / 4, k = 2 * (thread % 4);
     uint32_t a[kSteps][4];
@@ -164,7 +166,7 @@ uint32_t expected_sum(int thread, uint32_t rounds) {
   return sum;
 }
 
-// The first element of D that is not `times` A B, in words; empty if there is none.
+// Names the first element of D that is not `times` A B; empty if all are right.
 std::string wrong_product(const std::vector<float>& products, int tokens, int times) {
   for (size_t i = 0; i < products.size(); ++i) {
     const int thread = static_cast<int>(i % kGroupThreads);
@@ -192,7 +194,7 @@ Result time_wgmma(int groups) {
   const DeviceArray<uint32_t> lookups(32 * warps), sums(32 * warps);
   const DeviceArray<float> products(static_cast<size_t>(kChains) * kTokens / 2 * kGroupThreads);
   const auto kernel = wgmma_loop<kTokens, kChains, kWhere>;
-  // The table and B; more than half of an SM's, so that no second CTA comes to the same SM.
+  // Room for the table and B, and more than half of what an SM has, so that it runs a single CTA.
   const int shared =
       std::max(kPairBytes + kTokens * 128,
                device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 + 1024);
@@ -216,7 +218,7 @@ Result time_wgmma(int groups) {
     result.samples.push_back(cycles / (kProducts * groups));
     if (kWhere == Lookups::kNone) continue;
     const auto rounds = lookups.to_host();
-    double warp_lookups = 0.0;  // of CTA 0, whole warps
+    double warp_lookups = 0.0;  // of the warps of CTA 0
     for (int warp = 0; warp < cta_warps; ++warp) warp_lookups += kLookups * rounds[32 * warp];
     const std::vector<Span> first(all.begin(), all.begin() + cta_warps);
     const bool same = kWhere == Lookups::kSameWarps;

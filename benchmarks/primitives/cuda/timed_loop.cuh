@@ -1,12 +1,13 @@
-// Times a loop of instructions on every SM at once, one CTA an SM.
+// Times a loop of instructions on all SMs at once, with one CTA on each SM.
 //
-// A Body is what the loop issues: `slot(i)` for i in [0, kSlots) is a round, and kRounds rounds are
-// one turn of the loop. Every slot of a warp is one instruction to measure (of each kind in a mix).
-// They are volatile assembly with operands that the compiler cannot know; tests/test_primitives.py
-// counts them in the machine code of the loop that lies between the two readings of the clock.
+// A Body has the instructions. A round calls `slot(i)` for each i in [0, kSlots), and a turn of the
+// loop has kRounds rounds. A slot is one instruction to measure, or in a mix one of each of two.
+// The instructions are volatile assembly with operands that the compiler cannot know.
+// tests/test_primitives_code.py counts them in the machine code between the two readings of the
+// clock.
 //
-// Of a CTA the cycles from its first warp's start to its last warp's end count, by the clock of its
-// SM; a sample is that of the slowest CTA.
+// The cycles of a CTA go from the start of its first warp to the end of its last warp, by the clock
+// of its SM. A sample has the cycles of the slowest CTA.
 #pragma once
 
 #include <iterator>
@@ -21,7 +22,7 @@ inline constexpr int kSlots = 8;
 inline constexpr int kRounds = 8;  // so many that the loop's own instructions hardly count
 inline constexpr int kSamples = 7;
 
-// A fixed scramble: the same random numbers on the host and on the device.
+// Turns a number into a random one, the same on the host and on the device.
 __host__ __device__ constexpr uint32_t scramble(uint32_t x) {
   x = (x ^ x >> 16) * 0x7FEB352Du;
   x = (x ^ x >> 15) * 0x846CA68Bu;
@@ -29,13 +30,13 @@ __host__ __device__ constexpr uint32_t scramble(uint32_t x) {
 }
 
 inline constexpr int kGlobalWords = 1 << 20;
-inline constexpr int kGlobalPeriod = 1
-                                     << 14;  // in words, so that CTAs read different but equal data
+// After so many words the data repeat: CTAs read different addresses, but equal data.
+inline constexpr int kGlobalPeriod = 1 << 14;
 __host__ __device__ constexpr uint32_t global_word(int i) { return scramble(i % kGlobalPeriod); }
 
 struct Input {
   const uint8_t* global;      // kGlobalWords words; word i is global_word(i)
-  const uint32_t* constants;  // what the compiler must not know
+  const uint32_t* constants;  // numbers that the compiler must not know
 };
 
 struct Span {
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   results[index] = body.result();
 }
 
-// What most bodies have nothing to do in.
+// The parts of a body in which most bodies do nothing.
 struct PlainBody {
   static constexpr int kSharedBytes = 0;
   static __device__ void prepare(uint8_t*, int, int) {}
@@ -108,8 +109,9 @@ struct Mix {
 };
 
 inline constexpr uint32_t kConstants[] = {0x9E3779B9u, 0x3C003C00u, 0x3F803F80u, 0x3F800000u, 0};
-inline constexpr int kZero = 4;  // index
+inline constexpr int kZero = 4;  // the index of the zero
 
+// The cycles of the slowest CTA, from the spans of its warps.
 inline long long slowest(const std::vector<Span>& spans, int ctas, int warps) {
   long long longest = 0;
   for (int cta = 0; cta < ctas; ++cta) {
@@ -124,7 +126,7 @@ inline long long slowest(const std::vector<Span>& spans, int ctas, int warps) {
   return longest;
 }
 
-// The first thread whose result is not what the host computes, in words; empty if there is none.
+// Names the first thread whose result is not what the host computes; empty if all are right.
 template <class Body>
 std::string wrong_result(const std::vector<uint32_t>& results, int threads, uint32_t rounds) {
   for (size_t i = 0; i < results.size(); ++i) {
@@ -138,7 +140,7 @@ std::string wrong_result(const std::vector<uint32_t>& results, int threads, uint
   return "";
 }
 
-// Cycles an SM needs for one slot of one warp.
+// Measures the cycles that an SM needs for one slot of one warp.
 template <class Body>
 Result time_loop(int warps, int turns) {
   const int ctas = processors(), threads = 32 * warps;
@@ -188,7 +190,7 @@ Experiment loop_experiment(const std::string& name, int warps, int turns, double
   return experiment;
 }
 
-// The same with 4, 8 and 16 warps.
+// Adds the experiment with 4, with 8 and with 16 warps.
 template <class Body>
 void add_loop(std::vector<Experiment>& experiments, const std::string& name, int turns,
               double ideal, const std::string& note) {

@@ -1,5 +1,5 @@
-// wgmma with 16, 32 and 64 columns, as hopper/ptx.cuh has it with 128 and 256. It is here and not
-// there because no kernel uses such tiles yet.
+// PTX wrappers for wgmma with 16, 32 and 64 columns. Those for 128 and 256 columns are in
+// hopper/ptx.cuh. These are not, because no kernel uses such tiles yet.
 #pragma once
 
 #include "cuda/hopper/ptx.cuh"
@@ -16,7 +16,8 @@ namespace primitives {
   "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32.bf16.bf16 {" sums "}, {" a "}, " b \
   ", 1, 1, 1, 0;"
 
-// Whole warpgroup. Starts d += A B in bf16; the layouts are those of multiply() in hopper/ptx.cuh.
+// Called by a whole warpgroup. Starts d += A B in bf16, with the layouts of multiply() in
+// hopper/ptx.cuh.
 template <int kTokens>
 __device__ __forceinline__ void multiply_bf16(float (&d)[kTokens / 2], const uint32_t (&a)[4],
                                               SharedOperand b) {

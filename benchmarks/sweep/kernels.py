@@ -1,4 +1,7 @@
-"""The kernels of lora_linear that a sweep measures, and the plans of each, coarse to fine."""
+"""The kernels of lora_linear that a sweep measures, and the plans of each from coarse to fine.
+
+A plan holds the numbers by which a kernel splits its work, such as the size of a tile.
+"""
 
 from __future__ import annotations
 
@@ -9,32 +12,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.operands import SCALING
+from benchmarks.layer_tensors import SCALING
 from pylora import dispatch
 from pylora.backends import cuda_hopper, cuda_products, extension
 from pylora.calls import Layer, LoraLinearCall, LowRank
 from pylora.nf4_weight import NF4Weight
 
-Plan = dict[str, int]
+KernelPlan = dict[str, int]
 
 
 class Refused(Exception):
-    """The kernel cannot run this plan, and has not been launched; says why."""
+    """Raised if a kernel cannot run a plan and was not launched. The message is the reason."""
 
 
 @dataclass(frozen=True)
-class Operand:
-    """One layer's tensors: the weight [N, K] and LoRA's factors."""
+class SweptLayer:
+    """A layer of a sweep: the weight [N, K] and the factors of LoRA."""
 
     weight: NF4Weight
     lora_A: Tensor
     lora_B: Tensor
 
-    def layer(self) -> Layer:
+    def record(self) -> Layer:
+        """Returns the call record of the layer."""
         return Layer(self.weight.record, None, LowRank(self.lora_A, self.lora_B, scaling=SCALING))
 
     def arguments(self) -> tuple[Any, ...]:
-        """Those of the extension's lora_linear behind x."""
+        """Returns the arguments of the extension's lora_linear that follow x."""
         identity = extension.ACTIVATION_CODES["identity"]
         low_rank = (self.lora_A, self.lora_B, None, None, None, SCALING, 0.0, None, identity)
         return (*self.weight.op_arguments(), self.weight.shape[0], *low_rank)
@@ -44,18 +48,18 @@ class Operand:
 class Kernel:
     """One way to compute lora_linear.
 
-    least, most  rows of x for which plans are measured
-    levels       (x, N) -> lists of plans, the first of the rule's alone, each finer than the one
-                 before
-    forward      (x, operand, plan) -> y; raises Refused
-    why_not      device -> why it cannot run there, None if it can
+    least, most  plans are measured for numbers of tokens between these two
+    levels       (x, N) -> lists of plans; the first has only the plan of the rule, and each list
+                 is finer than the one before
+    forward      (x, layer, plan) -> y; raises Refused if the kernel cannot run the plan
+    why_not      device -> the reason why the kernel cannot run there, or None if it can
     """
 
     name: str
     least: int
     most: int
-    levels: Callable[[Tensor, int], list[list[Plan]]]
-    forward: Callable[[Tensor, Operand, Plan], Tensor]
+    levels: Callable[[Tensor, int], list[list[KernelPlan]]]
+    forward: Callable[[Tensor, SweptLayer, KernelPlan], Tensor]
     why_not: Callable[[torch.device], str | None]
 
 
@@ -64,30 +68,42 @@ def _cdiv(a: int, b: int) -> int:
 
 
 def cuts(parts: int, wanted: tuple[int, ...]) -> list[int]:
-    """How many slices come of so many parts if each slice gets as many as the next, for about as
-    many slices as wanted."""
-    found = (_cdiv(parts, _cdiv(parts, slices)) for slices in wanted if slices <= parts)
-    return list(dict.fromkeys(found))
+    """Returns numbers of slices near the wanted ones into which `parts` can be cut, so that all
+    slices but the last have the same number of parts."""
+    numbers = (_cdiv(parts, _cdiv(parts, slices)) for slices in wanted if slices <= parts)
+    return list(dict.fromkeys(numbers))
 
 
 def _even_grid(items: int, ctas: int) -> int:
-    """CTAs, at most so many, that all have the same number of items, or one less."""
+    """Returns a number of CTAs, at most `ctas`, of which each has the same number of items or one
+    less."""
     return _cdiv(items, _cdiv(items, ctas))
 
 
 def _compiled(
-    rule: Plan, firsts: tuple[int, ...], tiles: Callable[[int], int], parts: int, processors: int
-) -> list[list[Plan]]:
-    """Plans of the C++ kernels: {first parameter, slices, grid}; `tiles` of a first parameter."""
+    rule: KernelPlan,
+    firsts: tuple[int, ...],
+    tiles: Callable[[int], int],
+    parts: int,
+    processors: int,
+) -> list[list[KernelPlan]]:
+    """Returns the levels of plans {first parameter, slices, grid} of a C++ kernel.
+
+    rule        the plan of the rule
+    firsts      the values of the first parameter
+    tiles       a first parameter -> the number of output tiles
+    parts       how many parts of K slices can be made of
+    processors  the number of SMs
+    """
     name = next(iter(rule))
 
-    def plans(wanted: tuple[int, ...], grids: Callable[[int], list[int]]) -> Iterator[Plan]:
+    def plans(wanted: tuple[int, ...], grids: Callable[[int], list[int]]) -> Iterator[KernelPlan]:
         for first in firsts:
             for slices in cuts(parts, wanted):
                 for grid in dict.fromkeys(grids(tiles(first) * slices)):
                     yield {name: first, "slices": slices, "grid": grid}
 
-    def one_or_two(items: int) -> list[int]:  # CTAs an SM
+    def one_or_two(items: int) -> list[int]:  # one or two CTAs for each SM
         return [min(items, processors), min(items, 2 * processors)]
 
     def others(items: int) -> list[int]:
@@ -102,14 +118,14 @@ def _processors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
-def _small_levels(x: Tensor, N: int) -> list[list[Plan]]:
+def _small_levels(x: Tensor, N: int) -> list[list[KernelPlan]]:
     names = ("output_warps", "slices", "grid")
     rule = dict(zip(names, torch.ops.pylora_C.lora_linear_plan(x, N), strict=True))
-    parts = _cdiv(x.shape[1], 128)  # chunks of columns
+    parts = _cdiv(x.shape[1], 128)  # pieces of 128 columns
     return _compiled(rule, (1, 2, 4), lambda warps: _cdiv(N, 16 * warps), parts, _processors(x))
 
 
-def _hopper_levels(x: Tensor, N: int) -> list[list[Plan]]:
+def _hopper_levels(x: Tensor, N: int) -> list[list[KernelPlan]]:
     names = ("tile_tokens", "slices", "grid")
     rule = dict(zip(names, torch.ops.pylora_C.lora_linear_hopper_plan(x, N), strict=True))
     M, K = x.shape
@@ -117,16 +133,16 @@ def _hopper_levels(x: Tensor, N: int) -> list[list[Plan]]:
         rule,
         (128, 256),
         lambda tokens: _cdiv(N, 128) * _cdiv(M, tokens),
-        K // 64,  # blocks of columns
+        K // 64,  # NF4 blocks in a row
         _processors(x),
     )
 
 
-def _planned(op: str) -> Callable[[Tensor, Operand, Plan], Tensor]:
-    def forward(x: Tensor, operand: Operand, plan: Plan) -> Tensor:
+def _planned(op: str) -> Callable[[Tensor, SweptLayer, KernelPlan], Tensor]:
+    def forward(x: Tensor, layer: SweptLayer, plan: KernelPlan) -> Tensor:
         function = getattr(torch.ops.pylora_C, op)
         try:
-            y, _ = function(x, *operand.arguments(), *plan.values())
+            y, _ = function(x, *layer.arguments(), *plan.values())
         except RuntimeError as error:
             if "cannot run this plan" in str(error):
                 raise Refused(str(error).splitlines()[0]) from error
@@ -136,40 +152,40 @@ def _planned(op: str) -> Callable[[Tensor, Operand, Plan], Tensor]:
     return forward
 
 
-def _triton_levels(x: Tensor, N: int) -> list[list[Plan]]:
+def _triton_levels(x: Tensor, N: int) -> list[list[KernelPlan]]:
     from pylora.kernels import configs, tuning
     from pylora.kernels.launch import facts
 
     M, K = x.shape
     rule = configs.forward_plan(M, [N], K, x.element_size(), 64, facts(x))
     near = tuning.neighbours(rule, K)
-    far = [plan for each in near for plan in tuning.neighbours(each, K)]
+    far = [plan for neighbour in near for plan in tuning.neighbours(neighbour, K)]
 
-    def written(plan: configs.TilePlan) -> Plan:
+    def written(plan: configs.TilePlan) -> KernelPlan:
         return {**asdict(plan.tile), "splits": plan.splits, "per_split": plan.per_split}
 
     return [[written(plan) for plan in level] for level in ([rule], near, far)]
 
 
-def _triton(x: Tensor, operand: Operand, plan: Plan) -> Tensor:
+def _triton(x: Tensor, layer: SweptLayer, plan: KernelPlan) -> Tensor:
     from triton.errors import TritonError
     from triton.runtime.errors import OutOfResources
 
     from pylora.kernels.configs import TileConfig, TilePlan
     from pylora.kernels.lora_linear import lora_linear_by_tiles
 
-    tile = {name: value for name, value in plan.items() if not name.endswith(("splits", "split"))}
+    tile = {name: value for name, value in plan.items() if name not in ("splits", "per_split")}
     chosen = TilePlan(TileConfig(**tile), plan["splits"], plan["per_split"])
     try:
-        return lora_linear_by_tiles(x, operand.layer(), chosen)
+        return lora_linear_by_tiles(x, layer.record(), chosen)
     except OutOfResources as error:
         raise Refused(str(error)) from error
     except TritonError as error:
         raise RuntimeError(f"Triton: {error}") from error
 
 
-def _product(x: Tensor, operand: Operand, plan: Plan) -> Tensor:
-    y, _ = cuda_products.lora_linear(LoraLinearCall(x, operand.layer()))
+def _product(x: Tensor, layer: SweptLayer, plan: KernelPlan) -> Tensor:
+    y, _ = cuda_products.lora_linear(LoraLinearCall(x, layer.record()))
     return y
 
 

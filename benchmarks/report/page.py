@@ -1,4 +1,4 @@
-"""`python -m benchmarks report`: one page that needs nothing else, and its pictures as PNGs."""
+"""`python -m benchmarks report`: an HTML page that needs no other file, and PNGs of its plots."""
 
 from __future__ import annotations
 
@@ -7,15 +7,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cuda_goals, goals, plots
-from benchmarks.report_host import host_section
-from benchmarks.results import result_of, write_atomically
-from benchmarks.shapes import layers_named
-from benchmarks.statistics import BUSY, CONTROL_TOLERANCE
-from benchmarks.tables import (
-    BASE_ONLY,
-    CONTROL,
-    OURS,
+from benchmarks.report import cuda_goals, goals, plots
+from benchmarks.report.host_page import host_section
+from benchmarks.report.tables import (
     contenders_of,
     device_seconds,
     duration,
@@ -26,6 +20,9 @@ from benchmarks.tables import (
     shares_of_work,
     size,
 )
+from benchmarks.results import BASE_ONLY, CONTROL, OURS, result_of, write_atomically
+from benchmarks.shapes import layers_named
+from benchmarks.statistics import BUSY, CONTROL_TOLERANCE
 from benchmarks.timing import HOST
 
 _STYLE = """
@@ -41,7 +38,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th { text-align: right; font-weight: 600; color: #52606d; padding: 5px 9px;
   border-bottom: 2px solid #e4e7eb; vertical-align: bottom; }
 td { text-align: right; padding: 4px 9px; border-bottom: 1px solid #eef0f3; white-space: nowrap; }
-th.l, td.l { text-align: left; } td.path { color: #6b7785; white-space: normal; min-width: 220px; }
+th.l, td.l { text-align: left; }
+td.variant { color: #6b7785; white-space: normal; min-width: 220px; }
 tr.first td { border-top: 2px solid #e4e7eb; }
 .ours { font-weight: 600; color: #2563eb; } .win { background: #e8f6ee; }
 .lose { background: #fdecea; color: #9b1c1c; } .none { color: #a3adb8; }
@@ -49,21 +47,22 @@ tr.first td { border-top: 2px solid #e4e7eb; }
 svg { max-width: 100%; height: auto; }
 """
 
-_EXPLANATION = f"""<p>Medians of single calls, contenders in random order in each round, inputs
-rotated past the last-level cache, every result first checked against float64. On a GPU they are
-times of the device alone; "host" is the time that Python and the driver need to issue a call, and
-many calls from Python take the slower of the two. A ratio is a contender's time over pylora's:
-above 1 pylora is faster, below 1 it loses. The control is pylora against itself; beyond
-±{CONTROL_TOLERANCE:.0%} the ratios beside it are in doubt. The limit is the bytes and FLOP that
-the contender's own format needs at least, at the speeds measured in the same run. <sup>!</sup>
-marks a peer whose result fails the numerics rule.</p>"""
+_EXPLANATION = f"""<p>Times are medians of single calls. Contenders take turns in a new random order
+in each round, each over more memory than the last-level cache holds, and every result was first
+checked against float64. On a GPU a time is that of the device alone; "host" is the time that Python
+and the driver need to issue a call, and each of many calls from Python takes the slower of the two.
+A ratio is a contender's time over pylora's: above 1 pylora is faster, below 1 it loses. The control
+is a second copy of pylora; if it differs by more than {CONTROL_TOLERANCE:.0%}, the ratios beside it
+are in doubt. The limit is the time for the bytes and FLOP that the contender's own format needs at
+least, at the speeds measured in the same run. <sup>!</sup> marks a peer whose result fails the
+numerics rule.</p>"""
 
 Run = Mapping[str, Any]
 Seconds = Callable[[Run], float]
 
 
 def write_report(runs: Sequence[Run], out: Path) -> list[Path]:
-    """Writes report.html and one PNG a picture into `out`; the paths written."""
+    """Writes report.html and a PNG of each picture into `out`, and returns their paths."""
     figures: dict[str, bytes] = {}
     body = [_header(runs), _EXPLANATION, *_goals(runs)]
     for run in runs:
@@ -82,7 +81,7 @@ def write_report(runs: Sequence[Run], out: Path) -> list[Path]:
 
 
 def _header(runs: Sequence[Run]) -> str:
-    """Machine, versions and commit; where runs differ in them, each is named."""
+    """Returns the machine, the versions and the commit; if runs differ in them, those of each."""
     lines = []
     for value in dict.fromkeys(map(_facts, runs)):
         ops = [run["op"] for run in runs if _facts(run) == value]
@@ -112,18 +111,18 @@ def _facts(run: Run) -> str:
 
 def _goals(runs: Sequence[Run]) -> Iterator[str]:
     yield from _cuda_goals(runs)
-    found = goals.outcomes(runs)
-    if all(outcome.met is None for outcome in found):
+    outcomes = goals.goal_outcomes(runs)
+    if all(outcome.met is None for outcome in outcomes):
         return
-    met, missed = (sum(o.met is value for o in found) for value in (True, False))
+    met, missed = (sum(o.met is value for o in outcomes) for value in (True, False))
     yield f"<h2>Goals on a CPU: {met} met, {missed} missed</h2>"
     yield "<p>LoRA r=16 is included on our side only. Each column is one shape of the weight.</p>"
-    for shapes, group in goals.by_shapes(found):
+    for shapes, group in goals.by_shapes(outcomes):
         if any(outcome.met is not None for outcome in group):
             yield _goals_table(shapes, group)
 
 
-def _goals_table(shapes: Sequence[tuple[int, int]], group: Sequence[goals.Outcome]) -> str:
+def _goals_table(shapes: Sequence[tuple[int, int]], group: Sequence[goals.GoalOutcome]) -> str:
     head = "".join(f"<th>{n} x {k}</th>" for n, k in shapes)
     rows = []
     for outcome in group:
@@ -141,14 +140,14 @@ def _goals_table(shapes: Sequence[tuple[int, int]], group: Sequence[goals.Outcom
 
 
 def _cuda_goals(runs: Sequence[Run]) -> Iterator[str]:
-    found = cuda_goals.outcomes(runs)
-    if not found:
+    outcomes = cuda_goals.goal_outcomes(runs)
+    if not outcomes:
         return
-    yield f"<h2>Goals on a GPU: {cuda_goals.title(found)}</h2>"
+    yield f"<h2>Goals on a GPU: {cuda_goals.title(outcomes)}</h2>"
     yield "<p>The worst cell that each goal was measured in decides.</p>"
     head = "".join(f'<th class="l">{escape(column)}</th>' for column in cuda_goals.HEAD)
     rows = []
-    for outcome in found:
+    for outcome in outcomes:
         *cells, verdict = map(escape, cuda_goals.row(outcome))
         style = {True: "win", False: "lose", None: "none"}[outcome.met]
         columns = "".join(f'<td class="l">{text}</td>' for text in cells)
@@ -182,11 +181,11 @@ def _op(run: Run, figures: dict[str, bytes]) -> Iterator[str]:
             "limit": plots.of_limit(cells, f"{what}: share of the measured limit"),
             "memory": plots.memory(cells, f"{what}: peak extra memory of one call"),
         }
-        for kind, figure in pictures.items():
+        for picture, figure in pictures.items():
             if figure is None:
                 continue
             svg, png = plots.rendered(figure)
-            name = f"{run['op']}-{mode.replace('+', '-')}-{timing}-{kind}.png"
+            name = f"{run['op']}-{mode.replace('+', '-')}-{timing}-{picture}.png"
             figures[name] = png
             yield f"<section>{svg}</section>"
     yield _details(run)
@@ -196,17 +195,19 @@ def _ratio_table(cells: Sequence[Run], seconds: Seconds = device_seconds) -> str
     names, with_host = contenders_of(cells), any(map(has_host_times, cells))
     columns = ("pylora", *(["host"] if with_host else []), "of limit", *names, "control")
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    rows, last = [], None
+    rows, shape_above = [], None
     for cell in cells:
         ours, control = result_of(cell, OURS), cell["control_ratio"]
         off = control is not None and abs(control - 1) > CONTROL_TOLERANCE
         shape = shape_name(cell)
         layers = layers_named(cell["out_features"], cell["in_features"])
-        first = f'<td class="l" title="{escape(layers)}">{shape if shape != last else ""}</td>'
-        opening = '<tr class="first">' if shape != last else "<tr>"
+        first = (
+            f'<td class="l" title="{escape(layers)}">{shape if shape != shape_above else ""}</td>'
+        )
+        opening = '<tr class="first">' if shape != shape_above else "<tr>"
         rows.append(
             f"{opening}{first}"
-            f"<td>{cell['rows'] or ''}</td>"
+            f"<td>{cell['tokens'] or ''}</td>"
             f'<td class="ours">{duration(ours["median_s"]) if ours else "-"}</td>'
             + (f"<td>{_host(ours)}</td>" if with_host else "")
             + f"<td>{format(ours['of_roofline'], '.0%') if ours else '-'}</td>"
@@ -214,7 +215,7 @@ def _ratio_table(cells: Sequence[Run], seconds: Seconds = device_seconds) -> str
             + f'<td class="{"lose" if off else "none"}">'
             f"{format(control - 1, '+.1%') if control else '-'}</td></tr>"
         )
-        last = shape
+        shape_above = shape
     return (
         f'<section><table><tr><th class="l">out x in</th><th>M</th>{head}</tr>'
         f"{''.join(rows)}</table></section>"
@@ -235,13 +236,13 @@ def _ratio_cell(cell: Run, name: str, seconds: Seconds) -> str:
 
 
 def _details(run: Run) -> str:
-    """Every number of every contender, those that were not timed with the reason."""
+    """Returns every number of every contender, and the reason if one was not timed."""
     columns = ("median", "p20", "p80", "samples", "host", "GB/s", "GFLOP/s", "of limit")
     columns += ("extra memory",)
     head = "".join(f"<th>{column}</th>" for column in columns)
     rows = []
     for cell in run["cells"]:
-        m = f", M={cell['rows']}" if cell["rows"] else ""
+        m = f", M={cell['tokens']}" if cell["tokens"] else ""
         title = f"{cell['mode']}, {shape_name(cell)}{m}, {cell['timing']}"
         for index, result in enumerate(cell["results"]):
             first = f'<td class="l">{title if index == 0 else ""}</td>'
@@ -253,19 +254,18 @@ def _details(run: Run) -> str:
                 f"{name}</td>{_numbers(result)}</tr>"
             )
     return (
-        "<details><summary>Every number, with the path that ran and how accurate it was</summary>"
+        "<details><summary>Every number, with the kernel variant and how accurate it was</summary>"
         f'<table><tr><th class="l">cell</th><th class="l">contender</th>{head}'
-        f'<th class="l">path, accuracy</th></tr>{"".join(rows)}</table></details>'
+        f'<th class="l">variant, accuracy</th></tr>{"".join(rows)}</table></details>'
     )
 
 
 def _numbers(result: Run) -> str:
-    notes = (result["path"], result["note"], result["timing_note"])
+    notes = (result["variant"], result["note"], result["timing_note"])
     note = escape(". ".join(text for text in notes if text))
     if result["median_s"] is None:
-        return (
-            f'<td class="l none" colspan="9">{result["status"]}</td><td class="l path">{note}</td>'
-        )
+        status = f'<td class="l none" colspan="9">{result["status"]}</td>'
+        return f'{status}<td class="l variant">{note}</td>'
     values = (
         duration(result["median_s"]),
         duration(result["p20_s"]),
@@ -276,4 +276,4 @@ def _numbers(result: Run) -> str:
         size(result["extra_memory_bytes"]) or "-",
     )
     marked = note if result["status"] == "ok" else f"<b>{escape(result['status'])}</b>: {note}"
-    return "".join(f"<td>{v}</td>" for v in values) + f'<td class="l path">{marked}</td>'
+    return "".join(f"<td>{v}</td>" for v in values) + f'<td class="l variant">{marked}</td>'

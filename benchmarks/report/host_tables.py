@@ -1,4 +1,6 @@
-"""Host times of a run, read from its JSON: a row for each path, the modes side by side."""
+"""The table of the host times of a run: it has a row for each contender and shows the modes side by
+side.
+"""
 
 from __future__ import annotations
 
@@ -6,34 +8,34 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.results import result_of
+from benchmarks.report.tables import aligned, shape_name
+from benchmarks.results import CONTROL, OURS, result_of
 from benchmarks.shapes import FORWARD, GRAD_FORWARD, HOST_MODES, TRAINING
 from benchmarks.statistics import CONTROL_TOLERANCE
-from benchmarks.tables import CONTROL, OURS, aligned, shape_name
 
 MODULE, LINEAR = "pylora nn.LoRALinear", "F.linear"
 TITLES = {FORWARD: "no_grad", GRAD_FORWARD: "forward, grad", TRAINING: "forward + backward"}
-# Behind the time of a mode.
+# These columns follow the time of each mode.
 COLUMNS = ("less C", "/linear", "/PEFT")
 NOT_TIMED = ("-", "", "", "")
 EXPLANATION = (
-    "Median time of a call, as one of several in a row, on a layer that stays in the caches. "
-    "less C: the time without the C call, which is what Python and torch add to it; /linear: over "
-    "the time of F.linear; /PEFT: over the time of PEFT on bitsandbytes, in its faster mode."
+    "The median time of one of several calls in a row, on a layer that stays in the caches. "
+    "less C: the time without the C call, which is what Python and torch add; /linear: the time "
+    "over that of F.linear; /PEFT: the time over that of PEFT on bitsandbytes in its faster mode."
 )
 _PEFT = ("bitsandbytes + PEFT train", "bitsandbytes + PEFT eval")
 _LORA_C_CALL, _NF4_C_CALL = "pylora C call lora_linear", "pylora C call nf4_linear"
 
-Cell = Mapping[str, Any]
+CellResult = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class HostTime:
-    """One contender in one mode; seconds.
+    """The time of one contender in one mode, in seconds.
 
-    beyond_c     without the C call; None for a peer, and for a path that makes no C call
-    of_linear    how many times F.linear's time it takes; None if that was not measured
-    of_peft      how many times the time of PEFT over bitsandbytes it takes; None likewise
+    beyond_c     the time without the C call; None for a peer, and for a part that makes no C call
+    of_linear    the time over that of F.linear; None if F.linear was not measured
+    of_peft      the time over that of PEFT on bitsandbytes; None if PEFT was not measured
     """
 
     seconds: float
@@ -42,7 +44,7 @@ class HostTime:
     of_peft: float | None
 
     def written(self) -> tuple[str, str, str, str]:
-        """The time in us, and what COLUMNS names."""
+        """Returns the time in us and the texts below COLUMNS."""
         less_c = "" if self.beyond_c is None else f"{self.beyond_c * 1e6:.1f}"
         ratios = ("" if r is None else f"{r:.2f}" for r in (self.of_linear, self.of_peft))
         of_linear, of_peft = ratios
@@ -50,27 +52,27 @@ class HostTime:
 
 
 def label(contender: str) -> str:
-    """The contender whose ratios to the others are told is named for what it is."""
+    """Returns the name to show. The contender "pylora" is a module here, and is shown as one."""
     return contender.replace(OURS, MODULE) if contender in (OURS, CONTROL) else contender
 
 
-def groups(run: Mapping[str, Any]) -> list[dict[str, Cell]]:
-    """The cells of each shape and number of rows, by mode."""
-    found: dict[tuple[Any, ...], dict[str, Cell]] = {}
+def groups(run: Mapping[str, Any]) -> list[dict[str, CellResult]]:
+    """Returns, for each shape and number of tokens, the cells by mode."""
+    cells: dict[tuple[Any, ...], dict[str, CellResult]] = {}
     for cell in run["cells"]:
-        key = (cell["out_features"], cell["in_features"], cell["rows"], cell["dtype"])
-        found.setdefault(key, {})[cell["mode"]] = cell
-    return list(found.values())
+        key = (cell["out_features"], cell["in_features"], cell["tokens"], cell["dtype"])
+        cells.setdefault(key, {})[cell["mode"]] = cell
+    return list(cells.values())
 
 
-def contenders(cells: Mapping[str, Cell]) -> list[str]:
-    """The names that were timed in some mode, in the order of the results, without the control."""
+def contenders(cells: Mapping[str, CellResult]) -> list[str]:
+    """Returns the names that were timed in some mode, without the control."""
     names = (r["contender"] for c in cells.values() for r in c["results"] if r["samples"])
     return [name for name in dict.fromkeys(names) if name != CONTROL]
 
 
-def host_time(cell: Cell, contender: str) -> HostTime | None:
-    """None if the contender was not timed in this cell."""
+def host_time(cell: CellResult, contender: str) -> HostTime | None:
+    """Returns the contender's time in this cell, or None if it was not timed."""
     result = result_of(cell, contender)
     if result is None:
         return None
@@ -85,7 +87,7 @@ def host_time(cell: Cell, contender: str) -> HostTime | None:
     )
 
 
-def _beyond_c(cell: Cell, result: Mapping[str, Any]) -> float | None:
+def _beyond_c(cell: CellResult, result: Mapping[str, Any]) -> float | None:
     name = result["contender"]
     if not name.startswith(OURS) or " plan " in name or " C call " in name:
         return None
@@ -93,22 +95,22 @@ def _beyond_c(cell: Cell, result: Mapping[str, Any]) -> float | None:
     return result["median_s"] - c_call["median_s"] if c_call else None
 
 
-def _fastest(cell: Cell, names: Sequence[str]) -> float | None:
+def _fastest(cell: CellResult, names: Sequence[str]) -> float | None:
     times = [result["median_s"] for name in names if (result := result_of(cell, name))]
     return min(times, default=None)
 
 
 def host_tables(run: Mapping[str, Any]) -> str:
-    """A table for each shape and number of rows."""
+    """Returns the explanation and a table for each shape and number of tokens."""
     return "\n\n".join([f"{run['op']}: {EXPLANATION}", *map(_table, groups(run))])
 
 
-def title(cells: Mapping[str, Cell]) -> str:
+def title(cells: Mapping[str, CellResult]) -> str:
     cell = next(iter(cells.values()))
-    return f"{shape_name(cell)}, M={cell['rows']}, r={cell['rank']}, {cell['dtype']}"
+    return f"{shape_name(cell)}, M={cell['tokens']}, r={cell['rank']}, {cell['dtype']}"
 
 
-def _table(cells: Mapping[str, Cell]) -> str:
+def _table(cells: Mapping[str, CellResult]) -> str:
     modes = [mode for mode in HOST_MODES if mode in cells]
     rows = [("us a call", *(text for m in modes for text in (TITLES[m], *COLUMNS)), "")]
     for name in contenders(cells):
@@ -118,14 +120,14 @@ def _table(cells: Mapping[str, Cell]) -> str:
     return "\n".join([title(cells), *(f"  {x}" for x in aligned(rows)), control_line(cells)])
 
 
-def control_line(cells: Mapping[str, Cell]) -> str:
-    """How much the same layer, timed twice, differs in each mode."""
-    off = [
+def control_line(cells: Mapping[str, CellResult]) -> str:
+    """Says by how much two copies of the same layer differ in each mode."""
+    differences = [
         f"{TITLES[mode]} {cell['control_ratio'] - 1:+.1%}"
         for mode, cell in cells.items()
         if cell["control_ratio"]
     ]
     return (
-        f"control, {MODULE} against itself: {', '.join(off)}; "
+        f"control, two copies of {MODULE}: {', '.join(differences)}; "
         f"beyond {CONTROL_TOLERANCE:.0%} the machine was too busy for these times to count"
     )

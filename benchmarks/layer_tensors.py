@@ -1,4 +1,4 @@
-"""Fresh random operands of a layer. Whoever asks gets memory of its own."""
+"""Random weights of a layer. Everyone who asks for one gets a copy of its own."""
 
 from __future__ import annotations
 
@@ -15,53 +15,56 @@ from pylora import NF4Weight, reference
 SCALING = 0.5
 
 
-class Operands:
-    """The weight of one shape, dense and in NF4, and its LoRA; every method returns a copy.
+class LayerTensors:
+    """A random weight of one shape, dense and in NF4, with LoRA factors.
 
-    Copies let each contender rotate over memory that nobody else touches; what is costly to make
-    is made once and remembered.
+    Every method returns a copy, unless it says otherwise, so that each contender can be timed over
+    memory that no other contender touches. What takes long to make is made once and kept.
     """
 
     def __init__(self, cell: Cell, device: torch.device, seed: int, real: bool = True) -> None:
-        """`real` quantizes random numbers; otherwise the packed bytes themselves are random, which
-        is faster and enough to measure memory."""
+        """If `real` is set, the NF4 weight is a quantized random weight. Otherwise its packed bytes
+        are random, which is faster and enough to measure memory."""
         self.cell, self.device = cell, device
         self._generator = torch.Generator(device).manual_seed(seed)
         self._remembered: dict[str, Any] = {}
         self._real = real
         self.scaling = SCALING
 
-    def another(self, cell: Cell) -> Operands:
-        """Operands of another shape, of random data of their own."""
+    def another(self, cell: Cell) -> LayerTensors:
+        """Returns the tensors of another cell, with random numbers of their own."""
         seed = int(torch.randint(2**31, (), generator=self._generator, device=self.device))
-        return Operands(cell, self.device, seed, self._real)
+        return LayerTensors(cell, self.device, seed, self._real)
 
     @property
     def dtype(self) -> torch.dtype:
         return getattr(torch, self.cell.dtype)
 
     def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        """Draws normally distributed numbers, by default in the dtype of the cell."""
         values = torch.randn(*shape, generator=self._generator, device=self.device)
         return (values * scale).to(dtype or self.dtype)
 
     def remembered(self, key: str, make: Callable[[], Any]) -> Any:
+        """Returns what `make` returned for the first call with this key; not a copy."""
         if key not in self._remembered:
             self._remembered[key] = make()
         return self._remembered[key]
 
     def source(self) -> Tensor:
-        """The weight before it is quantized, [out_features, in_features]."""
+        """Returns the weight before it is quantized, [out_features, in_features]."""
         return self._source().clone()
 
     def nf4(self) -> NF4Weight:
         return self.remembered("nf4", self._quantized).map_tensors(torch.clone)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """What the NF4 weight stands for, dequantized to `dtype`."""
+        """Returns the NF4 weight dequantized to `dtype`."""
         return self.dense_once(dtype).clone()
 
     def dense_once(self, dtype: torch.dtype) -> Tensor:
-        """The same in memory shared by all who ask: to read, by the reference, exact in float64."""
+        """Returns the NF4 weight dequantized to `dtype`, not as a copy: it must only be read. In
+        float64 it is exact."""
 
         def dequantized() -> Tensor:
             w = self.nf4()
@@ -70,14 +73,16 @@ class Operands:
         return self.remembered(f"dense {dtype}", dequantized)
 
     def lora(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """lora_A [r, in_features] and lora_B [out_features, r], both trainable.
+        """Returns lora_A [r, in_features] and lora_B [out_features, r], both trainable.
 
-        B is not zero as at the start of a training: its part of the result must count.
+        B is not zero, as it would be at the start of a training, so that an error in the low-rank
+        path shows in the result.
         """
         return self._factors("lora", (), dtype)
 
     def lora_stacks(self, adapters: int) -> tuple[Tensor, Tensor]:
-        """The same of many adapters: lora_A [adapters, r, in_features] and lora_B."""
+        """Returns the factors of many adapters: lora_A [adapters, r, in_features] and lora_B
+        [adapters, out_features, r], both trainable."""
         return self._factors(f"lora of {adapters}", (adapters,), None)
 
     def _factors(

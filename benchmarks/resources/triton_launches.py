@@ -1,8 +1,8 @@
-"""Every kernel variant that the Triton backend launches, collected without a GPU.
+"""Collects every kernel variant that the Triton backend launches, without a GPU.
 
-The host code runs on meta tensors with Triton's launcher replaced by a recorder: what is compiled
-ahead of time is therefore what a GPU would be asked to run, with the configurations of
-`pylora.kernels.configs`, not a second list of them.
+The host code runs on meta tensors while a recorder stands in for Triton's launcher. So what is
+compiled ahead of time is what a GPU would be asked to run, with the configurations of
+`pylora.kernels.configs`, and there is no second list of them.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ _TYPES = {
     torch.int64: "*i64",
     torch.uint8: "*u8",
 }
-# Rows of x: each bucket of the rules once; fp16 takes the tiles of bf16, and one stands for them.
-ROWS = {
+# Numbers of tokens, one in each bucket of the rules. fp16 has the tiles of bf16, so that one of its
+# buckets is enough.
+TOKENS = {
     torch.bfloat16: (1, 32, 64, 128, 512, 8192),
     torch.float16: (512,),
     torch.float32: (16, 64, 2048),
@@ -41,18 +42,21 @@ ROWS = {
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 
 
-# Of a parameter, or of an entry of a tuple: (position,) or (position, index).
-Path = tuple[int, ...]
+# The place of an argument: (position,), or (position, index) for an entry of a tuple.
+Place = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One compilation: a kernel, its signature, its constants and options."""
+    """One compilation of a kernel: its signature, its constants and its options.
+
+    divisible  the places of pointers and integers that are divisible by 16
+    """
 
     kernel: str
     signature: tuple[tuple[str, Any], ...]
-    constants: tuple[tuple[Path, Any], ...]
-    divisible: tuple[Path, ...]
+    constants: tuple[tuple[Place, Any], ...]
+    divisible: tuple[Place, ...]
     options: tuple[tuple[str, int], ...]
     function: Any = field(compare=False, repr=False)
 
@@ -66,9 +70,12 @@ class Variant:
         return dict(self.constants).get((names.index(name),)) if name in names else None
 
     def __str__(self) -> str:
-        """Kernel, dtypes, tile and features; variants that differ otherwise may share it."""
+        """Returns a name made of the kernel, dtype, tile and features. Variants that differ in
+        something else have the same name."""
         types = dict(self.signature)
-        flat = [t for kind in types.values() for t in (kind if type(kind) is tuple else (kind,))]
+        flat = [
+            t for entry in types.values() for t in (entry if type(entry) is tuple else (entry,))
+        ]
         floating = [t[1:] for t in flat if t in ("*fp32", "*fp16", "*bf16")]
         layers = max((len(t) for t in types.values() if type(t) is tuple), default=1)
         sizes = [f"{n.removeprefix('BLOCK_').lower()}{v}" for n, v in self.blocks.items()]
@@ -80,10 +87,10 @@ class Variant:
         return " ".join([self.kernel, *floating[:1], *sizes, *flags])
 
 
-def _is_given(kind: Any) -> bool:
-    """Whether a parameter of this type, or one in it, is there at run time."""
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    return any(one not in (None, "constexpr") for one in kinds)
+def _is_given(parameter_type: Any) -> bool:
+    """Returns True if a parameter of this type is passed at run time; a tuple needs one entry."""
+    entries = parameter_type if isinstance(parameter_type, tuple) else (parameter_type,)
+    return any(entry not in (None, "constexpr") for entry in entries)
 
 
 _FLAGS = {
@@ -98,31 +105,31 @@ _FLAGS = {
 
 
 def _variant(function: Any, arguments: dict[str, Any]) -> Variant:
-    """What Triton's own binder makes of these arguments: types, constants, alignment."""
+    """Finds the types, constants and alignments as Triton's own binder does for these arguments."""
     signature, constants, divisible = [], [], []
 
-    def kind_of(value: Any, path: Path, specialized: bool, constant: bool) -> Any:
+    def type_of(value: Any, place: Place, specialized: bool, constant: bool) -> Any:
         if isinstance(value, tuple) and not constant:
             # Triton specializes the entries of a tuple in any case.
-            return tuple(kind_of(v, (*path, i), True, False) for i, v in enumerate(value))
+            return tuple(type_of(v, (*place, i), True, False) for i, v in enumerate(value))
         if isinstance(value, Tensor):
             if value.storage_offset() * value.element_size() % 16 == 0:
-                divisible.append(path)
+                divisible.append(place)
             return _TYPES[value.dtype]
         if isinstance(value, float) and not constant:
             return "fp32"
         if isinstance(value, int) and not constant and not (specialized and value == 1):
             if specialized and value % 16 == 0:
-                divisible.append(path)
+                divisible.append(place)
             return "i32" if -(2**31) <= value < 2**31 else "i64"
-        constants.append((path, value))
+        constants.append((place, value))
         return "constexpr"
 
     for position, parameter in enumerate(function.params):
         value = arguments.pop(parameter.name)
         specialized = not parameter.do_not_specialize
-        kind = kind_of(value, (position,), specialized, parameter.is_constexpr)
-        signature.append((parameter.name, kind))
+        found_type = type_of(value, (position,), specialized, parameter.is_constexpr)
+        signature.append((parameter.name, found_type))
     return Variant(
         function.fn.__name__.strip("_").removesuffix("_kernel"),
         tuple(signature),
@@ -153,7 +160,7 @@ def _weight(out_features: int, in_features: int, blocksize: int, nested: bool) -
 
 
 def _call(op: str, *args: Any) -> Any:
-    """Runs an op, given its flat arguments, with the launches of the triton backend."""
+    """Runs an op, given its flat arguments, as the triton backend does."""
     call = SPECS[op].read(args)
     return OPS[type(call)].results(call, getattr(triton_runs, op)(call))
 
@@ -170,7 +177,7 @@ def _lora_step(
     activation: str,
     biases: bool,
 ) -> None:
-    """Forward and backward of one layer."""
+    """Runs the forward and backward of lora_linear."""
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -178,7 +185,7 @@ def _lora_step(
     x, grad = empty(M, K, dtype=dtype), empty(M, N, dtype=dtype)
     A, B = empty(rank, K, dtype=lora_dtype), empty(N, rank, dtype=lora_dtype)
     seed = empty(dtype=torch.int64) if p else None
-    last = (0.5, p, seed, activation)
+    options = (0.5, p, seed, activation)
     vectors: tuple[Tensor | None, ...] = (None, None, None)
     if biases:
         vectors = (
@@ -186,28 +193,28 @@ def _lora_step(
             empty(rank, dtype=lora_dtype),
             empty(N, dtype=lora_dtype),
         )
-    _, h = _call("lora_linear", x, *q, N, A, B, *vectors, *last)
+    _, h = _call("lora_linear", x, *q, N, A, B, *vectors, *options)
     mask = [True, False, True, True, biases, biases, biases]
-    _call("lora_linear_backward", grad, x, h, *q, A, B, *last, mask)
+    _call("lora_linear_backward", grad, x, h, *q, A, B, *options, mask)
 
 
 def _layers(
     sizes: Sequence[tuple[int, int]], nested: bool, rank: int, lora_dtype: torch.dtype
 ) -> list[Any]:
-    """The arguments of several projections over NF4 in bf16, each [out_features, in_features]."""
+    """Returns the arguments of several projections with NF4 weights of these sizes, in bf16."""
 
     def empty(*shape: int, dtype: torch.dtype = lora_dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    rows = [
+    layers = [
         (*_weight(N, K, 64, nested), N, empty(rank, K), empty(N, rank), empty(0), 0.5)
         for N, K in sizes
     ]
-    return [list(part) for part in zip(*rows, strict=True)]
+    return [list(part) for part in zip(*layers, strict=True)]
 
 
 def _qkv_step(M: int, nested: bool, rank: int, lora_dtype: torch.dtype, p: float) -> None:
-    """Grouped-query attention of an 8B model, forward and backward."""
+    """Runs the forward and backward of lora_qkv for the grouped-query attention of an 8B model."""
     x = torch.empty(M, 4096, dtype=torch.bfloat16, device="meta")
     seed = torch.empty((), dtype=torch.int64, device="meta") if p else None
     layers = _layers([(4096, 4096), (1024, 4096), (1024, 4096)], nested, rank, lora_dtype)
@@ -217,7 +224,7 @@ def _qkv_step(M: int, nested: bool, rank: int, lora_dtype: torch.dtype, p: float
 
 
 def _mlp_step(M: int, nested: bool, rank: int, lora_dtype: torch.dtype, p: float) -> None:
-    """The gated MLP of an 8B model, forward and backward."""
+    """Runs the forward and backward of lora_mlp for the gated MLP of an 8B model."""
     x = torch.empty(M, 4096, dtype=torch.bfloat16, device="meta")
     seed = torch.empty((), dtype=torch.int64, device="meta") if p else None
     sizes = [(14336, 4096), (14336, 4096), (4096, 14336)]
@@ -237,7 +244,7 @@ def _multi_lora_step(
     dtype: torch.dtype,
     lora_dtype: torch.dtype,
 ) -> None:
-    """Forward and backward of one layer with an adapter for each row."""
+    """Runs the forward and backward of multi_lora_linear."""
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -251,15 +258,15 @@ def _multi_lora_step(
 
 
 def launches(capability: int) -> list[Variant]:
-    """The variants of one architecture: every rule of `configs`, every feature at least once."""
+    """Returns the variants for one architecture, with every rule of `configs` and every feature."""
     N, K = 14336, 4096
     facts = launch.Facts(capability, MULTIPROCESSORS[capability])
     bf16, fp32 = torch.bfloat16, torch.float32
     with _recorded() as variants, mock.patch.object(launch, "ELSEWHERE", facts):
-        for dtype, rows in ROWS.items():
+        for dtype, tokens in TOKENS.items():
             plain = _weight(N, K, 64, False)
             _call("nf4_dequantize", *plain, [N, K], dtype)
-            for M in rows:
+            for M in tokens:
                 x, grad = (
                     torch.empty(M, columns, dtype=dtype, device="meta") for columns in (K, N)
                 )
@@ -267,13 +274,13 @@ def launches(capability: int) -> list[Variant]:
                 _call("nf4_linear_backward", grad, *plain, K)
                 if M not in (32, 64):
                     _lora_step(M, N, K, plain, 16, dtype, dtype, 0.0, "identity", False)
-        # A narrow layer: smaller tiles, and so few of them that the sum is split.
+        # A narrow layer has smaller tiles, and so few of them that the sum over K is split.
         for M in (1, 32, 64):
             _lora_step(M, 1024, K, _weight(1024, K, 64, False), 16, bf16, bf16, 0.0, "silu", False)
         nested, short = _weight(N, K, 64, True), _weight(N, K, 32, False)
         base = (torch.empty(N, K, dtype=bf16, device="meta"), None, None, None, None, 0, 0)
         for M in (1, 512, 8192):
-            # What QLoRA uses: double quantization, fp32 LoRA weights, dropout.
+            # QLoRA uses double quantization, fp32 LoRA weights and dropout.
             _lora_step(M, N, K, nested, 64, bf16, fp32, 0.1, "identity", False)
         for M in (32, 512):
             _lora_step(M, N, K, short, 8, bf16, bf16, 0.0, "gelu", True)
@@ -284,7 +291,7 @@ def launches(capability: int) -> list[Variant]:
                 step(M, False, 16, bf16, 0.0)
             for M, p in ((512, 0.1), (512, 0.0), (8192, 0.1)):
                 step(M, True, 64, fp32, p)
-        # Many adapters: few rows each and many, in place and over a split, whole and in pieces.
+        # Many adapters, each with few or with many tokens, with and without a split sum.
         for M in (16, 512, 8192):
             _multi_lora_step(M, N, K, nested, 8, 16, bf16, bf16)
             _multi_lora_step(M, N, K, nested, 8, 64, bf16, fp32)

@@ -1,17 +1,23 @@
-"""Tables on the console: every contender of a cell, all ratios of an op, changes between runs."""
+"""Tables on the console: the contenders of a cell, the ratios of an op, changes between two runs.
+
+A ratio says how many times faster pylora is than a contender: the contender's time over ours.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.results import CELL_KEY, cell_key, result_of
+from benchmarks.results import (
+    BASE_ONLY,
+    CELL_KEY,
+    CONTROL,
+    OURS,
+    cell_key,
+    result_of,
+)
 from benchmarks.statistics import CONTROL_TOLERANCE, Summary, change_threshold, geometric_mean
 from benchmarks.timing import HOST
-
-OURS, CONTROL, REFERENCE = "pylora", "pylora (control)", "pylora reference"
-# Ours without LoRA: what LoRA costs, not a peer to win against.
-BASE_ONLY = "pylora, no LoRA"
 
 
 def duration(seconds: float) -> str:
@@ -28,13 +34,13 @@ def size(count: float | None) -> str:
 
 
 def device_seconds(result: Mapping[str, Any]) -> float:
-    """The median time of one call; on a GPU, that of the device alone."""
+    """Returns the median time of one call. On a GPU it is the time of the device alone."""
     return result["median_s"]
 
 
 def seconds_as_called(result: Mapping[str, Any]) -> float:
-    """What each of many calls from Python takes: the host issues the next call while the device
-    computes this one, so the slower of the two decides."""
+    """Returns the time of one of many calls in a row from Python. The host issues the next call
+    while the device computes this one, so the slower of the two decides."""
     return max(result["median_s"], result["host_s"] or 0.0)
 
 
@@ -47,13 +53,13 @@ def ratio_to_ours(
     contender: str,
     seconds: Callable[[Mapping[str, Any]], float] = device_seconds,
 ) -> float | None:
-    """How many times faster than the contender ours is; None if either was not timed."""
+    """Returns how many times faster than the contender we are, or None if either was not timed."""
     ours, other = result_of(cell, OURS), result_of(cell, contender)
     return seconds(other) / seconds(ours) if ours and other else None
 
 
 def times_faster(ratio: float | None, contender: str) -> str:
-    """The ratio in a table of one cell; a peer that is faster than ours is marked."""
+    """Writes a ratio for the table of a cell, with the word LOSES if the peer is faster."""
     if ratio is None or contender == OURS:
         return ""
     loses = ratio < 1 and contender not in (CONTROL, BASE_ONLY)
@@ -62,7 +68,7 @@ def times_faster(ratio: float | None, contender: str) -> str:
 
 def cell_title(cell: Mapping[str, Any]) -> str:
     words = [cell["mode"], shape_name(cell)]
-    words += [f"M={cell['rows']}"] if cell["rows"] else []
+    words += [f"M={cell['tokens']}"] if cell["tokens"] else []
     words += [f"r={cell['rank']}"] if cell["rank"] else []
     return " ".join([*words, cell["dtype"], cell["timing"]])
 
@@ -72,13 +78,14 @@ def shape_name(cell: Mapping[str, Any]) -> str:
 
 
 def cell_table(op: str, cell: Mapping[str, Any]) -> str:
-    """Every contender of one cell, losing ones marked, absent ones with the reason."""
-    is_host = cell["timing"] == HOST  # its ratios are those of `host_tables`
+    """Returns a table of all contenders of a cell. Below it are the reasons of those that were not
+    timed, and remarks on the others."""
+    is_host = cell["timing"] == HOST  # `host_tables` has the ratios of host times
     with_host = has_host_times(cell)
     host_columns = ("host", "as called") if with_host else ()
     compared = ("pylora is", *host_columns, "GB/s", "GFLOP/s", "of limit")
     titles = ("median", "p20..p80", "n", *(() if is_host else compared))
-    rows: list[tuple[str, ...]] = [("", *titles, "path")]
+    rows: list[tuple[str, ...]] = [("", *titles, "variant")]
     remarks = []
     for result in cell["results"]:
         name = result["contender"]
@@ -102,14 +109,14 @@ def cell_table(op: str, cell: Mapping[str, Any]) -> str:
                 f"{duration(result['p20_s'])}..{duration(result['p80_s'])}",
                 str(result["samples"]),
                 *comparison,
-                result["path"],
+                result["variant"],
             )
         )
     control = cell["control_ratio"]
     if control is not None and abs(control - 1) > CONTROL_TOLERANCE:
         remarks.append(
-            f"    control off: the same contender twice differs by {control - 1:+.1%}; "
-            f"within {CONTROL_TOLERANCE:.0%} it must be for these ratios to count"
+            f"    the control is off: two copies of the same contender differ by "
+            f"{control - 1:+.1%}; these ratios count only if that is within {CONTROL_TOLERANCE:.0%}"
         )
     head = f"{op} {cell_title(cell)}"
     if not is_host:
@@ -118,7 +125,8 @@ def cell_table(op: str, cell: Mapping[str, Any]) -> str:
 
 
 def shares_of_work(result: Mapping[str, Any]) -> tuple[str, str, str]:
-    """GB/s, GFLOP/s and the share of the limit; dashes for host time, which has none of them."""
+    """Writes GB/s, GFLOP/s and the share of the limit. Host times have none of the three, which
+    gives dashes."""
     if result["of_roofline"] is None:
         return "-", "-", "-"
     return (
@@ -129,12 +137,13 @@ def shares_of_work(result: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns as wide as their widest cell; the first and the last to the left."""
+    """Returns the lines of a table. Each column is as wide as its widest text. The first and the
+    last column are aligned to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    last = len(widths) - 1
+    last_column = len(widths) - 1
     return [
         "  ".join(
-            text.ljust(width) if i in (0, last) else text.rjust(width)
+            text.ljust(width) if i in (0, last_column) else text.rjust(width)
             for i, (text, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
@@ -142,26 +151,26 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def contenders_of(cells: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Names that were timed somewhere, in the order of the results."""
+    """Returns the names of the contenders beside pylora that were timed in any of these cells."""
     names = (r["contender"] for c in cells for r in c["results"] if r["median_s"] is not None)
     return [name for name in dict.fromkeys(names) if name not in (OURS, CONTROL)]
 
 
 def marked(ratio: float | None, contender: str) -> str:
-    """The ratio, with a star where ours loses."""
+    """Writes a ratio for the table of an op, with a star if we lose."""
     if ratio is None:
         return "-"
     return f"{ratio:.2f}{'*' if ratio < 1 and contender != BASE_ONLY else ''}"
 
 
 def summary_table(run: Mapping[str, Any]) -> str:
-    """One line a cell: our time, and how many times faster it is than each contender. If the host's
+    """Returns a line for each cell with our time and the ratio to each contender. If the host's
     time is known, a second table has the ratios of calls from Python."""
-    note = "how many times faster pylora is; * marks a cell it loses, - what was not timed"
+    note = "how many times faster pylora is; * marks a ratio that it loses, - one not measured"
     lines = [f"{run['op']}: {note}", *_ratio_lines(run["cells"], device_seconds)]
     with_host = [cell for cell in run["cells"] if has_host_times(cell)]
     if with_host:
-        lines.append(f"{run['op']} as called from Python: the slower of host and device")
+        lines.append(f"{run['op']} as called from Python: the slower of host and device counts")
         lines += _ratio_lines(with_host, seconds_as_called)
     return "\n".join(lines)
 
@@ -189,48 +198,72 @@ def _ratio_lines(
     return [f"  {line}" for line in aligned(rows)]
 
 
-def _summary(result: Mapping[str, Any]) -> Summary:
+def _device_summary(result: Mapping[str, Any]) -> Summary:
     return Summary(result["samples"], result["median_s"], result["p20_s"], result["p80_s"])
 
 
-def compare_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, int]:
-    """(table, number of cells where ours became slower beyond the noise).
+def _host_summary(result: Mapping[str, Any]) -> Summary | None:
+    """Summarizes the host's time to issue a call to a GPU; None if there is none. Results of an
+    older schema do not know how the samples spread: their noise counts as zero."""
+    median = result["host_s"]
+    if median is None:
+        return None
+    p20, p80 = result["host_p20_s"], result["host_p80_s"]
+    return Summary(result["samples"], median, median if p20 is None else p20, p80 or median)
 
-    The change of the contenders that are not ours shows how the machine itself changed.
+
+def _host_control_ratio(cell: Mapping[str, Any]) -> float | None:
+    """Returns the host's time of the control over that of ours; None if either is unknown."""
+    summaries = [_host_summary(r) for r in (result_of(cell, CONTROL), result_of(cell, OURS)) if r]
+    medians = [summary.median for summary in summaries if summary is not None]
+    return medians[0] / medians[1] if len(medians) == 2 else None
+
+
+def compare_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, int]:
+    """Returns (the table, how many of our times became slower by more than the noise).
+
+    A contender has a row for its time and, if it ran on a GPU, one for the host's time to issue a
+    call. The peers did not change between the runs, so what they show is a change of the machine.
     """
     earlier = {cell_key(cell): cell for cell in before["cells"]}
     rows = [("cell", "contender", "before", "after", "change", "noise", "verdict")]
-    slower, unmatched, drift = 0, 0, []
+    slower, unmatched, peer_ratios = 0, 0, []
     for cell in after["cells"]:
-        old = earlier.get(cell_key(cell))
-        if old is None:
+        old_cell = earlier.get(cell_key(cell))
+        if old_cell is None:
             unmatched += 1
             continue
-        controls = [c["control_ratio"] for c in (old, cell) if c["control_ratio"]]
+        controls = [c["control_ratio"] for c in (old_cell, cell) if c["control_ratio"]]
+        host_controls = [r for r in map(_host_control_ratio, (old_cell, cell)) if r]
         for result in cell["results"]:
-            a, b = result_of(old, result["contender"]), result_of(cell, result["contender"])
-            if a is None or b is None or result["contender"] == CONTROL:
+            name = result["contender"]
+            old, new = result_of(old_cell, name), result_of(cell, name)
+            if old is None or new is None or name == CONTROL:
                 continue
-            change = b["median_s"] / a["median_s"] - 1
-            threshold = change_threshold(_summary(a), _summary(b), controls)
-            verdict = "same" if abs(change) <= threshold else "faster" if change < 0 else "SLOWER"
-            is_ours = result["contender"].startswith(OURS)
-            slower += verdict == "SLOWER" and result["contender"] == OURS
-            drift += [] if is_ours else [1 + change]
-            rows.append(
-                (
-                    cell_title(cell),
-                    result["contender"],
-                    duration(a["median_s"]),
-                    duration(b["median_s"]),
-                    f"{change:+.1%}",
-                    f"±{threshold:.1%}",
-                    verdict,
-                )
-            )
+            if not name.startswith(OURS):
+                peer_ratios.append(new["median_s"] / old["median_s"])
+            pairs = [(name, _device_summary(old), _device_summary(new), controls)]
+            old_host, new_host = _host_summary(old), _host_summary(new)
+            if old_host is not None and new_host is not None:
+                pairs.append((f"{name}: host", old_host, new_host, host_controls))
+            for label, old_times, new_times, ratios in pairs:
+                change, verdict = _change(old_times, new_times, ratios)
+                slower += verdict == "SLOWER" and name == OURS
+                times = (duration(old_times.median), duration(new_times.median))
+                rows.append((cell_title(cell), label, *times, *change, verdict))
     lines = aligned(rows)
-    if drift:
-        lines.append(f"peers changed by {geometric_mean(drift) - 1:+.1%}: the machine, not us")
+    if peer_ratios:
+        lines.append(
+            f"peers changed by {geometric_mean(peer_ratios) - 1:+.1%}: the machine, not pylora"
+        )
     if unmatched:
         lines.append(f"{unmatched} cells are only in the second run ({', '.join(CELL_KEY)} differ)")
     return "\n".join(lines), slower
+
+
+def _change(old: Summary, new: Summary, controls: Sequence[float]) -> tuple[tuple[str, str], str]:
+    """Returns ((the change, the noise) in words, the verdict: same, faster or SLOWER)."""
+    change = new.median / old.median - 1
+    threshold = change_threshold(old, new, controls)
+    verdict = "same" if abs(change) <= threshold else "faster" if change < 0 else "SLOWER"
+    return (f"{change:+.1%}", f"±{threshold:.1%}"), verdict

@@ -1,4 +1,4 @@
-"""Pictures of a run: speed-up and share of the roofline against M, and memory. Drawn from JSON."""
+"""Pictures of a run: the speed-up and the share of the roofline against M, and the memory."""
 
 from __future__ import annotations
 
@@ -15,19 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from benchmarks import host_tables
-from benchmarks.results import result_of
-from benchmarks.tables import (
-    BASE_ONLY,
-    OURS,
-    REFERENCE,
-    contenders_of,
-    ratio_to_ours,
-    shape_name,
-)
+from benchmarks.report import host_tables
+from benchmarks.report.tables import contenders_of, ratio_to_ours, shape_name
+from benchmarks.results import BASE_ONLY, OURS, REFERENCE, result_of
 
 INK, MUTED, GRID, OURS_COLOR, LOSING = "#1f2933", "#6b7785", "#e4e7eb", "#2563eb", "#fdecea"
-# A family of contenders has one color, its members differ in how their line is drawn.
+# A word in a name -> the color. Contenders of the same color differ in the style of their line.
 _FAMILIES = (
     ("PEFT", "#d97706"),
     ("bitsandbytes", "#b4237a"),
@@ -38,7 +31,14 @@ _FAMILIES = (
     ("reference", "#a3adb8"),
     ("pylora", OURS_COLOR),
 )
-_MARKS = {"eval": ("--", "s"), "fp16": ("--", "s"), "fp32": (":", "^"), "no LoRA": ("--", "s")}
+# A word in a name -> (the style of the line, the marker).
+_MARKS = {
+    "pylora dequantize": ("--", "s"),
+    "eval": ("--", "s"),
+    "fp16": ("--", "s"),
+    "fp32": (":", "^"),
+    "no LoRA": ("--", "s"),
+}
 _PANEL_WIDTH, _PANEL_HEIGHT = 3.9, 3.1
 
 Cells = Sequence[Mapping[str, Any]]
@@ -51,32 +51,33 @@ def style_of(contender: str) -> dict[str, Any]:
 
 
 def speedup(cells: Cells, title: str) -> Figure:
-    """How many times faster pylora is, a panel for each shape; the shaded half is where it loses.
+    """Draws how many times faster pylora is. There is a panel for each shape; in the shaded part
+    pylora loses.
 
-    Against M as lines; where there is one M, or none, as bars. The reference is so slow that it
-    would flatten all others; the tables have it.
+    If the cells have several M, lines show the ratio against M, otherwise bars. The reference is
+    left out unless it is alone: it is so slow that it would flatten all other lines.
     """
     names = [n for n in contenders_of(cells) if n not in (BASE_ONLY, REFERENCE)] or [REFERENCE]
-    if len({cell["rows"] for cell in cells}) > 1:
+    if len({cell["tokens"] for cell in cells}) > 1:
         return _lines(cells, names, ratio_to_ours, title, "times faster than", log=True)
     return _bars(cells, names, ratio_to_ours, title, lambda ratio: f"{ratio:.2f}x", line_at=1.0)
 
 
 def of_limit(cells: Cells, title: str) -> Figure:
-    """Share of the measured limit that ours and the others reach, each by its own least work."""
+    """Draws the share of the measured limit that each contender reaches with its least work."""
     names = [OURS, *(n for n in contenders_of(cells) if n != BASE_ONLY)]
 
     def share(cell: Mapping[str, Any], name: str) -> float | None:
         result = result_of(cell, name)
         return 100 * result["of_roofline"] if result else None
 
-    if len({cell["rows"] for cell in cells}) > 1:
+    if len({cell["tokens"] for cell in cells}) > 1:
         return _lines(cells, names, share, title, "% of the limit", log=False)
     return _bars(cells, names, share, title, lambda percent: f"{percent:.0f}%", line_at=100.0)
 
 
 def memory(cells: Cells, title: str) -> Figure | None:
-    """Peak extra memory of one call at the largest M measured; None where it was not measured."""
+    """Draws the peak extra memory of a call at the largest M; None if it was not measured."""
 
     def extra(cell: Mapping[str, Any], name: str) -> float | None:
         result = result_of(cell, name)
@@ -87,13 +88,13 @@ def memory(cells: Cells, title: str) -> Figure | None:
     measured = [c for c in cells if any(extra(c, name) is not None for name in names)]
     if not measured:
         return None
-    largest = max(cell["rows"] for cell in measured)
-    measured = [cell for cell in measured if cell["rows"] == largest]
+    largest = max(cell["tokens"] for cell in measured)
+    measured = [cell for cell in measured if cell["tokens"] == largest]
     return _bars(measured, names, extra, title, lambda mib: f"{mib:.0f} MiB")
 
 
 def host_times(cells: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
-    """Microseconds a call, a panel for each mode; the dark part is the C call's."""
+    """Draws the microseconds of a call, a panel for each mode. The dark part is the C call."""
     names = host_tables.contenders(cells)
     labels = [host_tables.label(name) for name in names]
     figure, panels = _panels(len(cells), 0.9 + 0.25 * len(names))
@@ -113,7 +114,7 @@ def host_times(cells: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
         _frame(axes)
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
-        axes.set_xlabel("us a call; dark: the C call")
+        axes.set_xlabel("us a call (dark: the C call)")
         if index:
             axes.set_yticklabels([])
     figure.suptitle(title, color=INK, fontsize=12)
@@ -126,17 +127,17 @@ def _lines(
     shapes = list(dict.fromkeys(map(shape_name, cells)))
     figure, panels = _panels(len(shapes))
     for axes, shape in zip(panels, shapes, strict=False):
-        here = sorted((c for c in cells if shape_name(c) == shape), key=lambda c: c["rows"])
+        here = sorted((c for c in cells if shape_name(c) == shape), key=lambda c: c["tokens"])
         for name in names:
-            points = [(c["rows"], value(c, name)) for c in here]
+            points = [(c["tokens"], value(c, name)) for c in here]
             points = [(m, v) for m, v in points if v is not None]
             if points:
                 width = 2.6 if name == OURS else 1.6
                 axes.plot(*zip(*points, strict=True), label=name, linewidth=width, **style_of(name))
         axes.set_xscale("log", base=2)
-        axes.set_xticks([c["rows"] for c in here], [str(c["rows"]) for c in here])
+        axes.set_xticks([c["tokens"] for c in here], [str(c["tokens"]) for c in here])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set(title=shape, xlabel="M (rows of x)")
+        axes.set(title=shape, xlabel="M (tokens)")
         _frame(axes)
         if log:
             axes.set_yscale("log", base=2)
@@ -171,7 +172,7 @@ def _bars(
         axes.bar_label(bars, labels, padding=3, color=INK, fontsize=8.5)
         axes.invert_yaxis()
         axes.margins(x=0.22)
-        axes.set_title(shape_name(cell) + (f", M={cell['rows']}" if cell["rows"] else ""))
+        axes.set_title(shape_name(cell) + (f", M={cell['tokens']}" if cell["tokens"] else ""))
         _frame(axes)
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
@@ -207,13 +208,13 @@ def _finish(figure: Figure, panels: list[Axes], title: str, what: str, count: in
         panels[index].set_ylabel(what, color=INK)
     for axes in panels[count:]:
         axes.remove()
-    found = {}
+    handles_by_label = {}
     for axes in panels[:count]:
         handles, labels = axes.get_legend_handles_labels()
-        found |= dict(zip(labels, handles, strict=True))
+        handles_by_label |= dict(zip(labels, handles, strict=True))
     figure.legend(
-        found.values(),
-        found.keys(),
+        handles_by_label.values(),
+        handles_by_label.keys(),
         loc="outside lower center",
         ncols=1 + _columns(count),
         frameon=False,
@@ -233,7 +234,7 @@ def _frame(axes: Axes) -> None:
 
 
 def rendered(figure: Figure) -> tuple[str, bytes]:
-    """(SVG to put into a page, PNG); the same figure gives the same bytes."""
+    """Returns (SVG to put into a page, PNG). The same figure always gives the same bytes."""
     svg, png = io.StringIO(), io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "pylora"}):
         figure.savefig(svg, format="svg", metadata={"Date": None})

@@ -1,9 +1,10 @@
-"""The speeds this project aims at on a GPU, as data, and what runs measured against them.
+"""The speeds that pylora aims at on a GPU, as data, and whether runs reached them.
 
-They were set for an H200, as ratios within one run. LoRA r=16 counts on our side; dense bf16 has
-none. Forward times are those of a CUDA graph, of the device alone; a goal for eager calls takes the
-slower of host and device, and so does a backward, which no graph here holds. Goals are for weights
-of 4096 x 4096 and more. A goal is met if every cell it speaks of meets it.
+The goals were set for an H200, as ratios within one run, for weights of 4096 x 4096 and more.
+pylora has LoRA with r=16; dense bf16 has none. A forward is timed in a CUDA graph, which gives the
+time of the device alone. A goal for eager calls takes the slower of host and device. A goal for a
+backward does so too, since no backward is timed in a graph. A goal is met if every cell that it is
+about meets it.
 """
 
 from __future__ import annotations
@@ -12,28 +13,26 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.results import result_of
-from benchmarks.shapes import BACKWARD, FORWARD
-from benchmarks.tables import (
-    BASE_ONLY,
-    OURS,
+from benchmarks.report.tables import (
     aligned,
     device_seconds,
     ratio_to_ours,
     seconds_as_called,
     shape_name,
 )
+from benchmarks.results import BASE_ONLY, OURS, result_of
+from benchmarks.shapes import BACKWARD, FORWARD
 from benchmarks.timing import EAGER, GRAPH
 
 RATIO, LIMIT, SURCHARGE = "ratio", "limit", "surcharge"
 PEFT, DECODED, DENSE = "bitsandbytes + PEFT train", "dequantize + linear + addmm_", "dense bf16"
 LEAST_NUMEL = 4096 * 4096
-MANY = 1 << 30  # rows without an upper bound
+MANY = 1 << 30  # as the most tokens of a goal: there is no upper bound
 
-Cell = Mapping[str, Any]
+CellResult = Mapping[str, Any]
 
-# What a goal says of the weight: its words -> whether a cell is meant.
-SHAPES: dict[str, Callable[[Cell], bool]] = {
+# The words of a goal about the shape of the weight -> the test for a cell.
+SHAPES: dict[str, Callable[[CellResult], bool]] = {
     "": lambda cell: True,
     "4096x4096": lambda cell: shape_name(cell) == "4096x4096",
     "larger than 4096x4096": lambda cell: cell["out_features"] * cell["in_features"] > LEAST_NUMEL,
@@ -44,18 +43,21 @@ SHAPES: dict[str, Callable[[Cell], bool]] = {
 
 @dataclass(frozen=True)
 class CudaGoal:
-    """ratio: at least `target` times as fast as `against`; limit: at least that share of the
-    measured limit; surcharge: at most that much slower than ours without LoRA.
+    """One goal on a GPU. What `target` means depends on `measure`:
 
-    rows     least and most rows of x; 0 and 0 for an op that takes none
+    ratio      at least `target` times as fast as `against`
+    limit      at least this share of the measured limit
+    surcharge  at most this share slower than pylora without LoRA
+
+    tokens   the least and the most tokens of a cell; 0 and 0 for an op that takes no x
     shapes   a key of SHAPES
     stretch  a second, higher target
     """
 
     op: str
     mode: str
-    rows: tuple[int, int]
-    kind: str
+    tokens: tuple[int, int]
+    measure: str
     target: float
     against: str = ""
     shapes: str = ""
@@ -64,55 +66,55 @@ class CudaGoal:
 
     def __str__(self) -> str:
         op = "" if self.op == "lora_linear" else f"{self.op} "
-        first, last = self.rows
-        rows = f" M={first}" if first == last else f" M={first}-{last}"
-        rows = f" M>={first}" if last == MANY else "" if last == 0 else rows
-        where = f"{op}{self.mode}{rows}{f', {self.shapes}' if self.shapes else ''}"
+        least, most = self.tokens
+        tokens = f" M={least}" if least == most else f" M={least}-{most}"
+        tokens = f" M>={least}" if most == MANY else "" if most == 0 else tokens
+        where = f"{op}{self.mode}{tokens}{f', {self.shapes}' if self.shapes else ''}"
         where += ", eager" if self.timing == EAGER and self.mode == FORWARD else ""
-        if self.kind == RATIO:
+        if self.measure == RATIO:
             return f"{where}: {self.target:g}x {self.against}"
-        if self.kind == LIMIT:
+        if self.measure == LIMIT:
             return f"{where}: {self.target:.2f} of the limit"
         return f"{where}: LoRA costs at most {self.target:.0%}"
 
     def met_by(self, value: float) -> bool:
-        return value <= self.target if self.kind == SURCHARGE else value >= self.target
+        return value <= self.target if self.measure == SURCHARGE else value >= self.target
 
     def written(self, value: float) -> str:
-        if self.kind == SURCHARGE:
+        if self.measure == SURCHARGE:
             return f"{value:+.1%}"
-        return f"{value:.2f}" + ("x" if self.kind == RATIO else "")
+        return f"{value:.2f}" + ("x" if self.measure == RATIO else "")
 
-    def is_about(self, cell: Cell) -> bool:
+    def is_about(self, cell: CellResult) -> bool:
         return (
             cell["mode"] == self.mode
             and cell["timing"] == self.timing
             and cell["dtype"] == "bfloat16"
-            and self.rows[0] <= cell["rows"] <= self.rows[1]
+            and self.tokens[0] <= cell["tokens"] <= self.tokens[1]
             and cell["out_features"] * cell["in_features"] >= LEAST_NUMEL
             and SHAPES[self.shapes](cell)
         )
 
-    def value_in(self, cell: Cell) -> float | None:
-        """None if ours or the other was not timed."""
+    def value_in(self, cell: CellResult) -> float | None:
+        """Returns what `target` is compared with, or None if one of the two was not timed."""
         ours = result_of(cell, OURS)
         if ours is None:
             return None
-        if self.kind == LIMIT:
+        if self.measure == LIMIT:
             return ours["of_roofline"]
         seconds = seconds_as_called if self.timing == EAGER else device_seconds
         ratio = ratio_to_ours(cell, self.against, seconds)
-        return 1 / ratio - 1 if ratio is not None and self.kind == SURCHARGE else ratio
+        return 1 / ratio - 1 if ratio is not None and self.measure == SURCHARGE else ratio
 
 
 def _forward(
-    rows: tuple[int, int],
+    tokens: tuple[int, int],
     *ratios: tuple[float, str],
     limit: float | None = None,
     shapes: str = "",
 ) -> list[CudaGoal]:
-    """Goals of lora_linear's forward."""
-    place = ("lora_linear", FORWARD, rows)
+    """Returns the goals for the forward of lora_linear with these tokens and shapes."""
+    place = ("lora_linear", FORWARD, tokens)
     goals = [CudaGoal(*place, RATIO, target, peer, shapes) for target, peer in ratios]
     if limit is not None:
         goals.append(CudaGoal(*place, LIMIT, limit, shapes=shapes))
@@ -167,8 +169,8 @@ CUDA_GOALS: tuple[CudaGoal, ...] = (
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """A goal, the cells that it was measured in, and the value of the worst; None without any."""
+class CudaGoalOutcome:
+    """A goal, the number of cells that it was measured in, and the worst value with its place."""
 
     goal: CudaGoal
     cells: int
@@ -189,42 +191,43 @@ class Outcome:
         return "met" if self.met else "MISSED"
 
 
-def outcomes(runs: Iterable[Mapping[str, Any]]) -> list[Outcome]:
-    """Every GPU goal against the GPU runs among these; empty without such a run."""
+def goal_outcomes(runs: Iterable[Mapping[str, Any]]) -> list[CudaGoalOutcome]:
+    """Compares every GPU goal with the GPU runs among these; empty if there is no such run."""
     by_op = {run["op"]: run for run in runs if run["machine"]["device"] == "cuda"}
     return [_outcome(goal, by_op.get(goal.op)) for goal in CUDA_GOALS] if by_op else []
 
 
-def _outcome(goal: CudaGoal, run: Mapping[str, Any] | None) -> Outcome:
-    found = []
+def _outcome(goal: CudaGoal, run: Mapping[str, Any] | None) -> CudaGoalOutcome:
+    values = []
     for cell in run["cells"] if run is not None else ():
         value = goal.value_in(cell) if goal.is_about(cell) else None
         if value is not None:
-            rows = f" M={cell['rows']}" if cell["rows"] else ""
-            found.append((value, f"{shape_name(cell)}{rows}"))
-    if not found:
-        return Outcome(goal, 0)
-    worst = (max if goal.kind == SURCHARGE else min)(found)
-    return Outcome(goal, len(found), *worst)
+            tokens = f" M={cell['tokens']}" if cell["tokens"] else ""
+            values.append((value, f"{shape_name(cell)}{tokens}"))
+    if not values:
+        return CudaGoalOutcome(goal, 0)
+    worst = (max if goal.measure == SURCHARGE else min)(values)
+    return CudaGoalOutcome(goal, len(values), *worst)
 
 
 HEAD = ("goal on a GPU", "worst", "in", "cells", "")
 
 
-def row(outcome: Outcome) -> tuple[str, ...]:
+def row(outcome: CudaGoalOutcome) -> tuple[str, ...]:
+    """Returns the texts below HEAD for one goal."""
     worst = "-" if outcome.worst is None else outcome.goal.written(outcome.worst)
     return (str(outcome.goal), worst, outcome.where, str(outcome.cells), outcome.verdict)
 
 
-def title(found: Sequence[Outcome]) -> str:
-    counts = {value: sum(o.met is value for o in found) for value in (True, False, None)}
+def title(outcomes: Sequence[CudaGoalOutcome]) -> str:
+    counts = {value: sum(o.met is value for o in outcomes) for value in (True, False, None)}
     return f"{counts[True]} met, {counts[False]} missed, {counts[None]} not measured"
 
 
 def goals_table(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Every goal with its worst cell; "" if no run is of a GPU."""
-    found = outcomes(runs)
-    if not found:
+    """Returns a table of every goal with its worst cell; "" if no run was on a GPU."""
+    outcomes = goal_outcomes(runs)
+    if not outcomes:
         return ""
-    lines = aligned([HEAD, *map(row, found)])
-    return "\n".join([f"goals on a GPU: {title(found)}", *(f"  {line}" for line in lines)])
+    lines = aligned([HEAD, *map(row, outcomes)])
+    return "\n".join([f"goals on a GPU: {title(outcomes)}", *(f"  {line}" for line in lines)])

@@ -1,4 +1,4 @@
-"""The part of the report that shows host times: a picture and a table for each shape."""
+"""The part of the page about host times: a picture and a table for each shape."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
 
-from benchmarks import host_tables, plots
-from benchmarks.host_tables import COLUMNS, TITLES, HostTime
+from benchmarks.report import host_tables, plots
+from benchmarks.report.host_tables import COLUMNS, TITLES, HostTime
+from benchmarks.results import OURS
 from benchmarks.shapes import HOST_MODES
-from benchmarks.tables import OURS
 
 Cells = Mapping[str, Mapping[str, Any]]
 
 
 def host_section(run: Mapping[str, Any], figures: dict[str, bytes]) -> Iterator[str]:
-    """HTML; adds the PNG of each picture to `figures`, by its file name."""
+    """Gives the HTML in pieces, and adds the PNG of each picture to `figures` by its file name."""
     yield f"<p>{escape(host_tables.EXPLANATION)}</p>"
     for cells in host_tables.groups(run):
         title = host_tables.title(cells)
@@ -29,7 +29,7 @@ def host_section(run: Mapping[str, Any], figures: dict[str, bytes]) -> Iterator[
 def _file_name(run: Mapping[str, Any], cells: Cells) -> str:
     cell = next(iter(cells.values()))
     shape = f"{cell['out_features']}x{cell['in_features']}"
-    return f"{run['op']}-{shape}-m{cell['rows']}.png"
+    return f"{run['op']}-{shape}-m{cell['tokens']}.png"
 
 
 def _table(cells: Cells) -> str:

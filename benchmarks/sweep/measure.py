@@ -1,4 +1,4 @@
-"""One point of a sweep: checked against float64, then timed on the GPU as a graph of many calls."""
+"""Checks a point of a sweep against float64, then times it on the GPU in a graph of many calls."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from benchmarks.contender import linear_work
 from benchmarks.contenders_torch import LORA
 from benchmarks.cuda_timing import EagerTimer, GraphTimer
 from benchmarks.harness import CACHES, MOST_LAYERS, passes_of
+from benchmarks.layer_tensors import LayerTensors
 from benchmarks.linear_oracle import linear_oracle
 from benchmarks.machine import last_level_cache
-from benchmarks.operands import Operands
 from benchmarks.shapes import FORWARD, Cell
 from benchmarks.statistics import summarize
-from benchmarks.sweep import Point
-from benchmarks.sweep_kernels import Kernel, Operand
+from benchmarks.sweep.kernels import Kernel, SweptLayer
+from benchmarks.sweep.run import Point
 from benchmarks.timing import Call
 
 SECONDS_A_POINT = 10e-3
@@ -28,7 +28,7 @@ LEAST_SAMPLES, MOST_SAMPLES = 5, 20
 
 
 class SweepMeasurer:
-    """Keeps the operands of all shapes, and the oracle of the last shape and M."""
+    """Measures points. It keeps the tensors of all shapes, and the oracle of the latest cell."""
 
     def __init__(
         self,
@@ -40,17 +40,17 @@ class SweepMeasurer:
     ) -> None:
         self._device, self._seed, self._kernels = device, seed, kernels
         self._eager, self._graph = eager, graph
-        self._operands: dict[tuple[int, int], Operands] = {}
-        self._layers: dict[tuple[int, int], list[Operand]] = {}
+        self._tensors: dict[tuple[int, int], LayerTensors] = {}
+        self._layers: dict[tuple[int, int], list[SweptLayer]] = {}
         self._judged: tuple[Cell, Tensor, Oracle] | None = None
 
     def __call__(self, point: Point) -> dict[str, Any]:
         cell = Cell(
-            "lora_linear", FORWARD, point.out_features, point.in_features, point.rows, rank=16
+            "lora_linear", FORWARD, point.out_features, point.in_features, point.tokens, rank=16
         )
-        operands = self._operands_of(cell)
-        x, oracle = self._oracle_of(cell, operands)
-        # A rotation as in the harness: its calls move several times what the cache holds.
+        tensors = self._tensors_of(cell)
+        x, oracle = self._oracle_of(cell, tensors)
+        # A rotation as in the harness: its calls move several times the bytes of the cache.
         bytes_a_call = linear_work(cell, LORA[0]).bytes
         cache = last_level_cache(self._device)
         count = max(2, min(MOST_LAYERS, math.ceil(CACHES * cache / bytes_a_call)))
@@ -61,15 +61,16 @@ class SweepMeasurer:
             return {"status": "fails the rule", "note": verdict.text}
         seconds = self._eager(calls).sample(0).seconds
         timer = self._graph(calls, passes_of(count, seconds))
-        for of_graph in timer.replayed():
-            # The same values come of the same x in all calls: most are equal bit for bit.
-            if torch.equal(of_graph, y):
+        for y_of_graph in timer.replayed():
+            # All calls have the same x and weight, so most results are equal bit for bit.
+            if torch.equal(y_of_graph, y):
                 continue
-            in_graph = oracle.check((of_graph,))
-            if not in_graph.passes:
-                return {"status": "fails the rule", "note": f"in a graph: {in_graph.text}"}
-        first = timer.sample(0).seconds
-        number = int(SECONDS_A_POINT / (first * timer.calls_a_sample))
+            verdict_on_graph = oracle.check((y_of_graph,))
+            if not verdict_on_graph.passes:
+                note = f"in a graph: {verdict_on_graph.text}"
+                return {"status": "fails the rule", "note": note}
+        seconds = timer.sample(0).seconds
+        number = int(SECONDS_A_POINT / (seconds * timer.calls_a_sample))
         number = max(LEAST_SAMPLES, min(MOST_SAMPLES, number))
         summary = summarize([timer.sample(turn).seconds for turn in range(number)])
         return {
@@ -91,26 +92,26 @@ class SweepMeasurer:
             return False
         return True
 
-    def _operands_of(self, cell: Cell) -> Operands:
+    def _tensors_of(self, cell: Cell) -> LayerTensors:
         shape = (cell.out_features, cell.in_features)
-        if shape not in self._operands:
-            self._operands[shape] = Operands(cell, self._device, self._seed)
-        return self._operands[shape]
+        if shape not in self._tensors:
+            self._tensors[shape] = LayerTensors(cell, self._device, self._seed)
+        return self._tensors[shape]
 
-    def _oracle_of(self, cell: Cell, operands: Operands) -> tuple[Tensor, Oracle]:
+    def _oracle_of(self, cell: Cell, tensors: LayerTensors) -> tuple[Tensor, Oracle]:
         if self._judged is None or self._judged[0] != cell:
-            self._judged = None  # before the next one: those of many rows are large
-            x = operands.normal(cell.rows, cell.in_features)
-            self._judged = (cell, x, Oracle(*linear_oracle(operands, x, None, True)))
+            self._judged = None  # frees the memory of the old oracle before the new one is made
+            x = tensors.normal(cell.tokens, cell.in_features)
+            self._judged = (cell, x, Oracle(*linear_oracle(tensors, x, None, True)))
         return self._judged[1:]
 
-    def _rotation(self, cell: Cell, count: int) -> list[Operand]:
-        operands = self._operands_of(cell)
+    def _rotation(self, cell: Cell, count: int) -> list[SweptLayer]:
+        tensors = self._tensors_of(cell)
         layers = self._layers.setdefault((cell.out_features, cell.in_features), [])
         while len(layers) < count:
-            layers.append(Operand(operands.nf4(), *(t.detach() for t in operands.lora())))
+            layers.append(SweptLayer(tensors.nf4(), *(t.detach() for t in tensors.lora())))
         return layers[:count]
 
-    def _call(self, point: Point, x: Tensor, layer: Operand) -> Call:
+    def _call(self, point: Point, x: Tensor, layer: SweptLayer) -> Call:
         forward, plan = self._kernels[point.kernel].forward, point.chosen
         return Call(lambda _: forward(x, layer, plan), around=torch.no_grad)

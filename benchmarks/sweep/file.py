@@ -1,4 +1,4 @@
-"""The JSON of a sweep: one point a line, replaced as a whole after each point, and read again."""
+"""The JSON file of a sweep, with a line for each point. It is replaced after each point."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from benchmarks.results import (
     write_atomically,
 )
 
-SCHEMA = 1
-STARTED = "started"  # the status of a point that no process has come back from
-# A point measured on one of these is not to be mixed with points of another.
+SCHEMA = 2
+STARTED = "started"  # the status of a point while it is measured
+# A file holds only points that agree in all of these.
 _MUST_AGREE = ("gpu", "versions", "commit")
 
 _FILE: dict[str, Any] = {
@@ -34,7 +34,7 @@ _FILE: dict[str, Any] = {
     "left_out": dict,  # kernel -> why it has no points
     "points": list,
 }
-# What a point has besides its place; null unless it was timed.
+# These fields of a point are null unless it was timed.
 _TIMES: dict[str, Any] = {
     **dict.fromkeys(("median_s", "p20_s", "p80_s"), OPTIONAL_NUMBER),
     "samples": (int, type(None)),
@@ -45,7 +45,7 @@ _POINT: dict[str, Any] = {
     "kernel": str,
     "out_features": int,
     "in_features": int,
-    "rows": int,
+    "tokens": int,
     "level": int,
     "plan": dict,
     "starts": int,
@@ -57,36 +57,38 @@ _POINT: dict[str, Any] = {
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The sweep in this file. Raises InvalidResults naming the field that is missing or wrong."""
+    """Returns the sweep in a file. Raises InvalidResults, which names the field that is missing or
+    wrong."""
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except OSError as error:
         raise InvalidResults(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise InvalidResults(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, Mapping) or found.get("kind") != "sweep":
-        raise InvalidResults(f"{path} is no sweep; give the file another name")
-    if found.get("schema") != SCHEMA:
-        raise InvalidResults(f"{path} has schema {found.get('schema')!r}; it must be {SCHEMA}")
-    check_fields(found, _FILE, str(path))
-    for i, point in enumerate(found["points"]):
+    if not isinstance(content, Mapping) or content.get("kind") != "sweep":
+        raise InvalidResults(f"{path} is not a sweep; give the new file another name")
+    if content.get("schema") != SCHEMA:
+        raise InvalidResults(f"{path} has schema {content.get('schema')!r}; it must be {SCHEMA}")
+    check_fields(content, _FILE, str(path))
+    for i, point in enumerate(content["points"]):
         check_fields(point, _POINT, f"{path}, points[{i}]")
-    return dict(found)
+    return dict(content)
 
 
 def key_of(point: Mapping[str, Any]) -> tuple[Any, ...]:
-    place = (point[name] for name in ("kernel", "out_features", "in_features", "rows"))
+    """Returns the `Point.key` of a point in a file."""
+    place = (point[name] for name in ("kernel", "out_features", "in_features", "tokens"))
     return (*place, tuple(point["plan"].items()))
 
 
 class SweepFile:
-    """The points by key, and the file that holds them at any moment."""
+    """The points of a sweep by key. The file always holds all of them."""
 
     def __init__(self, path: Path, facts: Mapping[str, Any], left_out: Mapping[str, str]) -> None:
-        """Reads the points that the file has already.
+        """Reads the points that are in the file already.
 
         Raises InvalidResults if they were measured on another GPU, with other versions or at
-        another commit: such points cannot be compared.
+        another commit, since such points cannot be compared.
         """
         self._path = path
         self._head = {
@@ -120,7 +122,7 @@ class SweepFile:
         return self._points.get(key)
 
     def put(self, key: tuple[Any, ...], point: Mapping[str, Any]) -> None:
-        """Adds the point, or replaces it, and saves all."""
+        """Adds or replaces a point, and writes the file."""
         whole = {**dict.fromkeys(_TIMES), "note": "", "timing_note": "", **point}
         check_fields(whole, _POINT, f"{self._path}, a point")
         self._keep(key, whole)
@@ -131,10 +133,10 @@ class SweepFile:
 
     def _keep(self, key: tuple[Any, ...], point: dict[str, Any]) -> None:
         self._points[key] = point
-        # Encoded once: the file is written after each of thousands of points.
+        # Each point is encoded once, since the file is written after each of thousands of points.
         self._lines[key] = json.dumps(point, ensure_ascii=False, allow_nan=False)
 
     def summary(self) -> str:
-        """How many points have which status."""
+        """Says how many points have which status."""
         counts = Counter(point["status"] for point in self._points.values())
         return ", ".join(f"{count} {status}" for status, count in counts.most_common()) or "none"
