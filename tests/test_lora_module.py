@@ -173,6 +173,14 @@ def test_dropout_only_while_training_and_right_on_average(use_dora: bool) -> Non
     assert ((draws.mean(0) - expected).abs() <= 5.5 * standard_error + 1e-5).all()
 
 
+def test_a_first_call_with_dropout_leaves_none_in_eval_mode() -> None:
+    layer = trained(LoRALinear(base_layer("nf4"), r=4, lora_dropout=0.5))
+    x = torch.randn(4, IN)
+    expected = copy.deepcopy(layer).eval()(x)
+    layer.train()(x)  # the first call, whose checked record the layer keeps
+    assert torch.equal(layer.eval()(x), expected)
+
+
 def test_dropout_leaves_the_base_alone() -> None:
     layer = LoRALinear(base_layer("nf4"), r=4, lora_dropout=0.9).train()
     x = torch.randn(5, IN)

@@ -142,7 +142,8 @@ class LoRALinear(nn.Module):
         if torch.compiler.is_compiling() or kept is None or not kept.takes(x):
             return self._checked_forward(x, dropout_p)
         layer, low = kept.layer, kept.layer.low_rank
-        if dropout_p or low.scaling != self.scaling:
+        # The kept record is that of the first call, which may have had dropout.
+        if dropout_p or low.dropout is not None or low.scaling != self.scaling:
             drawn = None
             if dropout_p:
                 drawn = Dropout(dropout_p, functional.dropout_seed(None, kept.device))
