@@ -1,7 +1,8 @@
-"""Where the examples come from: the standard library's docstrings, a JSON Lines or a text file.
+"""The data: where the examples come from, and how they become batches of tokens.
 
-Everything here is a deterministic function of the files read: the same files give the same examples
-in the same order and the same split. Standard-library sources are parsed, never imported.
+The examples are the standard library's docstrings, or the lines of a JSON Lines or text file. The
+same files always give the same examples, in the same order, with the same split. The sources of
+the standard library are parsed, never imported.
 """
 
 from __future__ import annotations
@@ -9,17 +10,19 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import random
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from _errors import UserError
+from _options import UserError
 
 DOCSTRING_SYSTEM = "Say in one sentence what this Python code does."
 
-# Tests and demos document themselves, not an interface; the others are generated or bundled code.
+# Tests and demos do not document an interface; the other folders hold generated or bundled code.
 SKIPPED_FOLDERS = frozenset(
     "__pycache__ ensurepip idlelib lib2to3 pydoc_data site-packages dist-packages "
     "test tests turtledemo".split()
@@ -30,7 +33,7 @@ SENTENCE_END = re.compile(r"(?<=[a-z0-9)'`\"])(?<!\be\.g)(?<!\bi\.e)[.:;](?:\s|$
 
 @dataclass(frozen=True)
 class Example:
-    """The loss counts the completion only; with an empty prompt that is all there is."""
+    """Only the completion is learnt. A plain text is a completion with an empty prompt."""
 
     prompt: str
     completion: str
@@ -38,7 +41,7 @@ class Example:
 
 
 def load_examples(path: str | Path | None) -> list[Example]:
-    """Examples of `path`, or the standard library's docstrings when it is None."""
+    """The examples in the file `path`, or the standard library's docstrings if it is None."""
     if path is None:
         return list(dict.fromkeys(stdlib_docstrings()))
     path = Path(path)
@@ -63,27 +66,27 @@ def load_examples(path: str | Path | None) -> list[Example]:
 def split_examples(
     examples: list[Example], validation_share: float = 0.05
 ) -> tuple[list[Example], list[Example]]:
-    """(train, validation). An example's side depends on its own text alone, so that adding data
-    never moves an old example across, and equal prompts never end up on both sides."""
+    """(train, validation). The side of an example depends on its own text alone: new data never
+    moves an old example to the other side, and equal prompts are always on the same side."""
 
     def position(example: Example) -> float:
         key = example.prompt or example.completion
         return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
     train = [e for e in examples if position(e) >= validation_share]
-    # In an order that has nothing to do with the file's, so that its first n are a fair sample.
+    # This order does not follow the file, so that the first n examples are a fair sample.
     validation = sorted(
         (e for e in examples if position(e) < validation_share),
         key=lambda e: (position(e), e.prompt),
     )
-    if not validation or not train:  # a handful of examples: give one to the empty side
+    if not validation or not train:  # there are few examples: give one to the empty side
         ranked = sorted(examples, key=position)
         validation, train = ranked[:1], ranked[1:]
     return train, validation
 
 
 def fingerprint(examples: list[Example]) -> str:
-    """A short name for exactly these examples in this order."""
+    """A short name that only these examples in this order have."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(json.dumps([example.system, example.prompt, example.completion]).encode())
@@ -106,7 +109,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def parse_jsonl(lines: list[str], path: Path) -> Iterator[Example]:
-    """instruction/input/output, prompt/completion or text; each line may be of another kind."""
+    """Each line has instruction, input and output, or prompt and completion, or text."""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -146,7 +149,7 @@ def _example_from_record(record: dict[str, object], where: str) -> Example:
 
 
 def parse_text(lines: list[str]) -> Iterator[Example]:
-    """Plain text: each paragraph is an example, all of it to be learnt."""
+    """Each paragraph of a plain text is an example, and all of it is learnt."""
     for paragraph in re.split(r"\n\s*\n", "\n".join(lines)):
         if paragraph.strip():
             yield Example("", paragraph.strip())
@@ -156,9 +159,9 @@ def parse_text(lines: list[str]) -> Iterator[Example]:
 
 
 def stdlib_docstrings(root: Path | None = None) -> Iterator[Example]:
-    """`shutil.copy(src, dst)` -> the first sentence of its docstring, in order of file and line.
+    """An example for each function: `shutil.copy(src, dst)` -> the first sentence of its docstring.
 
-    A sentence that many functions share is kept once, so that none is in both halves of the split.
+    A sentence that many functions share is kept once, so that it is in one half of the split only.
     """
     root = root or Path(sysconfig.get_path("stdlib"))
     seen: set[str] = set()
@@ -169,7 +172,7 @@ def stdlib_docstrings(root: Path | None = None) -> Iterator[Example]:
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError, OSError):
-            continue  # templates and files for other versions of Python are no examples
+            continue  # the file is a template, or is written for another version of Python
         module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
         for title, docstring in _documented(tree, module):
             sentence = first_sentence(docstring)
@@ -197,10 +200,123 @@ def _documented(scope: ast.AST, name: str) -> Iterator[tuple[str, str]]:
 
 
 def first_sentence(docstring: str) -> str | None:
-    """The first sentence, or None where a docstring opens with something that is not prose."""
+    """The first sentence, or None if the docstring does not begin with prose."""
     paragraph = " ".join(docstring.split("\n\n")[0].split())
     sentence = SENTENCE_END.split(paragraph)[0].strip()
     is_prose = re.fullmatch(r"[A-Z][a-z]*\b[\x20-\x7e]*", sentence) and "<==>" not in sentence
     if not is_prose or not 4 <= len(sentence.split()) <= 30:
         return None
     return sentence.rstrip(".") + "."
+
+
+# --- tokens ---------------------------------------------------------------------------------------
+
+IGNORED = -100  # the loss leaves out positions with this label
+
+
+def prompt_text(tokenizer: Any, example: Example) -> str:
+    """The text before the completion, as the model's chat template writes it, if there is one."""
+    if not example.prompt:
+        return ""
+    merged = "\n".join(filter(None, (example.system, example.prompt)))
+    if not tokenizer.chat_template:
+        return (tokenizer.bos_token or "") + merged + "\n"
+
+    def render(*messages: tuple[str, str]) -> str:
+        return tokenizer.apply_chat_template(
+            [{"role": role, "content": content} for role, content in messages],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+
+    from jinja2.exceptions import TemplateError
+
+    if example.system:
+        try:
+            return render(("system", example.system), ("user", example.prompt))
+        except TemplateError:
+            pass  # this template knows no system role
+    return render(("user", merged))
+
+
+def encode(
+    tokenizer: Any, examples: Sequence[Example], max_length: int
+) -> tuple[list[dict[str, list[int]]], int]:
+    """(input_ids and labels of every example, how many examples were too long and left out).
+
+    A text without a prompt is cut into pieces. An example whose prompt and completion do not fit
+    into `max_length` tokens is left out, since half an answer is not worth learning.
+    """
+    prompts = _ids(tokenizer, [prompt_text(tokenizer, example) for example in examples])
+    completions = _ids(tokenizer, [example.completion for example in examples])
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    items, left_out = [], 0
+    for prompt, completion in zip(prompts, completions, strict=True):
+        completion = completion + end
+        if prompt and len(prompt) + len(completion) <= max_length:
+            items.append(_item(prompt, completion))
+        elif prompt:
+            left_out += 1
+        else:
+            step = max_length - len(begin)
+            pieces = (begin + completion[i : i + step] for i in range(0, len(completion), step))
+            # Nothing precedes the first token of a piece, so it cannot be predicted.
+            items += [_item(piece[:1], piece[1:]) for piece in pieces if len(piece) > 1]
+    if not items:
+        raise UserError(
+            f"none of the {len(examples)} examples fits into --max-length {max_length}, "
+            "which must be larger"
+        )
+    return items, left_out
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def _item(prompt: list[int], completion: list[int]) -> dict[str, list[int]]:
+    return {"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion}
+
+
+def grouped_by_length(
+    items: Sequence[dict[str, list[int]]], batch_size: int, seed: int
+) -> list[dict[str, list[int]]]:
+    """The items in random order, except that items of similar length share a batch.
+
+    In each pool of eight batches the items are sorted by length, cut into batches, and the batches
+    are shuffled. Little padding is needed then, and long batches do not follow each other.
+    """
+    shuffler = random.Random(seed)
+    order = shuffler.sample(list(items), len(items))
+    batches = []
+    for start in range(0, len(order), 8 * batch_size):
+        pool = sorted(order[start : start + 8 * batch_size], key=lambda item: len(item["labels"]))
+        full = [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+        rest = [full.pop()] if len(full[-1]) < batch_size else []
+        shuffler.shuffle(full)
+        batches += full + rest
+    return [item for batch in batches for item in batch]
+
+
+def completion_collator(tokenizer: Any) -> Any:
+    """Makes batches for the Trainer.
+
+    Logits over a large vocabulary are the largest tensors of a step, and only those of the
+    completions are needed. The batch is therefore padded on the left, so that all completions end
+    at the last position, and `logits_to_keep` tells the model how many positions they take.
+    """
+    from transformers import DataCollatorForSeq2Seq
+
+    tokenizer.padding_side = "left"
+    pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+
+    def collate(items: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
+        batch = dict(pad(list(items)))
+        # The logits at one position predict the token at the next one, hence one more.
+        kept = int((batch["labels"] != IGNORED).sum(1).max()) + 1
+        batch["labels"] = batch["labels"][:, -kept:]
+        positions = batch["attention_mask"].cumsum(1) - 1
+        return {**batch, "position_ids": positions.clamp(min=0), "logits_to_keep": kept}
+
+    return collate

@@ -1,122 +1,123 @@
-"""The command line."""
+"""The command line, and how a resumed run gets the options that it was started with."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, fields
+import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
-from _errors import UserError
+METHODS = {
+    "qlora": "LoRA over an NF4 base",
+    "lora": "LoRA over a bf16 base",
+    "hybrid": "LoRA over an NF4 base, a few modules trained in full",
+    "full": "every parameter, fp32 with bf16 autocast",
+    "peft": "the same QLoRA through PEFT + bitsandbytes",
+}
+NF4_METHODS = ("qlora", "hybrid", "peft")
 
-METHOD_NAMES = ("qlora", "lora", "hybrid", "full", "peft")
-
-# What decides a run's result: written into its checkpoint, and kept when it is resumed.
+# The name of an option, its default value and what --help says about it.
+OPTIONS: tuple[tuple[str, Any, str], ...] = (
+    ("out", Path("build/demo"), "folder for everything that is written"),
+    ("model", None, "folder of a transformers causal LM (default: the bundled SmolLM2-135M)"),
+    ("data", None, "JSON Lines or text file (default: the standard library's docstrings)"),
+    ("method", "qlora", "; ".join(f"{name}: {text}" for name, text in METHODS.items())),
+    ("steps", 200, "training steps"),
+    ("batch_size", 8, "examples in a step"),
+    ("max_length", 96, "length of the longest example, in tokens"),
+    ("learning_rate", None, "highest learning rate (default: 1e-4 for full, 1e-3 otherwise)"),
+    ("r", 16, "rank of the LoRA matrices"),
+    ("alpha", 32, "LoRA's alpha; the scaling is alpha / r"),
+    ("dropout", 0.0, "dropout before LoRA"),
+    ("full_modules", (), "hybrid: modules to train in full (default: the last layer's MLP)"),
+    ("seed", 0, "decides the order of the data and the initial LoRA matrices"),
+    ("validation_examples", 96, "number of examples in the validation loss"),
+    ("samples", 3, "number of texts to generate before and after training"),
+    ("sample_tokens", 32, "length of the longest generated text, in tokens"),
+    ("save_every", 50, "steps between checkpoints; 0: only if the run is interrupted"),
+    ("threads", 0, "CPU threads; 0: as many as torch chooses"),
+    ("device", "cpu", "where to train: cpu or cuda"),
+)
+FLAGS = {
+    "short": "a few steps, for a quick check",
+    "resume": "go on from the checkpoint in --out",
+    "compare": "train by every method and print one table",
+    "no_check": "do not reload the adapter through PEFT to compare logits",
+}
+# Enough to see the loss fall and every part of the program run once.
+SHORT = {"steps": 16, "validation_examples": 32, "sample_tokens": 20}
+# These options decide the result. A resumed run takes them from its checkpoint.
 LASTING = (
     "method steps batch_size max_length learning_rate r alpha dropout full_modules seed "
     "validation_examples"
 ).split()
+MINIMUM = {
+    **dict.fromkeys(("steps", "batch_size", "r", "alpha", "sample_tokens"), 1),
+    **dict.fromkeys(("samples", "threads", "save_every"), 0),
+    "validation_examples": 1,
+    "max_length": 8,
+}
 
 
-@dataclass
-class Options:
-    out: Path = Path("build/demo")
-    model: Path | None = None
-    data: Path | None = None
-    method: str = "qlora"
-    steps: int = 200
-    batch_size: int = 8
-    max_length: int = 96
-    learning_rate: float | None = None  # None: the method's own
-    r: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
-    full_modules: tuple[str, ...] = ()
-    seed: int = 0
-    validation_examples: int = 96
-    samples: int = 3
-    sample_tokens: int = 32
-    save_every: int = 50
-    threads: int = 0  # 0: as many as torch chooses
-    device: str = "cpu"
-    compare: bool = False
-    resume: bool = False
-    check: bool = True
+class UserError(Exception):
+    """A mistake that the user can correct. The message is printed without a traceback."""
 
 
-# Enough to see the loss fall and every part of the program run once.
-SHORT = {"steps": 16, "validation_examples": 32, "sample_tokens": 20}
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
-def parse_options(argv: list[str] | None = None) -> tuple[Options, set[str]]:
-    """(options, the names of those that were given)."""
+def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options; if the run is resumed, `checkpoint` and `job` say what it goes on from."""
     given = vars(_parser().parse_args(argv))
-    short = given.pop("short", False)
-    values: dict[str, Any] = {**(SHORT if short else {}), **given}
-    options = Options(**values)
+    if given.get("short"):
+        given = {**SHORT, **given}
+    defaults = {name: default for name, default, _ in OPTIONS} | dict.fromkeys(FLAGS, False)
+    options = argparse.Namespace(**{**defaults, **given}, checkpoint=None, job=None)
+    options.full_modules = list(options.full_modules)
     _check(options)
-    return options, set(values)
+    if options.resume:
+        options.checkpoint, options.job = find_checkpoint(options.out)
+        for name, value in options.job["options"].items():
+            if name in given and getattr(options, name) != value:
+                raise UserError(
+                    f"--resume: the checkpoint in {options.out} has {name.replace('_', '-')} "
+                    f"{value}, but {flag(name)} {getattr(options, name)} was given"
+                )
+            setattr(options, name, value)
+    if options.learning_rate is None and not options.compare:  # there, each method takes its own
+        options.learning_rate = 1e-4 if options.method == "full" else 1e-3
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Fine-tune a small language model with QLoRA on the CPU, from data to adapter.",
-        argument_default=argparse.SUPPRESS,  # so that what was not given can come from a checkpoint
+        description="Fine-tune a small language model with QLoRA, from data to a checked adapter.",
+        argument_default=argparse.SUPPRESS,  # an option that is not given stays out of the result
         allow_abbrev=False,
     )
-    default = Options()
-
-    def add(name: str, text: str, **arguments: Any) -> None:
-        field = name.lstrip("-").replace("-", "_")
-        value = getattr(default, field, None)
-        if value not in (None, False, True, ()):
-            text += f" (default: {value})"
-            arguments.setdefault("type", type(value))
-        parser.add_argument(name, help=text, dest=field, **arguments)
-
-    add("--out", "folder for everything that is written", metavar="DIR", type=Path)
-    add("--model", "folder of a transformers causal LM (default: SmolLM2)", type=Path)
-    add("--data", "JSON Lines or text (default: the standard library's docstrings)", type=Path)
-    add("--method", "how to train; peft is qlora through PEFT + bitsandbytes", choices=METHOD_NAMES)
-    add("--compare", "train by every method and print one table", action="store_true")
-    add("--resume", "go on from the checkpoint in --out", action="store_true")
-    add("--short", "a few steps, for a quick check", action="store_true")
-    add("--steps", "training steps")
-    add("--batch-size", "examples in a step")
-    add("--max-length", "longest example, in tokens")
-    add("--learning-rate", "highest rate (default: by method)", type=float)
-    add("--r", "rank of the LoRA matrices")
-    add("--alpha", "LoRA's alpha; the scaling is alpha / r")
-    add("--dropout", "dropout before LoRA", type=float)
-    add("--full-modules", "hybrid: modules to train in full", nargs="+", metavar="NAME")
-    add("--seed", "decides the order of the data and the initial LoRA matrices", type=int)
-    add("--validation-examples", "how many examples the validation loss is over")
-    add("--samples", "how many texts to generate before and after", type=int)
-    add("--sample-tokens", "the longest of them, in tokens")
-    add("--save-every", "steps between checkpoints; 0: only when stopped")
-    add("--threads", "CPU threads (default: as many as torch chooses)", type=int)
-    add("--device", "where to train: cpu, cuda, cuda:1, ...")
-    parser.add_argument(
-        "--no-check",
-        dest="check",
-        action="store_false",
-        help="do not reload the adapter through PEFT and compare logits",
-    )
+    special: dict[str, dict[str, Any]] = {
+        "model": {"type": Path},
+        "data": {"type": Path},
+        "learning_rate": {"type": float},
+        "method": {"choices": list(METHODS)},
+        "full_modules": {"nargs": "+", "type": str, "metavar": "NAME"},
+    }
+    for name, default, text in OPTIONS:
+        if default not in (None, ()):
+            text += f" (default: {default})"
+        arguments = {"type": type(default), **special.get(name, {})}
+        parser.add_argument(flag(name), help=text, **arguments)
+    for name, text in FLAGS.items():
+        parser.add_argument(flag(name), help=text, action="store_true")
     return parser
 
 
-def _check(options: Options) -> None:
-    options.full_modules = tuple(options.full_modules)
-    least = {
-        **dict.fromkeys(("steps", "batch_size", "r", "alpha", "sample_tokens"), 1),
-        **dict.fromkeys(("samples", "threads", "save_every"), 0),
-        "validation_examples": 1,
-        "max_length": 8,
-    }
-    for name, minimum in least.items():
-        value = getattr(options, name)
-        if value < minimum:
-            raise UserError(f"--{name.replace('_', '-')} is {value}, must be at least {minimum}")
+def _check(options: argparse.Namespace) -> None:
+    for name, minimum in MINIMUM.items():
+        if (value := getattr(options, name)) < minimum:
+            raise UserError(f"{flag(name)} is {value}, must be at least {minimum}")
     if not 0 <= options.dropout < 1:
         raise UserError(f"--dropout is {options.dropout}, must be at least 0 and below 1")
     if options.learning_rate is not None and not options.learning_rate > 0:
@@ -127,18 +128,18 @@ def _check(options: Options) -> None:
         raise UserError("--compare and --resume exclude each other")
 
 
-def lasting(options: Options) -> dict[str, Any]:
-    values = {field.name: getattr(options, field.name) for field in fields(options)}
-    return {name: values[name] for name in LASTING} | {"full_modules": [*options.full_modules]}
-
-
-def take_over(options: Options, given: set[str], saved: dict[str, Any]) -> None:
-    """Resuming: options that were not given come from the checkpoint, the others must agree."""
-    asked = lasting(options)
-    for name, value in saved.items():
-        if name in given and asked[name] != value:
-            raise UserError(
-                f"--resume: the checkpoint in {options.out} has {name.replace('_', '-')} {value}, "
-                f"but --{name.replace('_', '-')} {asked[name]} was given"
-            )
-        setattr(options, name, tuple(value) if name == "full_modules" else value)
+def find_checkpoint(out: Path) -> tuple[Path, dict[str, Any]]:
+    """(the newest complete checkpoint in `out`, the job that it belongs to)."""
+    # The Trainer writes trainer_state.json last: a checkpoint without it is unfinished.
+    found = (out / "checkpoints").glob("checkpoint-*/trainer_state.json")
+    newest = max(found, key=lambda path: int(path.parent.name.split("-")[1]), default=None)
+    if newest is None:
+        raise UserError(f"--resume: there is no checkpoint in {out}")
+    for file in (*newest.parent.glob("*.pt"), *newest.parent.glob("*.pth")):
+        if not zipfile.is_zipfile(file):
+            raise UserError(f"--resume: {file} is damaged, must be a file that torch.save wrote")
+    path = out / "checkpoints" / "job.json"
+    try:
+        return newest.parent, json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--resume: {path} cannot be read: {error}") from None

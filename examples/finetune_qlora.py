@@ -1,41 +1,41 @@
-"""Fine-tune a language model with QLoRA, from data to a checked adapter, on a CPU if need be.
+"""Fine-tune a language model with QLoRA, from data to a checked adapter; a CPU is enough.
 
     python examples/finetune_qlora.py                     SmolLM2-135M learns to document Python
     python examples/finetune_qlora.py --data my.jsonl --model path/to/a/causal-lm
     python examples/finetune_qlora.py --method full       lora, hybrid, full, peft: see --help
     python examples/finetune_qlora.py --compare           all of them, in one table
 
-Ctrl-C saves the adapter and a checkpoint, and `--resume` goes on from it. What happens is in `run`;
-the files beside this one do one part each.
+Ctrl-C saves the adapter and a checkpoint; `--resume` goes on from there. `finetune` is the whole
+story; each file beside this one does one part of it.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
-# `make` sets PYTHONSAFEPATH, under which a script's own folder is not searched.
+# `make` sets PYTHONSAFEPATH, which keeps a script's own folder out of the search.
 sys.path.append(str(Path(__file__).resolve().parent))
 
-from _data import load_examples, split_examples
-from _errors import UserError
-from _options import Options, parse_options, take_over
-from _phases import Phases
+from _data import encode, fingerprint, grouped_by_length, load_examples, split_examples
+from _options import LASTING, NF4_METHODS, UserError, parse_options
 
-DOCSTRINGS = "the docstrings of the standard library"
-INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
+INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        options, given = parse_options(argv)
+        options = parse_options(argv)
         if options.compare:
             from _compare import compare
 
             return compare(options)
-        return run(options, given)
+        return finetune(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -44,54 +44,171 @@ def main(argv: list[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def run(options: Options, given: set[str]) -> int:
-    phases = Phases()
+def finetune(options: argparse.Namespace) -> int:
+    started = time.perf_counter()
 
-    # 1. Examples. They are read before torch is imported, so that a bad file fails at once.
-    with phases("data", f"Reading {options.data or DOCSTRINGS}"):
-        split = split_examples(load_examples(options.data))
-    saved = None
+    # 1. The data. It is read before torch is imported, so that a bad file fails at once.
+    print(f"Reading {options.data or 'the docstrings of the standard library'} ...", flush=True)
+    examples = load_examples(options.data)
+    train_examples, held_out = split_examples(examples)
+    validation_examples = held_out[: options.validation_examples]
+
+    # 2. The model: loaded, quantized, with LoRA added.
+    print("Loading the model ...", flush=True)
+    import torch
+    from _model import (
+        bundled_model,
+        check_model_folder,
+        compute_dtype,
+        load_tokenizer,
+        model_fingerprint,
+        quiet_libraries,
+        usable_device,
+    )
+    from _report import Report, write_json
+    from _training import make_trainer, measure, reset_peak_memory, train
+
+    quiet_libraries()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = usable_device(options.device)
+    dtype = compute_dtype(device)
+    folder = check_model_folder(options.model) if options.model else bundled_model()
+    job = {
+        "model": model_fingerprint(folder),
+        "data": fingerprint(examples),
+        "options": {name: getattr(options, name) for name in LASTING},
+    }
+    refuse_another_job(options, job)
+    tokenizer = load_tokenizer(folder)
+    encoded, left_out = encode(tokenizer, train_examples, options.max_length)
+    train_items = grouped_by_length(encoded, options.batch_size, options.seed)
+    validation_items, left_out_too = encode(tokenizer, validation_examples, options.max_length)
+    validation_items.sort(key=lambda item: len(item["input_ids"]))
+
+    memory = {"libraries": reset_peak_memory(device)}
+    torch.manual_seed(options.seed)
+    model, parameters = build_model(folder, dtype, device, options)
+    report = Report(options, model, parameters, folder, dtype, memory, started)
+    report.announce(len(train_items), len(validation_items), len(held_out), left_out + left_out_too)
+
+    # 3. Training, with the validation loss before it.
+    trainer = make_trainer(model, tokenizer, train_items, validation_items, options, dtype)
     if options.resume:
-        from _checkpoint import read_state
+        job["before"] = options.job["before"]
+    else:
+        print("Validation before training ...", flush=True)
+        job["before"] = measure(trainer, tokenizer, validation_examples, options)
+        start_checkpoints(options.out / "checkpoints", job, write_json)
+    memory["before_training"] = reset_peak_memory(device)
+    torch.manual_seed(options.seed)
+    finished = train(trainer, options.checkpoint)
 
-        saved = read_state(options.out)
-        take_over(options, given, saved["options"])
-
-    # 2. The model, quantized, with LoRA; a checkpoint's state on top when resuming.
-    with phases("model", "Loading the model"):
-        from _job import Job
-        from _report import announce, report_result, report_stop, write_summary
-
-        job = Job(options, split, saved)
-    announce(job)
-
-    # 3. Where it stands before the first step.
-    if not job.before:
-        with phases("before", "Validation before training"):
-            job.before = job.measure()
-
-    # 4. Training, and at once what it was for.
-    with phases("training"):
-        finished = job.train()
-        exported = job.export()
+    # 4. What was trained is saved: an adapter in PEFT's format, or the whole model.
+    saved = save(model, options)
     if not finished:
-        write_summary(job, exported, None, None, phases)
-        report_stop(job, exported, resume_command(options))
+        report.write(trainer.state, job["before"], saved, after=None, check=None)
+        report.stopped(trainer.state, saved, resume_command(options))
         return INTERRUPTED
 
-    # 5. Where it stands now, and whether PEFT reads the adapter as the same model.
-    with phases("after", "Validation after training"):
-        after = job.measure()
-    check = {"skipped": "--no-check"}
-    if options.check:
-        with phases("check", "Reloading the adapter through PEFT"):
-            check = job.check(exported)
-    write_summary(job, exported, after, check, phases)
-    report_result(job, exported, after, check, phases)
+    # 5. The validation loss after training, and PEFT as a witness that the adapter is right.
+    print("Validation after training ...", flush=True)
+    after = measure(trainer, tokenizer, validation_examples, options)
+    if options.no_check:
+        check = {"skipped": "--no-check"}
+    else:
+        from _compare import check_with_peft
+
+        batches = [trainer.data_collator([item]) for item in validation_items[:4]]
+        check = check_with_peft(model, batches, saved, folder, dtype, device, options)
+    report.write(trainer.state, job["before"], saved, after, check)
+    report.finished(trainer.state, job["before"], saved, after, check)
     return 0 if check.get("agrees", True) else 1
 
 
-def resume_command(options: Options) -> str:
+def build_model(folder: Path, dtype: Any, device: Any, options: argparse.Namespace) -> Any:
+    """(the model, ready for the method to train it; the number of parameters it was loaded with).
+
+    QLoRA is both steps, `quantize_model` and `add_lora`; the other methods leave out one or two.
+    """
+    import torch
+    from _model import load_model
+
+    import pylora
+
+    if options.method == "peft":
+        from _compare import load_peft_model
+
+        return load_peft_model(folder, dtype, device, options)
+    if options.method == "full":
+        model = load_model(folder, torch.float32, device)
+        return model, model.num_parameters()
+
+    model = load_model(folder, dtype, device)
+    parameters = model.num_parameters()
+    whole = ()
+    if options.method == "hybrid":
+        layers = model.config.num_hidden_layers
+        whole = options.full_modules or (f"model.layers.{layers - 1}.mlp",)
+    try:
+        if options.method in NF4_METHODS:
+            pylora.quantize_model(model, skip_modules=("lm_head", *whole), double_quant=True)
+        pylora.add_lora(
+            model,
+            r=options.r,
+            lora_alpha=options.alpha,
+            lora_dropout=options.dropout,
+            modules_to_save=whole,
+        )
+    except ValueError as error:
+        where = "--full-modules" if whole else f"--model {folder}"
+        raise UserError(f"{where}: {error}") from error
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # bf16 is too coarse to add many small steps up in
+            parameter.data = parameter.data.float()
+    return model, parameters
+
+
+def save(model: Any, options: argparse.Namespace) -> Path:
+    import torch
+    from _model import replace_files
+
+    import pylora
+
+    if options.method == "full":
+        weights = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
+        model.config.dtype = torch.bfloat16
+        return replace_files(
+            options.out / "model", lambda folder: model.save_pretrained(folder, state_dict=weights)
+        )
+    if options.method == "peft":
+        return replace_files(options.out / "adapter", model.save_pretrained)
+    pylora.save_adapter(model, options.out / "adapter")
+    return options.out / "adapter"
+
+
+# --- resuming -------------------------------------------------------------------------------------
+
+
+def refuse_another_job(options: argparse.Namespace, job: dict[str, Any]) -> None:
+    for name in ("model", "data"):
+        if options.resume and options.job[name] != job[name]:
+            raise UserError(
+                f"--resume: the checkpoint in {options.out} was trained with another {name} "
+                f"({options.job[name]}) than this one ({job[name]})"
+            )
+
+
+def start_checkpoints(folder: Path, job: dict[str, Any], write_json: Any) -> None:
+    """Removes the checkpoints of an earlier run, and writes down what this one is."""
+    import shutil
+
+    if folder.exists():
+        shutil.rmtree(folder)
+    write_json(folder / "job.json", job)
+
+
+def resume_command(options: argparse.Namespace) -> str:
     python = os.path.relpath(sys.executable)
     words = [python if not python.startswith("..") else sys.executable, sys.argv[0]]
     words += ["--out", str(options.out), "--resume"]

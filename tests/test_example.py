@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 
 import finetune_qlora
-from _batches import IGNORED, Batch
-from _options import METHOD_NAMES
+from _data import IGNORED, completion_collator
+from _options import METHODS
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -86,7 +86,7 @@ def assert_no_leftovers(out: Path) -> None:
     assert not [path for path in out.rglob(".*")], "a temporary name was left behind"
 
 
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_and_writes_what_it_promises(
     method: str, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,11 +117,12 @@ def test_hybrid_trains_whole_modules_too(arguments: list[str], tmp_path: Path) -
     name = "model.layers.0.mlp.down_proj"
     options = ["--method", "hybrid", "--steps", "2", "--samples", "0", "--full-modules", name]
     assert finetune_qlora.main([*arguments, *options]) == 0
-    trained = load_file(tmp_path / "out" / "checkpoint" / "trained.safetensors")
-    whole = [key for key, value in trained.items() if value.shape == (64, 128)]
-    assert len(whole) == 1 and name in whole[0]
-    saved = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
-    assert any(name in key and value.shape == (64, 128) for key, value in saved.items())
+    checkpoint = tmp_path / "out" / "checkpoints" / "checkpoint-2"
+    for folder in (checkpoint, tmp_path / "out" / "adapter"):
+        saved = load_file(folder / "adapter_model.safetensors")
+        whole = [key for key, value in saved.items() if value.shape == (64, 128)]
+        assert len(whole) == 1 and name in whole[0]
+        assert saved[whole[0]].dtype == torch.float32
 
 
 @pytest.mark.parametrize("method", ["qlora", "full"])
@@ -146,20 +147,24 @@ def test_a_resumed_run_gives_the_losses_of_an_uninterrupted_one(
     assert resumed["losses"] == whole["losses"]
     assert resumed["after"]["loss"] == whole["after"]["loss"]
     assert resumed["before"] == whole["before"]
+    # A finished run trains no further.
+    assert finetune_qlora.main([*places, "--resume", "--no-check", "--samples", "0"]) == 0
+    assert summary(tmp_path / "parts")["losses"] == whole["losses"]
+    assert summary(tmp_path / "parts")["after"]["loss"] == whole["after"]["loss"]
 
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sends this process SIGINT in the course of that step."""
-    import _train
+    from transformers import Trainer
 
-    rate = _train.scheduled_rate
+    training_step = Trainer.training_step
 
-    def interrupting(now: int, *rest: Any) -> float:
-        if now == step - 1:
+    def interrupting(trainer: Any, *rest: Any) -> torch.Tensor:
+        if trainer.state.global_step == step - 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return rate(now, *rest)
+        return training_step(trainer, *rest)
 
-    monkeypatch.setattr(_train, "scheduled_rate", interrupting)
+    monkeypatch.setattr(Trainer, "training_step", interrupting)
 
 
 def test_resume_refuses_another_job(
@@ -189,9 +194,9 @@ def test_resume_refuses_another_job(
     (other_model / "config.json").write_text(json.dumps(changed))
     assert "was trained with another model" in refused("--model", str(other_model))
 
-    weights = tmp_path / "out" / "checkpoint" / "optimizer.safetensors"
+    weights = tmp_path / "out" / "checkpoints" / "checkpoint-1" / "optimizer.pt"
     weights.write_bytes(weights.read_bytes()[:-10])
-    assert "optimizer.safetensors cannot be read" in refused()
+    assert "optimizer.pt is damaged" in refused()
 
 
 def test_ctrl_c_leaves_an_adapter_that_peft_loads(
@@ -206,7 +211,7 @@ def test_ctrl_c_leaves_an_adapter_that_peft_loads(
         [*command, "--save-every", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         deadline = time.monotonic() + 90
-        while not (out / "checkpoint").exists():
+        while not list(out.glob("checkpoints/*/trainer_state.json")):
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline, "no checkpoint after 90 s"
             time.sleep(0.05)
@@ -235,7 +240,7 @@ def test_ctrl_c_leaves_an_adapter_that_peft_loads(
         (["--learning-rate", "-1"], "--learning-rate is -1.0, must be above 0"),
         (["--max-length", "8"], "fits into --max-length 8"),
         (["--full-modules", "lm_head"], "--full-modules is for --method hybrid"),
-        (["--method", "hybrid", "--full-modules", "down_proj"], "did you mean model.layers.0"),
+        (["--method", "hybrid", "--full-modules", "down"], "such as model, embed_tokens"),
     ],
 )
 def test_bad_options_are_one_line(
@@ -260,25 +265,23 @@ def test_an_unknown_method_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_logits_are_computed_where_they_are_learnt_only(model_folder: Path) -> None:
-    from _train import CompletionLoss
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    input_ids = torch.randint(0, 200, (3, 9))
-    labels = torch.randint(0, 200, (3, 9))
-    labels[:, :5] = IGNORED
-    loss = CompletionLoss(model)
-    with torch.autocast("cpu", enabled=False):
-        logits, wanted = loss.logits(Batch(input_ids, labels, 27))
-    assert logits.shape == (3 * 4, model.config.vocab_size)
-    torch.testing.assert_close(wanted, labels[:, 5:].flatten())
-    full = model(input_ids).logits  # the hook leaves other calls alone
-    assert full.shape == (3, 9, model.config.vocab_size)
-    # Two matmul shapes, of which one runs under bf16 autocast.
-    assert (logits.float() - full[:, 5:].flatten(0, 1)).abs().max() < 0.05
-    total, count = loss(Batch(input_ids, labels, 27))
-    expected = torch.nn.functional.cross_entropy(full.flatten(0, 1), labels.flatten())
-    assert count == 12 and abs(total.item() / count - expected.item()) < 0.01
+    collate = completion_collator(AutoTokenizer.from_pretrained(model_folder, pad_token="</s>"))
+    rows = [torch.randint(2, 200, (length,)) for length in (9, 6)]
+    items = [
+        {"input_ids": row.tolist(), "labels": [IGNORED] * start + row[start:].tolist()}
+        for row, start in zip(rows, (5, 4), strict=True)
+    ]
+    output = model(**collate(items))
+    assert output.logits.shape == (2, 4 + 1, model.config.vocab_size)
+    # Each example without padding, with all of its logits.
+    losses = [
+        torch.nn.functional.cross_entropy(model(row[None]).logits[0, start - 1 : -1], row[start:])
+        for row, start in zip(rows, (5, 4), strict=True)
+    ]
+    torch.testing.assert_close(output.loss, (4 * losses[0] + 2 * losses[1]) / 6)
 
 
 def test_compare_prints_one_table(
@@ -289,7 +292,7 @@ def test_compare_prints_one_table(
 ) -> None:
     import _compare
 
-    monkeypatch.setattr(_compare, "METHOD_NAMES", ("qlora", "full"))
+    monkeypatch.setattr(_compare, "METHODS", ("qlora", "full"))
     out = tmp_path / "out"
     assert finetune_qlora.main([*arguments, "--compare", "--steps", "2"]) == 0
     printed = capfd.readouterr().out

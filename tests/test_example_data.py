@@ -7,21 +7,23 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 
-from _batches import IGNORED, Encoded, collate, training_batches, validation_batches
 from _data import (
     DOCSTRING_SYSTEM,
+    IGNORED,
     Example,
+    completion_collator,
+    encode,
     fingerprint,
     first_sentence,
+    grouped_by_length,
     load_examples,
     split_examples,
     stdlib_docstrings,
 )
-from _errors import UserError
+from _options import UserError
 
 
 def write(folder: Path, name: str, *lines: str) -> Path:
@@ -195,39 +197,73 @@ def test_first_sentence(docstring: str, sentence: str | None) -> None:
 # --- batches --------------------------------------------------------------------------------------
 
 
-def test_collate_learns_the_completion_only() -> None:
-    batch = collate([Encoded((5, 6, 7, 8), 2), Encoded((9, 4), 1)], pad_id=0)
-    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 4, 0, 0]]
-    # The label of a position is the token after it; 7 and 8 are the first row's completion.
-    assert batch.labels.tolist() == [
-        [IGNORED, 7, 8, IGNORED],
-        [4, IGNORED, IGNORED, IGNORED],
-    ]
-    assert batch.tokens == 6
+def items(count: int) -> list[dict[str, list[int]]]:
+    """Items of many lengths, each of which begins with its own number."""
+    rows = [[i, *range(1, 2 + i % 17)] for i in range(count)]
+    return [{"input_ids": row, "labels": [IGNORED, *row[1:]]} for row in rows]
 
 
-def items(count: int) -> list[Encoded]:
-    return [Encoded(tuple(range(1, 3 + i % 17)), 1) for i in range(count)]
+class Tokenizer:
+    """One token for each letter, 0 to pad with, 1 at the end."""
+
+    chat_template, bos_token, bos_token_id, eos_token_id = None, None, None, 1
+
+    def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
 
 
-def first_ids(batches: object, count: int) -> list[list[list[int]]]:
-    return [batch.input_ids.tolist() for batch, _ in zip(batches, range(count), strict=False)]
+def test_only_the_completion_is_learnt() -> None:
+    (item,), left_out = encode(Tokenizer(), [Example("ab", "c")], max_length=8)
+    assert item["input_ids"] == [97, 98, 10, 99, 1] and not left_out
+    assert item["labels"] == [IGNORED, IGNORED, IGNORED, 99, 1]
 
 
-def test_training_batches_go_on_where_they_were() -> None:
-    whole = first_ids(training_batches(items(50), 4, seed=1, pad_id=0), 40)
-    assert first_ids(training_batches(items(50), 4, 1, 0, start=17), 23) == whole[17:]
-    assert first_ids(training_batches(items(50), 4, seed=2, pad_id=0), 40) != whole
+def test_a_long_example_is_left_out_and_a_long_text_is_cut() -> None:
+    examples = [Example("a", "b" * 9), Example("", "cdefg")]
+    pieces, left_out = encode(Tokenizer(), examples, max_length=4)
+    assert left_out == 1
+    assert [piece["input_ids"] for piece in pieces] == [[99, 100, 101, 102], [103, 1]]
+    with pytest.raises(UserError, match="none of the 1 examples fits into --max-length 4"):
+        encode(Tokenizer(), examples[:1], max_length=4)
+
+
+def test_collator_learns_the_completion_only() -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    PreTrainedTokenizerFast = pytest.importorskip("transformers").PreTrainedTokenizerFast
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"p": 0}, merges=[])),
+        pad_token="p",
+    )
+    batch = completion_collator(tokenizer)(
+        [
+            {"input_ids": [5, 6, 7, 8], "labels": [IGNORED, IGNORED, 7, 8]},
+            {"input_ids": [9, 4], "labels": [IGNORED, 4]},
+        ]
+    )
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [0, 0, 9, 4]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
+    # Of each row the last two positions are learnt; the one before predicts the first of them.
+    assert batch["logits_to_keep"] == 3
+    assert batch["labels"].tolist() == [[IGNORED, 7, 8], [IGNORED, IGNORED, 4]]
+
+
+def numbers(batches: list[dict[str, list[int]]]) -> list[int]:
+    return [item["input_ids"][0] for item in batches]
+
+
+def test_order_follows_from_the_seed() -> None:
+    order = numbers(grouped_by_length(items(50), 4, seed=1))
+    assert numbers(grouped_by_length(items(50), 4, seed=1)) == order
+    assert numbers(grouped_by_length(items(50), 4, seed=2)) != order
 
 
 def test_an_epoch_has_every_example_once() -> None:
-    unique = [Encoded((i, 1), 1) for i in range(50)]
-    epoch = first_ids(training_batches(unique, 4, seed=3, pad_id=0), 13)
-    assert sorted(row[0] for batch in epoch for row in batch) == list(range(50))
+    assert sorted(numbers(grouped_by_length(items(50), 4, seed=3))) == list(range(50))
 
 
 def test_batches_of_like_length_waste_little() -> None:
-    batches = validation_batches(items(200), 8, pad_id=0)
-    used = sum(batch.tokens for batch in batches)
-    assert used / sum(batch.input_ids.numel() for batch in batches) > 0.9
-    assert all(torch.any(batch.labels != IGNORED) for batch in batches)
+    order = grouped_by_length(items(200), 8, seed=0)
+    lengths = [len(item["input_ids"]) for item in order]
+    padded = sum(8 * max(lengths[i : i + 8]) for i in range(0, 200, 8))
+    assert sum(lengths) / padded > 0.85

@@ -318,7 +318,9 @@ def main() -> int:
         print("CI_FULL=1 compiles them as well")
     rows = without_files(committed["kernels"], same)
     if committed["cuda"] != files.toolkit.version:
-        print(f"the table was made with CUDA {committed['cuda']}: only spills and loops are checked")
+        print(
+            f"the table was made with CUDA {committed['cuda']}: only spills and loops are checked"
+        )
         rows = {}
     sentences = problems(measured, rows)
     for sentence in sentences:
