@@ -5,11 +5,14 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
 
+#include <cstdint>
 #include <iterator>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "common/activation.h"
+#include "common/prepared.h"
 #include "cpu/cpu_features.h"
 #include "cpu/lora_linear.h"
 #include "cuda/limits.h"
@@ -28,6 +31,11 @@ STABLE_TORCH_LIBRARY(pylora_C, m) {
   m.def("nf4_linear_backward(Tensor grad, " NF4 ", int in_features) -> Tensor");
   m.def("lora_linear(Tensor x, " LORA ") -> (Tensor y, Tensor h)");
   m.def("lora_linear_hopper(Tensor x, " LORA ") -> (Tensor y, Tensor h)");
+  // A layer that the extension keeps for calls that name only x: the result is its address.
+  m.def("prepare_nf4_linear(Tensor x, " NF4 ", int out_features, Tensor? bias) -> int");
+  m.def("prepare_nf4_linear_hopper(Tensor x, " NF4 ", int out_features, Tensor? bias) -> int");
+  m.def("prepare_lora_linear(Tensor x, " LORA ") -> int");
+  m.def("prepare_lora_linear_hopper(Tensor x, " LORA ") -> int");
   // For measurements alone: lora_linear with another plan than the rule's, and the rule's own.
   m.def("lora_linear_planned(Tensor x, " LORA ", int output_warps, int splits, int grid) -> (Tensor y, Tensor h)");
   m.def("lora_linear_hopper_planned(Tensor x, " LORA ", int tile_tokens, int splits, int grid) -> (Tensor y, Tensor h)");
@@ -93,6 +101,20 @@ py::dict build_info() {
 
 }  // namespace
 
+// Runs a prepared layer; the tensors of the call are given as addresses.
+void run_prepared(const pylora::PreparedLayer& layer, intptr_t x, int64_t tokens, intptr_t y,
+                  intptr_t h, double scaling, double dropout_p, intptr_t seed) {
+  pylora::PreparedCall call;
+  call.x = reinterpret_cast<const void*>(x);
+  call.tokens = tokens;
+  call.y = reinterpret_cast<void*>(y);
+  call.h = reinterpret_cast<float*>(h);
+  call.scaling = scaling;
+  call.dropout_p = dropout_p;
+  call.seed = reinterpret_cast<const int64_t*>(seed);
+  layer.run(call);
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of pylora: importing it registers torch.ops.pylora_C.*";
   m.def("build_info", &build_info, "How this extension was built.");
@@ -105,4 +127,16 @@ PYBIND11_MODULE(_C, m) {
       "The level in use: the highest, or the one that PYLORA_CPU_ISA names.");
   m.def("set_cpu_isa", &pylora::cpu::set_cpu_isa, py::arg("name"),
         "Choose the level for this process; for tests and benchmarks.");
+  py::class_<pylora::PreparedLayer>(
+      m, "PreparedLayer",
+      "A layer whose tensors the extension keeps; torch.ops.pylora_C.prepare_* gives its address.")
+      .def(py::init([](intptr_t address) {
+             return std::unique_ptr<pylora::PreparedLayer>(
+                 reinterpret_cast<pylora::PreparedLayer*>(address));
+           }),
+           py::arg("address"))
+      .def("run", &run_prepared, py::arg("x"), py::arg("tokens"), py::arg("y"), py::arg("h") = 0,
+           py::arg("scaling") = 1.0, py::arg("dropout_p") = 0.0, py::arg("seed") = 0,
+           py::call_guard<py::gil_scoped_release>(),
+           "Writes y, and h if its address is not 0. All tensors are given as addresses.");
 }

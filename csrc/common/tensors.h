@@ -16,16 +16,40 @@ inline void make_contiguous(Tensor& tensor) {
   if (!tensor.is_contiguous()) tensor = torch::stable::contiguous(tensor);
 }
 
-// A tensor [..., cols] as a matrix; its leading sizes multiply to the number of rows, also if there
+// What differs between the calls of a prepared layer (prepared.h).
+struct PreparedCall {
+  const void* x = nullptr;  // [tokens, in_features], contiguous, of the prepared dtype and device
+  int64_t tokens = 0;
+  void* y = nullptr;   // [tokens, out_features], of x's dtype
+  float* h = nullptr;  // [tokens, r], or null if the caller does not want it
+  double scaling = 1.0;
+  double dropout_p = 0.0;
+  const int64_t* seed = nullptr;  // on the device of x; null without dropout
+};
+
+// A tensor [..., cols] as a matrix of tokens; its leading sizes multiply to the number of tokens, also if there
 // are no columns.
-struct Rows {
-  Rows(const char* argument, const Tensor& given) : name(argument), tensor(given) {
+struct Tokens {
+  Tokens(const char* argument, const Tensor& given) : name(argument), tensor(given) {
     const auto sizes = tensor.sizes();
     STD_TORCH_CHECK(sizes.size() > 0, name, " must have 1 dimension or more, got a scalar");
     shape.assign(sizes.begin(), sizes.end());
     cols = shape.back();
     for (size_t i = 0; i + 1 < shape.size(); ++i) count *= shape[i];
     make_contiguous(tensor);
+    data = tensor.const_data_ptr();
+  }
+
+  // The tokens of another tensor, contiguous and of the dtype and device of `like`.
+  Tokens(const char* argument, const Tensor& like, const void* memory, int64_t tokens,
+         int64_t columns)
+      : name(argument),
+        tensor(like),
+        shape{tokens, columns},
+        count(tokens),
+        cols(columns),
+        data(memory) {
+    STD_TORCH_CHECK(data != nullptr || count * cols == 0, name, " must have memory, got none");
   }
 
   DType dtype() const { return to_dtype(name, tensor.scalar_type()); }
@@ -42,6 +66,7 @@ struct Rows {
   std::vector<int64_t> shape;
   int64_t count = 1;
   int64_t cols = 0;
+  const void* data = nullptr;
 };
 
 // A checked NF4 weight as pointers. `offset` points to where the value lies, which may be another
@@ -111,11 +136,20 @@ struct NF4Tensors {
 };
 
 // A bias, or another vector with a value for each output.
-inline void check_vector(const char* name, Tensor& vector, int64_t size, const Rows& x) {
+inline void check_vector(const char* name, Tensor& vector, int64_t size, const Tokens& x) {
   to_dtype(name, vector.scalar_type());
   check_numel(name, vector, size, "one for every output");
   check_device(name, vector, x.tensor, x.name);
   make_contiguous(vector);
+}
+
+// A vector of known dtype.
+inline void check_values(const char* name, Tensor& values, ScalarType type, int64_t count,
+                         const char* why, const Tokens& x) {
+  check_dtype(name, values, type);
+  check_numel(name, values, count, why);
+  check_device(name, values, x.tensor, x.name);
+  make_contiguous(values);
 }
 
 // The rank of lora_A, a matrix [rank, in_features] or a stack of them, as `dim` says.
@@ -131,7 +165,7 @@ inline int64_t check_rank(const Tensor& lora_A, int64_t dim, int64_t most) {
 // lora_A or lora_B, a matrix or a stack of them. `type` is the dtype it must have.
 template <size_t kDims>
 inline void check_factor(const char* name, Tensor& factor, const int64_t (&sizes)[kDims],
-                         ScalarType type, const Rows& x) {
+                         ScalarType type, const Tokens& x) {
   check_given(name, factor);
   to_dtype(name, factor.scalar_type());
   check_dtype(name, factor, type);
@@ -152,6 +186,15 @@ struct LowRankOptions {
   double scaling, dropout_p;
   std::optional<Tensor> seed;
   int64_t activation_code;
+  const int64_t* seed_data = nullptr;  // in place of `seed`, if the caller has no tensor
+
+  // Takes the options of one call of a prepared layer.
+  void take(const PreparedCall& call) {
+    scaling = call.scaling;
+    dropout_p = call.dropout_p;
+    seed.reset();
+    seed_data = call.seed;
+  }
 
   Activation activation() const {
     STD_TORCH_CHECK(activation_code >= 0 && activation_code < kActivations,
@@ -161,17 +204,20 @@ struct LowRankOptions {
     return static_cast<Activation>(activation_code);
   }
 
-  DropoutArguments dropout(const Rows& x) const {
+  DropoutArguments dropout(const Tokens& x) const {
     STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p must be in [0, 1), got ",
                     dropout_p);
     if (dropout_p == 0.0) return {};
-    STD_TORCH_CHECK(seed.has_value(), "seed must be given if dropout_p is not 0, got none");
-    check_dtype("seed", *seed, ScalarType::Long);
-    check_numel("seed", *seed, 1, "a scalar");
-    check_device("seed", *seed, x.tensor, x.name);
+    STD_TORCH_CHECK(seed.has_value() || seed_data != nullptr,
+                    "seed must be given if dropout_p is not 0, got none");
+    if (seed.has_value()) {
+      check_dtype("seed", *seed, ScalarType::Long);
+      check_numel("seed", *seed, 1, "a scalar");
+      check_device("seed", *seed, x.tensor, x.name);
+    }
     const double threshold = dropout_p * 4294967296.0 + 0.5;
     return {
-        .seed = seed->const_data_ptr<int64_t>(),
+        .seed = seed.has_value() ? seed->const_data_ptr<int64_t>() : seed_data,
         .threshold = threshold < 4294967295.0 ? static_cast<uint32_t>(threshold) : 4294967295u,
         .keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p)),
     };

@@ -6,6 +6,7 @@
 
 #include "common/boxed.h"
 #include "common/float16.h"
+#include "common/prepared.h"
 #include "cpu/bind.h"
 #include "cpu/lora_linear.h"
 #include "cpu/nf4_linear.h"
@@ -16,7 +17,7 @@ namespace {
 // Biases are added up here, in fp32; without any, there is no sum.
 class BiasSum {
  public:
-  void add(const char* name, std::optional<Tensor>& bias, int64_t size, const Rows& x,
+  void add(const char* name, std::optional<Tensor>& bias, int64_t size, const Tokens& x,
            float scale = 1.0f) {
     if (!bias.has_value()) return;
     check_vector(name, *bias, size, x);
@@ -33,32 +34,50 @@ class BiasSum {
   std::vector<float> sum_;
 };
 
-NF4LinearArgs to_problem(const Rows& x, const NF4Matrix& weight) {
+NF4LinearArgs to_problem(const Tokens& x, const NF4Matrix& weight) {
   STD_TORCH_CHECK(x.cols > 0, x.name, " must have a column or more, got shape ",
                   to_string(x.shape));
   NF4LinearArgs problem;
   problem.dtype = x.dtype();
-  problem.x = x.tensor.const_data_ptr();
+  problem.x = x.data;
   problem.tokens = x.count;
   problem.weight = weight;
   return problem;
 }
 
+// A checked call of nf4_linear.
+struct Nf4Forward {
+  Nf4Forward(const Tokens& x, NF4Tensors& weight, int64_t out_features, std::optional<Tensor>& bias)
+      : problem(to_problem(x, to_matrix(weight, out_features, x.cols))) {
+    sum.add("bias", bias, out_features, x);
+    problem.bias = sum.data();
+  }
+
+  void run(void* y) {
+    problem.y = y;
+    run_linear(problem);
+  }
+
+  NF4LinearArgs problem;
+  BiasSum sum;
+};
+
 Tensor nf4_linear_cpu(const Tensor& given_x, NF4Tensors& weight, int64_t out_features,
                       std::optional<Tensor>& bias) {
-  const Rows x("x", given_x);
-  NF4LinearArgs problem = to_problem(x, to_matrix(weight, out_features, x.cols));
-  BiasSum sum;
-  sum.add("bias", bias, out_features, x);
+  const Tokens x("x", given_x);
+  Nf4Forward forward(x, weight, out_features, bias);
   Tensor y = x.new_rows(out_features);
-  problem.y = y.mutable_data_ptr();
-  problem.bias = sum.data();
-  run_linear(problem);
+  forward.run(y.mutable_data_ptr());
   return y;
 }
 
+void nf4_linear_prepared(Tokens& x, const PreparedCall& call, NF4Tensors& weight,
+                         int64_t& out_features, std::optional<Tensor>& bias) {
+  Nf4Forward(x, weight, out_features, bias).run(call.y);
+}
+
 Tensor nf4_linear_backward_cpu(const Tensor& given_grad, NF4Tensors& weight, int64_t in_features) {
-  const Rows grad("grad", given_grad);
+  const Tokens grad("grad", given_grad);
   NF4LinearArgs problem = to_problem(grad, to_matrix(weight, grad.cols, in_features));
   Tensor dx = grad.new_rows(in_features);
   problem.y = dx.mutable_data_ptr();
@@ -73,7 +92,7 @@ AdapterFactor to_factor(const Tensor& factor, int64_t rank, bool rank_first) {
 }
 
 // What forward and backward share, but for the rows that meet the weight.
-LoraLinearArgs to_lora_linear(const Rows& x, const NF4Matrix& weight, Tensor& lora_A,
+LoraLinearArgs to_lora_linear(const Tokens& x, const NF4Matrix& weight, Tensor& lora_A,
                               Tensor& lora_B, const LowRankOptions& options) {
   const int64_t rank = check_rank(lora_A, 2, kMaxRank);
   const ScalarType type = lora_A.scalar_type();
@@ -81,7 +100,7 @@ LoraLinearArgs to_lora_linear(const Rows& x, const NF4Matrix& weight, Tensor& lo
   check_factor("lora_B", lora_B, {weight.rows, rank}, type, x);
   const DropoutArguments dropout = options.dropout(x);
   LoraLinearArgs op;
-  op.x.data = x.tensor.const_data_ptr();
+  op.x.data = x.data;
   op.x.dtype = x.dtype();
   op.x.tokens = x.count;
   op.x.cols = x.cols;
@@ -98,25 +117,46 @@ LoraLinearArgs to_lora_linear(const Rows& x, const NF4Matrix& weight, Tensor& lo
   return op;
 }
 
+// A checked call of lora_linear.
+struct LoraForward {
+  LoraForward(const Tokens& x, NF4Tensors& weight, int64_t out_features, LowRankTensors& low) {
+    const NF4Matrix matrix = to_matrix(weight, out_features, x.cols);
+    op = to_lora_linear(x, matrix, low.lora_A, low.lora_B, low.options);
+    sum.add("bias", low.bias, out_features, x);
+    sum.add("lora_B_bias", low.lora_B_bias, out_features, x, op.scaling);
+    low_sum.add("lora_A_bias", low.lora_A_bias, op.lora_A.rank, x);
+    op.linear = to_problem(x, matrix);
+    op.linear.bias = sum.data();
+    op.lora_A_bias = low_sum.data();
+  }
+
+  void run(void* y, float* h) {
+    op.linear.y = y;
+    op.h = h;
+    lora_linear(op);
+  }
+
+  LoraLinearArgs op;
+  BiasSum sum, low_sum;
+};
+
 std::tuple<Tensor, Tensor> lora_linear_cpu(const Tensor& given_x, NF4Tensors& weight,
                                            int64_t out_features, LowRankTensors& low) {
-  const Rows x("x", given_x);
-  const NF4Matrix matrix = to_matrix(weight, out_features, x.cols);
-  LoraLinearArgs op = to_lora_linear(x, matrix, low.lora_A, low.lora_B, low.options);
-  const int64_t rank = op.lora_A.rank;
-  BiasSum sum, low_sum;
-  sum.add("bias", low.bias, out_features, x);
-  sum.add("lora_B_bias", low.lora_B_bias, out_features, x, op.scaling);
-  low_sum.add("lora_A_bias", low.lora_A_bias, rank, x);
+  const Tokens x("x", given_x);
+  LoraForward forward(x, weight, out_features, low);
   Tensor y = x.new_rows(out_features);
-  Tensor h = x.new_rows(rank, ScalarType::Float);
-  op.linear = to_problem(x, matrix);
-  op.linear.y = y.mutable_data_ptr();
-  op.linear.bias = sum.data();
-  op.lora_A_bias = low_sum.data();
-  op.h = h.mutable_data_ptr<float>();
-  lora_linear(op);
+  Tensor h = x.new_rows(forward.op.lora_A.rank, ScalarType::Float);
+  forward.run(y.mutable_data_ptr(), h.mutable_data_ptr<float>());
   return {y, h};
+}
+
+void lora_linear_prepared(Tokens& x, const PreparedCall& call, NF4Tensors& weight,
+                          int64_t& out_features, LowRankTensors& low) {
+  low.options.take(call);
+  LoraForward forward(x, weight, out_features, low);
+  std::vector<float> h;
+  if (call.h == nullptr) h.resize(static_cast<size_t>(x.count * forward.op.lora_A.rank));
+  forward.run(call.y, call.h == nullptr ? h.data() : call.h);
 }
 
 // A vector of fp32 as a tensor of `like`'s dtype, each value times `scale`.
@@ -138,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_b
   STD_TORCH_CHECK(output_mask.size() == 7, "output_mask must have 7 values, got ",
                   output_mask.size());
   STD_TORCH_CHECK(!output_mask[1], "output_mask must not ask for dweight: the weight is NF4");
-  const Rows grad("grad", given_grad), x("x", given_x), h("h", given_h);
+  const Tokens grad("grad", given_grad), x("x", given_x), h("h", given_h);
   check_dtype("grad", grad.tensor, x.tensor.scalar_type());
   STD_TORCH_CHECK(grad.count == x.count, "grad must have as many rows as x (", x.count, "), got ",
                   grad.count);
@@ -181,8 +221,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_b
 }  // namespace pylora::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(pylora_C, CPU, m) {
-  m.impl("nf4_linear", pylora::boxed<pylora::cpu::nf4_linear_cpu>);
-  m.impl("nf4_linear_backward", pylora::boxed<pylora::cpu::nf4_linear_backward_cpu>);
-  m.impl("lora_linear", pylora::boxed<pylora::cpu::lora_linear_cpu>);
-  m.impl("lora_linear_backward", pylora::boxed<pylora::cpu::lora_linear_backward_cpu>);
+  using namespace pylora::cpu;
+  using pylora::boxed;
+  using pylora::Prepared;
+  m.impl("nf4_linear", boxed<nf4_linear_cpu>);
+  m.impl("nf4_linear_backward", boxed<nf4_linear_backward_cpu>);
+  m.impl("prepare_nf4_linear", boxed<Prepared<nf4_linear_prepared>::make>);
+  m.impl("lora_linear", boxed<lora_linear_cpu>);
+  m.impl("lora_linear_backward", boxed<lora_linear_backward_cpu>);
+  m.impl("prepare_lora_linear", boxed<Prepared<lora_linear_prepared>::make>);
 }

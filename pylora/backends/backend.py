@@ -9,10 +9,14 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from pylora.calls import DequantizeCall, Weight
+from pylora.calls import DequantizeCall, Dropout, Weight
 
 Reason = str | None
+# (x, scaling, dropout, whether h is wanted) -> what `Plan.run` gives, with None for an h that is
+# not wanted. x has the shape and dtype of the call that was prepared, and is contiguous.
+PreparedForward = Callable[[Tensor, float, Dropout | None, bool], Any]
 
 # What the compiled kernels compute in; float64 is the reference's alone.
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -29,11 +33,13 @@ class Plan:
     variant  which kernel, in words, such as "few rows"
     run      runs a call like the one that was planned: of the same shapes, dtypes and devices
     note     what the caller should know besides, such as a kernel asked for that cannot run here
+    prepare  makes the forward of a layer that is called many times; None if `run` is as fast
     """
 
     variant: str
     run: Callable[[Any], Any]
     note: str = ""
+    prepare: Callable[[Any], PreparedForward] | None = None
 
 
 @dataclass(frozen=True, slots=True)

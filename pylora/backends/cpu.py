@@ -50,8 +50,8 @@ def _reason(**tensors: Tensor) -> Reason:
     return None
 
 
-def _planned(reason: Reason, run: Any) -> Plan | Refusal:
-    return Plan(_path(), run) if reason is None else Refusal(reason)
+def _planned(reason: Reason, run: Any, prepare: Any = None) -> Plan | Refusal:
+    return Plan(_path(), run, prepare=prepare) if reason is None else Refusal(reason)
 
 
 def _quantize(call: QuantizeCall) -> Plan | Refusal:
@@ -63,7 +63,7 @@ def _dequantize(call: DequantizeCall) -> Plan | Refusal:
 
 
 def _nf4_linear(call: Nf4LinearCall) -> Plan | Refusal:
-    return _planned(_reason(x=call.x), extension.nf4_linear)
+    return _planned(_reason(x=call.x), extension.nf4_linear, extension.prepare_nf4_linear)
 
 
 def _nf4_linear_backward(call: Nf4LinearBackward) -> Plan | Refusal:
@@ -81,7 +81,8 @@ def _lora_reason(layer: Layer, **tensors: Tensor) -> Reason:
 
 
 def _lora_linear(call: LoraLinearCall) -> Plan | Refusal:
-    return _planned(_lora_reason(call.layer, x=call.x), extension.lora_linear)
+    reason = _lora_reason(call.layer, x=call.x)
+    return _planned(reason, extension.lora_linear, extension.prepare_lora_linear)
 
 
 def _lora_linear_backward(call: LoraLinearBackward) -> Plan | Refusal:

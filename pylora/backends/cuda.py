@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from pylora.backends.backend import (
     Backend,
     Plan,
     Planner,
+    PreparedForward,
     Reason,
     Refusal,
     dequantize_refusal,
@@ -181,7 +183,8 @@ def _linear(call: Nf4LinearCall | LoraLinearCall) -> Plan | Refusal:
         return Refusal(reason)
     hopper = cuda_hopper.reason(x, rows, weight) or _decoder_reason(weight)
     if hopper is None:
-        return Plan(HOPPER, getattr(extension, f"{op}_hopper"))
+        hopper_op = f"{op}_hopper"
+        return Plan(HOPPER, getattr(extension, hopper_op), prepare=_prepare(op, hopper_op))
     many = rows >= limits.CUDA_HOPPER_FROM
     note = f"not the Hopper kernel: {hopper}" if many else ""
     if rows >= limits.CUDA_PRODUCT_FROM:
@@ -191,8 +194,14 @@ def _linear(call: Nf4LinearCall | LoraLinearCall) -> Plan | Refusal:
         return Refusal(f"{reason}; {note}")
     reason = _few_rows_reason("x", x, rows, weight)
     if reason is None:
-        return Plan(FEW_ROWS, getattr(extension, op))
+        return Plan(FEW_ROWS, getattr(extension, op), prepare=_prepare(op, op))
     return Refusal(f"{reason}; {note}" if note else reason)
+
+
+@lru_cache
+def _prepare(op: str, variant: str) -> Callable[[Any], PreparedForward]:
+    prepare = getattr(extension, f"prepare_{op}")
+    return partial(prepare, op=variant, alignment=_hard_limit("alignment"))
 
 
 def _nf4_linear_backward(call: Nf4LinearBackward) -> Plan | Refusal:

@@ -7,6 +7,7 @@ are new tensors. A package built without the extension runs all the same.
 
 from __future__ import annotations
 
+import math
 import warnings
 from functools import cache, lru_cache
 from types import ModuleType
@@ -15,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pylora.backends.backend import PreparedForward
 from pylora.calls import (
     DequantizeCall,
+    Dropout,
     LayerGradients,
     LoraLinearBackward,
     LoraLinearCall,
@@ -116,6 +119,66 @@ def _lora_linear(op: str, call: LoraLinearCall) -> tuple[Tensor, Tensor]:
     factors = (low.A, low.B, layer.bias, low.A_bias, low.B_bias)
     base = (*layer.weight.arguments, layer.weight.out_features)
     return _op(op)(call.x, *base, *factors, *_lora_options(low))
+
+
+def _prepared(op: str, *arguments: Any) -> Any:
+    """Runs a layer whose tensors the extension keeps: see csrc/common/prepared.h."""
+    module, _ = load()
+    assert module is not None
+    return module.PreparedLayer(_op(f"prepare_{op}")(*arguments)).run
+
+
+def prepare_nf4_linear(
+    call: Nf4LinearCall, op: str = "nf4_linear", alignment: int = 1
+) -> PreparedForward:
+    """For layers that are called many times.
+
+    op         nf4_linear or its Hopper variant
+    alignment  of x, in bytes, that the kernel needs; another x is copied
+    """
+    weight = call.layer.weight
+    base = (call.x, *weight.arguments, weight.out_features, call.layer.bias)
+    run = _prepared(op, *base)
+    sizes = (*call.x.shape[:-1], weight.out_features)
+    tokens = math.prod(call.x.shape[:-1])
+
+    def forward(x: Tensor, scaling: float, dropout: Dropout | None, wants_h: bool) -> Tensor:
+        if x.data_ptr() % alignment:
+            x = x.clone()
+        y = x.new_empty(*sizes)
+        run(x.data_ptr(), tokens, y.data_ptr())
+        return y
+
+    return forward
+
+
+def prepare_lora_linear(
+    call: LoraLinearCall, op: str = "lora_linear", alignment: int = 1
+) -> PreparedForward:
+    """For layers that are called many times; the arguments are those of `prepare_nf4_linear`."""
+    layer, low = call.layer, call.layer.low_rank
+    assert low is not None
+    base = (call.x, *layer.weight.arguments, layer.weight.out_features)
+    factors = (low.A, low.B, layer.bias, low.A_bias, low.B_bias)
+    run = _prepared(op, *base, *factors, *_lora_options(low))
+    leading = call.x.shape[:-1]
+    sizes, h_sizes = (*leading, layer.weight.out_features), (*leading, low.rank)
+    tokens = math.prod(leading)
+
+    def forward(x: Tensor, scaling: float, dropout: Dropout | None, wants_h: bool) -> Any:
+        if x.data_ptr() % alignment:
+            x = x.clone()
+        y = x.new_empty(*sizes)
+        h = x.new_empty(*h_sizes, dtype=torch.float32) if wants_h else None
+        h_data = 0 if h is None else h.data_ptr()
+        if dropout is None:
+            run(x.data_ptr(), tokens, y.data_ptr(), h_data, scaling)
+        else:
+            seed = dropout.layer_seed
+            run(x.data_ptr(), tokens, y.data_ptr(), h_data, scaling, dropout.p, seed.data_ptr())
+        return y, h
+
+    return forward
 
 
 def lora_linear(call: LoraLinearCall) -> tuple[Tensor, Tensor]:

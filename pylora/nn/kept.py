@@ -1,16 +1,17 @@
 """What a layer keeps between calls, so that a forward checks and plans only what can have changed.
 
-A layer's tensors are checked when they are first seen, and its plans are kept. Both hold for the
-tensors that stand in the module at the call, by identity: FSDP2, `functional_call` and
-parametrizations put others there without an assignment. `.to()` and ZeRO-3 change a parameter in
-place; its device and dtype are therefore compared at each call, and the compiled kernels check its
-size. Whatever else is unusual about a call goes the long way, through `pylora.functional`.
+A layer's tensors are checked when they are first seen; the record made of them and the plan of each
+kind of call are kept. They hold for the tensors that stand in the module at the call, by identity:
+FSDP2, `functional_call` and parametrizations put others there without an assignment. `.to()` and
+ZeRO-3 change a parameter in place, so its dtype and device are compared at each call, and the
+compiled kernels check its size. Any call that is unusual in another way takes the long way, through
+`pylora.functional`.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,38 +19,90 @@ from torch import Tensor, nn
 
 from pylora import dispatch
 from pylora.backends.backend import Plan
-from pylora.backends.row_steps import row_steps
-from pylora.calls import Layer
-from pylora.ops.registration import OPS, only_autograd_watches, run_plan
+from pylora.calls import Dropout
+from pylora.ops.registration import (
+    OPS,
+    RepeatedGradient,
+    only_autograd_watches,
+    run_plan,
+    watched,
+    with_gradient,
+)
 
 Place = tuple[dict[str, Any], str]  # where a module holds a parameter or buffer
+
+# A layer that has planned this many kinds of call forgets them: the lengths of texts differ without
+# end.
+_MOST_CALLS = 64
 
 
 def places_of(module: nn.Module, names: Sequence[str]) -> tuple[Place, ...] | None:
     """Where the module holds these tensors; None if it computes one of them (a parametrization)."""
-    found = []
+    places = []
     for name in names:
         for held in (module._parameters, module._buffers):
             if name in held:
-                found.append((held, name))
+                places.append((held, name))
                 break
         else:
             return None
-    return tuple(found)
+    return tuple(places)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """True if the elements of x lie in memory as they are, one after the other."""
+    return x.is_contiguous() and not x.is_neg() and not x._is_zerotensor()
+
+
+class KeptCall:
+    """How a layer's calls with an x of one shape and dtype run."""
+
+    __slots__ = ("_forward", "_gradient", "_layer", "_op", "_plan", "_record")
+
+    def __init__(self, call: Any, plan: Plan) -> None:
+        self._record, self._op, self._layer = type(call), OPS[type(call)], call.layer
+        self._plan = plan
+        self._forward = None if plan.prepare is None else plan.prepare(call)
+        self._gradient: RepeatedGradient | None = None
+
+    def run(self, x: Tensor, scaling: float = 1.0, dropout: Dropout | None = None) -> Any:
+        """The results in the op's schema, with autograd. Without gradients, h may be None.
+
+        scaling, dropout   those of the low-rank path, if the layer has one
+        """
+        forward = self._forward
+        if forward is None or not _is_plain(x):
+            return run_plan(self._op, self._call(x, scaling, dropout), self._plan)
+        if not torch.is_grad_enabled():
+            return forward(x, scaling, dropout, False)
+        low = self._layer.low_rank
+        if dropout is not None or (low is not None and low.scaling != scaling):
+            call = self._call(x, scaling, dropout)
+            return with_gradient(self._op, call, lambda: forward(x, scaling, dropout, True))
+        if self._gradient is None:
+            with torch.no_grad():
+                results = forward(x, scaling, None, True)
+            results = (results,) if isinstance(results, Tensor) else results
+            self._gradient = RepeatedGradient(self._op, self._record(x, self._layer), results)
+        return self._gradient.run(x, lambda: forward(x, scaling, None, True))
+
+    def _call(self, x: Tensor, scaling: float, dropout: Dropout | None) -> Any:
+        layer, low = self._layer, self._layer.low_rank
+        if low is not None and (low.scaling != scaling or low.dropout is not dropout):
+            layer = replace(layer, low_rank=replace(low, scaling=scaling, dropout=dropout))
+        return self._record(x, layer)
 
 
 class Kept:
-    """The checked record of a layer, and the plans of its calls."""
+    """The checked record of a layer, and how each kind of its calls runs."""
 
     __slots__ = (
+        "_A",
+        "_calls",
         "_device_type",
         "_generation",
-        "_in_features",
-        "_op",
-        "_places",
-        "_plans",
+        "_held",
         "_record",
-        "_tensors",
         "_weight",
         "device",
         "layer",
@@ -57,14 +110,15 @@ class Kept:
 
     def __init__(self, places: tuple[Place, ...], call: Any) -> None:
         """`call` has been checked; its tensors stand in these places."""
-        self._record, self._op, self.layer = type(call), OPS[type(call)], call.layer
-        self._places = places
-        self._tensors = tuple(held[name] for held, name in places)
+        self._record, self.layer = type(call), call.layer
+        # The values are kept beside their identities, which a freed tensor would pass on.
+        dicts = {id(held): held for held, _ in places}.values()
+        self._held = [(held, list(held.values()), [*map(id, held.values())]) for held in dicts]
         self._weight = self.layer.weight.data
-        self._in_features = self.layer.weight.shape[1]
+        self._A = self._weight if self.layer.low_rank is None else self.layer.low_rank.A
         self.device: torch.device = call.x.device
         self._device_type = self.device.type
-        self._plans: dict[Any, Plan] = {}
+        self._calls: dict[Any, KeptCall] = {}
         self._generation = dispatch.generation()
 
     @classmethod
@@ -75,32 +129,30 @@ class Kept:
         tensors = (held[name] for held, name in places)
         return cls(places, call) if only_autograd_watches((x, *tensors)) else None
 
-    def takes(self, x: Any) -> bool:
-        """True if a call with x needs no further check."""
+    def call_with(self, x: Any) -> KeptCall | None:
+        """How a call with x runs; None if its arguments must be checked first."""
         if type(x) is not Tensor or x.device != self.device or self._weight.device != self.device:
-            return False
-        if x.dim() == 0 or x.shape[-1] != self._in_features or not x.dtype.is_floating_point:
-            return False
-        weight_dtype = self._weight.dtype
-        if weight_dtype is not torch.uint8 and weight_dtype is not x.dtype:
-            return False
-        for (held, name), tensor in zip(self._places, self._tensors, strict=True):
-            # A parametrization takes the name away; the dict then stands for no tensor.
-            if held.get(name, held) is not tensor:
-                return False
-        return only_autograd_watches(()) and not torch.is_autocast_enabled(self._device_type)
-
-    def run(self, x: Tensor, layer: Layer) -> Any:
-        """The results of a call of this kind, in the op's schema, with autograd."""
-        call = self._record(x, layer)
+            return None
+        for held, _, ids in self._held:
+            if [*map(id, held.values())] != ids:
+                return None
+        if watched() or torch.is_autocast_enabled(self._device_type):
+            return None
         if self._generation != dispatch.generation():
-            self._plans.clear()
+            self._calls.clear()
             self._generation = dispatch.generation()
-        low = layer.low_rank
-        rows = x.numel() // self._in_features if self._in_features else 0
-        key = (x.dtype, None if low is None else low.A.dtype, bisect_left(row_steps(), rows))
-        plan = self._plans.get(key)
-        if plan is None:
-            _, plan = dispatch.choose(call)
-            self._plans[key] = plan
-        return run_plan(self._op, call, plan)
+        key = (x.shape, x.dtype, self._weight.dtype, self._A.dtype)
+        return self._calls.get(key) or self._plan(x, key)
+
+    def _plan(self, x: Tensor, key: Any) -> KeptCall | None:
+        weight = self.layer.weight
+        if x.dim() == 0 or x.shape[-1] != weight.in_features or not x.dtype.is_floating_point:
+            return None
+        if not weight.is_nf4 and weight.data.dtype is not x.dtype:
+            return None
+        if len(self._calls) == _MOST_CALLS:
+            self._calls.clear()
+        call = self._record(x, self.layer)
+        _, plan = dispatch.choose(call)
+        self._calls[key] = KeptCall(call, plan)
+        return self._calls[key]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -133,22 +133,25 @@ class LoRALinear(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
+        kept = self._kept
+        if kept is None or self.merged or torch.compiler.is_compiling():
+            return self._long_forward(x)
+        call = kept.call_with(x)
+        if call is None:
+            return self._long_forward(x)
+        dropout = None
+        if self.training and self.lora_dropout:
+            dropout = Dropout(self.lora_dropout, functional.dropout_seed(None, kept.device))
+        y, _ = call.run(x, self.scaling, dropout)
+        return y
+
+    def _long_forward(self, x: Tensor) -> Tensor:
+        """The forward of a call whose arguments must be checked."""
         if self.merged:
             return self.base_layer(x)
         if self.use_dora and self.lora_magnitude is not None:
             return self._dora_forward(x, self.lora_magnitude)
-        dropout_p = self.lora_dropout if self.training else 0.0
-        kept = self._kept
-        if torch.compiler.is_compiling() or kept is None or not kept.takes(x):
-            return self._checked_forward(x, dropout_p)
-        layer, low = kept.layer, kept.layer.low_rank
-        if dropout_p or low.scaling != self.scaling:
-            drawn = None
-            if dropout_p:
-                drawn = Dropout(dropout_p, functional.dropout_seed(None, kept.device))
-            layer = replace(layer, low_rank=replace(low, scaling=self.scaling, dropout=drawn))
-        y, _ = kept.run(x, layer)
-        return y
+        return self._checked_forward(x, self.lora_dropout if self.training else 0.0)
 
     def _checked_forward(self, x: Tensor, dropout_p: float) -> Tensor:
         factors = (self.lora_A, self.lora_B, self.scaling)

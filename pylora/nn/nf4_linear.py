@@ -145,9 +145,10 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         kept = self._kept
-        if torch.compiler.is_compiling() or kept is None or not kept.takes(x):
+        if kept is None or torch.compiler.is_compiling():
             return self._checked_forward(x)
-        return kept.run(x, kept.layer)
+        call = kept.call_with(x)
+        return self._checked_forward(x) if call is None else call.run(x)
 
     def _checked_forward(self, x: Tensor) -> Tensor:
         call = functional.CALLS["nf4_linear"](x, self.nf4_weight, self.bias)

@@ -7,6 +7,8 @@ else: a dropout mask is regenerated from the seed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ def _inputs(call: LoraLinearCall) -> tuple[Tensor | None, ...]:
     return gradients.layer_inputs(call.x, call.layer)
 
 
-def _record(call: LoraLinearCall, results: list[Tensor]) -> LoraLinearBackward:
+def _record(call: LoraLinearCall, results: Sequence[Tensor]) -> LoraLinearBackward:
     y, h = results
     return LoraLinearBackward(y, call.x, h, call.layer, Wanted())
 

@@ -7,6 +7,7 @@ differentiable. act(gate) * up, as large as either, is computed again in the bac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -26,7 +27,7 @@ def _inputs(call: LoraMlpCall) -> tuple[Tensor | None, ...]:
     return gradients.layers_inputs(call.x, call.layers)
 
 
-def _record(call: LoraMlpCall, results: list[Tensor]) -> LoraMlpBackward:
+def _record(call: LoraMlpCall, results: Sequence[Tensor]) -> LoraMlpBackward:
     y, gate, up, *hs = results
     nothing = (Wanted(),) * len(call.layers)
     return LoraMlpBackward(y, call.x, gate, up, hs, call.layers, call.activation, nothing)

@@ -6,6 +6,7 @@ and are not differentiable. Saved are x, once, the h's and the weights, nothing 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,10 +27,10 @@ def _inputs(call: LoraQkvCall) -> tuple[Tensor | None, ...]:
     return gradients.layers_inputs(call.x, call.layers)
 
 
-def _record(call: LoraQkvCall, results: list[Tensor]) -> LoraQkvBackward:
+def _record(call: LoraQkvCall, results: Sequence[Tensor]) -> LoraQkvBackward:
     count = len(call.layers)
-    nothing = (Wanted(),) * count
-    return LoraQkvBackward(results[:count], call.x, results[count:], call.layers, nothing)
+    ys, hs = list(results[:count]), list(results[count:])
+    return LoraQkvBackward(ys, call.x, hs, call.layers, (Wanted(),) * count)
 
 
 def _complete(call: LoraQkvBackward) -> LoraQkvBackward:

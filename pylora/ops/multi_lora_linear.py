@@ -7,6 +7,8 @@ gradient.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ def _inputs(call: MultiLoraCall) -> tuple[Tensor | None, ...]:
     return call.x, layer.weight.data, adapters.A, adapters.B, layer.bias
 
 
-def _record(call: MultiLoraCall, results: list[Tensor]) -> MultiLoraBackward:
+def _record(call: MultiLoraCall, results: Sequence[Tensor]) -> MultiLoraBackward:
     y, h = results
     return MultiLoraBackward(y, call.x, h, call.layer, call.adapters, Wanted())
 

@@ -23,7 +23,7 @@ def _inputs(call: Nf4LinearCall) -> tuple[Tensor | None, ...]:
     return call.x, call.layer.weight.data, call.layer.bias
 
 
-def _record(call: Nf4LinearCall, results: list[Tensor]) -> Nf4LinearBackward:
+def _record(call: Nf4LinearCall, results: Sequence[Tensor]) -> Nf4LinearBackward:
     return Nf4LinearBackward(results[0], call.layer.weight)
 
 
@@ -45,7 +45,7 @@ def _backward_inputs(call: Nf4LinearBackward) -> tuple[Tensor | None, ...]:
     return call.grad, call.weight.data
 
 
-def _second_record(call: Nf4LinearBackward, results: list[Tensor]) -> Nf4LinearCall:
+def _second_record(call: Nf4LinearBackward, results: Sequence[Tensor]) -> Nf4LinearCall:
     return Nf4LinearCall(results[0], Layer(call.weight))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from pylora.ops.spec import SPECS, Spec
 
 _LIBRARY = torch.library.Library("pylora", "DEF")
 _PLAIN = (Tensor, nn.Parameter)
+
+# The tensors that autograd keeps, and the arguments of the backward with _Kept in their places.
+Saved = tuple[list[Tensor], list[Any]]
 
 
 @dataclass(frozen=True)
@@ -42,15 +46,17 @@ class Gradient:
 
     inputs: Callable[[Any], tuple[Tensor | None, ...]]
     spec: Spec | None
-    record: Callable[[Any, list[Tensor]], Any]
+    record: Callable[[Any, Sequence[Tensor]], Any]
     backward: Callable[[Sequence[Any], list[Any], Sequence[bool]], Sequence[Tensor | None]]
     outputs: Callable[[Any], int] = lambda call: 1
 
-    def save(self, call: Any, results: list[Tensor]) -> Sequence[Any]:
+    def save(self, call: Any, results: Sequence[Tensor]) -> Saved:
+        """What the backward of `call` needs; `results` are flat."""
         if self.spec is None:
-            return ()
+            return [], []
         _, *others = self.spec.flatten(self.record(call, results))
-        return (None, *others)
+        tensors: list[Tensor] = []
+        return tensors, [None, *_without_tensors(others, tensors)]
 
 
 def masked_backward(
@@ -79,7 +85,7 @@ class Op:
     fake      record -> empty results of the right shapes, in the op's schema
     results   (record, what a backend returns for it) -> the results in the op's schema
     overload  `torch.ops.pylora.<name>.default`
-    node      the autograd function, which raises if the op has no gradient
+    node      runs it under its autograd node, which raises if the op has no gradient
     """
 
     spec: Spec
@@ -131,10 +137,64 @@ def run(call: Call) -> Any:
 def run_plan(op: Op, call: Any, plan: Plan) -> Any:
     """The results of `call` by its plan, in the op's schema, with autograd, which alone watches."""
     if torch.is_grad_enabled():
-        inputs = op.gradient.inputs(call)
-        if any(t is not None and t.requires_grad for t in inputs):
-            return _through_node(op, call, inputs, lambda: op.results(call, plan.run(call)))
+        return with_gradient(op, call, lambda: _below_autograd(op, call, plan))
     return op.results(call, plan.run(call))
+
+
+def _below_autograd(op: Op, call: Any, plan: Plan) -> Any:
+    # The ops of the extension have no gradient of their own: to ask them for one would take torch
+    # as long as the rest of their call.
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.results(call, plan.run(call))
+
+
+def with_gradient(op: Op, call: Any, forward: Callable[[], Any]) -> Any:
+    """What `forward` makes of `call`, through the op's autograd node if a gradient is needed."""
+    inputs = op.gradient.inputs(call)
+    for tensor in inputs:
+        if tensor is not None and tensor.requires_grad:
+            return _through_node(op, call, inputs, forward)
+    return forward()
+
+
+class RepeatedGradient:
+    """`with_gradient` for a call that is made again and again with another x and nothing else new.
+
+    The inputs of the op and what it saves are worked out once, since they are the same but for x
+    and the results.
+    """
+
+    def __init__(self, op: Op, call: Any, results: Sequence[Tensor]) -> None:
+        """`call` was made, and its flat results are `results`; the op's first input is x."""
+        self._node, self._outputs = op.node, op.gradient.outputs(call)
+        _, *self._inputs = op.gradient.inputs(call)
+        self._tensors, self._others = op.gradient.save(call, results)
+        x = call.x
+        new = (x, *results)
+        self._places = [
+            (place, index)
+            for place, tensor in enumerate(self._tensors)
+            for index, other in enumerate(new)
+            if tensor is other
+        ]
+        for place, _ in self._places:
+            self._tensors[place] = x.new_empty(0)  # the memory of a call is not kept
+
+    def run(self, x: Tensor, forward: Callable[[], Any]) -> Any:
+        """What `forward` makes of x, with autograd."""
+        needed = x.requires_grad
+        for tensor in self._inputs:
+            needed = needed or (tensor is not None and tensor.requires_grad)
+        if not needed:
+            return forward()
+
+        def save(results: Sequence[Tensor]) -> Saved:
+            tensors, new = self._tensors.copy(), (x, *results)
+            for place, index in self._places:
+                tensors[place] = new[index]
+            return tensors, self._others
+
+        return self._node(forward, save, self._outputs, x, *self._inputs)
 
 
 def on_reference(call: Call) -> Any:
@@ -150,14 +210,21 @@ def reference_op(name: str) -> Callable[..., Any]:
     return lambda *flat: on_reference(SPECS[name].read(flat))
 
 
-def only_autograd_watches(tensors: Sequence[Tensor | None]) -> bool:
-    """True if nothing but autograd would see the op on its way through torch's dispatcher."""
+def watched() -> bool:
+    """True if more than autograd would see any op on its way through torch's dispatcher."""
     return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch._C._get_tracing_state()
-        and all(t is None or (type(t) in _PLAIN and not t.is_meta) for t in tensors)
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() != 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    )
+
+
+def only_autograd_watches(tensors: Sequence[Tensor | None]) -> bool:
+    """True if nothing but autograd would see an op of these tensors."""
+    return not watched() and all(
+        t is None or (type(t) in _PLAIN and not t.is_meta) for t in tensors
     )
 
 
@@ -179,74 +246,85 @@ def _autograd_kernel(op: Op, keys: torch._C.DispatchKeySet, *flat: Any) -> Any:
 def _through_node(
     op: Op, call: Any, inputs: Sequence[Tensor | None], forward: Callable[[], Any]
 ) -> Any:
-    """Runs `forward` under the op's autograd node; torch's nodes know no lists of results."""
-    shape: list[Any] = []
-    flat = op.node.apply(call, forward, shape, *inputs)
-    if not shape:
-        return flat
-    found = iter(flat)
-    return tuple(
-        next(found) if size is None else [next(found) for _ in range(size)] for size in shape
-    )
+    """Runs `forward`, which records no gradient, under the op's autograd node."""
+    gradient = op.gradient
+    save, outputs = partial(gradient.save, call), gradient.outputs(call)
+    if not op.spec.has_lists:
+        return op.node(forward, save, outputs, *inputs)
+    lengths: list[int | None] = []  # of the results; None for a tensor
+
+    def opened() -> tuple[Tensor, ...]:  # torch's nodes know no lists of results
+        results = forward()
+        lengths.extend(len(one) if isinstance(one, (list, tuple)) else None for one in results)
+        return tuple(flat_tensors(results))
+
+    flat = iter(op.node(opened, save, outputs, *inputs))
+    return tuple(next(flat) if length is None else list(islice(flat, length)) for length in lengths)
 
 
 def _node(name: str, gradient: Gradient) -> Any:
-    """The autograd function of an op.
+    """Runs an op under its autograd node: (forward, save, outputs, *inputs) -> flat results.
 
-    `torch.library.register_autograd` makes one too, but looks for left-out defaults argument by
+    forward   () -> the flat results
+    save      flat results -> what the backward needs
+    outputs   how many results are differentiable: the first ones
+
+    `torch.library.register_autograd` makes a node too, but looks for left-out defaults argument by
     argument in every call that needs gradients: 80 us for the 18 arguments of lora_linear, more
     than all else that such a call costs on the host.
     """
 
     def forward(
-        ctx: Any, call: Any, run: Callable[[], Any], shape: list[Any], *inputs: Tensor | None
+        ctx: Any,
+        run: Callable[[], Any],
+        save: Callable[[Sequence[Tensor]], Saved],
+        outputs: int,
+        *inputs: Tensor | None,
     ) -> Any:
-        # The ops of the extension have no gradient of their own: to ask them for one would take
-        # torch as long as the rest of their call.
-        with torch._C._AutoDispatchBelowAutograd():
-            results = run()
-        flat = [results] if isinstance(results, Tensor) else flat_tensors(results)
-        if not isinstance(results, Tensor):
-            shape += [len(one) if isinstance(one, (list, tuple)) else None for one in results]
-        tensors: list[Tensor] = []
-        ctx.others = _without_tensors(gradient.save(call, flat), tensors)
+        results = run()
+        flat = (results,) if isinstance(results, Tensor) else results
+        tensors, ctx.others = save(flat)
         ctx.save_for_backward(*tensors)
-        ctx.dtypes = [None if t is None else t.dtype for t in inputs]
-        ctx.outputs = gradient.outputs(call)
+        ctx.outputs = outputs
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*flat[ctx.outputs :])
-        return results if isinstance(results, Tensor) else tuple(flat)
+        ctx.mark_non_differentiable(*flat[outputs:])
+        return results
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        tensors = iter(ctx.saved_tensors)
-        saved = _with_tensors(ctx.others, tensors)
-        _, _, _, *wanted = ctx.needs_input_grad  # behind call, run and shape
+        saved = _with_tensors(ctx.others, iter(ctx.saved_tensors))
+        _, _, _, *wanted = ctx.needs_input_grad  # behind forward, save and outputs
         if all(grad is None for grad in grads[: ctx.outputs]):
             return (None,) * (3 + len(wanted))
-        found = gradient.backward(grads[: ctx.outputs], saved, wanted)
-        cast = (
-            None if grad is None else grad.to(dtype)
-            for grad, dtype in zip(found, ctx.dtypes, strict=True)
-        )
-        return (None, None, None, *cast)
+        return None, None, None, *gradient.backward(grads[: ctx.outputs], saved, wanted)
 
+    base: Any = torch.autograd.Function
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(f"{name}_autograd", (torch.autograd.Function,), members)
+    node = type(f"{name}_autograd", (base,), members)
+    # Function.apply itself spends a third of its time on the transforms of torch.func; no call that
+    # they watch comes here (`watched`), other than through the registered op, below them.
+    return super(base, node).apply
 
 
-class _Saved:
+class _Kept:
     """Stands for a tensor that autograd keeps."""
+
+
+# To ask if a value is a Tensor takes torch's metaclass longer than all else that is done with it.
+_NO_TENSORS = frozenset((int, float, str, bool, type(None)))
 
 
 def _without_tensors(values: Sequence[Any], tensors: list[Tensor]) -> list[Any]:
     """The values with their tensors, also those in lists, taken out into `tensors`."""
     others: list[Any] = []
     for value in values:
-        if isinstance(value, Tensor):
+        kind = type(value)
+        if kind in _NO_TENSORS:
+            others.append(value)
+        elif kind in _PLAIN or isinstance(value, Tensor):
             tensors.append(value)
-            others.append(_Saved)
+            others.append(_Kept)
         else:
-            others.append(_without_tensors(value, tensors) if type(value) is list else value)
+            others.append(_without_tensors(value, tensors) if kind is list else value)
     return others
 
 
@@ -254,7 +332,7 @@ def _with_tensors(others: Sequence[Any], tensors: Iterator[Tensor]) -> list[Any]
     """The inverse of `_without_tensors`."""
     values: list[Any] = []
     for value in others:
-        if value is _Saved:
+        if value is _Kept:
             values.append(next(tensors))
         else:
             values.append(_with_tensors(value, tensors) if type(value) is list else value)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -98,6 +99,12 @@ class Spec:
     @property
     def name(self) -> str:
         return self.record.op
+
+    @cached_property
+    def has_lists(self) -> bool:
+        """True if there are lists of tensors among the results."""
+        _, results = self.schema.split("->")
+        return "[]" in results
 
     def read(self, flat: Sequence[Any]) -> Any:
         return self.unflatten(Arguments(flat))

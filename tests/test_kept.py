@@ -1,0 +1,170 @@
+"""What layers keep between calls: the short way gives what the long way gives, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from pylora import dispatch
+from pylora.nn import LoRALinear, NF4Linear
+from pylora.nn import kept as kept_module
+
+NO_GPU = dispatch.BACKENDS["cuda"].unavailable()
+IN, OUT, RANK = 128, 80, 4
+
+
+def nf4_layer() -> NF4Linear:
+    return NF4Linear(IN, OUT, blocksize=64)
+
+
+def lora_layer() -> LoRALinear:
+    layer = LoRALinear(nf4_layer(), r=RANK, lora_bias=True)
+    with torch.no_grad():
+        for parameter in (layer.lora_B, layer.lora_B_bias):
+            parameter.normal_()
+    return layer
+
+
+@pytest.fixture(params=[nf4_layer, lora_layer], ids=["nf4", "lora"])
+def layer(request: pytest.FixtureRequest) -> Iterator[nn.Module]:
+    with dispatch.use_backend("cpu"):
+        yield request.param()
+
+
+def by_the_long_way(layer: nn.Module, x: Tensor) -> Tensor:
+    for module in layer.modules():
+        if hasattr(module, "_kept"):
+            module._kept = None
+    return layer(x)
+
+
+def gradients(y: Tensor, layer: nn.Module, x: Tensor) -> list[Tensor]:
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    return list(torch.autograd.grad(y.square().sum(), [x, *trained]))
+
+
+@pytest.mark.parametrize("shape", [(1, IN), (IN,), (2, 3, IN), (0, IN)])
+def test_short_and_long_way_agree_in_every_bit(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, requires_grad=True)
+    expected = by_the_long_way(layer, x)
+    layer(x)
+    y = layer(x)
+    assert layer._kept.call_with(x) is not None
+    assert torch.equal(y, expected)
+    for short, long in zip(gradients(y, layer, x), gradients(expected, layer, x), strict=True):
+        assert torch.equal(short, long)
+    with torch.no_grad():
+        assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(NO_GPU is not None, reason=NO_GPU or "")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 40, 600])
+def test_short_and_long_way_agree_on_a_gpu(tokens: int, dtype: torch.dtype) -> None:
+    for layer in (nf4_layer().cuda(), lora_layer().cuda()):
+        memory = torch.randn(tokens * IN + 1, device="cuda", dtype=dtype)
+        for x in (memory[:-1].view(tokens, IN), memory[1:].view(tokens, IN)):  # not aligned
+            expected = by_the_long_way(layer, x)
+            layer(x)
+            assert torch.equal(layer(x), expected)
+            with torch.no_grad():
+                assert torch.equal(layer(x), expected)
+
+
+def test_each_call_has_results_of_its_own(layer: nn.Module) -> None:
+    first_x, second_x = torch.randn(2, 3, IN).unbind()
+    first_x.requires_grad_(), second_x.requires_grad_()
+    layer(first_x)
+    first, second = layer(first_x), layer(second_x)
+    assert torch.equal(first, by_the_long_way(layer, first_x))
+    (dx,) = torch.autograd.grad(first.sum(), first_x)
+    (expected,) = torch.autograd.grad(by_the_long_way(layer, first_x).sum(), first_x)
+    assert torch.equal(dx, expected) and not torch.equal(first, second)
+
+
+def test_the_profiler_sees_the_op(layer: nn.Module) -> None:
+    x = torch.randn(2, IN)
+    layer(x)
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        layer(x)
+    assert any(event.key.startswith("pylora::") for event in recorded.key_averages())
+
+
+def test_memory_given_to_a_parameter_in_place_is_used(layer: nn.Module) -> None:
+    x = torch.randn(3, IN)
+    layer(x)
+    changed = layer.lora_A if isinstance(layer, LoRALinear) else layer.bias
+    changed.data = torch.randn_like(changed)
+    short = layer(x)
+    assert torch.equal(short, by_the_long_way(layer, x))
+    transposed = torch.randn(*reversed(changed.shape))
+    changed.data = transposed.t() if transposed.dim() == 2 else transposed[:]
+    assert torch.equal(layer(x), by_the_long_way(layer, x))
+
+
+def test_memory_taken_from_a_parameter_is_an_error() -> None:
+    layer, x = lora_layer(), torch.randn(3, IN)
+    with dispatch.use_backend("cpu"):
+        layer(x)
+        layer(x)
+        layer.lora_A.data = torch.empty(0)
+        with pytest.raises(RuntimeError, match="lora_A must have 2 dimensions"):
+            layer(x)
+
+
+def test_a_weight_changed_before_the_backward_is_an_error() -> None:
+    layer, x = lora_layer(), torch.randn(3, IN, requires_grad=True)
+    layer(x)
+    y = layer(x)
+    with torch.no_grad():
+        layer.lora_A.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_an_x_with_its_sign_pending(layer: nn.Module) -> None:
+    x = torch.imag(torch.conj(torch.randn(1, IN, dtype=torch.complex64)))
+    x = torch._neg_view(torch.randn(3, IN)) if not x.is_neg() else x
+    assert x.is_neg()
+    layer(torch.randn_like(x))
+    assert torch.equal(layer(x), by_the_long_way(layer, x.resolve_neg()))
+
+
+def test_an_x_without_memory(layer: nn.Module) -> None:
+    x = torch._efficientzerotensor(3, IN)
+    layer(torch.randn(3, IN))
+    assert torch.equal(layer(x), by_the_long_way(layer, torch.zeros(3, IN)))
+
+
+def test_the_memory_of_a_call_is_not_kept() -> None:
+    layer, x = lora_layer(), torch.randn(7, IN, requires_grad=True)
+    layer(x)
+    layer(x)
+    call = layer._kept.call_with(x)
+    kept = {t.data_ptr() for t in call._gradient._tensors if t.numel()}
+    assert kept <= {t.data_ptr() for t in (*layer.parameters(), *layer.buffers())}
+
+
+def test_old_plans_are_forgotten(layer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_module, "_MOST_CALLS", 2)
+    for tokens in range(1, 8):
+        x = torch.randn(tokens, IN)
+        layer(x)
+        assert torch.equal(layer(x), by_the_long_way(layer, x))
+        layer(x)
+        assert len(layer._kept._calls) <= 2
+
+
+@pytest.mark.parametrize("name", ["weight", "absmax", "bias"])
+def test_a_replaced_tensor_is_seen(name: str) -> None:
+    layer, x = nf4_layer(), torch.randn(3, IN)
+    layer(x)
+    other = nf4_layer()
+    layer._parameters[name] = getattr(other, name)
+    assert layer._kept.call_with(x) is None
+    assert torch.equal(layer(x), by_the_long_way(layer, x))
