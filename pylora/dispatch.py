@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
@@ -21,9 +22,9 @@ BACKENDS: dict[str, Backend] = {
     for backend in (cuda.BACKEND, triton.BACKEND, cpu.BACKEND, reference.BACKEND)
 }
 
-# Process-wide, not a context variable: autograd runs the backward of CUDA ops on threads of its
-# own.
-_forced: str | None = None
+# What `use_backend` asks for, in the thread that asks. Autograd runs the backward of CUDA ops on
+# threads of its own; a node therefore remembers what its forward was asked for (`as_asked`).
+_forced: ContextVar[str | None] = ContextVar("pylora_backend", default=None)
 
 
 def _check_name(name: str, source: str) -> str:
@@ -38,28 +39,45 @@ def _check_name(name: str, source: str) -> str:
 
 def forced_backend() -> str | None:
     """The backend asked for by `use_backend` or PYLORA_BACKEND; None if none was."""
-    if _forced is not None:
-        return _forced
+    forced = _forced.get()
+    if forced is not None:
+        return forced
     name = settings.current().backend
     return _check_name(name, "the environment variable PYLORA_BACKEND") if name else None
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs every op on the backend `name`, for the whole process, until the block ends.
+    """Runs every op that this thread calls on the backend `name` until the block ends.
 
     name    "reference", "cpu", "triton" or "cuda"; arguments it does not take go to the reference
 
+    A backward runs on the backend that a block around it asks for; if none does, on the one that a
+    block around its forward asked for. Other threads, also those that the block starts, are not
+    affected.
+
     Raises ValueError for an unknown name, RuntimeError for a backend that cannot run here.
     """
-    global _forced
-    previous, _forced = _forced, _check_name(name, "name")
-    _forget()
+    token = _forced.set(_check_name(name, "name"))
     try:
         yield
     finally:
-        _forced = previous
-        _forget()
+        _forced.reset(token)
+
+
+def asked_for() -> str | None:
+    """What a `use_backend` block around the caller asks for."""
+    return _forced.get()
+
+
+@contextmanager
+def as_asked(name: str | None) -> Iterator[None]:
+    """Runs the block on what `asked_for` gave earlier, unless a block around it asks for more."""
+    token = _forced.set(_forced.get() or name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
 
 
 def candidates() -> list[Backend]:
@@ -77,24 +95,24 @@ def unavailable(backend: Backend) -> Reason:
     return backend.unavailable()
 
 
-@lru_cache(maxsize=1)
-def _usable() -> tuple[Backend, ...]:
-    """The candidates that can run in this process."""
+@lru_cache
+def _usable(forced: str | None) -> tuple[Backend, ...]:
+    """The candidates that can run in this process; `forced` is what `use_backend` asks for now."""
     return tuple(backend for backend in candidates() if unavailable(backend) is None)
 
 
-_generation = 0
+_refreshes = 0
 
 
-def generation() -> int:
-    """Changes whenever plans made before it may no longer hold."""
-    return _generation
+def generation() -> tuple[int, str | None]:
+    """A plan holds as long as this is what it was when the plan was made."""
+    return _refreshes, _forced.get()
 
 
 def _forget() -> None:
-    global _generation
+    global _refreshes
     _usable.cache_clear()
-    _generation += 1
+    _refreshes += 1
 
 
 settings.forgotten_on_refresh(_forget)
@@ -108,7 +126,7 @@ def ask(backend: Backend, call: Any) -> Plan | Refusal:
 
 def choose(call: Any) -> tuple[Backend, Plan]:
     """The fastest backend that takes `call`, and its plan."""
-    for backend in _usable():
+    for backend in _usable(_forced.get()):
         plan = backend.plan(call)
         if isinstance(plan, Plan):
             return backend, plan

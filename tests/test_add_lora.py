@@ -241,6 +241,7 @@ class WithConvolution(nn.Module):
     [
         ({"target_modules": ["nothing"]}, r"target_modules is \['nothing'\].* such as up"),
         ({"target_modules": "nothing"}, "target_modules is 'nothing'"),
+        ({"target_modules": ["up", "uq"]}, "target_modules is 'uq', which no module"),
         ({"target_modules": []}, r"target_modules is \[\]"),
         ({"target_modules": ["up", "conv"]}, "conv is Conv1d; .* nn.Linear or an NF4Linear"),
         ({"target_modules": ["up", "embed"]}, "embed is Embedding"),
@@ -284,3 +285,37 @@ def test_a_peft_model_is_refused() -> None:
         for helper in (pylora.add_lora, pylora.quantize_model, pylora.merge):
             with pytest.raises(ValueError, match="PEFT adapters"):
                 helper(each)
+
+
+def test_a_last_component_as_a_string_is_explained() -> None:
+    with pytest.raises(ValueError, match=r"regular expression for whole names.* \['q_proj'\]"):
+        pylora.add_lora(tiny_llama(), target_modules="q_proj")
+
+
+def test_none_stands_for_the_defaults() -> None:
+    by_none = pylora.add_lora(tiny_llama(), r=2, target_modules=None, modules_to_save=None)
+    by_default = pylora.add_lora(tiny_llama(), r=2)
+    names = [n for n, p in by_default.named_parameters() if p.requires_grad]
+    assert names == [n for n, p in by_none.named_parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("family, head", [("Llama", "score"), ("Bert", "classifier")])
+def test_the_head_of_a_classifier_is_trained_in_full(family: str, head: str) -> None:
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=48,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        pad_token_id=0,
+    )
+    kind = getattr(transformers, f"{family}ForSequenceClassification")
+    model = pylora.quantize_model(kind(config))
+    assert type(getattr(model, head)) is nn.Linear
+    trained = pylora.add_lora(copy.deepcopy(model), r=2)
+    assert getattr(trained, head).weight.requires_grad
+    assert not isinstance(getattr(trained, head), LoRALinear)
+    without = pylora.add_lora(copy.deepcopy(model), r=2, modules_to_save=())
+    assert isinstance(getattr(without, head), LoRALinear)
+    targeted = pylora.add_lora(copy.deepcopy(model), r=2, target_modules=[head])
+    assert isinstance(getattr(targeted, head), LoRALinear)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from importlib import util
+from typing import Any
 
 import pytest
 import torch
@@ -135,3 +137,78 @@ def test_check_fails_on_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selfcheck, "variants", lambda: iter([("cuda", "", None)]))
     outcomes = list(selfcheck.run())
     assert outcomes and any(outcome.failure is not None for outcome in outcomes)
+
+
+def test_threads_ask_for_backends_of_their_own() -> None:
+    """Two blocks overlap and end in the order in which they began."""
+    in_first, in_second, first_ended = (threading.Event() for _ in range(3))
+    seen: dict[str, list[str | None]] = {"first": [], "second": []}
+
+    def first() -> None:
+        with pylora.use_backend("reference"):
+            in_first.set()
+            in_second.wait(60)
+            seen["first"].append(dispatch.forced_backend())
+        seen["first"].append(dispatch.forced_backend())
+        first_ended.set()
+
+    def second() -> None:
+        in_first.wait(60)
+        seen["second"].append(dispatch.forced_backend())
+        with pylora.use_backend("cpu"):
+            in_second.set()
+            first_ended.wait(60)
+            seen["second"].append(dispatch.forced_backend())
+
+    threads = [threading.Thread(target=each) for each in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert seen == {"first": ["reference", None], "second": [None, "cpu"]}
+    assert dispatch.forced_backend() is None
+
+
+def test_a_layer_shared_by_threads_runs_on_what_each_asks_for() -> None:
+    layer, x = pylora.nn.NF4Linear(64, 48), torch.randn(4, 64)
+    layer(x)
+    plans: dict[str, set[str]] = {"reference": set(), "cpu": set()}
+
+    def many_calls(name: str) -> None:
+        with pylora.use_backend(name):
+            for _ in range(200):
+                layer(x)
+                plans[name].add(layer._kept.call_with(x)._plan.run.__module__)
+
+    threads = [threading.Thread(target=many_calls, args=(name,)) for name in plans]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not plans["reference"] & plans["cpu"]
+    assert len(plans["reference"]) == len(plans["cpu"]) == 1
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_backward_runs_on_what_its_forward_was_asked_for(
+    kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+    choose = dispatch.choose
+
+    def recorded(call: Any) -> Any:
+        asked.append(dispatch.asked_for())
+        return choose(call)
+
+    layer, x = pylora.nn.NF4Linear(64, 48), torch.randn(4, 64, requires_grad=True)
+    with pylora.use_backend("reference"):
+        layer(x)
+        y = layer(x) if kept else F.nf4_linear(x, layer.nf4_weight)
+    monkeypatch.setattr(dispatch, "choose", recorded)
+    thread = threading.Thread(target=lambda: y.sum().backward(retain_graph=True))
+    thread.start()
+    thread.join(60)
+    assert asked == ["reference"]
+    with pylora.use_backend("cpu"):
+        y.sum().backward()
+    assert asked == ["reference", "cpu"] and dispatch.asked_for() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -26,8 +27,18 @@ from pylora.models.module_tree import (
     take_off_quantized_marks,
     unwrapped,
 )
-from pylora.models.targets import ALL_LINEAR, Targets, can_carry_lora, named_by, not_found
+from pylora.models.targets import (
+    ALL_LINEAR,
+    Targets,
+    can_carry_lora,
+    named_by,
+    not_found,
+    task_heads,
+)
+from pylora.models.weight_readers import why_not_lora
 from pylora.nn import LoRALinear, NF4Linear
+
+logger = logging.getLogger(__name__)
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -61,22 +72,25 @@ def add_lora(
     model: _Model,
     r: int = 16,
     lora_alpha: float = 32,
-    target_modules: str | Collection[str] = ALL_LINEAR,
+    target_modules: str | Collection[str] | None = ALL_LINEAR,
     lora_dropout: float = 0.0,
     use_rslora: bool = False,
     use_dora: bool = False,
     lora_bias: bool = False,
-    modules_to_save: Collection[str] = (),
+    modules_to_save: Collection[str] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> _Model:
     """Freezes the model, wraps its targets into `pylora.nn.LoRALinear` in place and returns it.
 
-    target_modules     "all-linear" (every linear layer but the output head), another string: a
-                       regular expression for the whole name; or names, or their last components
+    target_modules     "all-linear" or None (every linear layer but the output head); another string
+                       is a regular expression for the whole name; a list has names, or their last
+                       components, each of which must fit a module
     modules_to_save    names, or their last components, of modules trained in full and saved with
                        the adapter (the hybrid of LoRA and full fine-tuning); nothing inside them is
                        wrapped, NF4 layers inside become dense, and a weight shared with another
-                       module (tied embeddings) becomes their own
+                       module (tied embeddings) becomes their own. The head of a model for a task,
+                       such as classification, is added, as PEFT does, unless it is targeted or
+                       an empty collection is given
     the others         as in `pylora.nn.LoRALinear`
 
     May be called again for other layers. Everything is checked before anything changes: ValueError
@@ -89,18 +103,40 @@ def add_lora(
     refuse_peft_model(root)
     settings = LoraSettings(r, lora_alpha, lora_dropout, use_rslora, use_dora, lora_bias, dtype)
     settings.wrap(nn.Linear(1, 1, device="meta"))  # raises for what LoRALinear does not take
+    target_modules = ALL_LINEAR if target_modules is None else target_modules
     checks.names("target_modules", target_modules)
-    checks.names("modules_to_save", modules_to_save)
+    checks.names("modules_to_save", () if modules_to_save is None else modules_to_save)
     if isinstance(target_modules, str):
         _check_expression("target_modules", target_modules)
+    if modules_to_save is None or len(modules_to_save) > 0:
+        modules_to_save = _with_task_heads(root, modules_to_save or (), target_modules)
     saved = find_modules_to_save(root, modules_to_save)
     targets = Targets(target_modules, fully_trained=[site.name for site in saved])
     targeted = targets.find(root)
+    linear = [site.name for site in sites(root) if can_carry_lora(site.module)]
     if not targeted:
-        linear = (s.name for s in sites(root) if can_carry_lora(s.module))
         raise not_found("target_modules", target_modules, linear)
+    if not isinstance(target_modules, str):
+        for entry in target_modules:
+            if not any(named_by(site.name, (entry,)) for site in sites(root)):
+                raise not_found("target_modules", entry, linear)
     install(root, targeted, dict.fromkeys((s.name for s in targeted), settings), saved)
     return model
+
+
+def _with_task_heads(
+    model: nn.Module, modules_to_save: str | Collection[str], targets: str | Collection[str]
+) -> Collection[str]:
+    """`modules_to_save` and the heads that a model for a task must train, if LoRA is not there."""
+    entries = (modules_to_save,) if isinstance(modules_to_save, str) else tuple(modules_to_save)
+    all_linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR
+    targeted = [] if all_linear else [site.name for site in Targets(targets).find(model)]
+    for head in task_heads(model):
+        if named_by(head, entries) or any(is_below(name, (head,)) for name in targeted):
+            continue
+        logger.info("%s is trained in full: it is the head of %s", head, type(model).__name__)
+        entries += (head,)
+    return entries
 
 
 def _check_expression(name: str, value: str) -> None:
@@ -172,6 +208,9 @@ def _base_of(site: Site) -> nn.Module:
         raise ValueError(
             f"{site.name} is {kind}; a target of LoRA must be an nn.Linear or an NF4Linear"
         )
+    reason = why_not_lora(site)
+    if reason is not None:
+        raise ValueError(f"{site.name} must not be a target of LoRA: {reason}")
     refuse_offloaded(site)
     if not is_bitsandbytes_4bit(site.module):
         return site.module

@@ -42,6 +42,10 @@ class Site:
             getattr(self.module, hooks).clear()
         new.training = self.module.training
         setattr(self.parent, self.attribute, new)
+        if isinstance(self.parent, nn.TransformerEncoderLayer):
+            # In eval mode it has a fast path that reads the weights instead of calling the layers.
+            # Torch takes the path only if this is 1 or 2, and reads it for nothing else.
+            self.parent.activation_relu_or_gelu = 0
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ from pylora.models.module_tree import (
     Site,
     fully_trained_modules,
     holders,
+    is_below,
     is_bitsandbytes_4bit,
     lora_layers,
     refuse_offloaded,
@@ -21,7 +22,8 @@ from pylora.models.module_tree import (
     take_off_quantized_marks,
     unwrapped,
 )
-from pylora.models.targets import named_by
+from pylora.models.targets import named_by, output_head, task_heads
+from pylora.models.weight_readers import why_not_nf4
 from pylora.nf4 import DEFAULT_BLOCKSIZE, check_blocksize
 from pylora.nn import NF4Linear
 
@@ -42,13 +44,15 @@ def quantize_model(
     """Replaces every nn.Linear by an NF4Linear, in place, and returns the model.
 
     skip_modules               names, or their last components, of modules to leave as they are,
-                               with everything inside them
+                               with everything inside them; "lm_head" stands for the output head,
+                               whatever the model calls it
     blocksize, double_quant    as in `pylora.quantize_nf4`
 
     One layer is quantized at a time: the dense model and one quantized layer are the most that
     exists. bitsandbytes' Linear4bit (nf4) layers are taken over with the bytes they have. A layer
     whose weight is shared with a module that stays dense (an output head tied to the embeddings), a
-    subclass of nn.Linear and what the model declares as float32-only stay dense; the log
+    subclass of nn.Linear, the head of a model for a task such as classification, what the model
+    declares as float32-only and layers whose weight other code reads stay dense; the log
     (`pylora.models.quantization`) says which. All layers are checked first: ValueError or TypeError
     names the module and nothing has changed.
     """
@@ -91,8 +95,9 @@ def _places(chosen: list[Site]) -> list[dict[int, list[_Place]]]:
 
 def _choose(model: nn.Module, skip: tuple[str, ...]) -> list[Site]:
     """The layers to quantize; says in the log which linear layers are left, and why."""
-    kept_in_fp32 = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    kept_in_fp32 |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    kept_in_fp32, heads = _kept_in_fp32(model), task_heads(model)
+    # The default, lm_head, stands for the output head, whatever the model calls it.
+    head = output_head(model) if "lm_head" in skip else None
     everything = list(sites(model))
     for entry in skip:
         if not any(named_by(site.name, (entry,)) for site in everything):
@@ -103,8 +108,12 @@ def _choose(model: nn.Module, skip: tuple[str, ...]) -> list[Site]:
             continue
         if _is_inside(site.name, skip):
             logger.info("%s stays dense: it is in skip_modules", site.name)
-        elif _is_inside(site.name, kept_in_fp32):
+        elif is_below(site.name, heads) or site.module is head:
+            logger.info("%s stays dense: it is the model's head", site.name)
+        elif site.name in kept_in_fp32:
             logger.info("%s stays dense: the model declares it as float32-only", site.name)
+        elif (reason := why_not_nf4(site)) is not None:
+            logger.warning("%s stays dense: %s", site.name, reason)
         elif type(site.module) is nn.Linear or is_bitsandbytes_4bit(site.module):
             candidates.append(site)
         else:
@@ -118,6 +127,18 @@ def _choose(model: nn.Module, skip: tuple[str, ...]) -> list[Site]:
         )
     _mention_fused_experts(everything)
     return chosen
+
+
+def _kept_in_fp32(model: nn.Module) -> set[str]:
+    """The modules that the model, or a transformers model inside it, declares as float32-only."""
+    names = set()
+    for outer, module in model.named_modules():
+        entries = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+        entries |= set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
+        if entries:
+            prefix = f"{outer}." if outer else ""
+            names |= {prefix + s.name for s in sites(module) if _is_inside(s.name, entries)}
+    return names
 
 
 def _is_inside(name: str, entries: Collection[str]) -> bool:

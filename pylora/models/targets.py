@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,14 @@ from typing import TypeVar
 from torch import nn
 
 from pylora.models.module_tree import Site, is_below, is_bitsandbytes_4bit, sites
+from pylora.models.weight_readers import why_not_lora
 from pylora.nn import LoRALinear, NF4Linear
 
+logger = logging.getLogger(__name__)
+
 ALL_LINEAR = "all-linear"
+# What transformers calls the heads of its models for a task.
+_TASK_HEADS = ("classifier", "classification_head", "qa_outputs", "score")
 _Value = TypeVar("_Value")
 
 
@@ -55,7 +61,7 @@ class Targets:
         if isinstance(self.modules, str) and self.modules.lower() == ALL_LINEAR:
             head = output_head(model)
             linear = (s for s in candidates if _is_linear(s.module) and s.module is not head)
-            return [s for s in linear if not self._is_excluded(s.name)]
+            return [s for s in linear if not self._is_excluded(s.name) and _takes_lora(s)]
         return [s for s in candidates if self._is_meant(s.name) and not self._is_excluded(s.name)]
 
     def _is_excluded(self, name: str) -> bool:
@@ -82,6 +88,13 @@ class Targets:
         return False
 
 
+def _takes_lora(site: Site) -> bool:
+    reason = why_not_lora(site)
+    if reason is not None:
+        logger.warning("%s gets no LoRA: %s", site.name, reason)
+    return reason is None
+
+
 def _is_linear(module: nn.Module) -> bool:
     return can_carry_lora(module) or isinstance(module, LoRALinear)
 
@@ -95,6 +108,23 @@ def output_head(model: nn.Module) -> nn.Module | None:
         return get()
     except NotImplementedError:
         return None
+
+
+def task_heads(model: nn.Module) -> list[str]:
+    """The names of the modules that a model for a task, such as classification, adds to its base.
+
+    They are drawn anew when a pretrained model is loaded for the task, so that they must be trained
+    in full. A model that gives logits of tokens has none: its head belongs to the pretrained model.
+    """
+    if output_head(model) is not None:
+        return []
+    base = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
+    return [
+        name
+        for name, child in model.named_children()
+        if next(child.parameters(), None) is not None
+        and (name in _TASK_HEADS or (base is not None and child is not base))
+    ]
 
 
 def describe(
@@ -127,8 +157,14 @@ def pattern_value(patterns: Mapping[str, _Value], name: str, default: _Value) ->
 
 def not_found(what: str, wanted: object, names: Iterable[str]) -> ValueError:
     """The error for a specification that nothing fits, with some names that exist."""
-    some = ", ".join(list(dict.fromkeys(n.rsplit(".", 1)[-1] for n in names))[:8])
+    endings = list(dict.fromkeys(n.rsplit(".", 1)[-1] for n in names))
+    if wanted in endings and isinstance(wanted, str) and what == "target_modules":
+        return ValueError(
+            f"{what} is the string {wanted!r}, which no module of the model matches: a string is a "
+            f"regular expression for whole names; last components must be in a list: [{wanted!r}]"
+        )
     return ValueError(
         f"{what} is {wanted!r}, which no module of the model matches; "
-        f"it must name modules that exist, such as {some or '(the model has none)'}"
+        f"it must name modules that exist, such as "
+        f"{', '.join(endings[:8]) or '(the model has none)'}"
     )

@@ -105,7 +105,6 @@ class Kept:
         "_A",
         "_calls",
         "_device_type",
-        "_generation",
         "_held",
         "_record",
         "_weight",
@@ -126,7 +125,6 @@ class Kept:
         self.device: torch.device = call.x.device
         self._device_type = self.device.type
         self._calls: dict[Any, KeptCall] = {}
-        self._generation = dispatch.generation()
 
     @classmethod
     def of(cls, places: tuple[Place, ...] | None, x: Tensor, call: Any) -> Kept | None:
@@ -145,10 +143,8 @@ class Kept:
                 return None
         if watched() or torch.is_autocast_enabled(self._device_type):
             return None
-        if self._generation != dispatch.generation():
-            self._calls.clear()
-            self._generation = dispatch.generation()
-        key = (x.shape, x.dtype, self._weight.dtype, self._A.dtype)
+        dtypes = (x.dtype, self._weight.dtype, self._A.dtype)
+        key = (x.shape, dtypes, dispatch.generation())
         return self._calls.get(key) or self._plan(x, key)
 
     def _plan(self, x: Tensor, key: Any) -> KeptCall | None:

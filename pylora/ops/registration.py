@@ -293,7 +293,7 @@ def _node(name: str, gradient: Gradient) -> Any:
         flat = (results,) if isinstance(results, Tensor) else results
         tensors, ctx.others = save(flat)
         ctx.save_for_backward(*tensors)
-        ctx.outputs = outputs
+        ctx.outputs, ctx.backend = outputs, dispatch.asked_for()
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*flat[outputs:])
         return results
@@ -303,7 +303,10 @@ def _node(name: str, gradient: Gradient) -> Any:
         _, _, _, *wanted = ctx.needs_input_grad  # behind forward, save and outputs
         if all(grad is None for grad in grads[: ctx.outputs]):
             return (None,) * (3 + len(wanted))
-        return None, None, None, *gradient.backward(grads[: ctx.outputs], saved, wanted)
+        if ctx.backend is None:
+            return None, None, None, *gradient.backward(grads[: ctx.outputs], saved, wanted)
+        with dispatch.as_asked(ctx.backend):
+            return None, None, None, *gradient.backward(grads[: ctx.outputs], saved, wanted)
 
     base: Any = torch.autograd.Function
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
