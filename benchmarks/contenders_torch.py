@@ -67,7 +67,7 @@ def _hopper(build: Callable[[Operands], Layer], has_lora: bool) -> Contender:
 def _triton_why_not(cell: Cell, device: torch.device) -> str | None:
     if device.type != "cuda":
         return "needs a GPU"
-    if limits.CUDA_FEW_ROWS < cell.rows < limits.CUDA_PRODUCT_FROM:
+    if limits.CUDA_SMALL_M < cell.rows < limits.CUDA_MANY_ROWS_FROM:
         return "is what pylora runs there"
     return dispatch.BACKENDS["triton"].unavailable()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.operands import SCALING
 from pylora import dispatch
-from pylora.backends import cuda_hopper, cuda_products, extension
+from pylora.backends import cuda_hopper, cuda_many_rows, extension
 from pylora.calls import Layer, LoraLinearCall, LowRank
 from pylora.nf4_weight import NF4Weight
 
@@ -169,7 +169,7 @@ def _triton(x: Tensor, operand: Operand, plan: Plan) -> Tensor:
 
 
 def _product(x: Tensor, operand: Operand, plan: Plan) -> Tensor:
-    y, _ = cuda_products.lora_linear(LoraLinearCall(x, operand.layer()))
+    y, _ = cuda_many_rows.lora_linear(LoraLinearCall(x, operand.layer()))
     return y
 
 

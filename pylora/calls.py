@@ -10,11 +10,25 @@ B [out_features, r].
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+
+def token_count(x: Tensor) -> int:
+    """The number of tokens of x [..., features]; kernels call it M."""
+    return math.prod(x.shape[:-1])
+
+
+def token_matrix(x: Tensor) -> Tensor:
+    """x [..., features] as a matrix [tokens, features]; it is a view if x can be viewed so.
+
+    The tokens are counted: reshape(-1, ...) cannot tell how many there are if there are no features.
+    """
+    return x.reshape(token_count(x), x.shape[-1])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

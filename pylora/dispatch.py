@@ -73,7 +73,7 @@ def candidates() -> list[Backend]:
 def unavailable(backend: Backend) -> Reason:
     """None if `backend`, one of the candidates, would be asked at all, else the reason."""
     if forced_backend() is None:
-        return backend.unavailable() or backend.request_only()
+        return backend.unavailable() or backend.why_not_by_default()
     return backend.unavailable()
 
 

@@ -148,10 +148,10 @@ def test_the_check_reaches_the_kernels_for_many_rows():
     shapes = [shape for shape in selfcheck.SHAPES if shape[0] in rows]
     assert len(shapes) == 3
     for m, _, in_features, blocksize in shapes:
-        assert limits.CUDA_HOPPER_FROM <= m < limits.CUDA_PRODUCT_FROM
+        assert limits.CUDA_HOPPER_FROM <= m < limits.CUDA_MANY_ROWS_FROM
         columns = hard["hopper_columns"]
         assert in_features % columns == blocksize % columns == 0
-    many = [shape for shape in selfcheck.SHAPES if shape[0] >= limits.CUDA_PRODUCT_FROM]
+    many = [shape for shape in selfcheck.SHAPES if shape[0] >= limits.CUDA_MANY_ROWS_FROM]
     assert many and all(shape[2] % hard["many_rows_columns"] == 0 for shape in many)
     picked = list(selfcheck.cases(row_counts=[1, 9]))
     assert {case.description.split("x")[0] for case in picked} == {"1", "9"}

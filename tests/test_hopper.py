@@ -204,7 +204,7 @@ def test_many_rows_take_the_dense_product_if_it_cannot_run(
 ):
     calls.on(*capability, compiled=compiled)
     plan = calls.plan(rows=rows, **options)
-    assert plan.variant == cuda.PRODUCT and plan.note == f"not the Hopper kernel: {reason}"
+    assert plan.variant == cuda.MANY_ROWS and plan.note == f"not the Hopper kernel: {reason}"
 
 
 @pytest.mark.parametrize(("capability", "compiled", "options", "reason"), CANNOT_RUN)
@@ -221,7 +221,7 @@ def test_a_middle_number_of_rows_is_refused_with_its_reason(
 
 def test_the_most_rows(calls: Calls):
     plan = calls.plan(rows=8 * 65536)
-    assert plan.variant == cuda.PRODUCT
+    assert plan.variant == cuda.MANY_ROWS
     reason = "x has 524288 rows; the Hopper kernel takes up to 524280"
     assert plan.note == f"not the Hopper kernel: {reason}"
     assert calls.refusal(rows=127) == "x has 127 rows; the kernel for few rows takes up to 64"
@@ -235,7 +235,7 @@ def test_off_by_default(calls: Calls, monkeypatch: pytest.MonkeyPatch, value: st
         monkeypatch.setenv("PYLORA_HOPPER", value)
     pylora.refresh()
     plan, reason = calls.plan(rows=513), calls.refusal(rows=128)
-    assert plan.variant == cuda.PRODUCT
+    assert plan.variant == cuda.MANY_ROWS
     for text in (plan.note, reason):
         assert "has not been measured" in text and "PYLORA_HOPPER=1" in text
 

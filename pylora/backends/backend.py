@@ -60,7 +60,7 @@ class Backend:
     unavailable   None if the backend can run in this process, else the reason in words
     path          what its kernels are compiled for, in words; for reports only
     device        type of the device that the kernels' tensors are on
-    request_only  None if the backend is taken without being asked for by name, else the reason
+    why_not_by_default  None if the backend is taken without being asked for by name, else the reason
     """
 
     name: str
@@ -68,7 +68,7 @@ class Backend:
     unavailable: Callable[[], Reason]
     path: Callable[[], str]
     device: Callable[[], str]
-    request_only: Callable[[], Reason] = lambda: None
+    why_not_by_default: Callable[[], Reason] = lambda: None
 
     @property
     def ops(self) -> list[str]:

@@ -29,8 +29,7 @@ from pylora.calls import (
     Nf4LinearCall,
     Wanted,
 )
-from pylora.reference.layers import LayerFunctions
-from pylora.reference.lora_linear import layer_backward, layer_forward
+from pylora.reference.lora_linear import LayerFunctions, layer_backward, layer_forward
 
 # A step of a composed op: its name, and its plan; None if torch runs it.
 Step = tuple[str, Plan | Refusal | None]

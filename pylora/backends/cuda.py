@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pylora.backends import cuda_hopper, cuda_products, extension, limits
+from pylora.backends import cuda_hopper, cuda_many_rows, extension, limits
 from pylora.backends.backend import (
     DENSE,
     KERNEL_DTYPES,
@@ -138,15 +138,13 @@ def _few_rows_reason(name: str, x: Tensor, rows: int, weight: Weight) -> Reason:
             f"in_features is {weight.in_features}, no multiple of the blocksize {weight.blocksize}"
         )
     most_of_block_32 = _hard_limit("max_few_rows_of_block_32")
-    most_rows = min(limits.CUDA_FEW_ROWS, _hard_limit("max_few_rows"))
+    most_rows = min(limits.CUDA_SMALL_M, _hard_limit("max_few_rows"))
     if weight.blocksize == 32 and rows > most_of_block_32:
         most = f"{most_of_block_32} if the blocksize is 32"
     elif rows > most_rows:
         most = f"{most_rows}"
-    elif rows > limits.CUDA_FEW_ROWS_OF_LITTLE_SHARED_MEMORY and _has_little_shared_memory(
-        x.device
-    ):
-        most = f"{limits.CUDA_FEW_ROWS_OF_LITTLE_SHARED_MEMORY} on this GPU, for its shared memory"
+    elif rows > limits.CUDA_SMALL_M_OF_LITTLE_SHARED_MEMORY and _has_little_shared_memory(x.device):
+        most = f"{limits.CUDA_SMALL_M_OF_LITTLE_SHARED_MEMORY} on this GPU, for its shared memory"
     else:
         return None
     return f"{name} has {rows} rows; the kernel for few rows takes up to {most}"
@@ -184,10 +182,10 @@ def _linear(call: Nf4LinearCall | LoraLinearCall) -> Plan | Refusal:
         return Plan(HOPPER, getattr(extension, f"{op}_hopper"))
     many = rows >= limits.CUDA_HOPPER_FROM
     note = f"not the Hopper kernel: {hopper}" if many else ""
-    if rows >= limits.CUDA_PRODUCT_FROM:
-        reason = None if low is None else cuda_products.lora_reason(x, rows, low)
+    if rows >= limits.CUDA_MANY_ROWS_FROM:
+        reason = None if low is None else cuda_many_rows.lora_reason(x, rows, low)
         if reason is None:
-            return Plan(PRODUCT, getattr(cuda_products, op), note)
+            return Plan(PRODUCT, getattr(cuda_many_rows, op), note)
         return Refusal(f"{reason}; {note}")
     reason = _few_rows_reason("x", x, rows, weight)
     if reason is None:
@@ -198,8 +196,8 @@ def _linear(call: Nf4LinearCall | LoraLinearCall) -> Plan | Refusal:
 def _nf4_linear_backward(call: Nf4LinearBackward) -> Plan | Refusal:
     grad, weight, rows = call.grad, call.weight, _rows(call.grad)
     reason = _any_kernel_reason("grad", grad, weight, None)
-    if reason is None and rows >= limits.CUDA_PRODUCT_FROM:
-        return Plan(PRODUCT, cuda_products.nf4_linear_backward)
+    if reason is None and rows >= limits.CUDA_MANY_ROWS_FROM:
+        return Plan(PRODUCT, cuda_many_rows.nf4_linear_backward)
     if reason is None and weight.blocksize == 32:
         reason = "the blocksize is 32; the kernel takes 64 or more"
     reason = reason or _few_rows_reason("grad", grad, rows, weight)

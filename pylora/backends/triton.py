@@ -70,7 +70,7 @@ def _unavailable() -> Reason:
     return None
 
 
-def _request_only() -> Reason:
+def _why_not_by_default() -> Reason:
     return "Triton's interpreter runs only if it is asked for" if interpreted() else None
 
 
@@ -193,5 +193,5 @@ BACKEND = Backend(
     unavailable=_unavailable,
     path=_path,
     device=_device,
-    request_only=_request_only,
+    why_not_by_default=_why_not_by_default,
 )

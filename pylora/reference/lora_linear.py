@@ -10,15 +10,24 @@ adapter (He et al., arXiv:2110.04366). W is dense [out_features, in_features] or
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from pylora.calls import Layer, LayerGradients, LoraLinearBackward, LoraLinearCall, Wanted
+from pylora.calls import (
+    Layer,
+    LayerGradients,
+    LoraLinearBackward,
+    LoraLinearCall,
+    Wanted,
+    token_matrix,
+)
 from pylora.reference.activation import ACTIVATIONS
 from pylora.reference.dropout import dropout
 from pylora.reference.nf4_linear import base_linear, base_linear_backward
-from pylora.reference.rows import as_rows
 
 
 def lora_linear(call: LoraLinearCall) -> tuple[Tensor, Tensor]:
@@ -53,22 +62,22 @@ def layer_backward(
     dx = grad @ W + mask / (1 - p) * (dh @ lora_A). Only the shape and dtype of x are read if
     neither dweight nor dlora_A is wanted.
     """
-    flat_grad, low = as_rows(grad), layer.low_rank
+    flat_grad, low = token_matrix(grad), layer.low_rank
     dx = base_linear_backward(grad, layer.weight) if wanted.x else None
-    dweight = flat_grad.t() @ as_rows(x) if wanted.weight else None
+    dweight = flat_grad.t() @ token_matrix(x) if wanted.weight else None
     dbias = flat_grad.sum(0) if wanted.bias else None
     if low is None or not wanted.any:
         return LayerGradients(dx, dweight, bias=dbias)
 
     act = ACTIVATIONS[low.activation]
     scaled = flat_grad.to(low.A.dtype) * low.scaling
-    h = as_rows(h).to(low.A.dtype)
+    h = token_matrix(h).to(low.A.dtype)
     dh = act.backward(scaled @ low.B, h)
     if dx is not None:
         dx = (dx + dropout((dh @ low.A).view(x.shape), low.dropout)).to(x.dtype)
     dlora_A = None
     if wanted.A:
-        dlora_A = dh.t() @ as_rows(dropout(x.to(low.A.dtype), low.dropout))
+        dlora_A = dh.t() @ token_matrix(dropout(x.to(low.A.dtype), low.dropout))
     return LayerGradients(
         x=dx,
         weight=dweight,
@@ -78,3 +87,20 @@ def layer_backward(
         A_bias=dh.sum(0) if wanted.A_bias else None,
         B_bias=scaled.sum(0) if wanted.B_bias else None,
     )
+
+
+class LayerFunctions(NamedTuple):
+    """How the reference of an op of several layers runs each of its layers.
+
+    forward     (x, layer) -> (y, h)
+    backward    (grad, x, h, layer, wanted) -> LayerGradients
+
+    A backend that has no fused kernel for such an op passes its own single-layer kernels, and so
+    runs every NF4 weight itself.
+    """
+
+    forward: Callable[[Tensor, Layer], tuple[Tensor, Tensor]]
+    backward: Callable[[Tensor, Tensor, Tensor, Layer, Wanted], LayerGradients]
+
+
+REFERENCE_LAYERS = LayerFunctions(layer_forward, layer_backward)

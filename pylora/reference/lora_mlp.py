@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pylora.calls import LayerGradients, LoraMlpBackward, LoraMlpCall
 from pylora.reference.activation import GATED_ACTIVATIONS
-from pylora.reference.layers import REFERENCE_LAYERS, LayerFunctions
+from pylora.reference.lora_linear import REFERENCE_LAYERS, LayerFunctions
 
 
 def lora_mlp(

@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pylora.calls import LayerGradients, LoraQkvBackward, LoraQkvCall
-from pylora.reference.layers import REFERENCE_LAYERS, LayerFunctions
+from pylora.reference.lora_linear import REFERENCE_LAYERS, LayerFunctions
 
 
 def lora_qkv(

@@ -12,10 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pylora.calls import LayerGradients, MultiLoraBackward, MultiLoraCall, Wanted
+from pylora.calls import LayerGradients, MultiLoraBackward, MultiLoraCall, Wanted, token_matrix
 from pylora.reference.adapter_groups import groups
-from pylora.reference.layers import REFERENCE_LAYERS, LayerFunctions
-from pylora.reference.rows import as_rows
+from pylora.reference.lora_linear import REFERENCE_LAYERS, LayerFunctions
 
 _CONTIGUOUS = torch.contiguous_format
 
@@ -41,7 +40,7 @@ def multi_lora_linear(
     is zero in the rows without an adapter."""
     x, adapters = call.x, call.adapters
     check_adapter_ids(adapters.ids, adapters.count)
-    flat_x = as_rows(x)
+    flat_x = token_matrix(x)
     y, _ = run.forward(flat_x, call.layer)
     hidden_dtype = torch.promote_types(adapters.A.dtype, torch.float32)
     h = x.new_zeros(flat_x.shape[0], adapters.rank, dtype=hidden_dtype)
@@ -62,7 +61,7 @@ def multi_lora_linear_backward(
     lora_B[i];  dlora_A[i] = dh^T x;  dx = grad @ W + dh @ lora_A[i].
     """
     wanted, adapters = call.wanted, call.adapters
-    flat_grad, flat_x, flat_h = map(as_rows, (call.grad, call.x, call.h))
+    flat_grad, flat_x, flat_h = map(token_matrix, (call.grad, call.x, call.h))
     base = Wanted(x=wanted.x, weight=wanted.weight, bias=wanted.bias)
     found = run.backward(flat_grad, flat_x, flat_x.new_empty(0), call.layer, base)
     dx = found.x

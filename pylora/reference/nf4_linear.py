@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from pylora.calls import Nf4LinearBackward, Nf4LinearCall, Weight
+from pylora.calls import Nf4LinearBackward, Nf4LinearCall, Weight, token_matrix
 from pylora.reference.nf4_dequantize import row_panels
-from pylora.reference.rows import as_rows
 
 
 def nf4_linear(call: Nf4LinearCall) -> Tensor:
@@ -36,7 +35,7 @@ def base_linear_backward(grad: Tensor, weight: Weight) -> Tensor:
     if not weight.is_nf4:
         return grad @ weight.data
     compute = torch.promote_types(grad.dtype, torch.float32)
-    flat = as_rows(grad)
+    flat = token_matrix(grad)
     dx = flat.new_zeros(flat.shape[0], weight.in_features, dtype=compute)
     for rows, panel in row_panels(weight, grad.dtype):
         dx.addmm_(flat[:, rows].to(compute), panel.to(compute))
