@@ -21,7 +21,7 @@ from pylora.backends import limits
 def explained(op: str, *args: Any) -> str:
     """The backend and its variant that take this call, from `pylora.explain`."""
     explanation = pylora.explain(op, *args)
-    return f"{explanation.backend} ({explanation.path})"
+    return f"{explanation.backend} ({explanation.compiled_for})"
 
 
 def nf4_linear(operands: Operands) -> Layer:

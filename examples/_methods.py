@@ -217,7 +217,7 @@ def chosen_kernels(model: nn.Module) -> str:
             choice = pylora.explain(
                 "lora_linear", x, weight, layer.lora_A, layer.lora_B, layer.scaling
             )
-            return f"{choice.backend} ({choice.path})"
+            return f"{choice.backend} ({choice.compiled_for})"
     return ""
 
 

@@ -26,7 +26,8 @@ def token_count(x: Tensor) -> int:
 def token_matrix(x: Tensor) -> Tensor:
     """x [..., features] as a matrix [tokens, features]; it is a view if x can be viewed so.
 
-    The tokens are counted: reshape(-1, ...) cannot tell how many there are if there are no features.
+    The tokens are counted: reshape(-1, ...) cannot tell how many there are if there are no
+    features.
     """
     return x.reshape(token_count(x), x.shape[-1])
 

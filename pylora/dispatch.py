@@ -1,8 +1,8 @@
-"""The only place a backend is chosen.
+"""The only place where a backend is chosen.
 
-`choose` asks each backend, fastest first, and takes the first plan; the reference takes everything.
-`use_backend` or the environment variable PYLORA_BACKEND asks for one backend by name: what it does
-not take goes to the reference, and `pylora.explain` says so.
+`choose` asks each backend, fastest first, and takes the first plan; the reference takes every call.
+`use_backend` and the environment variable PYLORA_BACKEND ask for one backend by name: calls that it
+does not take run on the reference, and `pylora.explain` says so.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ BACKENDS: dict[str, Backend] = {
     for backend in (cuda.BACKEND, triton.BACKEND, cpu.BACKEND, reference.BACKEND)
 }
 
-# Process-wide, not a context variable: autograd runs the backward of CUDA ops on threads of its
-# own.
+# This is process-wide and no context variable, because autograd runs the backward of CUDA ops on
+# threads of its own.
 _forced: str | None = None
 
 
@@ -37,7 +37,10 @@ def _check_name(name: str, source: str) -> str:
 
 
 def forced_backend() -> str | None:
-    """The backend asked for by `use_backend` or PYLORA_BACKEND; None if none was."""
+    """The name of the backend that `use_backend` or PYLORA_BACKEND asks for; None if neither does.
+
+    Raises ValueError for an unknown name, RuntimeError for a backend that cannot run here.
+    """
     if _forced is not None:
         return _forced
     name = settings.current().backend
@@ -46,9 +49,9 @@ def forced_backend() -> str | None:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs every op on the backend `name`, for the whole process, until the block ends.
+    """A context in which every op runs on the backend `name`, in the whole process.
 
-    name    "reference", "cpu", "triton" or "cuda"; arguments it does not take go to the reference
+    name    "reference", "cpu", "triton" or "cuda"; calls that it does not take run on the reference
 
     Raises ValueError for an unknown name, RuntimeError for a backend that cannot run here.
     """
@@ -63,7 +66,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def candidates() -> list[Backend]:
-    """The backends to ask, in order; the reference is always the last."""
+    """The backends to ask, in order; the reference always comes last."""
     forced = forced_backend()
     if forced is None:
         return list(BACKENDS.values())
@@ -71,7 +74,7 @@ def candidates() -> list[Backend]:
 
 
 def unavailable(backend: Backend) -> Reason:
-    """None if `backend`, one of the candidates, would be asked at all, else the reason."""
+    """Why `backend`, one of the candidates, is not asked at all; None if it is asked."""
     if forced_backend() is None:
         return backend.unavailable() or backend.why_not_by_default()
     return backend.unavailable()
@@ -79,7 +82,7 @@ def unavailable(backend: Backend) -> Reason:
 
 @lru_cache(maxsize=1)
 def _usable() -> tuple[Backend, ...]:
-    """The candidates that can run in this process."""
+    """The candidates that are asked in this process."""
     return tuple(backend for backend in candidates() if unavailable(backend) is None)
 
 
@@ -87,7 +90,7 @@ _generation = 0
 
 
 def generation() -> int:
-    """Changes whenever plans made before it may no longer hold."""
+    """A number that changes whenever older plans may no longer hold."""
     return _generation
 
 
@@ -116,6 +119,6 @@ def choose(call: Any) -> tuple[Backend, Plan]:
 
 
 def run(call: Any) -> Any:
-    """What the fastest backend that takes `call` makes of it."""
+    """Runs `call` on the fastest backend that takes it."""
     _, plan = choose(call)
     return plan.run(call)

@@ -44,8 +44,7 @@ def _h_matrix(h: Tensor, layer: Layer) -> Tensor:
 
 
 def _shaped_like(y: Tensor, x: Tensor) -> Tensor:
-    """y [tokens, features] with the leading dimensions of x; the h of a layer without LoRA, [0], as
-    it is."""
+    """y [tokens, features] with the leading dimensions of x; an empty h [0] stays as it is."""
     return y.view(*x.shape[:-1], y.shape[-1]) if y.dim() == 2 else y
 
 
