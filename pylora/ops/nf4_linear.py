@@ -51,7 +51,7 @@ def _second_record(call: Nf4LinearBackward, results: Sequence[Tensor]) -> Nf4Lin
 def _second_backward(
     grads: Sequence[Any], saved: Saved, wanted: Sequence[bool]
 ) -> Sequence[Tensor | None]:
-    # dx = grad @ W is linear in grad alone: the way back is ddx @ W^T.
+    # dx = grad @ W is linear in grad, so the gradient of grad is ddx @ W^T.
     (ddx,), (wants_grad, _) = grads, wanted
     return (run(spec.NF4_LINEAR.read_with_gradient(ddx, saved)) if wants_grad else None), None
 

@@ -1,11 +1,11 @@
 """A linear layer with a low-rank path, forward and backward, in pure PyTorch.
 
-    xd = dropout(x)                                  regenerated from a seed
+    xd = dropout(x)                                  its mask is regenerated from a seed
     h  = xd @ lora_A^T + lora_A_bias                 [..., r], before the activation
     y  = x @ W^T + bias + scaling * (act(h) @ lora_B^T + lora_B_bias)
 
-With the identity this is LoRA (Hu et al., arXiv:2106.09685); with a nonlinearity it is the parallel
-adapter (He et al., arXiv:2110.04366). W is dense [out_features, in_features] or NF4.
+If act is the identity, this is LoRA (Hu et al., arXiv:2106.09685); if it is a nonlinearity, this is
+the parallel adapter (He et al., arXiv:2110.04366). W is dense [out_features, in_features] or NF4.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pylora.reference.nf4_linear import base_linear, base_linear_backward
 
 
 def lora_linear(call: LoraLinearCall) -> tuple[Tensor, Tensor]:
-    """y [..., out_features] in x.dtype and h [..., r] in fp32 (float64 for float64 weights)."""
+    """(y [..., out_features] in x.dtype, h [..., r] in fp32, or in float64 for float64 weights)."""
     return layer_forward(call.x, call.layer)
 
 
@@ -41,7 +41,7 @@ def lora_linear_backward(call: LoraLinearBackward) -> LayerGradients:
 
 
 def layer_forward(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
-    """(y, h) of a layer with or without LoRA; h is empty [0] without.
+    """(y, h) of a layer with or without LoRA; without it h is an empty tensor [0].
 
     The low-rank path runs in the dtype of lora_A, as PEFT runs it.
     """
@@ -58,9 +58,12 @@ def layer_backward(
 ) -> LayerGradients:
     """The gradients of a layer with or without LoRA.
 
-    dlora_B = scaling grad^T act(h);  dh = (scaling grad @ lora_B) * act'(h);  dlora_A = dh^T xd;
-    dx = grad @ W + mask / (1 - p) * (dh @ lora_A). Only the shape and dtype of x are read if
-    neither dweight nor dlora_A is wanted.
+        dlora_B = scaling * grad^T @ act(h)
+        dh      = (scaling * grad @ lora_B) * act'(h)
+        dlora_A = dh^T @ xd
+        dx      = grad @ W + mask / (1 - p) * (dh @ lora_A)
+
+    If neither dweight nor dlora_A is wanted, only the shape and dtype of x are read.
     """
     flat_grad, low = token_matrix(grad), layer.low_rank
     dx = base_linear_backward(grad, layer.weight) if wanted.x else None

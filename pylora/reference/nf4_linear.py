@@ -1,4 +1,4 @@
-"""y = x @ W^T + bias over a base weight in pure PyTorch; NF4 is decoded a panel at a time."""
+"""y = x @ W^T + bias in pure PyTorch; an NF4 weight is decoded one panel of rows at a time."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pylora.reference.nf4_dequantize import row_panels
 
 
 def nf4_linear(call: Nf4LinearCall) -> Tensor:
-    """x [..., in_features] -> [..., out_features], computed in x.dtype as torch computes it."""
+    """y [..., out_features], computed in x.dtype as torch computes a linear layer."""
     return base_linear(call.x, call.layer.weight, call.layer.bias)
 
 
 def nf4_linear_backward(call: Nf4LinearBackward) -> Tensor:
-    """dx = grad @ W: grad [..., out_features] -> [..., in_features]."""
+    """dx = grad @ W [..., in_features] in grad.dtype."""
     return base_linear_backward(call.grad, call.weight)
 
 
@@ -31,7 +31,7 @@ def base_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 
 
 def base_linear_backward(grad: Tensor, weight: Weight) -> Tensor:
-    """grad @ W over a dense or an NF4 weight, whose panels are summed in fp32."""
+    """grad @ W over a dense or an NF4 weight; the products with NF4 panels are summed in fp32."""
     if not weight.is_nf4:
         return grad @ weight.data
     compute = torch.promote_types(grad.dtype, torch.float32)
