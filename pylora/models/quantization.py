@@ -1,4 +1,4 @@
-"""`quantize_model`: the linear layers of a model turned to NF4 in place, one at a time."""
+"""`quantize_model` replaces the linear layers of a model by NF4 layers in place, one at a time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pylora.nn import NF4Linear
 
 logger = logging.getLogger(__name__)
 
-# A progress bar appears only where the work takes longer than this (seconds).
+# A progress bar appears only if the work takes longer than this many seconds.
 _PROGRESS_DELAY = 2.0
 _Model = TypeVar("_Model", bound=nn.Module)
 _Place = tuple[str, nn.Module | None, str]
@@ -45,12 +45,15 @@ def quantize_model(
                                with everything inside them
     blocksize, double_quant    as in `pylora.quantize_nf4`
 
-    One layer is quantized at a time: the dense model and one quantized layer are the most that
-    exists. bitsandbytes' Linear4bit (nf4) layers are taken over with the bytes they have. A layer
-    whose weight is shared with a module that stays dense (an output head tied to the embeddings), a
-    subclass of nn.Linear and what the model declares as float32-only stay dense; the log
-    (`pylora.models.quantization`) says which. All layers are checked first: ValueError or TypeError
-    names the module and nothing has changed.
+    One layer is quantized at a time, so memory never holds more than the dense model and one
+    quantized layer. bitsandbytes' Linear4bit (nf4) layers keep their bytes. Some layers stay dense:
+    those that share their weight with a module that stays dense (an output head tied to the
+    embeddings), subclasses of nn.Linear, and layers that the model declares as float32-only. The
+    log (`pylora.models.quantization`) says which.
+
+    Raises ValueError or TypeError that names the module if a layer cannot be quantized; all layers
+    are checked before the model changes.
+    Source: QLoRA, arXiv:2305.14314.
     """
     root = unwrapped(model)
     check_blocksize(blocksize)
@@ -78,9 +81,10 @@ def quantize_model(
 
 
 def _places(chosen: list[Site]) -> list[dict[int, list[_Place]]]:
-    """Where the layers sit, by layer, those that share a weight together.
+    """The places of each layer, in one dict for the layers that share a weight.
 
-    Places and not modules: a list of modules would keep every dense weight alive to the end.
+    These are places and not modules, because a list of modules would keep every dense weight alive
+    to the end.
     """
     groups: dict[int, dict[int, list[_Place]]] = {}
     for site in chosen:
@@ -90,7 +94,7 @@ def _places(chosen: list[Site]) -> list[dict[int, list[_Place]]]:
 
 
 def _choose(model: nn.Module, skip: tuple[str, ...]) -> list[Site]:
-    """The layers to quantize; says in the log which linear layers are left, and why."""
+    """The layers to quantize; the log says which linear layers are left, and why."""
     kept_in_fp32 = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     kept_in_fp32 |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     everything = list(sites(model))
@@ -108,8 +112,8 @@ def _choose(model: nn.Module, skip: tuple[str, ...]) -> list[Site]:
         elif type(site.module) is nn.Linear or is_bitsandbytes_4bit(site.module):
             candidates.append(site)
         else:
-            kind = type(site.module).__name__
-            logger.warning("%s stays dense: %s is a subclass of nn.Linear", site.name, kind)
+            class_name = type(site.module).__name__
+            logger.warning("%s stays dense: %s is a subclass of nn.Linear", site.name, class_name)
     chosen = _without_shared(model, candidates)
     if not chosen and not any(isinstance(site.module, NF4Linear) for site in everything):
         raise ValueError(
@@ -121,13 +125,13 @@ def _choose(model: nn.Module, skip: tuple[str, ...]) -> list[Site]:
 
 
 def _is_inside(name: str, entries: Collection[str]) -> bool:
-    """True where the module or one that contains it is named."""
+    """True if an entry names the module or one that contains it."""
     parts = name.split(".")
     return any(named_by(".".join(parts[:end]), entries) for end in range(1, len(parts) + 1))
 
 
 def _without_shared(model: nn.Module, candidates: list[Site]) -> list[Site]:
-    """Leaves out weights that a module which stays dense also uses."""
+    """The candidates whose weight is used by no module that stays dense."""
     owners = holders(model)
     names = {site.name for site in candidates}
     chosen = []
@@ -151,7 +155,7 @@ def _mention_fused_experts(everything: list[Site]) -> None:
 
 
 def _checked(chosen: list[Site]) -> list[Site]:
-    """The same list. Raises what quantizing any of its layers would raise."""
+    """The same list; raises what quantizing any of its layers would raise."""
     for site in chosen:
         refuse_offloaded(site)
         if is_bitsandbytes_4bit(site.module):
@@ -169,7 +173,10 @@ def _checked(chosen: list[Site]) -> list[Site]:
 def _quantize_layer(
     places: list[_Place], shared: NF4Linear | None, blocksize: int, double_quant: bool
 ) -> NF4Linear:
-    """Replaces one layer wherever it sits; `shared` is one whose weight was the same parameter."""
+    """Replaces one layer in all its places.
+
+    shared    the new layer of one that had the same parameter as its weight, if there is one
+    """
     name, parent, attribute = places[0]
     old = getattr(parent, attribute)
     if is_bitsandbytes_4bit(old):
@@ -195,7 +202,7 @@ def _quantize_layer(
 
 
 def _with_progress(layers: list[Any]) -> Iterable[Any]:
-    """The same list, with tqdm's bar on a terminal where it is installed and the work is long."""
+    """The same list; with tqdm installed, it shows a bar on a terminal if the work is long."""
     try:
         from tqdm import tqdm
     except ImportError:
