@@ -156,8 +156,8 @@ def test_the_check_reaches_the_kernels_for_many_rows():
     picked = list(selfcheck.cases(token_counts=[1, 9]))
     assert {case.description.split("x")[0] for case in picked} == {"1", "9"}
     assert len(picked) == 2 * len(list(selfcheck.cases(token_counts=[1])))
-    with pytest.raises(argparse.ArgumentTypeError, match="'7' is no row count of the check; there"):
-        pylora_main._row_counts("1,7")
+    with pytest.raises(argparse.ArgumentTypeError, match="'7' is no number of tokens of the check"):
+        pylora_main._token_counts("1,7")
 
 
 def test_benchmarks_save_each_cell(tmp_path: Path):

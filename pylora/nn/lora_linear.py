@@ -236,7 +236,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """The weight that `merge` writes: W + scaling B A, dense in fp32; DoRA rescales its rows."""
+        """The weight that `merge` writes: W + scaling B A in fp32, with rows rescaled by DoRA."""
         weight = self.base_weight
         dense = (
             weight.dequantize(torch.float32) if isinstance(weight, NF4Weight) else weight.float()
