@@ -43,7 +43,7 @@ class TilePlan:
     """A tile shape, and how the sum is split.
 
     splits       how many programs share the sum of one tile; each leaves a partial
-    per_split    length of the sum of each, a multiple of the tile's block_k
+    per_split    the length of the sum of each program, a multiple of the tile's block_k
     """
 
     tile: TileConfig
@@ -115,9 +115,9 @@ def _split(
 ) -> tuple[int, int]:
     """(splits, per_split) such that tiles * splits programs fill the device.
 
-    length              of the sum
-    step                of which per_split is a multiple
-    tiles               of the output
+    length              the length of the sum
+    step                the number that per_split is a multiple of
+    tiles               the number of tiles of the output
     per_multiprocessor  programs that a multiprocessor should have
     least               the shortest sum that is worth a program of its own
     """

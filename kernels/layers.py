@@ -70,13 +70,13 @@ def padded_rank(rank: int) -> int:
 def dense_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
     """The weight as a dense tensor [out_features, in_features].
 
-    dtype    of an NF4 weight once it is dequantized; a dense weight is returned as it is
+    dtype    what an NF4 weight is dequantized to; a dense weight is returned as it is
     """
     return nf4_dequantize(weight, weight.shape, dtype) if weight.is_nf4 else weight.data
 
 
 def without_straddling(layer: Layer, dtype: torch.dtype) -> Layer:
-    """The same layer; its weight is dequantized if an NF4 block spans two rows of it."""
+    """The same layer; its weight is dequantized if NF4 blocks straddle its rows."""
     weight = layer.weight
     if not weight.is_nf4 or weight.rows_hold_whole_blocks:
         return layer
@@ -86,8 +86,8 @@ def without_straddling(layer: Layer, dtype: torch.dtype) -> Layer:
 def extends(layer: Layer, dtype: torch.dtype) -> bool:
     """True if a dense product of an NF4 weight may carry the layer's LoRA as extra columns.
 
-    dtype    of x and of the product's operands. fp16 lacks the range of the other dtypes, so LoRA
-             weights of another dtype must not become an fp16 operand.
+    dtype    the dtype of x and the product's operands. fp16 lacks the range of the other dtypes, so
+             LoRA weights of another dtype must not become an fp16 operand.
     """
     low = layer.low_rank
     return (

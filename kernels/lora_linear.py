@@ -11,8 +11,8 @@ It takes one layer, or several layers of one x (lora_qkv, gate and up of lora_ml
     large, dense    x @ W^T, lora_shrink -> linear_expand
 
 Layers that are alike share their launches: lora_shrink reads x once for all of them, and one launch
-of linear_tiles has the tiles of all their weights. A weight with NF4 blocks that straddle two rows
-is dequantized first and then treated as a dense weight.
+of linear_tiles has the tiles of all their weights. A weight with NF4 blocks that straddle rows is
+dequantized first and then treated as a dense weight.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def _run_tiles(
 def lora_linear_by_tiles(x: Tensor, layer: Layer, plan: configs.TilePlan) -> Tensor:
     """y of one layer by the fused tiles with a given plan; measurements call it.
 
-    x [M, K] must have M >= 1, and no NF4 block of the weight may straddle two rows.
+    x [M, K] must have M >= 1, and no NF4 block of the weight may straddle rows.
     """
     x, partials = _shrink(x, [layer], None, None)
     return _run_tiles(x, [layer], [_term(layer.low_rank, partials.get(0))], plan)[0]

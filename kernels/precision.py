@@ -79,8 +79,8 @@ def fp32_precision() -> str:
 def lora_operands(dtype: torch.dtype, lora_dtype: torch.dtype) -> Operands:
     """The operands of products whose result stays in fp32 or in the dtype of the LoRA weights.
 
-    dtype         of x
-    lora_dtype    of lora_A and lora_B, in which plain torch computes these products
+    dtype         the dtype of x
+    lora_dtype    the dtype of lora_A and lora_B, in which plain torch computes these products
 
     If the two dtypes differ, the operands are TF32, which holds fp16 and bf16 exactly.
     """

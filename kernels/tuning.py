@@ -97,7 +97,7 @@ def tuned(
                  two
     sizes        the other sizes that the plan depends on
     layer_key    what the layers have in common; its repr becomes part of the key
-    length       of the sum that the plan may split
+    length       the length of the sum that the plan may split
     run          runs the call with a plan
     """
     measures = settings.current().autotune

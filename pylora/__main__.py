@@ -61,7 +61,7 @@ def check(
 ) -> int:
     """Prints a table of every backend and op against the reference.
 
-    seed            of the random data
+    seed            the seed of the random data
     only            the name of the only backend to check
     ops             the only ops to check; all if empty
     token_counts    check only the shapes with one of these numbers of tokens

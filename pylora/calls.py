@@ -28,7 +28,6 @@ def token_matrix(x: Tensor) -> Tensor:
     """x [..., features] as a matrix [tokens, features]; it is a view if x can be viewed so.
 
     The tokens are counted, because reshape(-1, 0) cannot tell how many there are.
-    features.
     """
     return x.reshape(token_count(x), x.shape[-1])
 
@@ -97,7 +96,7 @@ class Weight:
 
     @property
     def rows_hold_whole_blocks(self) -> bool:
-        """True if the weight is NF4 and none of its blocks spans two rows."""
+        """True if the weight is NF4 and none of its blocks straddles rows."""
         return self.blocksize > 0 and self.shape[1] % self.blocksize == 0
 
 

@@ -84,19 +84,19 @@ def block_count(numel: int, blocksize: int) -> int:
 
 
 def rows_are_blocks(shape: Sequence[int], blocksize: int) -> bool:
-    """True if no NF4 block spans two rows, so that bytes and absmax can be held per row."""
+    """True if no NF4 block straddles rows, so that bytes and absmax can be held per row."""
     return len(shape) >= 2 and shape[-1] > 0 and shape[-1] % blocksize == 0
 
 
 def packed_shape(shape: Sequence[int], blocksize: int) -> tuple[int, ...]:
-    """The shape of the packed bytes: [..., in_features / 2], or flat if blocks span rows."""
+    """The shape of the packed bytes: [..., in_features / 2], or flat if blocks straddle rows."""
     if rows_are_blocks(shape, blocksize):
         return (*shape[:-1], shape[-1] // 2)
     return ((math.prod(shape) + 1) // 2,)
 
 
 def absmax_shape(shape: Sequence[int], blocksize: int) -> tuple[int, ...]:
-    """The shape of absmax: [..., in_features / blocksize], or flat if blocks span rows."""
+    """The shape of absmax: [..., in_features / blocksize], or flat if blocks straddle rows."""
     if rows_are_blocks(shape, blocksize):
         return (*shape[:-1], shape[-1] // blocksize)
     return (block_count(math.prod(shape), blocksize),)

@@ -32,8 +32,8 @@ class NF4Weight:
                       in_features % blocksize == 0, else flat
     absmax            fp32, or uint8 codes under double quantization: [out_features, in_features /
                       blocksize] if in_features % blocksize == 0, else flat
-    shape             of the tensor that was quantized
-    dtype             of the tensor that was quantized; the default dtype of `dequantize()`
+    shape             the shape of the tensor that was quantized
+    dtype             the dtype of that tensor, and the default dtype of `dequantize()`
     blocksize         elements that share one absmax: 32, 64, 128, ... or 4096
     nested_absmax     fp32 [ceil(blocks / nested_blocksize)]; None without double quantization
     nested_code       fp32 [256], the values of the absmax codes; None without double quantization

@@ -58,7 +58,7 @@ def layers_of(
 ) -> tuple[Layer, ...]:
     """The layers of a call, checked against x; each draws a dropout mask of its own.
 
-    in_features    of each projection, by name
+    in_features    the in_features of each projection, by name
 
     Errors name the projection and its part, such as "k.lora_A".
     """

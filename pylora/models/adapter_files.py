@@ -94,7 +94,7 @@ def load_adapter(
 
     model    changed in place; it may have the adapter's LoRA layers already, or none
     path     the folder of the adapter
-    dtype    of the LoRA parameters, if the model has none yet
+    dtype    the dtype of the LoRA parameters, if the model has none yet
 
     A model without LoRA gets the layers that the adapter asks for, and can be trained further. LoRA
     layers that exist are filled and keep their dtype; all shapes must fit. The adapter may be LoRA

@@ -140,7 +140,7 @@ def install(
 ) -> None:
     """Wraps the targeted layers, makes the saved modules trainable and freezes the rest.
 
-    settings    of each targeted layer, by name
+    settings    the settings of each targeted layer, by name
 
     Raises ValueError before anything has changed.
     """

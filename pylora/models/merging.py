@@ -18,7 +18,7 @@ from pylora.nn import LoRALinear, NF4Linear
 class MergedLayer:
     """The loss of merging one layer, as Frobenius norms of float32 values, computed in float64.
 
-    name            of the layer
+    name            the name of the layer
     kind            "nf4", or the dtype of a dense weight
     error           |merged - (W + delta)|, which comes from rounding to the base's format
     delta           |delta|, where delta is what LoRA (and DoRA) change in W

@@ -128,8 +128,8 @@ def pattern_value(patterns: Mapping[str, _Value], name: str, default: _Value) ->
 
 def not_found(what: str, wanted: object, names: Iterable[str]) -> ValueError:
     """The error for a specification that no module matches; it lists some names that exist."""
-    some = ", ".join(list(dict.fromkeys(n.rsplit(".", 1)[-1] for n in names))[:8])
+    examples = ", ".join(list(dict.fromkeys(n.rsplit(".", 1)[-1] for n in names))[:8])
     return ValueError(
         f"{what} is {wanted!r}, which no module of the model matches; "
-        f"it must name modules that exist, such as {some or '(the model has none)'}"
+        f"it must name modules that exist, such as {examples or '(the model has none)'}"
     )

@@ -67,7 +67,7 @@ class KeptCall:
     def run(self, x: Tensor, scaling: float = 1.0, dropout: Dropout | None = None) -> Any:
         """The results in the op's schema, with autograd; h may be None if no gradient is needed.
 
-        scaling, dropout   of the low-rank path, if the layer has one
+        scaling, dropout   those of the low-rank path, if the layer has one
         """
         forward = self._forward
         if forward is None or not _is_plain(x):

@@ -42,7 +42,7 @@ class LoRALinear(nn.Module):
     use_dora        weight-decomposed LoRA (arXiv:2402.09353): rows are rescaled to a trained
                     magnitude
     lora_bias       adds a trained bias behind lora_B
-    dtype           of the LoRA parameters: float32 by default, as in PEFT, whatever the base has
+    dtype           the dtype of the LoRA parameters: float32 by default, as in PEFT
 
     forward(x [..., in_features]) returns [..., out_features] in x.dtype. lora_A [r, in_features]
     starts Kaiming-uniform and lora_B [out_features, r] at zero, so the layer starts as its base.

@@ -103,7 +103,7 @@ def register(
     spec: Spec,
     fake: Callable[[Any], Any],
     gradient: Gradient,
-    results: Callable[[Any, Any], Any] = lambda call, found: found,
+    results: Callable[[Any, Any], Any] = lambda call, result: result,
 ) -> None:
     """Defines `pylora::<name>`: dispatched implementation, fake function and autograd.
 

@@ -301,7 +301,7 @@ def _read_layers(
 ) -> tuple[Layer, ...]:
     """The next layers and their dropout.
 
-    in_features     of every layer, or of the first two if `down_follows`
+    in_features     the in_features of every layer, or of the first two if `down_follows`
     down_follows    true for gate, up and down: down's in_features is gate's out_features
     """
     columns = take.several(12)

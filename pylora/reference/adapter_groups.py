@@ -117,9 +117,9 @@ def segments(adapter_ids: Tensor, adapters: int) -> list[Segment]:
     ids, order = adapter_ids.sort(stable=True)
     begin = torch.searchsorted(ids, torch.arange(adapters + 1, device=ids.device)).tolist()
     return [
-        Segment(index, order[first:last])
-        for index, (first, last) in enumerate(pairwise(begin))
-        if first < last
+        Segment(index, order[first:end])
+        for index, (first, end) in enumerate(pairwise(begin))
+        if first < end
     ]
 
 

@@ -49,7 +49,7 @@ def _range(weight: Weight, absmax: Tensor, begin: int, end: int, dtype: torch.dt
     codes = torch.stack([packed >> 4, packed & 0xF], dim=1).view(-1)
     codes = codes[begin % 2 : begin % 2 + end - begin]
     values = nf4_code(weight.data.device, compute)[codes.to(torch.int64)]
-    first, last = begin // blocksize, -(-end // blocksize)
-    scale = absmax[first:last].to(compute).repeat_interleave(blocksize)
-    scale = scale[begin - first * blocksize :][: end - begin]
+    first_block, end_block = begin // blocksize, -(-end // blocksize)
+    scale = absmax[first_block:end_block].to(compute).repeat_interleave(blocksize)
+    scale = scale[begin - first_block * blocksize :][: end - begin]
     return (values * scale).to(dtype)
