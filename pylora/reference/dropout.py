@@ -53,9 +53,9 @@ def dropout_mask(shape: torch.Size, p: float, seed: Tensor) -> Tensor:
     return kept.view(shape)
 
 
-def dropout(x: Tensor, settings: Dropout | None) -> Tensor:
+def dropout(x: Tensor, record: Dropout | None) -> Tensor:
     """x / (1 - p) for each element that is kept and 0 for the others; x itself without dropout."""
-    if settings is None:
+    if record is None:
         return x
-    mask = dropout_mask(x.shape, settings.p, settings.layer_seed.to(x.device))
-    return torch.where(mask, x * (1.0 / (1.0 - settings.p)), 0.0)
+    mask = dropout_mask(x.shape, record.p, record.layer_seed.to(x.device))
+    return torch.where(mask, x * (1.0 / (1.0 - record.p)), 0.0)
