@@ -1,4 +1,4 @@
-"""What the host code of the linear kernels needs to know about a layer or does with it."""
+"""Questions that the host code of the linear kernels asks about a layer, such as its launch key."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ class LowRank:
 
     @property
     def keep_scale(self) -> float:
-        """What the kept elements of x are multiplied by: 1 / (1 - p), or 1 without dropout."""
+        """The factor of the kept elements of x: 1 / (1 - p), or 1 without dropout."""
         return 1.0 if self.dropout is None else 1.0 / (1.0 - self.dropout.p)
 
 

@@ -185,7 +185,7 @@ def _composed_cases(
     nf4 = trained._replace(weight=w)
     plain = functional.Projection(w, bias=trained.bias)
     dropout = (dropout_p, 1234567890123)
-    # For the layers nf4, plain, and trained or down.
+    # The gradients that the layers nf4, plain, and trained or down compute.
     wanted = (
         Wanted(x=True, A=True, B=True, bias=True),
         Wanted(x=True, bias=True),

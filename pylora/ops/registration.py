@@ -51,7 +51,7 @@ class Gradient:
     outputs: Callable[[Any], int] = lambda call: 1
 
     def save(self, call: Any, results: Sequence[Tensor]) -> Saved:
-        """What the backward of `call` needs; `results` are flat."""
+        """The tensors and other values that the backward of `call` needs; `results` are flat."""
         if self.spec is None:
             return [], []
         _, *others = self.spec.flatten(self.record(call, results))
@@ -149,7 +149,7 @@ def _below_autograd(op: Op, call: Any, plan: Plan) -> Any:
 
 
 def with_gradient(op: Op, call: Any, forward: Callable[[], Any]) -> Any:
-    """What `forward` makes of `call`, through the op's autograd node if a gradient is needed."""
+    """Runs `forward`, under the op's autograd node if an input of `call` needs a gradient."""
     inputs = op.gradient.inputs(call)
     for tensor in inputs:
         if tensor is not None and tensor.requires_grad:
@@ -181,7 +181,7 @@ class RepeatedGradient:
             self._tensors[place] = x.new_empty(0)  # the memory of a call is not kept
 
     def run(self, x: Tensor, forward: Callable[[], Any]) -> Any:
-        """What `forward` makes of x, with autograd."""
+        """Runs `forward` on x, with autograd."""
         needed = x.requires_grad
         for tensor in self._inputs:
             needed = needed or (tensor is not None and tensor.requires_grad)
@@ -198,7 +198,7 @@ class RepeatedGradient:
 
 
 def on_reference(call: Call) -> Any:
-    """What the reference makes of `call`, in the op's schema."""
+    """Runs `call` on the reference; the results are in the op's schema."""
     op = OPS[type(call)]
     plan = dispatch.BACKENDS["reference"].plan(call)
     assert isinstance(plan, Plan)
