@@ -22,9 +22,7 @@ def explained(op: str, *args: Any) -> str:
     """Names the backend and the variant that run this call, as `pylora.explain` does, and what the
     kernels are compiled for if the variant does not say so."""
     explanation = pylora.explain(op, *args)
-    variant, compiled_for = explanation.variant, explanation.path
-    words = variant if variant == compiled_for else f"{variant}; {compiled_for}"
-    return f"{explanation.backend} ({words})"
+    return f"{explanation.backend} ({explanation.compiled_for})"
 
 
 def nf4_linear(tensors: LayerTensors) -> BuiltLayer:
@@ -71,7 +69,7 @@ def _hopper(build: Callable[[LayerTensors], BuiltLayer], has_lora: bool) -> Cont
 def _triton_why_not(cell: Cell, device: torch.device) -> str | None:
     if device.type != "cuda":
         return "it needs a GPU"
-    if limits.CUDA_FEW_ROWS < cell.tokens < limits.CUDA_PRODUCT_FROM:
+    if limits.CUDA_SMALL_M < cell.tokens < limits.CUDA_MANY_ROWS_FROM:
         return "pylora runs it here anyway"
     return dispatch.BACKENDS["triton"].unavailable()
 

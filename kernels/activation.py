@@ -1,7 +1,7 @@
-"""The activations of a bottleneck and their derivatives, in fp32, chosen by a constexpr name.
+"""The activations of a low-rank path and their derivatives, in fp32, chosen by a constexpr name.
 
-The names are those of `pylora.reference.activation.ACTIVATIONS`. tanh is written with exp because
-Triton has none that the interpreter knows; erf is Triton's own.
+The names are those of `pylora.reference.activation.ACTIVATIONS`. tanh is computed from exp because
+Triton's interpreter has no tanh; erf is Triton's own.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def _sigmoid(h):
 
 @triton.jit
 def _tanh(h):
-    # exp(-2 |h|) cannot overflow; near zero, where the quotient cancels, an odd polynomial of
-    # relative error below 2^-25 takes over.
+    # exp(-2 |h|) cannot overflow. Near zero the quotient loses digits by cancellation; an odd
+    # polynomial with a relative error below 2^-25 replaces it there.
     small = h * h
     polynomial = 1.0 + small * (
         -0.33333333 + small * (0.13333333 + small * (-0.053968254 + small * 0.021869488))
@@ -37,7 +37,8 @@ def _tanh(h):
     return tl.where(small < 0.0225, h * polynomial, quotient)
 
 
-# A constexpr stands to the right of a tensor: on the left, the interpreter would wrap the product.
+# A constexpr must stand to the right of a tensor: if it stood to the left, the interpreter would
+# make the product a constexpr too.
 @triton.jit
 def _gelu_argument(h):
     return (h + h * h * h * _CUBIC) * _TANH_SCALE
@@ -45,9 +46,9 @@ def _gelu_argument(h):
 
 @triton.jit
 def activate(h, ACTIVATION: tl.constexpr):
-    """act(h), fp32."""
+    """Returns act(h) in fp32."""
     if ACTIVATION == "relu":
-        # Written so that NaN stays NaN, as in torch.
+        # NaN stays NaN in this form, as it does in torch.
         h = tl.where(h < 0.0, 0.0, h)
     elif ACTIVATION == "gelu":
         h = 0.5 * h * (1.0 + tl.erf(h * _SQRT_HALF))
@@ -66,7 +67,7 @@ def activate(h, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activate_backward(grad, h, ACTIVATION: tl.constexpr):
-    """grad * act'(h), fp32."""
+    """Returns grad * act'(h) in fp32."""
     if ACTIVATION == "relu":
         grad = tl.where(h <= 0.0, 0.0, grad)
     elif ACTIVATION == "gelu":
@@ -93,5 +94,8 @@ def activate_backward(grad, h, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def gated(gate, up, ACTIVATION: tl.constexpr):
-    """act(gate) * up in fp32, rounded once to their dtype: the input of a gated MLP's down."""
+    """Returns act(gate) * up, the input of a gated MLP's down projection.
+
+    The product is computed in fp32 and rounded once to the dtype of gate.
+    """
     return rounded(activate(gate.to(tl.float32), ACTIVATION) * up.to(tl.float32), gate.dtype)

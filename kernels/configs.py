@@ -1,12 +1,13 @@
-"""Which tile shapes, splits and regime a kernel runs with: one rule per op.
+"""The rules that choose tile shapes, splits and the regime of each kernel.
 
-Three regimes of the linear layers, by M, the rows of x:
-  small     fused tiles, K split so that every multiprocessor has work; memory-bound
-  middle    fused tiles, K whole
-  large     the weight dequantized into a buffer, then one dense matrix product
+The linear layers have three regimes, chosen by M, the number of tokens:
+  small     fused tiles; K is split so that every multiprocessor has work; memory-bound
+  middle    fused tiles; K is not split
+  large     the weight is dequantized into a buffer, then multiplied by one dense product
 
-Every threshold here is an estimate, from arithmetic and from the machine code: none has been
-measured on a GPU.
+`block_m`, `block_n` and so on are the sizes of a tile, named as Triton's users name them; they have
+nothing to do with NF4 blocks. Every threshold here is an estimate from arithmetic and from the
+machine code: none has been measured on a GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pylora.kernels.launch import Facts
 
 @dataclass(frozen=True)
 class DequantizeConfig:
-    """One program decodes this many elements, or one block where blocks are larger."""
+    """One program decodes `elements` elements, or one NF4 block if blocks are larger than that."""
 
     elements: int
     num_warps: int
@@ -28,7 +29,7 @@ class DequantizeConfig:
 
 @dataclass(frozen=True)
 class TileConfig:
-    """One program computes block_m x block_n of the output, block_k of the sum at a time."""
+    """One program computes a tile of block_m x block_n of the output, summing block_k at a time."""
 
     block_m: int
     block_n: int
@@ -39,7 +40,11 @@ class TileConfig:
 
 @dataclass(frozen=True)
 class TilePlan:
-    """A tile shape, and how often the sum is split; `per_split` is a multiple of its step."""
+    """A tile shape, and how the sum is split.
+
+    splits       how many programs share the sum of one tile; each leaves a partial
+    per_split    the length of the sum of each program, a multiple of the tile's block_k
+    """
 
     tile: TileConfig
     splits: int
@@ -48,7 +53,7 @@ class TilePlan:
 
 @dataclass(frozen=True)
 class ShrinkConfig:
-    """One program computes block_m x block_r of a projection, block_k of the sum at a time."""
+    """One program computes block_m x block_r of a projection, summing block_k at a time."""
 
     block_m: int
     block_r: int
@@ -59,13 +64,15 @@ class ShrinkConfig:
 
 @dataclass(frozen=True)
 class PointwiseConfig:
+    """One program computes block_m x block_r of an element-wise result."""
+
     block_m: int
     block_r: int
 
 
 @dataclass(frozen=True)
 class ExpandConfig:
-    """One program adds to block_m x block_q of an output that is there already."""
+    """One program adds to block_m x block_q of an output that has been computed before."""
 
     block_m: int
     block_q: int
@@ -73,36 +80,47 @@ class ExpandConfig:
 
 
 @dataclass(frozen=True)
-class AdapterRowsConfig:
-    """One program places block_m rows, comparing block_j others at a time."""
+class AdapterTokensConfig:
+    """One program sorts block_m tokens by adapter, comparing them with block_j others at a time."""
 
     block_m: int
     block_j: int
-    # Comparing each row with each costs less than a sort of several launches up to here.
+    # Up to this many tokens, comparing each with each costs less than a sort of several launches.
     most_counted: int
 
 
 DEQUANTIZE = DequantizeConfig(elements=4096, num_warps=4)
 EXPAND = ExpandConfig(block_m=32, block_q=64, num_warps=4)
 HIDDEN = PointwiseConfig(block_m=32, block_r=16)
-# estimate: 8192^2 comparisons are some 10 us of a whole GPU's arithmetic.
-ADAPTER_ROWS = AdapterRowsConfig(block_m=32, block_j=128, most_counted=8192)
-SUM_OF_PIECES = DequantizeConfig(elements=1024, num_warps=4)
+# Estimate: 8192^2 comparisons take a whole GPU some 10 us.
+ADAPTER_TOKENS = AdapterTokensConfig(block_m=32, block_j=128, most_counted=8192)
+SUM_OF_PARTIALS = DequantizeConfig(elements=1024, num_warps=4)
 
 
 def is_large(M: int, itemsize: int) -> bool:
-    """True if M rows of elements of this size are better off with a dense matrix product."""
+    """True if a dense product is faster than fused tiles for M tokens.
+
+    itemsize    bytes of an element of x
+    """
     return M >= TRITON_PRODUCT_FROM[itemsize]
 
 
 def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
     return -(-a // b)
 
 
 def _split(
     length: int, step: int, tiles: int, facts: Facts, per_multiprocessor: int, least: int
 ) -> tuple[int, int]:
-    """(splits, length of each) so that tiles * splits fill the device, none below `least`."""
+    """(splits, per_split) such that tiles * splits programs fill the device.
+
+    length              the length of the sum
+    step                the number that per_split is a multiple of
+    tiles               the number of tiles of the output
+    per_multiprocessor  programs that a multiprocessor should have
+    least               the shortest sum that is worth a program of its own
+    """
     wanted = max(1, per_multiprocessor * facts.multiprocessors // max(tiles, 1))
     steps = max(1, cdiv(length, step))
     splits = max(1, min(wanted, cdiv(length, least), steps))
@@ -111,10 +129,10 @@ def _split(
 
 
 def _programs(M: int) -> int:
-    """Programs that a multiprocessor should have.
+    """The number of programs that a multiprocessor should have.
 
-    estimate: two keep its memory pipes full; larger tiles are bound by the matrix units, fill a
-    multiprocessor alone, and would pay for a split with a workspace of M rows each.
+    Estimate: two programs keep its memory pipes full. Larger tiles are bound by the matrix units,
+    so one program fills a multiprocessor, and each split would cost another [M, N] of partials.
     """
     return 2 if M <= 64 else 1
 
@@ -122,18 +140,20 @@ def _programs(M: int) -> int:
 def forward_plan(
     M: int, Ns: Sequence[int], K: int, itemsize: int, blocksize: int, facts: Facts
 ) -> TilePlan:
-    """Tiles of y = x @ W^T for weights of Ns rows; the weight is the operand held in registers.
-    blocksize 0: dense."""
-    # A step of K never crosses a block, so that one absmax serves it.
+    """The plan of linear_tiles: y [M, N] = x [M, K] @ W^T for each N in Ns.
+
+    The weight is the operand held in registers. blocksize is 0 for dense weights.
+    """
+    # A step of K never crosses an NF4 block, so it needs one absmax value.
     block_k = min(64 if itemsize == 2 else 32, blocksize or 64)
-    # estimate: 128 rows of W a step need a sixth fewer instructions a weight than 64, but leave
-    # half as many tiles, and narrow layers would be split further.
+    # Estimate: tiles of 128 rows of W need a sixth fewer instructions per weight than tiles of 64,
+    # but there are half as many of them, so the sums of narrow layers would be split further.
     block_n = 128 if sum(Ns) >= 4096 else 64
     if itemsize == 4:
         tile = TileConfig(16 if M <= 16 else 64, 64, block_k, 4, 3)
     elif M <= 16:
-        # 16 bytes of codes a thread and stage, or twice that: it takes some 24 KiB in flight on a
-        # multiprocessor to hide the latency of memory.
+        # A stage loads 16 or 32 bytes of codes per thread. A multiprocessor needs some 24 KiB in
+        # flight to hide the latency of memory, hence six stages.
         tile = TileConfig(16, block_n, block_k, 4, 6)
     elif M <= 32:
         tile = TileConfig(32, block_n, block_k, 4, 4)
@@ -151,17 +171,20 @@ def forward_plan(
 def backward_plan(
     M: int, Ns: Sequence[int], K: int, itemsize: int, blocksize: int, facts: Facts
 ) -> TilePlan:
-    """Tiles of dx = grad @ W, summed over weights of Ns rows: block_n is the width of dx's tile,
-    block_k the step over N."""
+    """The plan of linear_tiles_backward: dx [M, K] = the sum of grad [M, N] @ W over the Ns.
+
+    block_n is the width of a tile of dx, and block_k the step over N. blocksize is 0 for dense
+    weights.
+    """
     if itemsize == 4:
         tile = TileConfig(32, 64, 32, 4, 3)
     elif M <= 16:
         tile = TileConfig(16, 64, 64, 4, 4)
     elif M <= 64 or blocksize == 32:
-        # Twice the absmax values leave too few registers for a larger tile.
+        # Blocks of 32 have twice as many absmax values: too few registers remain for larger tiles.
         tile = TileConfig(64, 64, 64, 4, 3)
     elif facts.capability < 90:
-        # The accumulators are fragments of mma.sync here, and the mask takes registers as well.
+        # Here the accumulators are fragments of mma.sync, and the mask needs registers as well.
         tile = TileConfig(64, 128, 64, 8, 3)
     else:
         tile = TileConfig(128, 128, 64, 8, 3)
@@ -171,18 +194,24 @@ def backward_plan(
 
 
 def length_of(Ns: Sequence[int], tile: TileConfig) -> int:
-    """Of a backward sum over several weights, one behind the other, each to the end of a step."""
+    """The length of a backward sum over several weights, which lie one behind the other.
+
+    Each weight's N is rounded up to whole steps.
+    """
     return sum(cdiv(N, tile.block_k) for N in Ns) * tile.block_k
 
 
-def _few_rows_each(M: int, adapters: int) -> bool:
-    """estimate: adapters of up to 16 rows on average fill tiles of 16 rows better than others."""
+def _few_tokens_each(M: int, adapters: int) -> bool:
+    """True if tiles of 16 tokens fit the adapters better than larger ones.
+
+    Estimate: they do if an adapter has up to 16 tokens on average.
+    """
     return M <= 16 * adapters
 
 
 def multi_expand_tile(M: int, adapters: int, rank: int) -> TileConfig:
-    """`EXPAND` for rows of many adapters; block_k is the step over the rank."""
-    block_m, num_warps = (16, 4) if _few_rows_each(M, adapters) else (32, 8)
+    """The tile [block_m, block_n] of multi_lora_expand; block_k is the step over the rank."""
+    block_m, num_warps = (16, 4) if _few_tokens_each(M, adapters) else (32, 8)
     return TileConfig(block_m, 64, _block_r(rank, 32), num_warps, 2)
 
 
@@ -193,11 +222,11 @@ def _block_r(rank: int, most: int) -> int:
 def shrink_config(
     M: int, K: int, rank: int, fp32: bool, facts: Facts, adapters: int = 1
 ) -> tuple[ShrinkConfig, int, int]:
-    """(config, splits of K, length of each) of projections of [M, K] to [M, at most rank].
+    """(config, splits of K, per_split) of projections of [M, K] to [M, R], R <= rank.
 
-    With several adapters the split is that of the worst case, one that owns all rows.
+    If there are several adapters, the splits suit the worst case: one adapter has all the tokens.
     """
-    block_m = 16 if _few_rows_each(M, adapters) else 64
+    block_m = 16 if _few_tokens_each(M, adapters) else 64
     config = ShrinkConfig(block_m, _block_r(rank, 64), 64, 4, 4)
     if fp32:
         config = ShrinkConfig(block_m, _block_r(rank, 32), 32, 4, 2)
@@ -208,7 +237,7 @@ def shrink_config(
 def gated_shrink_config(
     M: int, K: int, rank: int, fp32: bool, facts: Facts
 ) -> tuple[ShrinkConfig, int, int]:
-    """`shrink_config` of two gradients that are made on the way, which takes more registers."""
+    """`shrink_config` for gated_shrink, which makes its inputs itself and needs more registers."""
     config, splits, per_split = shrink_config(M, K, rank, fp32, facts)
     return replace(config, num_warps=8), splits, per_split
 
@@ -216,9 +245,9 @@ def gated_shrink_config(
 def weight_grad_config(
     M: int, columns: int, rank: int, fp32: bool, facts: Facts
 ) -> tuple[ShrinkConfig, int, int]:
-    """(config, splits of M, length of each) of sums over M to [columns, at most rank].
+    """(config, splits of M, per_split) of sums over M to [columns, R], R <= rank.
 
-    block_m is the width of the tile of columns, block_k the step over M.
+    block_m is the width of a tile of columns, and block_k the step over M.
     """
     config = ShrinkConfig(64, _block_r(rank, 64), 64, 4, 3)
     if fp32:

@@ -1,4 +1,4 @@
-"""Where kernels are launched, and what is known of that device."""
+"""The device that a kernel is launched on, and the facts about it that the rules use."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from torch import Tensor
 
 
 class Facts(NamedTuple):
-    """What the rules of `configs` depend on."""
+    """The facts about a device that the rules of `configs` depend on."""
 
-    capability: int  # 80, 90, 100, ...
+    capability: int  # ten times the compute capability: 80, 90, 100, ...
     multiprocessors: int
 
 
-# Of tensors on no GPU: the interpreter's, which runs one program at a time. Few multiprocessors
-# keep its grids small, yet make it split long sums as a GPU does.
+# These facts stand for the interpreter, whose tensors are on no GPU and which runs one program at a
+# time. Few multiprocessors keep its grids small, but still make it split long sums as a GPU does.
 ELSEWHERE = Facts(capability=90, multiprocessors=4)
 
-
-# Of a thread, at most. Every launch names it: where none is named, ptxas spills a few registers for
-# the sake of occupancy.
+# The most registers of a thread. Every launch sets this limit: without a limit, ptxas spills a few
+# registers for the sake of occupancy.
 MAX_REGISTERS = 255
 
 
@@ -34,13 +33,13 @@ def _device_facts(index: int) -> Facts:
 
 
 def facts(tensor: Tensor) -> Facts:
-    """The facts of the tensor's device."""
+    """The facts about the tensor's device."""
     return _device_facts(tensor.get_device()) if tensor.is_cuda else ELSEWHERE
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Makes the tensor's device the current one: Triton launches there, on its current stream.
+    """A context in which the tensor's device is the current one, where Triton launches kernels.
 
-    The interpreter's tensors are on the CPU and need nothing.
+    The interpreter's tensors are on the CPU and need no such context.
     """
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,4 +1,4 @@
-"""Finishing an output whose base product is there: partial sums of a split, or a dense product."""
+"""Finishes an output of which the base product is there, as partials or as a dense product."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pylora.kernels.launch import MAX_REGISTERS, on_device_of
 from pylora.kernels.precision import rounded
 
 
-@triton.jit(do_not_specialize=["M", "parts", "threshold", "base_parts"])
+@triton.jit(do_not_specialize=["M", "splits", "threshold", "base_splits"])
 def _linear_expand_kernel(
-    base_ptr,  # [base_parts, M, Q], fp32 or of the output's dtype
-    base_parts,
+    base_ptr,  # [base_splits, M, Q], fp32 or of the output's dtype
+    base_splits,
     out_ptr,  # [M, Q]; may be base itself
-    bias_ptrs,  # of the only output: [Q] or None
-    parts_ptrs,  # of each term, here and below: see `epilogue.add_low_rank`
-    parts,
-    parts_scale,
+    bias_ptrs,  # a tuple of one: [Q] or None
+    partials_ptrs,  # this and the following have one entry per term: see `epilogue.add_low_rank`
+    splits,
+    partials_scale,
     hidden_bias_ptrs,
     h_ptrs,
     factor_ptrs,
@@ -43,11 +43,11 @@ def _linear_expand_kernel(
 ):
     """out = sum(base) + bias + sum of mask * (scaling * act(h) @ factor^T) + scaling * factor_bias
 
-    Shapes    base [base_parts, M, Q]; out [M, Q]; the rest as in `epilogue.add_low_rank`
-              (M = rows, Q = features of the output, R = rank)
-    Numerics  fp32 sums in the order of the parts and terms, rounded once.
+    Shapes    base [base_splits, M, Q]; out [M, Q]; the rest as in `epilogue.add_low_rank`
+              (M = tokens, Q = features of the output, R = rank)
+    Numerics  fp32 sums in the order of the partials and terms, rounded once.
     Grid      (tiles of M, fastest, times tiles of Q)
-    Algorithm 1. Add the parts up, in order. 2. Add bias and terms. 3. Store.
+    Algorithm 1. Add up the base's partials, in order. 2. Add bias and terms. 3. Store.
     Source    pylora/reference/lora_linear.py
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -56,22 +56,22 @@ def _linear_expand_kernel(
     q = pid_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     offset = m.to(tl.int64)[:, None] * Q + q[None, :]
     inside = (m < M)[:, None] & (q < Q)[None, :]
-    # 1.
+    # 1. Add up the base's partials.
     acc = tl.load(base_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    for part in range(1, base_parts):
-        values = tl.load(base_ptr + part * (M.to(tl.int64) * Q) + offset, mask=inside, other=0.0)
+    for split in range(1, base_splits):
+        values = tl.load(base_ptr + split * (M.to(tl.int64) * Q) + offset, mask=inside, other=0.0)
         acc += values.to(tl.float32)
-    # 2.
+    # 2. Add bias and terms.
     if bias_ptrs[0] is not None:
         acc = add_to_columns(acc, bias_ptrs[0], 1.0, q, Q, False)
-    for i in tl.static_range(len(parts_ptrs)):
+    for i in tl.static_range(len(partials_ptrs)):
         acc = add_low_rank(
             acc,
             m,
             pid_q * BLOCK_Q,
-            parts_ptrs[i],
-            parts,
-            parts_scale,
+            partials_ptrs[i],
+            splits,
+            partials_scale,
             hidden_bias_ptrs[i],
             h_ptrs[i],
             pid_q == 0,
@@ -94,17 +94,20 @@ def _linear_expand_kernel(
         )
         if factor_bias_ptrs[i] is not None:
             acc = add_to_columns(acc, factor_bias_ptrs[i], scalings[i], q, Q, False)
-    # 3.
+    # 3. Store.
     tl.store(out_ptr + offset, rounded(acc, out_ptr.dtype.element_ty), mask=inside)
 
 
 def linear_expand(base: Tensor, out: Tensor, epilogue: Epilogue) -> None:
-    """base [parts, M, Q] -> out [M, Q], both contiguous; out may share the memory of one part."""
+    """Writes the sum of base [splits, M, Q] and what the epilogue adds to out [M, Q].
+
+    Both are contiguous; out may be the same memory as one of the base's partials.
+    """
     M, Q = out.shape
     with on_device_of(out):
         _linear_expand_kernel[(triton.cdiv(M, EXPAND.block_m) * triton.cdiv(Q, EXPAND.block_q),)](
             base_ptr=base,
-            base_parts=base.shape[0],
+            base_splits=base.shape[0],
             out_ptr=out,
             M=M,
             Q=Q,

@@ -1,4 +1,4 @@
-"""Between the two low-rank products: sums of parts, bias, activation and its derivative."""
+"""The step between the two low-rank products: sum of partials, bias, activation, its derivative."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from pylora.kernels.precision import rounded
 
 
 @triton.jit
-def sum_of_parts(parts_ptr, parts, offset, inside, M, R):
-    """Sum of the fp32 parts [parts, M, R] at `offset` in [M, R], in order."""
-    total = tl.load(parts_ptr + offset, mask=inside, other=0.0)
-    for part in range(1, parts):
-        total += tl.load(parts_ptr + part * (M.to(tl.int64) * R) + offset, mask=inside, other=0.0)
+def sum_of_partials(partials_ptr, splits, offset, inside, M, R):
+    """Returns the sum of the fp32 partials [splits, M, R] at `offset` in [M, R], added in order."""
+    total = tl.load(partials_ptr + offset, mask=inside, other=0.0)
+    for split in range(1, splits):
+        total += tl.load(
+            partials_ptr + split * (M.to(tl.int64) * R) + offset, mask=inside, other=0.0
+        )
     return total
 
 
-@triton.jit(do_not_specialize=["M", "parts"])
+@triton.jit(do_not_specialize=["M", "splits"])
 def _lora_hidden_kernel(
-    parts_ptr,
-    parts,
-    parts_scale,
+    partials_ptr,  # fp32 [splits, M, R]
+    splits,
+    partials_scale,
     bias_ptr,  # [R] or None
     h_ptr,  # fp32 [M, R]
     out_ptr,  # [M, WIDTH], rows stride_out apart
@@ -39,9 +41,10 @@ def _lora_hidden_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """h = parts_scale * sum(parts) + bias;  out = scaling * act(h), zero in the columns beyond R
+    """h = partials_scale * sum(partials) + bias;  out = scaling * act(h)
 
-    Shapes    parts fp32 [parts, M, R]; bias [R]; h fp32 [M, R]; out [M, WIDTH], WIDTH >= R
+    Shapes    partials fp32 [splits, M, R]; bias [R]; h fp32 [M, R]; out [M, WIDTH], WIDTH >= R,
+              zero in the columns beyond R  (M = tokens, R = rank)
     Grid      (tiles of M, tiles of WIDTH)
     Source    pylora/reference/lora_linear.py
     """
@@ -49,7 +52,7 @@ def _lora_hidden_kernel(
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     row = m.to(tl.int64)[:, None]
     inside = (m < M)[:, None] & (r < R)[None, :]
-    h = parts_scale * sum_of_parts(parts_ptr, parts, row * R + r[None, :], inside, M, R)
+    h = partials_scale * sum_of_partials(partials_ptr, splits, row * R + r[None, :], inside, M, R)
     if bias_ptr is not None:
         h += tl.load(bias_ptr + r, mask=r < R, other=0.0).to(tl.float32)[None, :]
     tl.store(h_ptr + row * R + r[None, :], h, mask=inside)
@@ -61,10 +64,10 @@ def _lora_hidden_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["M", "parts"])
+@triton.jit(do_not_specialize=["M", "splits"])
 def _lora_hidden_backward_kernel(
-    parts_ptr,
-    parts,
+    partials_ptr,  # fp32 [splits, M, R]
+    splits,
     h_ptr,  # fp32 [M, R]
     dh_ptr,  # fp32 [M, R]
     activated_ptr,  # fp32 [M, R]
@@ -78,10 +81,11 @@ def _lora_hidden_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """dh = scaling * sum(parts) * act'(h);  activated = scaling * act(h)
+    """dh = scaling * sum(partials) * act'(h);  activated = scaling * act(h)
 
-    Shapes    parts fp32 [parts, M, R], of grad @ lora_B; h, dh, activated fp32 [M, R]; copy of dh
-              [M, WIDTH], WIDTH >= R, zero in the columns beyond R
+    Shapes    partials fp32 [splits, M, R], whose sum is grad @ lora_B; h, dh, activated fp32
+              [M, R]; copy of dh [M, WIDTH], WIDTH >= R, zero in the columns beyond R
+              (M = tokens, R = rank)
     Grid      (tiles of M, tiles of WIDTH)
     Source    pylora/reference/lora_linear.py
     """
@@ -90,7 +94,7 @@ def _lora_hidden_backward_kernel(
     row = m.to(tl.int64)[:, None]
     offset = row * R + r[None, :]
     inside = (m < M)[:, None] & (r < R)[None, :]
-    da = scaling * sum_of_parts(parts_ptr, parts, offset, inside, M, R)
+    da = scaling * sum_of_partials(partials_ptr, splits, offset, inside, M, R)
     h = tl.load(h_ptr + offset, mask=inside, other=0.0)
     dh = activate_backward(da, h, ACTIVATION)
     tl.store(dh_ptr + offset, dh, mask=inside)
@@ -104,22 +108,25 @@ def _lora_hidden_backward_kernel(
 
 
 def lora_hidden(
-    parts: Tensor,
-    parts_scale: float,
+    partials: Tensor,
+    partials_scale: float,
     bias: Tensor | None,
     scaling: float,
     activation: str,
     out: Tensor,
 ) -> Tensor:
-    """Returns h fp32 [M, R] and writes scaling * act(h) to `out` [M, width], zero beyond R."""
-    count, M, R = parts.shape
-    h = parts.new_empty(M, R)
+    """Returns h fp32 [M, R] and writes scaling * act(h) to `out` [M, width], zero beyond R.
+
+    h = partials_scale * sum(partials) + bias, where the partials are fp32 [splits, M, R].
+    """
+    splits, M, R = partials.shape
+    h = partials.new_empty(M, R)
     grid = (triton.cdiv(M, HIDDEN.block_m), triton.cdiv(out.shape[1], HIDDEN.block_r))
-    with on_device_of(parts):
+    with on_device_of(partials):
         _lora_hidden_kernel[grid](
-            parts,
-            count,
-            parts_scale,
+            partials,
+            splits,
+            partials_scale,
             bias,
             h,
             out,
@@ -137,17 +144,21 @@ def lora_hidden(
 
 
 def lora_hidden_backward(
-    parts: Tensor, h: Tensor, scaling: float, activation: str, copy: Tensor | None = None
+    partials: Tensor, h: Tensor, scaling: float, activation: str, copy: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(dh, scaling * act(h)), both fp32 [M, R]; dh also to `copy` [M, width], zero beyond R."""
-    count, M, R = parts.shape
+    """Returns (dh, scaling * act(h)), both fp32 [M, R]; also writes dh to `copy`, if given.
+
+    partials    fp32 [splits, M, R], whose sum is grad @ lora_B
+    copy        [M, width], which gets zeros in the columns beyond R
+    """
+    splits, M, R = partials.shape
     dh, activated = torch.empty_like(h), torch.empty_like(h)
     width = copy.shape[1] if copy is not None else R
     grid = (triton.cdiv(M, HIDDEN.block_m), triton.cdiv(width, HIDDEN.block_r))
-    with on_device_of(parts):
+    with on_device_of(partials):
         _lora_hidden_backward_kernel[grid](
-            parts,
-            count,
+            partials,
+            splits,
             h,
             dh,
             activated,

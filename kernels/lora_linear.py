@@ -1,14 +1,18 @@
-"""y = x @ W^T + bias + scaling * (act(dropout(x) @ lora_A^T + lora_A_bias) @ lora_B^T +
-lora_B_bias), for one or several layers of one x: which kernels run, by regime.
+"""Forward host code of a layer with LoRA: it chooses which kernels run, by the regime of M.
 
-    small, middle   lora_shrink -> nf4_linear [-> linear_expand where K is split]
-    large, NF4      lora_shrink, copying x -> lora_hidden -> a matrix product for each layer, of
-                    [x | scaling * act(h) of all layers] and [W | lora_B]
+    h = dropout(x) @ lora_A^T + lora_A_bias
+    y = x @ W^T + bias + scaling * (act(h) @ lora_B^T + lora_B_bias)
+
+It takes one layer, or several layers of one x (lora_qkv, gate and up of lora_mlp):
+
+    small, middle   lora_shrink -> linear_tiles [-> linear_expand if K is split]
+    large, NF4      lora_shrink, which also copies x -> lora_hidden -> for each layer a dense
+                    product of [x | scaling * act(h) of all layers] and [W | lora_B]
     large, dense    x @ W^T, lora_shrink -> linear_expand
 
-Layers that are alike share their launches: lora_shrink reads x once for all of them, and one
-nf4_linear has the tiles of all weights. A weight whose blocks straddle rows is dequantized and goes
-the dense way.
+Layers that are alike share their launches: lora_shrink reads x once for all of them, and one launch
+of linear_tiles has the tiles of all their weights. A weight with NF4 blocks that straddle rows is
+dequantized first and then treated as a dense weight.
 """
 
 from __future__ import annotations
@@ -27,29 +31,39 @@ from pylora.kernels.layers import (
     Gated,
     dense_weight,
     extends,
-    groups,
-    layer_kind,
-    low_rank_kind,
+    grouped,
+    layer_key,
+    low_rank_key,
     low_rank_of,
-    wide_step,
+    padded_rank,
     without_straddling,
 )
 from pylora.kernels.linear_expand import linear_expand
+from pylora.kernels.linear_tiles import launch_linear_tiles
 from pylora.kernels.lora_hidden import lora_hidden
 from pylora.kernels.lora_shrink import lora_shrink
 from pylora.kernels.nf4_dequantize import launch_nf4_dequantize
-from pylora.kernels.nf4_linear import launch_nf4_linear
 from pylora.kernels.philox import mask_of
 from pylora.kernels.precision import lora_operands, output_operands
 from pylora.kernels.tuning import tuned
 
 
+def lora_linear(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
+    """x [M, K], any row stride -> y [M, out_features] in x.dtype and h fp32 [M, R].
+
+    h is an empty tensor [0] if the layer has no LoRA.
+    """
+    (result,) = lora_linears(x, [layer])
+    return result
+
+
 def lora_linears(
     x: Tensor, layers: Sequence[Layer], gated: Gated | None = None
 ) -> list[tuple[Tensor, Tensor]]:
-    """(y [M, out_features] in x.dtype, h fp32 [M, R]; without LoRA empty [0]) of each layer.
+    """Runs several layers of one x; returns what `lora_linear` returns for each of them.
 
-    x         [M, K], any row stride; gate where `gated` is given, which then has its strides
+    x         [M, K], any row stride
+    gated     if given, x is the gate of a gated MLP, and the layers' input is act(x) * gated.up
     """
     M, K = x.shape
     if M == 0:
@@ -58,18 +72,19 @@ def lora_linears(
     numbers = range(len(layers))
     large = configs.is_large(M, x.element_size())
     extended = [i for i in numbers if large and extends(layers[i], x.dtype)]
-    # 1. The low-rank projections; x is copied, or made from gate and up, while it is read for them.
-    width = K + sum(wide_step(low_rank_of(layers[i]).rank) for i in extended)
+    # 1. Project x on every lora_A; the kernel that reads x for it also copies it, or makes it from
+    # gate and up.
+    width = K + sum(padded_rank(low_rank_of(layers[i]).rank) for i in extended)
     left = x.new_empty(M, width) if extended or gated is not None else None
-    x, parts = _shrink(x, layers, gated, left)
-    # 2.
+    x, partials = _shrink(x, layers, gated, left)
+    # 2. Multiply by the base weights and finish the low-rank path.
     results: dict[int, tuple[Tensor, Tensor]] = {}
     if left is not None and extended:
-        results = _by_extended_products(left, K, {i: layers[i] for i in extended}, parts)
+        results = _by_extended_products(left, K, {i: layers[i] for i in extended}, partials)
     others = [i for i in numbers if i not in results]
-    for group in groups(others, lambda i: layer_kind(layers[i])):
+    for group in grouped(others, lambda i: layer_key(layers[i])):
         run = _by_products if large else _by_tiles
-        terms = [_term(layers[i].low_rank, parts.get(i)) for i in group]
+        terms = [_term(layers[i].low_rank, partials.get(i)) for i in group]
         outputs = run(x, [layers[i] for i in group], terms)
         for i, y, term in zip(group, outputs, terms, strict=True):
             results[i] = (y, x.new_empty(0) if term is None or term.h is None else term.h)
@@ -83,10 +98,11 @@ def _empty_h(x: Tensor, layer: Layer) -> Tensor:
 
 
 def base_product(x: Tensor, layer: Layer) -> tuple[Tensor, bool]:
-    """x [M, K] @ W^T for a kernel that finishes it.
+    """x [M, K] @ W^T for a kernel that adds more to it; M >= 1.
 
-    Returns ([1, M, out_features] in x.dtype, True) with the bias, or fp32 partial sums [parts, M,
-    out_features] without it and False; at least one row.
+    Returns ([1, M, out_features] in x.dtype, True) if the product is finished and includes the
+    bias, or (fp32 partials [splits, M, out_features], False) if their sum and the bias are still to
+    be added.
     """
     (M, K), out_features = x.shape, layer.weight.out_features
     layer = without_straddling(layer, x.dtype)
@@ -96,23 +112,25 @@ def base_product(x: Tensor, layer: Layer) -> tuple[Tensor, bool]:
     plan = configs.forward_plan(M, [out_features], K, x.element_size(), blocksize, facts(x))
     dtype = x.dtype if plan.splits == 1 else torch.float32
     base = x.new_empty(plan.splits, M, out_features, dtype=dtype)
-    launch_nf4_linear(x, [layer.weight], [base], plan, Epilogue([layer.bias]))
+    launch_linear_tiles(x, [layer.weight], [base], plan, Epilogue([layer.bias]))
     return base, plan.splits == 1
 
 
 def _shrink(
     x: Tensor, layers: Sequence[Layer], gated: Gated | None, left: Tensor | None
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """(x, parts of the layers with LoRA), where x is act(gate) * up if gated; it lies in `left`
-    where there is one."""
+    """(the layers' input, the partials of h by the number of each layer with LoRA).
+
+    left    if given, the layers' input is written to its first K columns, and returned as a view
+    """
     K = x.shape[1]
     with_lora = [i for i in range(len(layers)) if layers[i].low_rank is not None]
     if not with_lora and gated is not None:
         return gated.of(x), {}
-    parts: dict[int, Tensor] = {}
-    for group in groups(with_lora, lambda i: low_rank_kind(low_rank_of(layers[i]))):
+    partials: dict[int, Tensor] = {}
+    for group in grouped(with_lora, lambda i: low_rank_key(low_rank_of(layers[i]))):
         lows = [low_rank_of(layers[i]) for i in group]
-        found = lora_shrink(
+        group_partials = lora_shrink(
             x,
             [low.A for low in lows],
             lora_operands(x.dtype, lows[0].A.dtype),
@@ -121,35 +139,35 @@ def _shrink(
             up=gated.up if gated is not None else None,
             activation=gated.activation if gated is not None else "identity",
         )
-        parts.update(zip(group, found, strict=True))
+        partials.update(zip(group, group_partials, strict=True))
         if left is not None:
             x, left, gated = left[:, :K], None, None
-    return x, parts
+    return x, partials
 
 
-def _term(low: LowRank | None, parts: Tensor | None) -> Term | None:
-    if low is None or parts is None:
+def _term(low: LowRank | None, partials: Tensor | None) -> Term | None:
+    if low is None or partials is None:
         return None
-    h = parts.new_empty(parts.shape[1:])
-    return Term(parts, low.B, low.A_bias, h, low.B_bias, low.scaling)
+    h = partials.new_empty(partials.shape[1:])
+    return Term(partials, low.B, low.A_bias, h, low.B_bias, low.scaling)
 
 
 def _epilogue(x: Tensor, layers: Sequence[Layer], terms: Sequence[Term | None]) -> Epilogue:
-    """Of layers of one kind."""
+    """The epilogue of layers that have the same `layer_key`."""
     biases, low = [layer.bias for layer in layers], layers[0].low_rank
     if low is None:
         return Epilogue(biases)
     return Epilogue(
         biases,
         [term for term in terms if term is not None],
-        parts_scale=low.keep_scale,
+        partials_scale=low.keep_scale,
         activation=low.activation,
         operands=output_operands(x.dtype, low.A.dtype),
     )
 
 
 def _by_tiles(x: Tensor, layers: Sequence[Layer], terms: Sequence[Term | None]) -> list[Tensor]:
-    """Small and middle M: the fused tiles of layers of one kind in one launch."""
+    """Small and middle M: one launch has the fused tiles of layers with the same `layer_key`."""
     M, K = x.shape
     sizes = [layer.weight.out_features for layer in layers]
     blocksize = layers[0].weight.blocksize
@@ -158,7 +176,7 @@ def _by_tiles(x: Tensor, layers: Sequence[Layer], terms: Sequence[Term | None]) 
     def run(plan: configs.TilePlan) -> list[Tensor]:
         return _run_tiles(x, layers, terms, plan)
 
-    return run(tuned("nf4_linear", x, (*sizes, K), layer_kind(layers[0]), rule, K, run))
+    return run(tuned("linear_tiles", x, (*sizes, K), layer_key(layers[0]), rule, K, run))
 
 
 def _run_tiles(
@@ -171,22 +189,22 @@ def _run_tiles(
     M, sizes = x.shape[0], [weight.out_features for weight in weights]
     outputs = [x.new_empty(M, size) for size in sizes]
     if plan.splits == 1:
-        launch_nf4_linear(x, weights, outputs, plan, _epilogue(x, layers, terms))
+        launch_linear_tiles(x, weights, outputs, plan, _epilogue(x, layers, terms))
         return outputs
-    workspaces = [x.new_empty(plan.splits, M, size, dtype=torch.float32) for size in sizes]
-    launch_nf4_linear(x, weights, workspaces, plan, Epilogue())
-    for workspace, y, layer, term in zip(workspaces, outputs, layers, terms, strict=True):
-        linear_expand(workspace, y, _epilogue(x, [layer], [term]))
+    partials = [x.new_empty(plan.splits, M, size, dtype=torch.float32) for size in sizes]
+    launch_linear_tiles(x, weights, partials, plan, Epilogue())
+    for layer_partials, y, layer, term in zip(partials, outputs, layers, terms, strict=True):
+        linear_expand(layer_partials, y, _epilogue(x, [layer], [term]))
     return outputs
 
 
 def lora_linear_by_tiles(x: Tensor, layer: Layer, plan: configs.TilePlan) -> Tensor:
-    """y of one layer by the fused tiles, with a plan of the caller's: for measurements.
+    """y of one layer by the fused tiles with a given plan; measurements call it.
 
-    x [M, K] has a row or more, and no block of the weight straddles two rows.
+    x [M, K] must have M >= 1, and no NF4 block of the weight may straddle rows.
     """
-    x, parts = _shrink(x, [layer], None, None)
-    return _run_tiles(x, [layer], [_term(layer.low_rank, parts.get(0))], plan)[0]
+    x, partials = _shrink(x, [layer], None, None)
+    return _run_tiles(x, [layer], [_term(layer.low_rank, partials.get(0))], plan)[0]
 
 
 def _by_products(x: Tensor, layers: Sequence[Layer], terms: Sequence[Term | None]) -> list[Tensor]:
@@ -205,27 +223,27 @@ def _by_products(x: Tensor, layers: Sequence[Layer], terms: Sequence[Term | None
 
 
 def _by_extended_products(
-    left: Tensor, K: int, layers: dict[int, Layer], parts: dict[int, Tensor]
+    left: Tensor, K: int, layers: dict[int, Layer], partials: dict[int, Tensor]
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """Large M over NF4: [x | scaling * act(h)] @ [W | lora_B]^T, LoRA rides on the dense product.
+    """Large M over NF4: one dense product y = [x | scaling * act(h)] @ [W | lora_B]^T per layer.
 
-    `left` begins with x. Each product has the columns of all the layers, those of the others times
-    zero: that costs less than a matrix for each.
+    `left` begins with x. It has the columns of every layer; in a layer's product the columns of the
+    other layers are multiplied by zero, which costs less than a left operand for each layer.
     """
     hidden, columns, first = {}, {}, K
     for i, layer in layers.items():
         low = low_rank_of(layer)
-        last = first + wide_step(low.rank)
+        end = first + padded_rank(low.rank)
         columns[i] = slice(first, first + low.rank)
         hidden[i] = lora_hidden(
-            parts[i],
+            partials[i],
             low.keep_scale,
             low.A_bias,
             low.scaling,
             low.activation,
-            left[:, first:last],
+            left[:, first:end],
         )
-        first = last
+        first = end
     results = {}
     for i, layer in layers.items():
         low = low_rank_of(layer)

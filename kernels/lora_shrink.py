@@ -1,5 +1,4 @@
-"""The low-rank projections of one input: dropout(x) @ lora_A^T, and grad @ lora_B in the backward
-pass."""
+"""The low-rank projections of one input: dropout(x) @ lora_A^T, or grad @ lora_B."""
 
 from __future__ import annotations
 
@@ -21,9 +20,9 @@ from pylora.kernels.precision import Operands, as_operand, dot
 @triton.jit(do_not_specialize=["threshold", "M"])
 def _lora_shrink_kernel(
     x_ptr,  # [M, K], rows stride_x apart
-    up_ptr,  # like x, or None: x is gate, and act(gate) * up takes its place
-    factor_ptrs,  # of each projection, here and below: [R, K] where RANK_FIRST, else [K, R]
-    parts_ptrs,  # fp32 [splits, M, R]
+    up_ptr,  # like x, or None; if given, x is gate, and the input is act(gate) * up
+    factor_ptrs,  # tuples have one entry per projection: [R, K] if RANK_FIRST, else [K, R]
+    partials_ptrs,  # fp32 [splits, M, R]
     copy_ptr,  # [M, >= K], rows stride_copy apart, or None
     seed_ptrs,  # int64 [] or None
     threshold,
@@ -43,17 +42,16 @@ def _lora_shrink_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """parts[s] = (mask * x)[:, split s] @ factor[split s], for each of the projections
+    """partials[s] = (mask * x)[:, split s] @ factor[split s] for each projection
 
-    Shapes    x [M, K] fp32|fp16|bf16; factor [R, K] or [K, R]; parts fp32 [splits, M, R]; copy like
-              x  (M = rows of x, K = in_features, R = rank; in the backward pass x is grad and K is
-              out_features)
-    Numerics  fp32 sums of BLOCK_K products each, added in fp32; 1 / (1 - p) is left to the reader
-              of the parts, who also adds them up, in order.
+    Shapes    x [M, K] fp32|fp16|bf16; factor [R, K] or [K, R]; partials fp32 [splits, M, R]; copy
+              like x  (M = tokens, K = in_features, R = rank; in the backward pass x is grad and K
+              is out_features)
+    Numerics  fp32 sums of BLOCK_K products each, added in fp32. The reader of the partials adds
+              them up, in order, and multiplies by 1 / (1 - p).
     Grid      (tiles of M, tiles of the largest R, splits of K)
-    Algorithm 1. Load a tile of x once for all projections. 2. Copy it where a wider matrix is being
-              put together. 3. Regenerate each projection's mask. 4. Multiply with a tile of its
-              factor.
+    Algorithm 1. Load a tile of x once for all projections. 2. Copy it if a wider matrix needs it.
+              3. Regenerate each projection's mask. 4. Multiply by a tile of its factor.
     Source    one pass over x for dropout and projection: LoRAFusion, arXiv:2510.00206;
               pylora/reference/lora_linear.py
     """
@@ -66,7 +64,7 @@ def _lora_shrink_kernel(
     sums = (tl.zeros((BLOCK_M, BLOCK_R), tl.float32),) * len(factor_ptrs)
     first = split * k_per_split
     for start in range(first, tl.minimum(first + k_per_split, K), BLOCK_K):
-        # 1.
+        # 1. Load a tile of x.
         inside = start + k < K
         if EVEN_K:
             x = tl.load(x_ptr + x_offsets + start)
@@ -75,19 +73,19 @@ def _lora_shrink_kernel(
         if up_ptr is not None:
             up = tl.load(up_ptr + x_offsets + start, mask=inside[None, :], other=0.0)
             x = gated(x, up, ACTIVATION)
-        # 2.
+        # 2. Copy it.
         if copy_ptr is not None:
             copy = copy_ptr + m.to(tl.int64)[:, None] * stride_copy + (start + k)[None, :]
             here = (m < M)[:, None] & inside[None, :] & (tl.program_id(1) == 0)
             tl.store(copy, x, mask=here)
         added = ()
         for i in tl.static_range(len(factor_ptrs)):
-            # 3.
+            # 3. Regenerate the mask.
             kept = x
             if seed_ptrs[i] is not None:
                 keep = keep_mask(seed_ptrs[i], threshold, row, start, K, BLOCK_K, ALIGNED_MASK)
                 kept = tl.where(keep, x, 0.0)
-            # 4. Ranks beyond the last repeat it; they are not stored.
+            # 4. Multiply. Ranks beyond the last repeat it and are not stored.
             rank = tl.minimum(r, Rs[i] - 1)
             pointers = factor_pointers(factor_ptrs[i], start + k, rank, K, Rs[i], RANK_FIRST)
             if EVEN_K:
@@ -99,7 +97,7 @@ def _lora_shrink_kernel(
         sums = added
     for i in tl.static_range(len(factor_ptrs)):
         R = Rs[i]
-        out = parts_ptrs[i] + (split.to(tl.int64) * M + m.to(tl.int64)[:, None]) * R + r[None, :]
+        out = partials_ptrs[i] + (split.to(tl.int64) * M + m.to(tl.int64)[:, None]) * R + r[None, :]
         tl.store(out, sums[i], mask=(m < M)[:, None] & (r < R)[None, :])
 
 
@@ -113,28 +111,30 @@ def lora_shrink(
     up: Tensor | None = None,
     activation: str = "identity",
 ) -> list[Tensor]:
-    """For each factor fp32 [splits, M, R] whose sum over splits is (mask * x) @ factor, without the
-    mask's 1 / (1 - p).
+    """The partials fp32 [splits, M, R] of the projection of x on each factor.
+
+    Their sum over the splits is (mask * x) @ factor; the factor 1 / (1 - p) of the mask is left
+    out.
 
     x         [M, K], any row stride
-    factors   [R, K] each, or [K, R] where not rank_first, all of one dtype
-    masks     of each projection, all with one probability
-    copy      [M, >= K] of x's dtype: x is written to its first K columns on the way
-    up        with the strides of x: act(x) * up, rounded to their dtype, takes the place of x
+    factors   [R, K] each, or [K, R] if rank_first is False, all of one dtype
+    masks     one for each factor, all with the same probability; empty without dropout
+    copy      [M, >= K] of x's dtype; if given, the input is written to its first K columns
+    up        with the strides of x; if given, the input is act(x) * up, rounded to their dtype
     """
     M, K = x.shape
     masks = masks or [Mask()] * len(factors)
     ranks = tuple(factor.shape[0 if rank_first else 1] for factor in factors)
     fp32 = operands.dtype == tl.float32
     config, splits, k_per_split = shrink_config(M, K, max(ranks), fp32, facts(x))
-    parts = [x.new_empty(splits, M, rank, dtype=torch.float32) for rank in ranks]
+    partials = [x.new_empty(splits, M, rank, dtype=torch.float32) for rank in ranks]
     grid = (triton.cdiv(M, config.block_m), triton.cdiv(max(ranks), config.block_r), splits)
     with on_device_of(x):
         _lora_shrink_kernel[grid](
             x,
             up,
             tuple(factor.contiguous() for factor in factors),
-            tuple(parts),
+            tuple(partials),
             copy,
             tuple(mask.seed for mask in masks),
             masks[0].threshold,
@@ -157,4 +157,4 @@ def lora_shrink(
             maxnreg=MAX_REGISTERS,
             num_stages=config.num_stages,
         )
-    return parts
+    return partials

@@ -1,6 +1,6 @@
-"""The gradients of multi_lora_linear: which kernels run.
+"""Backward host code of many adapters over one base weight.
 
-grad @ lora_B[i]    adapter_rows -> multi_lora_shrink; its readers scale it to dh
+grad @ lora_B[i]    adapter_tokens -> multi_lora_shrink; the kernels that read it scale it to dh
 dx                  the base product, in the regime of its M -> multi_lora_expand
 dlora_A, dlora_B    multi_lora_weight_grad
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pylora.calls import Adapters, Layer, LayerGradients, Wanted
-from pylora.kernels.adapter_rows import adapter_rows
+from pylora.kernels.adapter_tokens import adapter_tokens
 from pylora.kernels.lora_linear_backward import base_product_backward
 from pylora.kernels.multi_lora_expand import multi_lora_expand
 from pylora.kernels.multi_lora_shrink import multi_lora_shrink
@@ -21,9 +21,10 @@ from pylora.kernels.precision import lora_operands, output_operands
 def multi_lora_linear_backward(
     grad: Tensor, x: Tensor, h: Tensor, layer: Layer, adapters: Adapters, wanted: Wanted
 ) -> LayerGradients:
-    """The gradients of x, A and B; zeros for adapters without rows.
+    """The gradients of x, A and B, those of them that are wanted.
 
-    grad [M, N] and x [M, K], any row stride; h fp32 [M, R], contiguous; adapters as in the forward.
+    grad [M, N] and x [M, K] may have any row stride; h is fp32 [M, R] and contiguous; the adapters
+    are as in the forward. An adapter without tokens gets zeros.
     """
     A, B, scalings = adapters.A, adapters.B, adapters.scalings
     (M, K), operands = x.shape, lora_operands(x.dtype, A.dtype)
@@ -32,18 +33,18 @@ def multi_lora_linear_backward(
     dlora_B = B.new_zeros(B.shape) if wanted.B else None
     if M == 0:
         return LayerGradients(x.new_empty(0, K) if wanted.x else None, A=dlora_A, B=dlora_B)
-    rows = adapter_rows(adapters.ids, adapters.count)
+    tokens = adapter_tokens(adapters.ids, adapters.count)
     if wanted.x or dlora_A is not None:
-        parts = multi_lora_shrink(grad, B.mT, rows, operands)
+        partials = multi_lora_shrink(grad, B.mT, tokens, operands)
         if dlora_A is not None:
-            # A sum inside the loop over rows would keep it from being pipelined.
-            parts = parts if parts.shape[0] == 1 else parts.sum(0, keepdim=True)
-            multi_lora_weight_grad(x, parts[0], scalings, rows, operands, dlora_A)
+            # Adding up partials inside the kernel's loop over tokens would prevent its pipelining.
+            partials = partials if partials.shape[0] == 1 else partials.sum(0, keepdim=True)
+            multi_lora_weight_grad(x, partials[0], scalings, tokens, operands, dlora_A)
         if wanted.x:
             base, is_finished = base_product_backward(grad, layer)
             dx = base[0] if is_finished else x.new_empty(M, K)
             output = output_operands(x.dtype, A.dtype)
-            multi_lora_expand(base, dx, parts, A, scalings, rows, output, rank_first=True)
+            multi_lora_expand(base, dx, partials, A, scalings, tokens, output, rank_first=True)
     if dlora_B is not None:
-        multi_lora_weight_grad(grad, h, scalings, rows, operands, dlora_B.mT)
+        multi_lora_weight_grad(grad, h, scalings, tokens, operands, dlora_B.mT)
     return LayerGradients(dx, A=dlora_A, B=dlora_B)

@@ -1,4 +1,4 @@
-"""The low-rank projection with one factor a row: x[m] @ factor[i]^T, i the adapter of row m."""
+"""The low-rank projection of each token by its own adapter: x[m] @ factor[i]^T, or a gradient's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pylora.kernels.adapter_rows import AdapterRows, tile_of
+from pylora.kernels.adapter_tokens import AdapterTokens, tile_of
 from pylora.kernels.configs import cdiv, shrink_config
 from pylora.kernels.launch import MAX_REGISTERS, facts, on_device_of
 from pylora.kernels.precision import Operands, as_operand, dot
@@ -17,8 +17,8 @@ from pylora.kernels.precision import Operands, as_operand, dot
 def _multi_lora_shrink_kernel(
     x_ptr,  # [M, K], rows stride_x apart
     factor_ptr,  # element (i, r, k) at i * stride_i + r * stride_r + k * stride_k
-    parts_ptr,  # fp32 [splits, M, R]
-    order_ptr,  # this and the following: see `adapter_rows`
+    partials_ptr,  # fp32 [splits, M, R]
+    order_ptr,  # this and the next three: see `AdapterTokens.arguments`
     begin_ptr,
     groups,
     by_place,
@@ -37,31 +37,32 @@ def _multi_lora_shrink_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """parts[s, m] = x[m, split s] @ factor[i, :, split s]^T, i the adapter of row m
+    """partials[s, m] = x[m, split s] @ factor[i, :, split s]^T  (token m has adapter i)
 
-    Shapes    x [M, K] fp32|fp16|bf16; factor [adapters, R, K]; parts fp32 [splits, M, R], untouched
-              in rows without an adapter  (M = rows of x, K = in_features, R = rank; in the backward
-              pass x is grad and K is out_features)
-    Numerics  fp32 sums of BLOCK_K products each, added in fp32; the reader of the parts adds them
-              up, in order.
-    Grid      (tiles of rows, tiles of R, splits of K)
-    Algorithm 1. Find the tile's rows; nothing to do without an adapter. 2. Gather their part of K
-              and multiply it with the adapter's factor. 3. Store each row at its own place.
+    Shapes    x [M, K] fp32|fp16|bf16; factor [adapters, R, K]; partials fp32 [splits, M, R], not
+              written for tokens without an adapter  (M = tokens, K = in_features, R = rank; in the
+              backward pass x is grad and K is out_features)
+    Numerics  fp32 sums of BLOCK_K products each, added in fp32. The reader of the partials adds
+              them up, in order.
+    Grid      (tiles of tokens, tiles of R, splits of K)
+    Algorithm 1. Find the tile's tokens; there is nothing to do if they have no adapter. 2. Gather
+              their part of K and multiply it by the adapter's factor. 3. Store each token's row in
+              the order of x.
     Source    segmented gather of Punica, arXiv:2310.18547;
               pylora/reference/multi_lora_linear.py
     """
-    # 1.
-    adapter, first, last = tile_of(begin_ptr, groups, tl.program_id(0), BLOCK_M, by_place)
-    if (adapter == groups - 1) | (first >= last):
+    # 1. Find the tokens.
+    adapter, first, end = tile_of(begin_ptr, groups, tl.program_id(0), BLOCK_M, by_place)
+    if (adapter == groups - 1) | (first >= end):
         return
     place = first + tl.arange(0, BLOCK_M)
-    # Places beyond the end repeat the adapter's last row; they are not stored.
-    row = tl.load(order_ptr + tl.minimum(place, last - 1))
-    # 2.
+    # Places beyond the end repeat the adapter's last token and are not stored.
+    token = tl.load(order_ptr + tl.minimum(place, end - 1))
+    # 2. Gather and multiply.
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(2)
     k = tl.arange(0, BLOCK_K)
-    x_rows = x_ptr + row[:, None] * stride_x + k[None, :]
+    x_rows = x_ptr + token[:, None] * stride_x + k[None, :]
     rank = tl.minimum(r, R - 1).to(tl.int64)
     factor_rows = factor_ptr + adapter.to(tl.int64) * stride_i + rank[:, None] * stride_r
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -76,14 +77,17 @@ def _multi_lora_shrink_kernel(
             x = tl.load(x_rows + start, mask=inside, other=0.0)
             factor = tl.load(factor_tile, mask=inside, other=0.0)
         acc += dot(as_operand(x, OPERAND), as_operand(factor, OPERAND).T, PRECISION)
-    # 3.
-    out = parts_ptr + (split.to(tl.int64) * M + row[:, None]) * R + r[None, :]
-    tl.store(out, acc, mask=(place < last)[:, None] & (r < R)[None, :])
+    # 3. Store in the order of x.
+    out = partials_ptr + (split.to(tl.int64) * M + token[:, None]) * R + r[None, :]
+    tl.store(out, acc, mask=(place < end)[:, None] & (r < R)[None, :])
 
 
-def multi_lora_shrink(x: Tensor, factor: Tensor, rows: AdapterRows, operands: Operands) -> Tensor:
-    """fp32 [splits, M, R] whose sum over splits is x[m] @ factor[i]^T; undefined in rows without
-    an adapter.
+def multi_lora_shrink(
+    x: Tensor, factor: Tensor, tokens: AdapterTokens, operands: Operands
+) -> Tensor:
+    """The partials fp32 [splits, M, R] of x[m] @ factor[i]^T, where token m has adapter i.
+
+    They are undefined for tokens without an adapter.
 
     x         [M, K], any row stride
     factor    [adapters, R, K], any strides
@@ -92,13 +96,13 @@ def multi_lora_shrink(x: Tensor, factor: Tensor, rows: AdapterRows, operands: Op
     config, splits, k_per_split = shrink_config(
         M, K, R, operands.dtype == tl.float32, facts(x), adapters
     )
-    parts = x.new_empty(splits, M, R, dtype=torch.float32)
+    partials = x.new_empty(splits, M, R, dtype=torch.float32)
     with on_device_of(x):
-        _multi_lora_shrink_kernel[(rows.tiles(config.block_m), cdiv(R, config.block_r), splits)](
+        _multi_lora_shrink_kernel[(tokens.tiles(config.block_m), cdiv(R, config.block_r), splits)](
             x_ptr=x,
             factor_ptr=factor,
-            parts_ptr=parts,
-            **rows.arguments(config.block_m),
+            partials_ptr=partials,
+            **tokens.arguments(config.block_m),
             M=M,
             K=K,
             R=R,
@@ -117,4 +121,4 @@ def multi_lora_shrink(x: Tensor, factor: Tensor, rows: AdapterRows, operands: Op
             maxnreg=MAX_REGISTERS,
             num_stages=config.num_stages,
         )
-    return parts
+    return partials

@@ -1,11 +1,11 @@
-"""Decoding NF4 inside Triton kernels: eight codes of a 32-bit word to eight values, and absmax.
+"""Decodes NF4 inside Triton kernels: the eight codes of a 32-bit word to eight values, and absmax.
 
-The values come from the one table, `pylora.nf4.NF4_CODE`. On a GPU they are looked up with byte
-permutes in registers, so that no table is read from memory: the sixteen values are held as planes
-of bytes (all lowest bytes, all next ones, ...), four 32-bit constants a plane; PRMT picks four
-bytes out of eight by four 3-bit indices, once for codes 0-7 and once for codes 8-15, and a third
-PRMT chooses between the two by the highest bit of each code. The interpreter has no inline
-assembly and takes the plain branch.
+The values come from the one table, `pylora.nf4.NF4_CODE`. A GPU looks them up with byte permutes
+(PRMT) in registers and reads no table from memory. The sixteen values are held as planes of bytes
+(all lowest bytes, all next ones, ...), each plane in four 32-bit constants. One PRMT picks four
+bytes out of eight by four 3-bit indices: it runs once for codes 0-7 and once for codes 8-15, and a
+third PRMT chooses between the two results by the highest bit of each code. The interpreter has no
+inline assembly, so it looks the values up in a tensor instead.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import triton.language as tl
 from pylora.kernels.precision import INTERPRETED, rounded
 from pylora.nf4 import NF4_CODE
 
-# In bf16 the sixteen values are stored times this: of all factors it rounds them with the smallest
-# rms error, 3.2e-4, where the values as they are give 5.5e-4.
+# In bf16 the sixteen values are stored times this factor. No other factor rounds them with a
+# smaller rms error: it is 3.2e-4, and 5.5e-4 without a factor.
 _BF16_FACTOR = 1.437
 BF16_FACTOR = tl.constexpr(_BF16_FACTOR)
 _CODE = tl.constexpr(NF4_CODE)
 
 
 def code_planes(dtype: torch.dtype) -> list[list[int]]:
-    """The table as planes of bytes, lowest first: [itemsize][4] words of four bytes."""
+    """The table in `dtype` as [itemsize][4] 32-bit words: planes of bytes, lowest bytes first."""
     factor = _BF16_FACTOR if dtype == torch.bfloat16 else 1.0
     values = torch.tensor(NF4_CODE, dtype=torch.float64).mul(factor).to(dtype)
     planes = values.view(torch.uint8).view(16, -1).t().reshape(-1, 4, 4).tolist()
@@ -33,15 +33,15 @@ def code_planes(dtype: torch.dtype) -> list[list[int]]:
 
 
 def _decoder(dtype: torch.dtype) -> str:
-    """PTX that decodes the eight codes of one word.
+    """The PTX that decodes the eight codes of one word to values of `dtype`.
 
     Its outputs are 32-bit registers in the order of the elements: four pairs of 16-bit values, or
     eight fp32 values.
     """
     planes = code_planes(dtype)
     outputs = 2 * len(planes)
-    # 1. Four 3-bit indices for PRMT, and the selectors that choose a byte of the lower table (0-3)
-    #    or of the upper one (4-7), for the codes of the lower and of the upper half of the word.
+    # 1. Make four 3-bit indices for PRMT and the selectors that choose a byte of the lower table
+    #    (0-3) or of the upper one (4-7), for the codes of each half of the word.
     text = f"""
     .reg .b32 index0, index1, choice0, choice1;
     and.b32 index0, ${outputs}, 0x77777777;
@@ -51,8 +51,8 @@ def _decoder(dtype: torch.dtype) -> str:
     shr.u32 choice1, choice0, 16;
     """
     for half in range(2):
-        # 2. A register a plane; its bytes belong to elements 1, 0, 3, 2, because the even element
-        #    of a byte sits in the high nibble.
+        # 2. Look up one register per plane. Its bytes belong to elements 1, 0, 3, 2, because the
+        # even element of a byte sits in the high nibble.
         for plane, (w0, w1, w2, w3) in enumerate(planes):
             text += f"""
             .reg .b32 low{half}{plane}, high{half}{plane}, byte{half}{plane};
@@ -60,7 +60,7 @@ def _decoder(dtype: torch.dtype) -> str:
             prmt.b32 high{half}{plane}, {w2:#010x}, {w3:#010x}, index{half};
             prmt.b32 byte{half}{plane}, low{half}{plane}, high{half}{plane}, choice{half};
             """
-        # 3. Planes to values.
+        # 3. Put the values together from their planes.
         text += _pairs(half) if len(planes) == 2 else _singles(half)
     return "{" + text + "}"
 
@@ -117,7 +117,7 @@ def _halves(pair, DTYPE: tl.constexpr):
 
 @triton.jit
 def _elements(words, DTYPE: tl.constexpr):
-    """The eight values of each word, a tensor each."""
+    """Returns the eight values of each word as eight tensors."""
     if INTERPRETED:
         table = _plain_table(DTYPE)
         v0, v1 = _plain(words, table, 0), _plain(words, table, 1)
@@ -147,10 +147,10 @@ def _elements(words, DTYPE: tl.constexpr):
 
 @triton.jit
 def decode_words(words, DTYPE: tl.constexpr):
-    """words int32 [P, C] -> the values of their codes in DTYPE [P, C, 8], bf16 times BF16_FACTOR.
+    """Decodes words int32 [P, C] to the values of their codes, DTYPE [P, C, 8].
 
-    The last dimension is in the order of the elements. All eight values of a word stay in the
-    thread that holds it.
+    The last dimension is in the order of the elements; bf16 values are multiplied by BF16_FACTOR.
+    All eight values of a word stay in the thread that holds the word.
     """
     v0, v1, v2, v3, v4, v5, v6, v7 = _elements(words, DTYPE)
     even = tl.join(tl.join(v0, v4), tl.join(v2, v6))
@@ -161,7 +161,7 @@ def decode_words(words, DTYPE: tl.constexpr):
 
 @triton.jit
 def _product(a, b):
-    """a * b rounded to fp32: never contracted with an addition into an FMA."""
+    """Returns a * b rounded to fp32, so that no addition that follows can become an FMA."""
     if INTERPRETED:
         return a * b
     return tl.inline_asm_elementwise(
@@ -175,11 +175,15 @@ def load_absmax(
     nested_absmax_ptr,  # fp32 [ceil(blocks / NESTED_BLOCKSIZE)] or None
     nested_code_ptr,  # fp32 [256] or None
     offset_ptr,  # fp32 [] or None
-    index,  # block indices, any shape
+    index,  # indices of NF4 blocks, any shape
     mask,  # of the same shape, or None
     NESTED_BLOCKSIZE: tl.constexpr,
 ):
-    """absmax of the blocks `index` in fp32: two roundings, the product's and the sum's."""
+    """Returns the absmax of the NF4 blocks `index` in fp32.
+
+    Under double quantization it is code * scale + offset, with one rounding for the product and one
+    for the sum, as in bitsandbytes.
+    """
     absmax = tl.load(absmax_ptr + index, mask=mask)
     if nested_absmax_ptr is not None:
         code = tl.load(nested_code_ptr + absmax.to(tl.int32), mask=mask)

@@ -1,4 +1,4 @@
-"""NF4 to a dense tensor."""
+"""Dequantizes an NF4 weight to a dense tensor."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _nf4_dequantize_kernel(
     out_ptr,  # [rows, columns], rows `stride` elements apart
     columns,
     stride,
-    tiles,  # of each row
+    tiles,  # tiles of each row
     BLOCKSIZE: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -37,16 +37,16 @@ def _nf4_dequantize_kernel(
     Shapes    words int32, eight elements each, the even one of a byte in its high nibble;
               absmax [rows * columns / BLOCKSIZE]; out [rows, columns] fp32|fp16|bf16
     Numerics  one fp32 product, one rounding: equal bit for bit to bitsandbytes.
-    Grid      one program per row and BLOCKS blocks of absmax in it.
+    Grid      one program per row and BLOCKS of its NF4 blocks.
     Algorithm 1. Load BLOCKS absmax values. 2. Load and decode their words. 3. Multiply and store.
-    Limits    columns % BLOCKSIZE == 0, or a single row (the flat weight whose blocks straddle rows)
-              padded to whole words.
+    Limits    columns % BLOCKSIZE == 0, or there is one row, padded to whole words: a weight whose
+              blocks straddle rows is passed as one flat row.
     Source    QLoRA, arXiv:2305.14314; pylora/reference/nf4_dequantize.py
     """
     WORDS: tl.constexpr = BLOCKSIZE // 8
     row = (tl.program_id(0) // tiles).to(tl.int64)
     block = tl.program_id(0) % tiles * BLOCKS + tl.arange(0, BLOCKS)
-    # 1. A block that begins in the row is there, if only in part.
+    # 1. Load absmax. A block that begins in the row counts, even if only part of it is there.
     column = block.to(tl.int64) * BLOCKSIZE
     begins = column < columns
     first = row * columns
@@ -59,11 +59,11 @@ def _nf4_dequantize_kernel(
         begins,
         NESTED_BLOCKSIZE,
     )
-    # 2. [BLOCKS, WORDS] words
+    # 2. Load and decode [BLOCKS, WORDS] words.
     word_column = column[:, None] + tl.arange(0, WORDS)[None, :] * 8
     words = tl.load(words_ptr + (first + word_column) // 8, mask=word_column < columns, other=0)
     values = decode_words(words, tl.float32)
-    # 3. [BLOCKS, BLOCKSIZE] values
+    # 3. Multiply and store [BLOCKS, BLOCKSIZE] values.
     out = (values * absmax[:, None, None]).reshape(BLOCKS, BLOCKSIZE)
     element = column[:, None] + tl.arange(0, BLOCKSIZE)[None, :]
     pointers = out_ptr + row * stride + element
@@ -71,16 +71,18 @@ def _nf4_dequantize_kernel(
 
 
 def launch_nf4_dequantize(weight: Weight, out: Tensor) -> None:
-    """Writes the dense weight to `out` [rows, columns], whose rows may be padded.
+    """Writes the dense weight to `out` [rows, columns], whose rows may lie apart.
 
-    If blocks straddle rows, `out` must be contiguous.
+    Raises ValueError if NF4 blocks straddle rows and `out` is not contiguous.
     """
     columns = out.shape[-1]
     rows = math.prod(out.shape[:-1])
     stride = out.stride(-2) if out.dim() > 1 else columns
     if columns % weight.blocksize:
         if not out.is_contiguous():
-            raise ValueError("out is not contiguous; it must be where blocks straddle rows")
+            raise ValueError(
+                "out is not contiguous; it must be contiguous if NF4 blocks straddle rows"
+            )
         columns, rows = out.numel(), 1
     if rows * columns == 0:
         return
@@ -103,7 +105,7 @@ def launch_nf4_dequantize(weight: Weight, out: Tensor) -> None:
 
 
 def nf4_dequantize(weight: Weight, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The dense weight of `shape` in `dtype`."""
+    """The weight as a dense tensor of `shape` and `dtype`."""
     out = weight.data.new_empty(shape, dtype=dtype)
     launch_nf4_dequantize(weight, out)
     return out

@@ -1,7 +1,7 @@
-"""Rounding and matrix products, the same on a GPU and in Triton's interpreter.
+"""Rounding and matrix products that give the same on a GPU and in Triton's interpreter.
 
-The interpreter rounds fp32 to bf16 towards zero and multiplies bf16 matrices wrongly; both go
-through the functions here, which do there what a GPU does.
+The interpreter rounds fp32 to bf16 towards zero and multiplies bf16 matrices wrongly. The functions
+here make it do what a GPU does, so every kernel rounds and multiplies through them.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import torch
 import triton
 import triton.language as tl
 
-# Triton asks this when a kernel is decorated: it holds for the whole process.
+# Triton decides when it decorates a kernel, so the answer holds for the whole process.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
 def rounded(value, DTYPE: tl.constexpr):
-    """fp32 -> DTYPE, to nearest even."""
+    """Rounds an fp32 value to DTYPE, to nearest even."""
     if INTERPRETED and DTYPE == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
@@ -28,7 +28,7 @@ def rounded(value, DTYPE: tl.constexpr):
 
 @triton.jit
 def as_operand(value, DTYPE: tl.constexpr):
-    """A loaded tile in DTYPE; as it is where it has it already."""
+    """Returns a loaded tile in DTYPE; it is unchanged if it has that dtype already."""
     if value.dtype == DTYPE:
         return value
     else:
@@ -37,20 +37,23 @@ def as_operand(value, DTYPE: tl.constexpr):
 
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
-    """a [P, Q] @ b [Q, S] -> fp32 [P, S]; PRECISION decides only for fp32 operands."""
+    """Returns a [P, Q] @ b [Q, S] in fp32; PRECISION matters only if the operands are fp32."""
     return dot_add(tl.zeros((a.shape[0], b.shape[1]), tl.float32), a, b, PRECISION)
 
 
 @triton.jit
 def dot_add(acc, a, b, PRECISION: tl.constexpr):
-    """acc + a @ b, summed inside the matrix units."""
+    """Returns acc + a @ b, with acc as the accumulator of the matrix units."""
     if INTERPRETED:
         return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 class Operands(NamedTuple):
-    """How a low-rank product is computed: in what dtype, and for fp32 on which of its paths."""
+    """The dtype that a low-rank product's operands are multiplied in, and how fp32 is multiplied.
+
+    precision    Triton's `input_precision`: "ieee", "tf32" or "tf32x3"
+    """
 
     dtype: tl.dtype
     precision: str
@@ -64,20 +67,22 @@ _DTYPES = {
 
 
 def fp32_precision() -> str:
-    """How a matrix product of fp32 operands is done, by torch's own switch.
+    """Triton's `input_precision` for fp32 operands, from torch's switch for fp32 matrix products.
 
-    `allow_tf32` and `set_float32_matmul_precision` set it as well. "tf32x3" splits each operand
-    into two TF32 numbers and is as accurate as fp32 arithmetic to a few units in the last place,
-    on the matrix units.
+    `allow_tf32` and `set_float32_matmul_precision` set the same switch. "tf32x3" splits each
+    operand into two TF32 numbers. It runs on the matrix units and agrees with fp32 arithmetic to a
+    few units in the last place.
     """
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def lora_operands(dtype: torch.dtype, lora_dtype: torch.dtype) -> Operands:
-    """For products whose result is kept in fp32 or in the dtype of the LoRA weights.
+    """The operands of products whose result stays in fp32 or in the dtype of the LoRA weights.
 
-    Plain torch computes them in the dtype of the LoRA weights. TF32 holds fp16 and bf16 exactly,
-    which serves operands of two different dtypes.
+    dtype         the dtype of x
+    lora_dtype    the dtype of lora_A and lora_B, in which plain torch computes these products
+
+    If the two dtypes differ, the operands are TF32, which holds fp16 and bf16 exactly.
     """
     if lora_dtype == torch.float32:
         return Operands(tl.float32, fp32_precision())
@@ -87,10 +92,11 @@ def lora_operands(dtype: torch.dtype, lora_dtype: torch.dtype) -> Operands:
 
 
 def output_operands(dtype: torch.dtype, lora_dtype: torch.dtype) -> Operands:
-    """For the low-rank product that is added to y or dx, and rounded to their dtype with them.
+    """The operands of the low-rank product that is added to y or dx and then rounded with them.
 
-    TF32 serves LoRA weights of another dtype than x: it has the range of fp32, which fp16 lacks,
-    and eight times the precision of bf16, whose errors would add up over the layers of an MLP.
+    If x and the LoRA weights have different dtypes, the operands are TF32. It has the range of
+    fp32, which fp16 lacks, and eight times the precision of bf16, whose errors would add up over
+    the layers of an MLP.
     """
     if dtype == torch.float32:
         return lora_operands(dtype, lora_dtype)

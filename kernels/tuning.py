@@ -1,11 +1,11 @@
-"""Tile plans measured on the user's GPU, in a file of the user's cache.
+"""Tile plans that were measured on the user's GPU, kept in a file in the user's cache.
 
-    PYLORA_AUTOTUNE=1     a layer's first call of each shape measures the plans around the rule's of
-                          `configs` and keeps the fastest
+    PYLORA_AUTOTUNE=1     the first call of each shape measures the plan of the rule in `configs`
+                          and its neighbours, and keeps the fastest
     PYLORA_CACHE          folder of the file (default: pylora in XDG_CACHE_HOME or ~/.cache)
 
-Plans found once are used by every later process; without the variable nothing is measured. The
-file names the GPU and the versions that its plans hold for.
+Every later process uses the plans in the file, with or without PYLORA_AUTOTUNE. The file says for
+which GPU and which version of Triton each plan was measured.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pylora import settings
 from pylora.files import replacing
 from pylora.kernels.configs import TileConfig, TilePlan, cdiv
 
-# What a plan must save to be worth a change: less is noise.
+# A plan replaces the best one so far if it takes at most this share of its time; less is noise.
 _WORTHWHILE = 0.97
 
 
@@ -36,14 +36,14 @@ def cache_file() -> Path:
 
 @lru_cache(maxsize=8)
 def _holds_for(index: int) -> str:
-    """What the plans of a device depend on, beside their shapes."""
+    """The device and version that measured plans hold for; index is -1 if there is no GPU."""
     name = torch.cuda.get_device_name(index) if index >= 0 else "no GPU"
     return f"{name}, triton {triton.__version__}"
 
 
 @lru_cache(maxsize=1)
 def _plans() -> dict[str, dict[str, TilePlan]]:
-    """Everything in the file, by `_holds_for` and by key; empty without a file."""
+    """The contents of the file: plans by `_holds_for` and by key; empty if there is no file."""
     path = cache_file()
     if not path.exists():
         return {}
@@ -63,7 +63,7 @@ def _plans() -> dict[str, dict[str, TilePlan]]:
 
 
 def forget() -> None:
-    """Reads the file again at the next call."""
+    """Forgets the file's contents, so that the next call reads it again."""
     _plans.cache_clear()
 
 
@@ -78,23 +78,26 @@ def tuned(
     kernel: str,
     x: Tensor,
     sizes: tuple[int, ...],
-    kind: object,
+    layer_key: object,
     rule: TilePlan,
     length: int,
     run: Callable[[TilePlan], Any],
 ) -> TilePlan:
-    """The plan measured for this call on x's device, or the rule's.
+    """The plan that was measured for this call on x's device, or `rule` if none was.
 
-    sizes     what the plan depends on beside the rows of x, which are rounded up to a power of two
-    kind      of the layers, in the words of its repr
-    length    of the sum that the plan may split
-    run       runs the call with a plan
+    kernel       name of the tile kernel
+    x            [M, ...], the input or the gradient; plans are kept for M rounded up to a power of
+                 two
+    sizes        the other sizes that the plan depends on
+    layer_key    what the layers have in common; its repr becomes part of the key
+    length       the length of the sum that the plan may split
+    run          runs the call with a plan
     """
     measures = settings.current().autotune
     if not measures and not _plans():
         return rule
-    rows = 1 << (max(x.shape[0], 1) - 1).bit_length()
-    key = f"{kernel} {x.dtype} rows {rows} sizes {sizes} {kind}"
+    M = 1 << (max(x.shape[0], 1) - 1).bit_length()
+    key = f"{kernel} {x.dtype} M {M} sizes {sizes} {layer_key}"
     plans = _plans().setdefault(_holds_for(x.get_device()), {})
     if key not in plans and measures and not _is_capturing(x):
         plans[key] = fastest(rule, length, lambda plan: _milliseconds(run, plan))
@@ -103,12 +106,12 @@ def tuned(
 
 
 def _is_capturing(x: Tensor) -> bool:
-    """A CUDA graph records launches and runs none: nothing can be measured then."""
+    """True while a CUDA graph records launches; none of them runs, so nothing can be measured."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _milliseconds(run: Callable[[TilePlan], Any], plan: TilePlan) -> float:
-    """Median time with a cold L2; infinite for a plan that the device has no room for."""
+    """The median time with a cold L2; infinite if the device has no room for the plan."""
     try:
         return triton.testing.do_bench(lambda: run(plan), warmup=5, rep=30, return_mode="median")
     except triton.runtime.errors.OutOfResources:
@@ -116,13 +119,13 @@ def _milliseconds(run: Callable[[TilePlan], Any], plan: TilePlan) -> float:
 
 
 def fastest(rule: TilePlan, length: int, milliseconds: Callable[[TilePlan], float]) -> TilePlan:
-    """The best plan found from the rule's on, one parameter after the other."""
+    """The fastest plan of a search that starts at `rule` and changes one parameter at a time."""
     best, time = rule, milliseconds(rule)
     for changed in _PARAMETERS:
         for plan in changed(best, length):
-            found = milliseconds(plan)
-            if found < _WORTHWHILE * time:
-                best, time = plan, found
+            plan_time = milliseconds(plan)
+            if plan_time < _WORTHWHILE * time:
+                best, time = plan, plan_time
     return best
 
 
@@ -161,5 +164,5 @@ _PARAMETERS = (_tiles, _warps, _stages, _splits)
 
 
 def neighbours(plan: TilePlan, length: int) -> list[TilePlan]:
-    """The plans that differ from this one in one parameter, for a sum of this length."""
+    """The plans that differ from `plan` in one parameter; the sum that they split has `length`."""
     return [near for changed in _PARAMETERS for near in changed(plan, length)]

@@ -1,10 +1,13 @@
-"""Types of the compiled extension; its ops are `torch.ops.pylora_C.*`, see csrc/bindings.cpp."""
+"""The types of the compiled extension; csrc/bindings.cpp has its ops, `torch.ops.pylora_C.*`."""
 
 from typing import Any
 
 def build_info() -> dict[str, Any]:
-    """Version, compiler, CUDA and sources; "activations", whose names are in the order of their
-    numbers; "limits", what the kernels of "cpu" and "cuda" cannot do at all."""
+    """The version, the compiler, CUDA and the sources that the extension was built with.
+
+    "activations" has the names of the activations in the order of their numbers; "limits" says what
+    the kernels of "cpu" and "cuda" cannot do at all.
+    """
 
 def cpu_features() -> list[str]: ...
 def cpu_isa() -> str: ...

@@ -19,7 +19,7 @@ _PEERS = ("torch", "triton", "numpy", "transformers", "peft", "bitsandbytes", "s
 
 
 def info() -> int:
-    """Prints versions, devices, compiled archs and the backend of each op."""
+    """Prints versions, devices, compiled archs and the backends of each op; returns 0."""
     print(f"pylora {pylora.__version__}, Python {platform.python_version()}, {platform.platform()}")
     for name in _PEERS:
         try:
@@ -35,21 +35,21 @@ def info() -> int:
         archs = ", ".join(build["cuda_archs"])
         print(f"  CUDA: {build['cuda_version'] + ': ' + archs if build['cuda'] else 'not built'}")
         print(f"  CPU: {', '.join(module.cpu_features())}")
-        print(f"  CPU paths: {', '.join(module.cpu_isas())}; in use: {module.cpu_isa()}")
+        print(f"  CPU instruction sets: {', '.join(module.cpu_isas())}; in use: {module.cpu_isa()}")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"CUDA devices: {', '.join(devices) or 'none'}")
     print(f"threads: {torch.get_num_threads()}")
     print("backends, fastest first:")
     for backend in dispatch.candidates():
         reason = dispatch.unavailable(backend)
-        print(f"  {backend.name}: {reason or backend.path()}")
+        print(f"  {backend.name}: {reason or backend.compiled_for()}")
     print("ops:")
     for op in dispatch.BACKENDS["reference"].ops:
-        having = [backend for backend in dispatch.candidates() if op in backend.ops]
-        here = [b.name for b in having if dispatch.unavailable(b) is None]
-        built = [b.name for b in having if dispatch.unavailable(b) is not None]
-        absent = f" (and {', '.join(built)}, which will not run here)" if built else ""
-        print(f"  {op}: {', '.join(here)}{absent}")
+        backends = [backend for backend in dispatch.candidates() if op in backend.ops]
+        usable = [b.name for b in backends if dispatch.unavailable(b) is None]
+        unusable = [b.name for b in backends if dispatch.unavailable(b) is not None]
+        note = f" (and {', '.join(unusable)}, which will not run here)" if unusable else ""
+        print(f"  {op}: {', '.join(usable)}{note}")
     return 0
 
 
@@ -57,47 +57,56 @@ def check(
     seed: int,
     only: str | None = None,
     ops: Sequence[str] = (),
-    row_counts: Collection[int] | None = None,
+    token_counts: Collection[int] | None = None,
 ) -> int:
-    """Prints a table of every variant and op against the reference; returns 1 on any miss.
+    """Prints a table of every backend and op against the reference.
 
-    The last three narrow it to a backend, to some ops and to shapes with so many rows of x. It also
-    returns 1 if they leave nothing to run.
+    seed            the seed of the random data
+    only            the name of the only backend to check
+    ops             the only ops to check; all if empty
+    token_counts    check only the shapes with one of these numbers of tokens
+
+    Returns 0 if everything is right by the numerics rule, and 1 if not or if the last three leave
+    nothing to run.
     """
     table: dict[tuple[str, str, str], list[selfcheck.Outcome]] = defaultdict(list)
 
     def chosen(case: selfcheck.Case) -> bool:
         return not ops or case.op in ops
 
-    for outcome in selfcheck.run(seed, chosen, only, row_counts):
-        table[outcome.backend, outcome.path, outcome.case.op].append(outcome)
+    for outcome in selfcheck.run(seed, chosen, only, token_counts):
+        table[outcome.backend, outcome.compiled_for, outcome.case.op].append(outcome)
     failures = [o for outcomes in table.values() for o in outcomes if o.failure is not None]
-    print(f"{'backend':8} {'path':24} {'op':27} {'cases':>5} {'wrong':>5}  error allowed and used")
-    for (backend, path, op), outcomes in table.items():
+    columns = f"{'backend':8} {'compiled for':24} {'op':27} {'cases':>5} {'wrong':>5}"
+    print(f"{columns}  error allowed and used")
+    for (backend, compiled_for, op), outcomes in table.items():
         wrong = sum(o.failure is not None for o in outcomes)
         used = max((o.accuracy.used for o in outcomes if o.accuracy is not None), default=0.0)
-        print(f"{backend:8} {path[:24]:24} {op:27} {len(outcomes):5} {wrong:5}  {used:.0%}")
+        print(f"{backend:8} {compiled_for[:24]:24} {op:27} {len(outcomes):5} {wrong:5}  {used:.0%}")
     for outcome in failures:
-        print(
-            f"WRONG {outcome.backend} {outcome.path} {outcome.case.op} {outcome.case.description}"
-        )
+        where = f"{outcome.backend} {outcome.compiled_for}"
+        print(f"WRONG {where} {outcome.case.op} {outcome.case.description}")
         print(f"      {outcome.failure}")
     for backend_ in dispatch.BACKENDS.values():
         if only in (None, backend_.name) and backend_.unavailable() is not None:
             print(f"not run: {backend_.name}: {backend_.unavailable()}")
     total = sum(map(len, table.values()))
     print(f"{total - len(failures)} of {total} right by the numerics rule (seed {seed})")
-    is_narrowed = only is not None or bool(ops) or row_counts is not None
+    is_narrowed = only is not None or bool(ops) or token_counts is not None
     return 1 if failures or (is_narrowed and total == 0) else 0
 
 
-def _row_counts(text: str) -> tuple[int, ...]:
-    """Of "--rows 128,300". Raises ArgumentTypeError for what no shape of the check has."""
-    known = sorted({str(rows) for rows, *_ in selfcheck.SHAPES}, key=int)
+def _token_counts(text: str) -> tuple[int, ...]:
+    """The numbers of "--tokens 128,300".
+
+    Raises ArgumentTypeError for a number that no shape of the check has.
+    """
+    known = sorted({str(tokens) for tokens, *_ in selfcheck.SHAPES}, key=int)
     for word in text.split(","):
         if word not in known:
             raise argparse.ArgumentTypeError(
-                f"{word!r} is no row count of the check; there are {', '.join(known)}"
+                f"{word!r} is no number of tokens of the check; "
+                f"it must be one of {', '.join(known)}"
             )
     return tuple(map(int, text.split(",")))
 
@@ -109,13 +118,19 @@ def main() -> int:
     check_parser = commands.add_parser("check", help="every kernel against the reference")
     check_parser.add_argument("--seed", type=int, default=0, help="seed of the random data")
     names = [name for name in dispatch.BACKENDS if name != "reference"]
-    check_parser.add_argument("--backend", choices=names, help="only this one's kernels")
+    check_parser.add_argument("--backend", choices=names, help="check only this backend")
     ops = list(dispatch.BACKENDS["reference"].ops)
     check_parser.add_argument(
-        "--op", choices=ops, action="append", default=[], help="only this op (may be repeated)"
+        "--op",
+        choices=ops,
+        action="append",
+        default=[],
+        help="check only this op (may be repeated)",
     )
     check_parser.add_argument(
-        "--rows", type=_row_counts, help="only the shapes with so many rows of x: 128,300"
+        "--tokens",
+        type=_token_counts,
+        help="check only the shapes with these numbers of tokens, such as 128,300",
     )
     arguments = parser.parse_args()
     try:
@@ -124,7 +139,7 @@ def main() -> int:
         parser.error(str(error))
     if arguments.command == "info":
         return info()
-    return check(arguments.seed, arguments.backend, arguments.op, arguments.rows)
+    return check(arguments.seed, arguments.backend, arguments.op, arguments.tokens)
 
 
 if __name__ == "__main__":

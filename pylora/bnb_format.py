@@ -1,7 +1,7 @@
-"""bitsandbytes' representations of an NF4 weight: its parameter, and its state-dict entries.
+"""Reads and writes NF4 weights as bitsandbytes' parameters and state-dict entries.
 
-The state-dict functions need no bitsandbytes; `read_parameter` and `write_parameter` share the
-bytes with its objects and copy only the small absmax if its form differs from ours. Weights are
+The state-dict functions need no bitsandbytes. `read_parameter` and `write_parameter` share the
+bytes with its objects; they copy only the small absmax, if its form differs from ours. Weights are
 read as the fields of an NF4Weight, and written from an object that has these fields.
 """
 
@@ -30,8 +30,9 @@ ENTRY_NAMES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", _STAT
 
 
 def read_parameter(source: Any) -> dict[str, Any]:
-    """The fields of the NF4Weight of a bitsandbytes `Linear4bit` or `Params4bit`, which share its
-    bytes.
+    """The fields of an NF4Weight that shares the bytes of a bitsandbytes parameter.
+
+    source    a `Linear4bit` or a `Params4bit`
 
     Raises TypeError for anything else, ValueError if the weight is fp4, not quantized yet, or
     was repacked for bitsandbytes' CPU inference kernel, which cannot be undone without loss.
@@ -71,7 +72,7 @@ def read_parameter(source: Any) -> dict[str, Any]:
 
 
 def write_parameter(w: Any) -> Any:
-    """A bitsandbytes `Params4bit` [n / 2, 1] over the same bytes as the NF4Weight `w`.
+    """A bitsandbytes `Params4bit` [bytes, 1] that shares the bytes of the NF4Weight `w`.
 
     Raises ImportError if bitsandbytes is not installed.
     """
@@ -109,8 +110,10 @@ def write_parameter(w: Any) -> Any:
 
 
 def state_entries(w: Any) -> dict[str, Tensor]:
-    """The entries that bitsandbytes writes beside `weight`, without the `weight.` prefix, of the
-    NF4Weight `w`."""
+    """The entries that bitsandbytes writes beside `weight`, without the prefix `weight.`.
+
+    w    an NF4Weight
+    """
     entries = {
         "absmax": w.absmax.reshape(-1),
         "quant_map": _code(w.device),
@@ -123,8 +126,8 @@ def state_entries(w: Any) -> dict[str, Tensor]:
     }
     if w.nested_absmax is not None and w.nested_code is not None and w.offset is not None:
         entries["nested_absmax"] = w.nested_absmax
-        # A copy: safetensors refuses tensors that share storage, and many layers may share one
-        # code.
+        # The code is copied, because many layers may share it and safetensors refuses tensors that
+        # share storage.
         entries["nested_quant_map"] = w.nested_code.clone()
         facts["nested_blocksize"] = w.nested_blocksize
         facts["nested_dtype"] = "float32"
@@ -135,10 +138,10 @@ def state_entries(w: Any) -> dict[str, Tensor]:
 
 
 def read_state_entries(weight: Tensor, entries: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The fields of the NF4Weight of a state dict's `weight` and of the entries beside it.
+    """The fields of an NF4Weight, from a state dict's `weight` and the entries beside it.
 
     weight     packed codes in any storage dtype, any shape
-    entries    as `state_entries` names them
+    entries    the entries, named as in `state_entries`
 
     Raises ValueError naming the entry that is missing or does not fit.
     """
@@ -185,22 +188,22 @@ def read_state_entries(weight: Tensor, entries: Mapping[str, Tensor]) -> dict[st
 
 
 def _code(device: torch.device) -> Tensor:
-    # A tensor of its own each time: what is written may not share storage.
+    # A new tensor is made each time, because tensors that are written may not share storage.
     return torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
 
 
 def _check_code(quant_map: Tensor | None) -> None:
-    """Raises ValueError for another code than NF4's, which would decode to other weights."""
+    """Raises ValueError if the code is not that of NF4; it would decode to other weights."""
     if quant_map is None or quant_map.is_meta:
         return
-    # A checkpoint that was cast as a whole has it in 16 bits.
+    # A checkpoint that was cast as a whole has the code in 16 bits.
     code = _code(quant_map.device).to(quant_map.dtype)
     if not torch.equal(quant_map.reshape(-1), code):
         raise ValueError("weight.quant_map is not the NF4 code; it must be the 16 values of NF4")
 
 
 def _is_nested(entries: Mapping[str, Tensor], facts: Mapping[str, Any]) -> bool:
-    """Whether absmax is itself quantized. Raises ValueError where a part of that is missing."""
+    """True if absmax is itself quantized; raises ValueError if a part of that is missing."""
     parts = {name: name in entries for name in ("nested_absmax", "nested_quant_map")}
     parts[f"{_STATE_KEY}'s nested_offset"] = "nested_offset" in facts
     missing = [name for name, present in parts.items() if not present]
@@ -242,7 +245,7 @@ def _assemble(
     if absmax.numel() != math.prod(wanted):
         raise ValueError(f"absmax has {absmax.numel()} elements; it must have {math.prod(wanted)}")
     return {
-        # A storage dtype wider than a byte pads the last element; the padding carries nothing.
+        # A storage dtype wider than a byte pads the bytes; the padding is cut off here.
         "qweight": qweight[:needed].view(packed_shape(shape, blocksize)),
         "absmax": absmax.view(wanted),
         "shape": shape,

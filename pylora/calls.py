@@ -1,15 +1,17 @@
-"""Call records: the one way a call is described below `pylora.functional`.
+"""Call records: the only form in which a call travels below `pylora.functional`.
 
-A record names every tensor and number of a call. Public functions check their arguments and build
-one; ops, dispatch, backends and references read its fields by name. `pylora.ops.spec` alone turns
-records into the flat arguments that torch's operator schemas need, and back.
+A record names every tensor and number of a call. A public function checks its arguments and builds
+a record; ops, dispatch, backends and references read its fields by name. Only `pylora.ops.spec`
+turns records into the flat arguments that torch's operator schemas need, and back.
 
-Shapes follow torch: x [..., in_features], weight [out_features, in_features], A [r, in_features],
-B [out_features, r].
+Shapes follow torch: x [..., in_features], weight [out_features, in_features], A [r, in_features], B
+[out_features, r]. A token is one vector of x: x [..., in_features] has as many tokens as its
+leading dimensions multiply to. h [..., r] is x @ A^T (+ A_bias) before the activation.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -17,20 +19,33 @@ import torch
 from torch import Tensor
 
 
+def token_count(x: Tensor) -> int:
+    """The number of tokens of x [..., features]; kernels call it M."""
+    return math.prod(x.shape[:-1])
+
+
+def token_matrix(x: Tensor) -> Tensor:
+    """x [..., features] as a matrix [tokens, features]; it is a view if x can be viewed so.
+
+    The tokens are counted, because reshape(-1, 0) cannot tell how many there are.
+    """
+    return x.reshape(token_count(x), x.shape[-1])
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Weight:
     """A base weight, NF4 or dense.
 
-    data           uint8 codes for NF4, else the dense weight [out_features, in_features]
-    absmax         one value per block: fp32, or uint8 codes under double quantization; None for a
-                   dense weight, and so are the next three
+    data                uint8 codes if NF4, else the dense weight [out_features, in_features]
+    absmax              one value per NF4 block: fp32, or uint8 codes under double quantization;
+                        None if the weight is dense
     nested_absmax, nested_code, offset
-                   the second quantization; None without it
-    blocksize, nested_blocksize
-                   elements that share one absmax, and absmax values that share one nested_absmax;
-                   0 for a dense weight
-    shape          (out_features, in_features)
-    arguments      the seven values above in the order of every op schema
+                        these decode absmax under double quantization; None without it
+    blocksize           the number of elements that share one absmax; 0 if the weight is dense
+    nested_blocksize    the number of absmax values that share one nested_absmax; 0 if the weight is
+                        dense
+    shape               (out_features, in_features)
+    arguments           the seven values before `shape`, in the order of every op schema
     """
 
     data: Tensor
@@ -57,13 +72,14 @@ class Weight:
 
     @classmethod
     def of(cls, arguments: tuple[Any, ...], shape: tuple[int, int]) -> Weight:
-        """From the seven arguments of an op."""
+        """The weight of the seven arguments of an op."""
         data, absmax, nested_absmax, nested_code, offset, blocksize, nested_blocksize = arguments
         nested = (nested_absmax, nested_code, offset)
         return cls(data, absmax, *nested, blocksize, nested_blocksize, shape)
 
     @classmethod
     def dense(cls, data: Tensor) -> Weight:
+        """A dense weight [out_features, in_features]."""
         return cls(data, None, None, None, None, 0, 0, (data.shape[0], data.shape[1]))
 
     @property
@@ -80,7 +96,7 @@ class Weight:
 
     @property
     def rows_hold_whole_blocks(self) -> bool:
-        """True if no block of an NF4 weight spans two rows."""
+        """True if the weight is NF4 and none of its blocks straddles rows."""
         return self.blocksize > 0 and self.shape[1] % self.blocksize == 0
 
 
@@ -90,7 +106,7 @@ class Dropout:
 
     p         probability of dropping an element, in (0, 1)
     seed      int64 []
-    stream    added to the seed: the layers of one call draw independent masks
+    stream    is added to the seed, so that the layers of one call draw independent masks
     """
 
     p: float
@@ -99,7 +115,7 @@ class Dropout:
 
     @property
     def layer_seed(self) -> Tensor:
-        """The seed of this layer's own mask, int64 []."""
+        """The seed of this layer's mask, int64 []."""
         return self.seed + self.stream if self.stream else self.seed
 
 
@@ -107,8 +123,9 @@ class Dropout:
 class LowRank:
     """The low-rank path of a layer: scaling * (act(dropout(x) @ A^T + A_bias) @ B^T + B_bias).
 
-    With the activation "identity" it is LoRA, with another the parallel adapter. A and B have one
-    dtype, which may differ from that of x.
+    A [r, in_features], B [out_features, r], A_bias [r], B_bias [out_features]. If the activation is
+    "identity", this is LoRA; if it is another, this is the parallel adapter. All four tensors have
+    the same dtype, which may differ from that of x.
     """
 
     A: Tensor
@@ -125,13 +142,17 @@ class LowRank:
 
     @property
     def keep_scale(self) -> float:
-        """What the kept elements of x are multiplied by: 1 / (1 - p), or 1 without dropout."""
+        """The factor of the kept elements of x: 1 / (1 - p), or 1 without dropout."""
         return 1.0 if self.dropout is None else 1.0 / (1.0 - self.dropout.p)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layer:
-    """A linear layer; low_rank is None without LoRA, bias [out_features] None without a bias."""
+    """A linear layer.
+
+    bias        [out_features]; None without a bias
+    low_rank    None without LoRA
+    """
 
     weight: Weight
     bias: Tensor | None = None
@@ -140,7 +161,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Which gradients of a layer a backward computes, in the order in which it returns them."""
+    """The gradients of a layer that a backward computes, in the order in which it returns them."""
 
     x: bool = False
     weight: bool = False
@@ -152,12 +173,13 @@ class Wanted:
 
     @property
     def any(self) -> bool:
+        """True if any gradient is wanted."""
         return self.x or self.weight or self.A or self.B or self.bias or self.A_bias or self.B_bias
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerGradients:
-    """The gradients of a layer; a field is None if its gradient was not requested."""
+    """The gradients of a layer; a field is None if its gradient is not wanted."""
 
     x: Tensor | None = None
     weight: Tensor | None = None
@@ -168,15 +190,18 @@ class LayerGradients:
     B_bias: Tensor | None = None
 
     def with_x(self, x: Tensor | None) -> LayerGradients:
+        """The same gradients with `x` in place of the gradient of x."""
         return replace(self, x=x)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapters:
-    """A stack of adapters and the one that each row of x has.
+    """A stack of n adapters, and the id of each token's adapter.
 
-    A [n, r, in_features], B [n, out_features, r], scalings [n]; ids int64 [rows of x], where an id
-    outside [0, n) stands for the base alone.
+    A           [n, r, in_features]
+    B           [n, out_features, r]
+    ids         int64 [tokens]; an id outside [0, n) stands for the base alone
+    scalings    [n]
     """
 
     A: Tensor
@@ -195,6 +220,8 @@ class Adapters:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizeCall:
+    """A call that returns (qweight, absmax), both flat; the weight may have any shape."""
+
     op: ClassVar[str] = "nf4_quantize"
     weight: Tensor
     blocksize: int
@@ -202,7 +229,7 @@ class QuantizeCall:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DequantizeCall:
-    """`shape` is that of the result; the weight may have any number of dimensions."""
+    """A call that returns the dense weight in `shape`, which may have any number of dimensions."""
 
     op: ClassVar[str] = "nf4_dequantize"
     weight: Weight
@@ -212,7 +239,7 @@ class DequantizeCall:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Nf4LinearCall:
-    """y = x @ W^T + bias over an NF4 weight; the layer has no low-rank path."""
+    """A call that returns y = x @ W^T + bias; the weight is NF4 and there is no low-rank path."""
 
     op: ClassVar[str] = "nf4_linear"
     x: Tensor
@@ -221,7 +248,7 @@ class Nf4LinearCall:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Nf4LinearBackward:
-    """dx = grad @ W."""
+    """A call that returns dx = grad @ W; the weight is NF4."""
 
     op: ClassVar[str] = "nf4_linear_backward"
     grad: Tensor
@@ -230,7 +257,7 @@ class Nf4LinearBackward:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraLinearCall:
-    """(y, h): h [..., r] is the low-rank projection before the activation, for the backward."""
+    """A call that returns (y, h) of one layer with LoRA; the backward needs h [..., r]."""
 
     op: ClassVar[str] = "lora_linear"
     x: Tensor
@@ -239,7 +266,7 @@ class LoraLinearCall:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraLinearBackward:
-    """LayerGradients."""
+    """A call that returns the LayerGradients of one layer with LoRA."""
 
     op: ClassVar[str] = "lora_linear_backward"
     grad: Tensor
@@ -251,7 +278,10 @@ class LoraLinearBackward:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraQkvCall:
-    """(y, h), a list each with one entry a layer; h is empty [0] for a layer without LoRA."""
+    """A call that returns (ys, hs), two lists with one entry per layer of x.
+
+    The h of a layer without LoRA is an empty tensor [0].
+    """
 
     op: ClassVar[str] = "lora_qkv"
     x: Tensor
@@ -260,7 +290,7 @@ class LoraQkvCall:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraQkvBackward:
-    """(dx, LayerGradients of each layer without x)."""
+    """A call that returns (dx, the LayerGradients of each layer without x)."""
 
     op: ClassVar[str] = "lora_qkv_backward"
     grads: list[Tensor]
@@ -272,7 +302,10 @@ class LoraQkvBackward:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraMlpCall:
-    """(y, gate(x), up(x), h of each layer); the layers are gate, up and down."""
+    """A call that returns (y, gate(x), up(x), hs); the layers are gate, up and down.
+
+    The h of a layer without LoRA is an empty tensor [0].
+    """
 
     op: ClassVar[str] = "lora_mlp"
     x: Tensor
@@ -282,10 +315,10 @@ class LoraMlpCall:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraMlpBackward:
-    """(dx, LayerGradients of gate, up and down without x).
+    """A call that returns (dx, the LayerGradients of gate, up and down without x).
 
-    `wanted` of gate and up says if dx is wanted; the x of down's is the product of the two and
-    follows from theirs.
+    The `wanted` of gate and up say if dx is wanted. The `x` of down's `wanted` is not read: the
+    gradient of down's input is computed if gate or up want any gradient.
     """
 
     op: ClassVar[str] = "lora_mlp_backward"
@@ -301,7 +334,7 @@ class LoraMlpBackward:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MultiLoraCall:
-    """(y, h): h [..., r] is zero in the rows without an adapter."""
+    """A call that returns (y, h); h [..., r] is zero for tokens without an adapter."""
 
     op: ClassVar[str] = "multi_lora_linear"
     x: Tensor
@@ -311,7 +344,7 @@ class MultiLoraCall:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MultiLoraBackward:
-    """LayerGradients; those of A and B are stacks like the adapters'."""
+    """A call that returns LayerGradients; those of A and B are stacks over the adapters."""
 
     op: ClassVar[str] = "multi_lora_linear_backward"
     grad: Tensor

@@ -13,26 +13,28 @@ from pylora.nf4 import QUANTIZABLE_DTYPES
 from pylora.nf4_weight import NF4Weight, check_floating_dtype
 from pylora.reference.activation import ACTIVATIONS, GATED_ACTIVATIONS
 
-# What transformers' configurations and AdapterHub's call them.
+# The names of activations in the configurations of transformers and AdapterHub, and our names.
 _ALIASES = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "swish": "silu"}
 
 
 def tensor(name: str, value: object) -> None:
+    """Raises TypeError unless `value` is a Tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is {type(value).__name__}; it must be a Tensor")
 
 
 def quantizable(name: str, value: Tensor) -> None:
+    """Raises TypeError unless `value` is a tensor whose dtype can be quantized to NF4."""
     tensor(name, value)
     if value.dtype not in QUANTIZABLE_DTYPES:
         raise TypeError(f"{name} has dtype {value.dtype}; it must be float32, float16 or bfloat16")
 
 
 def finite(name: str, value: Tensor) -> None:
-    """Raises ValueError saying how many elements are not finite and where the first is."""
+    """Raises ValueError if elements are not finite; it says how many and where the first one is."""
     if value.device.type == "meta" or isinstance(value, FakeTensor):
         return  # there are no elements
-    # No finite sum has a non-finite term: one pass settles it, and only an overflow needs a second.
+    # A finite sum has no non-finite term, so one pass settles it unless the sum overflows.
     if torch.isfinite(value.sum()):
         return
     bad = ~torch.isfinite(value)
@@ -49,11 +51,13 @@ floating_dtype = check_floating_dtype
 
 
 def nf4_weight(name: str, value: object) -> None:
+    """Raises TypeError unless `value` is an NF4Weight."""
     if not isinstance(value, NF4Weight):
         raise TypeError(f"{name} is {type(value).__name__}; it must be an NF4Weight")
 
 
 def weight(name: str, value: object) -> None:
+    """Raises unless `value` is a Tensor or an NF4Weight [out_features, in_features]."""
     if not isinstance(value, (Tensor, NF4Weight)):
         raise TypeError(f"{name} is {type(value).__name__}; it must be a Tensor or an NF4Weight")
     if len(value.shape) != 2:
@@ -65,7 +69,7 @@ def weight(name: str, value: object) -> None:
 def activations(
     name: str, x: Tensor, in_features: int, device: torch.device, name_of_weight: str
 ) -> Tensor:
-    """Checks x [..., in_features] and casts it as autocast casts the input of a matmul."""
+    """Checks x [..., in_features]; returns it, cast if autocast casts the inputs of a matmul."""
     tensor(name, x)
     if not x.dtype.is_floating_point:
         raise TypeError(f"{name} has dtype {x.dtype}; it must be a floating-point dtype")
@@ -84,7 +88,10 @@ def activations(
 
 
 def same_dtype_as_x(name: str, value: Tensor, x: Tensor) -> Tensor:
-    """A dense weight in x's dtype: cast under autocast, else TypeError where they differ."""
+    """The dense weight in x's dtype, cast under autocast.
+
+    Raises TypeError if the dtypes differ without autocast.
+    """
     if value.dtype == x.dtype:
         return value
     if under_autocast(x.device.type):
@@ -99,6 +106,10 @@ def vector(
     device: torch.device,
     dtype: torch.dtype | None = None,
 ) -> None:
+    """Raises unless `value` is None or a floating-point tensor [size] on x's device.
+
+    dtype    lora_A's dtype, which it must have; any dtype if None
+    """
     if value is None:
         return
     tensor(name, value)
@@ -120,9 +131,11 @@ def lora_pair(
     device: torch.device,
     owner: str = "",
 ) -> None:
-    """lora_A [r, in_features], lora_B [out_features, r], r >= 1, on one device, of one dtype.
+    """Raises unless lora_A is [r, in_features] and lora_B [out_features, r] with r >= 1.
 
-    `owner` goes before the names, such as "q.".
+    Both must be on `device` and of the same dtype.
+
+    owner    goes before the names in errors, such as "q."
     """
     name_A, name_B = f"{owner}lora_A", f"{owner}lora_B"
     for name, value in ((name_A, lora_A), (name_B, lora_B)):
@@ -140,7 +153,7 @@ def lora_pair(
 
 
 def adapter_tensor(name: str, value: Tensor, device: torch.device) -> None:
-    """A floating-point tensor on x's device."""
+    """Raises unless `value` is a floating-point tensor on `device`, where x is."""
     tensor(name, value)
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name} has dtype {value.dtype}; it must be a floating-point dtype")
@@ -149,6 +162,7 @@ def adapter_tensor(name: str, value: Tensor, device: torch.device) -> None:
 
 
 def same_dtype(name: str, value: Tensor, name_of_other: str, other: Tensor) -> None:
+    """Raises TypeError unless both tensors have the same dtype."""
     if value.dtype != other.dtype:
         raise TypeError(
             f"{name} has dtype {value.dtype}; it must be {name_of_other}'s dtype, {other.dtype}"
@@ -163,7 +177,11 @@ def lora_stacks(
     in_features: int,
     device: torch.device,
 ) -> None:
-    """lora_A [n, r, in_features], lora_B [n, out_features, r], scalings [n], n >= 1, r >= 1."""
+    """Raises unless the tensors are a stack of n >= 1 adapters on `device`.
+
+    lora_A is [n, r, in_features], lora_B [n, out_features, r], scalings [n], and r >= 1. Raises
+    ValueError if scalings require grad.
+    """
     for name, value in (("lora_A", lora_A), ("lora_B", lora_B), ("scalings", scalings)):
         adapter_tensor(name, value, device)
     if lora_A.dim() != 3 or 0 in lora_A.shape[:2] or lora_A.shape[2] != in_features:
@@ -184,10 +202,12 @@ def lora_stacks(
 
 
 def adapter_ids(name: str, value: Tensor, x: Tensor) -> Tensor:
-    """int64 ids of the rows of x.reshape(-1, in_features): given for each of them, in the shape of
-    x without its last dimension, or for each x[i], which stands for all rows in it.
+    """The ids int64 [tokens] of x [..., in_features]; raises for another dtype, device or shape.
 
-    What the ids are is for the op to check.
+    value    int64 with one id per token, flat or in the shape of x without its last dimension; or
+             one id per x[i], which holds for all tokens in x[i]
+
+    The op checks the ids themselves.
     """
     tensor(name, value)
     if value.dtype != torch.int64:
@@ -206,19 +226,23 @@ def adapter_ids(name: str, value: Tensor, x: Tensor) -> Tensor:
 
 
 def number(name: str, value: object) -> None:
-    """Anything that float() reads and that is no text: Python's, numpy's, a tensor of one."""
+    """Raises TypeError unless float() takes `value` and it is no text.
+
+    Numbers of Python and numpy pass, and so does a tensor with one element.
+    """
     if not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
         raise TypeError(f"{name} is {value!r}; it must be a number")
 
 
 def integer(name: str, value: object, least: int) -> None:
+    """Raises ValueError unless `value` is an int of at least `least`."""
     # bool is an int subclass; passing one is a mistake.
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} is {value!r}; it must be an integer >= {least}")
 
 
 def names(name: str, value: object) -> None:
-    """A string or a collection of strings."""
+    """Raises TypeError unless `value` is a string or a collection of strings."""
     if isinstance(value, str):
         return
     if not isinstance(value, Collection) or not all(isinstance(entry, str) for entry in value):
@@ -226,13 +250,14 @@ def names(name: str, value: object) -> None:
 
 
 def probability(name: str, value: float) -> None:
+    """Raises unless `value` is a number in [0, 1)."""
     number(name, value)
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name} is {value}; it must be in [0, 1)")
 
 
 def gated_activation(name: str, value: str) -> str:
-    """The op's name for the activation of a gated MLP."""
+    """The op's name for the activation of a gated MLP; raises ValueError if there is none."""
     value = _ALIASES.get(value, value)
     if value not in GATED_ACTIVATIONS:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(GATED_ACTIVATIONS)}")
@@ -240,7 +265,7 @@ def gated_activation(name: str, value: str) -> str:
 
 
 def activation(name: str, value: str | None) -> str:
-    """The op's name for an activation; None means the identity."""
+    """The op's name for an activation; raises ValueError if there is none. None is the identity."""
     if value is None:
         return "identity"
     value = _ALIASES.get(value, value)

@@ -1,8 +1,8 @@
-"""The only place a backend is chosen.
+"""The only place where a backend is chosen.
 
-`choose` asks each backend, fastest first, and takes the first plan; the reference takes everything.
-`use_backend` or the environment variable PYLORA_BACKEND asks for one backend by name: what it does
-not take goes to the reference, and `pylora.explain` says so.
+`choose` asks each backend, fastest first, and takes the first plan; the reference takes every call.
+`use_backend` and the environment variable PYLORA_BACKEND ask for one backend by name: calls that it
+does not take run on the reference, and `pylora.explain` says so.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ def _check_name(name: str, source: str) -> str:
 
 
 def forced_backend() -> str | None:
-    """The backend asked for by `use_backend` or PYLORA_BACKEND; None if none was."""
+    """The name of the backend that `use_backend` or PYLORA_BACKEND asks for; None if neither does.
+
+    Raises ValueError for an unknown name, RuntimeError for a backend that cannot run here.
+    """
     forced = _forced.get()
     if forced is not None:
         return forced
@@ -48,9 +51,9 @@ def forced_backend() -> str | None:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs every op that this thread calls on the backend `name` until the block ends.
+    """A context in which every op that this thread calls runs on the backend `name`.
 
-    name    "reference", "cpu", "triton" or "cuda"; arguments it does not take go to the reference
+    name    "reference", "cpu", "triton" or "cuda"; calls that it does not take run on the reference
 
     A backward runs on the backend that a block around it asks for; if none does, on the one that a
     block around its forward asked for. Other threads, also those that the block starts, are not
@@ -81,7 +84,7 @@ def as_asked(name: str | None) -> Iterator[None]:
 
 
 def candidates() -> list[Backend]:
-    """The backends to ask, in order; the reference is always the last."""
+    """The backends to ask, in order; the reference always comes last."""
     forced = forced_backend()
     if forced is None:
         return list(BACKENDS.values())
@@ -89,15 +92,15 @@ def candidates() -> list[Backend]:
 
 
 def unavailable(backend: Backend) -> Reason:
-    """None if `backend`, one of the candidates, would be asked at all, else the reason."""
+    """Why `backend`, one of the candidates, is not asked at all; None if it is asked."""
     if forced_backend() is None:
-        return backend.unavailable() or backend.request_only()
+        return backend.unavailable() or backend.why_not_by_default()
     return backend.unavailable()
 
 
 @lru_cache
 def _usable(forced: str | None) -> tuple[Backend, ...]:
-    """The candidates that can run in this process; `forced` is what `use_backend` asks for now."""
+    """The candidates that are asked in this process; `forced` is what `use_backend` asks for."""
     return tuple(backend for backend in candidates() if unavailable(backend) is None)
 
 
@@ -134,6 +137,6 @@ def choose(call: Any) -> tuple[Backend, Plan]:
 
 
 def run(call: Any) -> Any:
-    """What the fastest backend that takes `call` makes of it."""
+    """Runs `call` on the fastest backend that takes it."""
     _, plan = choose(call)
     return plan.run(call)

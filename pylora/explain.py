@@ -1,4 +1,4 @@
-"""`pylora.explain`: which backend would run a call, and why each faster one would not."""
+"""`pylora.explain` says which backend would run a call, and why each faster one would not."""
 
 from __future__ import annotations
 
@@ -17,28 +17,32 @@ from pylora.ops.registration import OPS
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found.
+    """The answer of `explain` for one op.
 
-    backend    the backend chosen
-    variant    its kernel, in words; for an op made of several, what each of them runs
-    path       what the backend's kernels are compiled for
-    rejected   the backends before it, each with its reason; one that comes after was not asked
-    forced     the backend asked for by name; None if none was
-    notes      what else a caller should know
-    backward   the same of the op that computes the gradients; None if there is none
+    op            the op that would run
+    backend       the name of the backend that would run it
+    variant       the kernel that would run, in words; for a composed op, that of each step
+    compiled_for  the instruction set or GPUs that the backend's kernels are compiled for
+    rejected      the backends asked before it, by name, with the reason of each; the backends after
+                  it are not asked
+    forced        the backend that was asked for by name; None if none was
+    notes         anything else a caller should know
+    backward      the explanation of the op that computes the gradients; None if there is none
     """
 
     op: str
     backend: str
     variant: str
-    path: str
+    compiled_for: str
     rejected: dict[str, str]
     forced: str | None
     notes: tuple[str, ...] = ()
     backward: Explanation | None = None
 
     def __str__(self) -> str:
-        how = self.variant if self.path == self.variant else f"{self.variant}; {self.path}"
+        how = self.variant
+        if self.compiled_for != self.variant:
+            how += f"; {self.compiled_for}"
         lines = [f"{self.op}: {self.backend} ({how})"]
         if self.forced is not None:
             lines.append(f"  asked for: {self.forced}")
@@ -50,13 +54,15 @@ class Explanation:
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
-    """Says which backend `pylora.functional.<op>(*args, **kwargs)` would run on, forward and, if it
-    is differentiable, backward; runs nothing.
+    """Says which backend `pylora.functional.<op>(*args, **kwargs)` would run on; runs nothing.
 
-    op    a function of `pylora.functional`, such as "lora_linear", or "quantize_nf4",
-          "dequantize_nf4"
+    op              the name of a function of `pylora.functional`, such as "lora_linear" or
+                    "quantize_nf4"
+    args, kwargs    the arguments of that function
 
-    Raises ValueError for an unknown op, and whatever the function itself raises for bad arguments.
+    Returns an Explanation, which prints as text. If the op is differentiable, it explains the
+    backward as well. Raises ValueError for an unknown op, and for bad arguments whatever the
+    function itself raises.
     """
     if op not in functional.CALLS:
         known = ", ".join(sorted(functional.CALLS))
@@ -68,14 +74,14 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     if bound.arguments.get("dropout_p") and bound.arguments.get("seed") is None:
         bound.arguments["seed"] = 0  # explaining draws no random number
     call = functional.CALLS[op](*bound.args, **bound.kwargs)
-    found = _explained(op, call)
+    explanation = _explained(op, call)
     if bound.arguments.get("double_quant"):
-        second = "the second quantization, of absmax, runs in PyTorch (the reference)"
-        found = replace(found, notes=(*found.notes, second))
+        note = "the second quantization, of absmax, runs in PyTorch (the reference)"
+        explanation = replace(explanation, notes=(*explanation.notes, note))
     backward = _backward_call(call)
     if backward is None:
-        return found
-    return replace(found, backward=_explained(backward.op, backward))
+        return explanation
+    return replace(explanation, backward=_explained(backward.op, backward))
 
 
 def _explained(name: str, call: Call) -> Explanation:
@@ -86,14 +92,20 @@ def _explained(name: str, call: Call) -> Explanation:
             notes = (answer.note,) if answer.note else ()
             forced = dispatch.forced_backend()
             return Explanation(
-                name, backend.name, answer.variant, backend.path(), rejected, forced, notes
+                name,
+                backend.name,
+                answer.variant,
+                backend.compiled_for(),
+                rejected,
+                forced,
+                notes,
             )
         rejected[backend.name] = answer.reason
     raise AssertionError(f"the reference must take every op, but did not take {call.op}")
 
 
 def _backward_call(call: Call) -> Any:
-    """The record of the backward of a differentiable call, over uninitialized results."""
+    """The record of the backward of a call, with uninitialized results; None if it has none."""
     gradient = OPS[type(call)].gradient
     if gradient.spec is None:
         return None

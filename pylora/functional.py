@@ -1,7 +1,8 @@
 """Stateless functions: each checks its arguments, builds one call record and runs it.
 
 Shapes follow torch: x [..., in_features], weight [out_features, in_features], lora_A [r,
-in_features], lora_B [out_features, r]. Any leading dimensions and strides, empty batches included.
+in_features], lora_B [out_features, r]. x may have any leading dimensions, any strides and no
+tokens.
 """
 
 from __future__ import annotations
@@ -40,9 +41,11 @@ def quantize_nf4(
 
     weight        float32, float16 or bfloat16, any shape, usually [out_features, in_features]
     blocksize     elements that share one absmax: 32, 64, 128, ... or 4096
-    double_quant  store the absmax values as 8-bit codes: 4.13 instead of 4.5 bits a weight at 64
+    double_quant  stores the absmax values as 8-bit codes: 4.13 instead of 4.5 bits per weight if
+                  the blocksize is 64
 
-    Raises TypeError for another dtype, ValueError for another blocksize or a non-finite element.
+    Returns an NF4Weight on the same device. Raises TypeError for another dtype, ValueError for
+    another blocksize or a non-finite element.
     Source: QLoRA, arXiv:2305.14314.
     """
     call = _quantize_call(weight, blocksize, double_quant)
@@ -78,9 +81,13 @@ def _dequantize_call(w: NF4Weight, dtype: torch.dtype | None = None) -> Dequanti
 
 
 def dequantize_nf4(w: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
-    """The dense weight: code * absmax in fp32, rounded once to `dtype` (default: `w.dtype`).
+    """The dense weight of `w.shape`: code * absmax in fp32, rounded once to `dtype`.
 
-    Raises TypeError if `w` is no NF4Weight or `dtype` no floating-point dtype.
+    w        NF4Weight
+    dtype    float16, bfloat16, float32 or float64; `w.dtype` if None
+
+    Raises TypeError if `w` is no NF4Weight or `dtype` is another dtype.
+    Source: QLoRA, arXiv:2305.14314.
     """
     return run(_dequantize_call(w, dtype))
 
@@ -93,14 +100,15 @@ def _nf4_linear_call(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Nf4
 
 
 def nf4_linear(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor:
-    """y = x @ dequantize(w)^T + bias without materializing the dense weight.
+    """y = x @ dequantize(w)^T + bias, without a dense copy of the whole weight.
 
     x       [..., in_features] floating point; under autocast it is cast to the autocast dtype
     w       NF4Weight [out_features, in_features]
-    bias    [out_features]
+    bias    [out_features]; None without a bias
 
-    Returns [..., out_features] in x.dtype. Differentiable in x and bias, also twice.
-    Raises TypeError or ValueError naming the argument that does not fit.
+    Returns [..., out_features] in x.dtype. It can be differentiated in x and bias, also twice.
+    Raises TypeError or ValueError that names the argument that does not fit.
+    Source: QLoRA, arXiv:2305.14314.
     """
     return run(_nf4_linear_call(x, w, bias))
 
@@ -148,23 +156,29 @@ def lora_linear(
     lora_A_bias: Tensor | None = None,
     lora_B_bias: Tensor | None = None,
 ) -> Tensor:
-    """y = x @ W^T + bias + scaling * (act(dropout(x) @ lora_A^T + lora_A_bias) @ lora_B^T +
-    lora_B_bias).
+    """A linear layer with LoRA or with a parallel adapter, in one op.
 
-    x           [..., in_features] floating point; under autocast it is cast to the autocast dtype
-    weight      [out_features, in_features], an NF4Weight or a tensor of x's dtype
-    lora_A      [r, in_features] and lora_B [out_features, r], of one dtype, which may differ from
-                x's
-    scaling     alpha / r (rsLoRA: alpha / sqrt(r))
-    dropout_p   probability of dropping an element of x on the low-rank path only, in [0, 1)
-    seed        int or int64 scalar tensor that fixes the mask; drawn from torch's generator if
-                None
-    activation  None (LoRA), "relu", "gelu", "gelu_tanh", "silu", "tanh" or "sigmoid" (parallel
-                adapter), also by transformers' names: "swish", "gelu_pytorch_tanh", "gelu_new"
+        h = dropout(x) @ lora_A^T + lora_A_bias
+        y = x @ W^T + bias + scaling * (act(h) @ lora_B^T + lora_B_bias)
 
-    Returns [..., out_features] in x.dtype. Differentiable once in x, a dense weight, lora_A,
-    lora_B and biases; the backward keeps x and the [..., r] projection, and regenerates the mask.
-    Raises TypeError or ValueError naming the argument that does not fit.
+    x            [..., in_features] floating point; under autocast it is cast to the autocast dtype
+    weight       [out_features, in_features], an NF4Weight or a tensor of x's dtype
+    lora_A       [r, in_features]
+    lora_B       [out_features, r], of lora_A's dtype, which may differ from x's
+    scaling      alpha / r (rsLoRA: alpha / sqrt(r))
+    bias         [out_features]; None without a bias
+    dropout_p    probability of dropping an element of x on the low-rank path only, in [0, 1)
+    seed         int or int64 scalar tensor that fixes the mask; drawn from torch's generator if
+                 None
+    activation   None for LoRA; "relu", "gelu", "gelu_tanh", "silu", "tanh" or "sigmoid" for a
+                 parallel adapter, also by transformers' names: "swish", "gelu_pytorch_tanh",
+                 "gelu_new"
+    lora_A_bias  [r], of lora_A's dtype; None without a bias
+    lora_B_bias  [out_features], of lora_A's dtype; None without a bias
+
+    Returns y [..., out_features] in x.dtype. It can be differentiated once in x, a dense weight,
+    lora_A, lora_B and the biases. The backward keeps x and h [..., r], and regenerates the mask.
+    Raises TypeError or ValueError that names the argument that does not fit.
     Source: LoRA, arXiv:2106.09685; parallel adapter, arXiv:2110.04366.
     """
     call = _lora_linear_call(
@@ -210,17 +224,17 @@ def lora_qkv(
     """The query, key and value projections of x, each with or without LoRA, in one op.
 
     x            [..., in_features] floating point; under autocast it is cast to the autocast dtype
-    q, k, v      each over a weight [its out_features, in_features], NF4 or dense, each with a rank,
-                 block size and scaling of its own
+    q, k, v      Projections over weights [out_features, in_features], NF4 or dense; they may differ
+                 in out_features, rank, blocksize and scaling
     dropout_p    probability of dropping an element of x on each low-rank path, in [0, 1)
     seed         int or int64 scalar tensor; drawn from torch's generator if None. q, k and v
                  draw independent masks: they equal `lora_linear` with the seeds seed, seed + 1 and
                  seed + 2
 
-    Returns (q, k, v), each [..., its out_features] in x.dtype. Differentiable once in x, dense
-    weights, lora_A, lora_B and biases; the backward keeps x once, and the [..., r] projections.
-    Raises TypeError or ValueError naming the argument that does not fit.
-    Source: LoRA, arXiv:2106.09685.
+    Returns (q, k, v), each [..., out_features] in x.dtype. It can be differentiated once in x,
+    dense weights, lora_A, lora_B and biases. The backward keeps x once, and the h [..., r] of each.
+    Raises TypeError or ValueError that names the argument that does not fit. Source: LoRA,
+    arXiv:2106.09685.
     """
     (query, key, value), _ = run(_lora_qkv_call(x, q, k, v, dropout_p, seed))
     return query, key, value
@@ -261,8 +275,8 @@ def lora_mlp(
     """y = down(act(gate(x)) * up(x)), each projection with or without LoRA, in one op.
 
     x             [..., in_features] floating point; under autocast it is cast to the autocast dtype
-    gate, up      over weights [intermediate, in_features], NF4 or dense
-    down          over a weight [out_features, intermediate]
+    gate, up      Projections over weights [intermediate, in_features], NF4 or dense
+    down          Projection over a weight [out_features, intermediate], NF4 or dense
     activation    "silu", "gelu" or "gelu_tanh", also by transformers' names: "swish",
                   "gelu_pytorch_tanh", "gelu_new"
     dropout_p     probability of dropping an element of the input of each low-rank path, in [0, 1)
@@ -270,10 +284,10 @@ def lora_mlp(
                   down draw independent masks: they equal `lora_linear` with the seeds seed,
                   seed + 1 and seed + 2
 
-    Returns [..., out_features] in x.dtype. Differentiable once in x, dense weights, lora_A, lora_B
-    and biases. The backward keeps x, gate(x), up(x) and the [..., r] projections; act(gate(x)) *
-    up(x) is computed again.
-    Raises TypeError or ValueError naming the argument that does not fit.
+    Returns y [..., out_features] in x.dtype. It can be differentiated once in x, dense weights,
+    lora_A, lora_B and biases. The backward keeps x, gate(x), up(x) and the h [..., r] of each
+    projection; it computes act(gate(x)) * up(x) again.
+    Raises TypeError or ValueError that names the argument that does not fit.
     Source: GLU variants, arXiv:2002.05202; LoRA, arXiv:2106.09685.
     """
     y, *_ = run(_lora_mlp_call(x, gate, up, down, activation, dropout_p, seed))
@@ -308,23 +322,28 @@ def multi_lora_linear(
     scalings: Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """y[m] = x[m] @ W^T + bias + scalings[i] * (x[m] @ lora_A[i]^T) @ lora_B[i]^T with
-    i = adapter_ids[m]: a batch in which each row has its own LoRA adapter, or none.
+    """A linear layer over a batch in which each token has its own LoRA adapter, or none.
+
+        y[m] = x[m] @ W^T + bias + scalings[i] * (x[m] @ lora_A[i]^T) @ lora_B[i]^T
+
+    for each token m and i = adapter_ids[m].
 
     x            [..., in_features] floating point; under autocast it is cast to the autocast dtype
     weight       [out_features, in_features], an NF4Weight or a tensor of x's dtype
-    lora_A       [n, r, in_features] and lora_B [n, out_features, r], of one dtype, which may differ
-                 from x's
-    adapter_ids  int64, -1 for the base alone: one for each row of x.reshape(-1, in_features), in
-                 that order or in x's own shape, or one for each x[i]. On a CPU an id outside
-                 [-1, n) is a ValueError. On a GPU ids are not checked, for that would wait for the
-                 device: a row with such an id gets the base alone, nothing out of bounds is read
-    scalings     [n] floating point, alpha / r of each adapter; a constant, not differentiated
-    bias         [out_features]
+    lora_A       [n, r, in_features]
+    lora_B       [n, out_features, r], of lora_A's dtype, which may differ from x's
+    adapter_ids  int64, -1 for the base alone: one id for each token, flat or in the shape of x
+                 without its last dimension, or one for each x[i], which holds for all tokens in it.
+                 On a CPU an id outside [-1, n) raises ValueError. On a GPU ids are not checked,
+                 because that would wait for the device: a token with such an id gets the base
+                 alone, and nothing out of bounds is read
+    scalings     [n] floating point, alpha / r of each adapter; constants without a gradient
+    bias         [out_features]; None without a bias
 
-    Returns [..., out_features] in x.dtype. Differentiable once in x, a dense weight, lora_A, lora_B
-    and bias; the backward keeps x and the [..., r] projection. Adapters that no row has get zeros.
-    Raises TypeError or ValueError naming the argument that does not fit.
+    Returns y [..., out_features] in x.dtype. It can be differentiated once in x, a dense weight,
+    lora_A, lora_B and bias; adapters that no token has get zeros. The backward keeps x and
+    h [..., r].
+    Raises TypeError or ValueError that names the argument that does not fit.
     Source: Punica, arXiv:2310.18547; S-LoRA, arXiv:2311.03285.
     """
     y, _ = run(_multi_lora_linear_call(x, weight, lora_A, lora_B, adapter_ids, scalings, bias))
@@ -332,13 +351,16 @@ def multi_lora_linear(
 
 
 def _dropout(p: float, seed: int | Tensor | None, x: Tensor) -> Dropout | None:
-    """The dropout of a call; no seed is drawn if nothing is dropped."""
+    """The dropout of a call; None, without drawing a seed, if nothing is dropped."""
     checks.probability("dropout_p", p)
     return Dropout(float(p), dropout_seed(seed, x.device)) if p > 0.0 else None
 
 
 def dropout_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """The int64 scalar tensor of `seed`, drawn from torch's default generator if it is None."""
+    """`seed` as an int64 scalar tensor on `device`; drawn from torch's generator if it is None.
+
+    Raises TypeError or ValueError if `seed` is something else.
+    """
     if seed is None:
         return torch.randint(2**62, (), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
@@ -355,7 +377,8 @@ def dropout_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     return torch.tensor(seed, dtype=torch.int64, device=device)
 
 
-# For `pylora.explain`: public function -> the record of a call to it.
+# The name of a public function -> the function that makes the record of a call to it. explain and
+# the modules use it.
 CALLS: dict[str, Callable[..., Any]] = {
     "quantize_nf4": _quantize_call,
     "dequantize_nf4": _dequantize_call,

@@ -1,9 +1,9 @@
-"""The NF4 format: its table and its geometry.
+"""The NF4 format: its table, block sizes and shapes.
 
 NF4 (4-bit NormalFloat) is the data type of QLoRA (Dettmers et al., arXiv:2305.14314). The bytes are
 those of bitsandbytes: the tensor is flattened row-major, element 2j sits in the high nibble of byte
-j and 2j+1 in the low one; blocks of `blocksize` consecutive elements share one fp32 `absmax`. With
-double quantization the absmax values are themselves stored as 8-bit codes in blocks of
+j and element 2j + 1 in the low one. Each block of `blocksize` consecutive elements shares one fp32
+`absmax`. With double quantization the absmax values are stored as 8-bit codes, in groups of
 `nested_blocksize`.
 """
 
@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-# The one NF4 table of the Python side (exact fp32 values), and its C++ twin is csrc/common/nf4.h.
+# This is the only NF4 table in Python (exact fp32 values); its C++ twin is in csrc/common/nf4.h.
 NF4_CODE: tuple[float, ...] = (
     -1.0,
     -0.6961928009986877,
@@ -43,13 +43,13 @@ QUANTIZABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @lru_cache(maxsize=16)
 def nf4_code(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The 16 NF4 values, shape [16]."""
+    """The 16 NF4 values, [16], in `dtype`."""
     return torch.tensor(NF4_CODE, dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=16)
 def nf4_midpoints(device: torch.device) -> Tensor:
-    """The fp32 decision thresholds between neighbouring NF4 values, shape [15]."""
+    """The midpoints between neighbouring NF4 values, fp32 [15]."""
     code = torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
     return (code[1:] + code[:-1]) / 2
 
@@ -65,46 +65,45 @@ def _dynamic_values() -> list[float]:
     return sorted(values)
 
 
-# Worked out here: later it might be a fake tensor, or one on another default device.
+# The values are computed at import: later the tensors could be fake or on another default device.
 _DYNAMIC_CODE = _dynamic_values()
 
 
 def dynamic_code(device: torch.device) -> Tensor:
-    """The signed 8-bit dynamic data type that stores absmax under double quantization, fp32 [256],
-    sorted.
+    """The sorted values of the 8-bit codes of absmax under double quantization, fp32 [256].
 
-    A sign, a unary exponent of base 10 and a linear fraction that fills the bits left over
-    (Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", arXiv:1511.04561).
+    A code has a sign, a unary exponent of base 10, and a linear fraction that fills the bits left
+    over (Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", arXiv:1511.04561).
     """
     return torch.tensor(_DYNAMIC_CODE, dtype=torch.float32, device=device)
 
 
 def block_count(numel: int, blocksize: int) -> int:
-    """Number of absmax blocks over `numel` elements; the last one may be short."""
+    """The number of blocks of `numel` elements; the last block may be short."""
     return -(-numel // blocksize)
 
 
 def rows_are_blocks(shape: Sequence[int], blocksize: int) -> bool:
-    """True if no block spans two rows, so that bytes and absmax can be held per row."""
+    """True if no NF4 block straddles rows, so that bytes and absmax can be held per row."""
     return len(shape) >= 2 and shape[-1] > 0 and shape[-1] % blocksize == 0
 
 
 def packed_shape(shape: Sequence[int], blocksize: int) -> tuple[int, ...]:
-    """Shape of the packed bytes: [..., in_features / 2], or flat if blocks span rows."""
+    """The shape of the packed bytes: [..., in_features / 2], or flat if blocks straddle rows."""
     if rows_are_blocks(shape, blocksize):
         return (*shape[:-1], shape[-1] // 2)
     return ((math.prod(shape) + 1) // 2,)
 
 
 def absmax_shape(shape: Sequence[int], blocksize: int) -> tuple[int, ...]:
-    """Shape of absmax: [..., in_features / blocksize], or flat if blocks span rows."""
+    """The shape of absmax: [..., in_features / blocksize], or flat if blocks straddle rows."""
     if rows_are_blocks(shape, blocksize):
         return (*shape[:-1], shape[-1] // blocksize)
     return (block_count(math.prod(shape), blocksize),)
 
 
 def check_blocksize(blocksize: int) -> None:
-    """Raises ValueError unless `blocksize` is one that the format knows."""
+    """Raises ValueError unless `blocksize` is one of `BLOCKSIZES`."""
     # Reject floats: 64.0 == 64, but a size must be an int.
     if not isinstance(blocksize, int) or blocksize not in BLOCKSIZES:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""`NF4Weight`, the public container of a quantized weight."""
+"""`NF4Weight`, the public class of a quantized weight."""
 
 from __future__ import annotations
 
@@ -28,18 +28,20 @@ from pylora.ops import run
 class NF4Weight:
     """A weight quantized to NF4, usually [out_features, in_features].
 
-    qweight           uint8, `packed_shape(shape, blocksize)`: bitsandbytes' bytes, dim 0 is
-                      out_features if in_features % blocksize == 0
-    absmax            fp32, or uint8 codes under double quantization; `absmax_shape(shape,
-                      blocksize)`
-    nested_absmax     fp32 [ceil(blocks / nested_blocksize)], None without double quantization
-    nested_code       fp32 [256], the 8-bit data type of the absmax codes
-    offset            fp32 [], mean of the absmax values
-    shape, dtype      of the tensor that was quantized; dtype is what `dequantize()` gives by
-                      default
-    blocksize         one of `BLOCKSIZES`
+    qweight           uint8, the bytes of bitsandbytes: [out_features, in_features / 2] if
+                      in_features % blocksize == 0, else flat
+    absmax            fp32, or uint8 codes under double quantization: [out_features, in_features /
+                      blocksize] if in_features % blocksize == 0, else flat
+    shape             the shape of the tensor that was quantized
+    dtype             the dtype of that tensor, and the default dtype of `dequantize()`
+    blocksize         elements that share one absmax: 32, 64, 128, ... or 4096
+    nested_absmax     fp32 [ceil(blocks / nested_blocksize)]; None without double quantization
+    nested_code       fp32 [256], the values of the absmax codes; None without double quantization
+    offset            fp32 [], the mean of the absmax values; None without double quantization
+    nested_blocksize  absmax values that share one nested_absmax
 
     Raises ValueError or TypeError if the parts do not fit each other.
+    Source: QLoRA, arXiv:2305.14314.
     """
 
     qweight: Tensor
@@ -91,17 +93,17 @@ class NF4Weight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by all tensors of this weight."""
+        """The bytes of all tensors of this weight."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by field name; those that are None are left out."""
+        """The tensors by field name; fields that are None are left out."""
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
         return {name: value for name, value in values if isinstance(value, Tensor)}
 
     @property
     def record(self) -> Weight:
-        """This weight as the ops' call records hold it; leading dimensions count as rows."""
+        """The `Weight` of call records; leading dimensions count as rows."""
         shape = self.shape
         rows, columns = (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
         return Weight(
@@ -129,7 +131,7 @@ class NF4Weight:
         return replace(self, **changed)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense weight: code * absmax in fp32, rounded once to `dtype` (default: own dtype).
+        """The dense weight: code * absmax in fp32, rounded once to `dtype` (default: `self.dtype`).
 
         Raises TypeError if `dtype` is no floating-point dtype.
         """
@@ -139,14 +141,18 @@ class NF4Weight:
 
     @classmethod
     def from_bitsandbytes(cls, source: Any) -> NF4Weight:
-        """From a bitsandbytes `Linear4bit` or `Params4bit`, sharing its bytes.
+        """The weight of a bitsandbytes `Linear4bit` or `Params4bit`, which shares its bytes.
 
-        Raises what `bnb_format.read_parameter` raises.
+        Raises TypeError for anything else; ValueError if the weight is fp4, is not quantized yet,
+        or was repacked for bitsandbytes' CPU inference kernel, which loses bits.
         """
         return cls(**bnb_format.read_parameter(source))
 
     def to_bitsandbytes(self) -> Any:
-        """As a bitsandbytes `Params4bit` that shares these bytes."""
+        """A bitsandbytes `Params4bit` that shares these bytes.
+
+        Raises ImportError if bitsandbytes is not installed.
+        """
         return bnb_format.write_parameter(self)
 
     def __repr__(self) -> str:
@@ -160,8 +166,8 @@ class NF4Weight:
 
 
 def check_floating_dtype(name: str, dtype: object) -> None:
-    """Raises TypeError unless `dtype` is one that torch computes in."""
-    # One byte holds formats that torch computes nothing in.
+    """Raises TypeError unless `dtype` is float16, bfloat16, float32 or float64."""
+    # torch does not compute in the floating-point dtypes of one byte.
     if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
         return
     raise TypeError(f"{name} is {dtype!r}; it must be float16, bfloat16, float32 or float64")

@@ -1,4 +1,4 @@
-"""`Projection`, a linear layer's tensors and its LoRA, and the layers of records made of it."""
+"""`Projection`, the tensors of a linear layer and its LoRA, and how it becomes a record's layer."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pylora.nf4_weight import NF4Weight
 
 
 class Projection(NamedTuple):
-    """One linear projection and its LoRA.
+    """A linear projection with or without LoRA, an argument of `lora_qkv` and `lora_mlp`.
 
     weight     [out_features, in_features], an NF4Weight or a tensor of x's dtype
-    lora_A     [r, in_features] and lora_B [out_features, r], of one dtype, which may differ from
-               x's; both None without LoRA
+    lora_A     [r, in_features]; None without LoRA
+    lora_B     [out_features, r], of lora_A's dtype, which may differ from x's; None without LoRA
     scaling    alpha / r (rsLoRA: alpha / sqrt(r))
-    bias       [out_features]
+    bias       [out_features]; None without a bias
     """
 
     weight: Tensor | NF4Weight
@@ -29,16 +29,17 @@ class Projection(NamedTuple):
 
 
 def base_weight(name: str, weight: Tensor | NF4Weight, x: Tensor) -> Weight:
-    """The record of a base weight; a dense one must have x's dtype."""
+    """The record of a base weight; raises TypeError if it is dense and not of x's dtype."""
     if isinstance(weight, NF4Weight):
         return weight.record
     return Weight.dense(checks.same_dtype_as_x(name, weight, x))
 
 
 def input_of(projections: dict[str, Projection], x: Tensor) -> Tensor:
-    """x checked against the first projection, and cast under autocast.
+    """Checks x against the first projection; returns it, cast under autocast.
 
-    Raises TypeError if one is no Projection, or what `checks.activations` raises.
+    Raises TypeError if an entry is no Projection, and what `checks.weight` and `checks.activations`
+    raise.
     """
     for name, projection in projections.items():
         if not isinstance(projection, Projection):
@@ -55,7 +56,9 @@ def layers_of(
     in_features: dict[str, int],
     dropout: Dropout | None,
 ) -> tuple[Layer, ...]:
-    """The layers of a call, checked against x and each other; each draws a mask of its own.
+    """The layers of a call, checked against x; each draws a dropout mask of its own.
+
+    in_features    the in_features of each projection, by name
 
     Errors name the projection and its part, such as "k.lora_A".
     """

@@ -1,4 +1,4 @@
-"""`python -m pylora check`: every kernel that can run on this machine against the reference."""
+"""Checks every kernel that can run on this machine against the reference (`pylora check`)."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from pylora.ops.spec import SPECS
 from pylora.testing import Accuracy, assert_as_accurate_as_torch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Every result has some thirty elements at least: of fewer, torch's largest error is a matter of
-# luck. rows of x, out_features, in_features, blocksize: aligned, odd, blocks that straddle rows,
-# one row, the most for few (and odd), none. Then what only kernels for many rows take: three shapes
-# for the Hopper kernel (whole tiles, blocks that straddle rows, and more than a tile), and one
-# for the dense product.
+# (tokens, out_features, in_features, blocksize). Every result has at least some thirty elements: if
+# there were fewer, torch's largest error would be a matter of luck. The first six shapes are
+# aligned, have blocks that straddle rows, one token, odd sizes, almost the most tokens for small_m,
+# and no tokens. The next three are for hopper (whole tiles, blocks that straddle rows, more than a
+# tile), the last is for many_rows.
 SHAPES = (
     (32, 96, 256, 64),
     (5, 40, 420, 64),
@@ -54,7 +54,10 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Case:
-    """One op with its flat arguments; the reference is run on the same arguments."""
+    """One op and the flat arguments that its kernels and the reference are run on.
+
+    description    the shapes, dtype and options, in words
+    """
 
     op: str
     description: str
@@ -62,48 +65,55 @@ class Case:
 
     @classmethod
     def of(cls, description: str, call: Any) -> Case:
+        """The case of a call record."""
         return cls(call.op, description, SPECS[call.op].flatten(call))
 
     def expected(self, *args: Any) -> Any:
+        """The results of the reference."""
         return reference_op(self.op)(*args)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one backend made of one case; `failure` is None where it was right."""
+    """The result of one case on one backend.
+
+    compiled_for    the instruction set or GPUs that the kernels are compiled for
+    accuracy        None if the result was wrong
+    failure         what was wrong; None if nothing was
+    """
 
     backend: str
-    path: str
+    compiled_for: str
     case: Case
     accuracy: Accuracy | None
     failure: str | None
 
 
-def cases(seed: int = 0, row_counts: Collection[int] | None = None) -> Iterator[Case]:
-    """The cases of the check on the CPU: fresh random data for each seed.
+def cases(seed: int = 0, token_counts: Collection[int] | None = None) -> Iterator[Case]:
+    """Yields the cases of the check, on the CPU, with other random data for each seed.
 
-    `row_counts` picks the shapes with so many rows of x.
+    token_counts    if given, only shapes with one of these numbers of tokens
     """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    for rows, out_features, in_features, blocksize in SHAPES:
-        if row_counts is not None and rows not in row_counts:
+    for tokens, out_features, in_features, blocksize in SHAPES:
+        if token_counts is not None and tokens not in token_counts:
             continue
         weight = normal(out_features, in_features) / max(in_features, 1) ** 0.5
         for index, dtype in enumerate(DTYPES):
             double_quant = index == 2
-            where = f"{rows}x{in_features}x{out_features} b{blocksize} {str(dtype)[6:]}"
+            where = f"{tokens}x{in_features}x{out_features} b{blocksize} {str(dtype)[6:]}"
             where += " nested" if double_quant else ""
             yield Case.of(where, QuantizeCall(weight.to(dtype), blocksize))
             with dispatch.use_backend("reference"):
                 w = functional.quantize_nf4(weight.to(dtype), blocksize, double_quant)
             yield Case.of(where, DequantizeCall(w.record, tuple(w.shape), dtype))
             x, grad = (
-                normal(rows, in_features, dtype=dtype),
-                normal(rows, out_features, dtype=dtype),
+                normal(tokens, in_features, dtype=dtype),
+                normal(tokens, out_features, dtype=dtype),
             )
             bias = normal(out_features, dtype=dtype)
             yield Case.of(where, Nf4LinearCall(x, Layer(w.record, bias)))
@@ -130,6 +140,7 @@ def _lora_cases(
     lora_dtype: torch.dtype,
     rank: int,
 ) -> Iterator[Case]:
+    """Yields lora_linear and its backward, with every bias."""
     where += f" r{rank} {activation} p{dropout_p}"
     lora_A = normal(rank, w.in_features, dtype=lora_dtype) / max(w.in_features, 1) ** 0.5
     lora_B = normal(w.out_features, rank, dtype=lora_dtype)
@@ -153,8 +164,11 @@ def _composed_cases(
     lora_dtype: torch.dtype,
     rank: int,
 ) -> Iterator[Case]:
-    """lora_qkv and lora_mlp over an NF4 weight with LoRA, one without and a trained dense one,
-    multi_lora_linear over the NF4 weight; and their backwards. lora_qkv over NF4 weights alone."""
+    """Yields lora_qkv, lora_mlp and multi_lora_linear with their backwards.
+
+    The layers of lora_qkv and lora_mlp are an NF4 weight with LoRA, one without, and a trained
+    dense weight with LoRA; lora_qkv comes over NF4 weights alone as well.
+    """
     where += f" r{rank} p{dropout_p}"
     out_features, in_features = w.shape
     adapters = 3
@@ -171,7 +185,7 @@ def _composed_cases(
     nf4 = trained._replace(weight=w)
     plain = functional.Projection(w, bias=trained.bias)
     dropout = (dropout_p, 1234567890123)
-    # nf4, plain and trained or down
+    # The gradients that the layers nf4, plain, and trained or down compute.
     wanted = (
         Wanted(x=True, A=True, B=True, bias=True),
         Wanted(x=True, bias=True),
@@ -180,9 +194,9 @@ def _composed_cases(
 
     qkv = functional.CALLS["lora_qkv"](x, nf4, plain, trained, *dropout)
     yield Case.of(where, qkv)
-    hidden = on_reference(qkv)[1]
+    _, hs = on_reference(qkv)
     grads = [grad, normal(*grad.shape, dtype=x.dtype), normal(*grad.shape, dtype=x.dtype)]
-    yield Case.of(where, LoraQkvBackward(grads, x, hidden, qkv.layers, wanted))
+    yield Case.of(where, LoraQkvBackward(grads, x, hs, qkv.layers, wanted))
     qkv = functional.CALLS["lora_qkv"](x, nf4, plain, nf4, *dropout)
     yield Case.of(where + " NF4 alone", qkv)
 
@@ -190,8 +204,8 @@ def _composed_cases(
     mlp = functional.CALLS["lora_mlp"](x, nf4, plain, down, "silu", *dropout)
     yield Case.of(where, mlp)
     _, gate, up, hs = on_reference(mlp)
-    into_down = normal(*x.shape, dtype=x.dtype)
-    yield Case.of(where, LoraMlpBackward(into_down, x, gate, up, hs, mlp.layers, "silu", wanted))
+    grad_of_mlp = normal(*x.shape, dtype=x.dtype)
+    yield Case.of(where, LoraMlpBackward(grad_of_mlp, x, gate, up, hs, mlp.layers, "silu", wanted))
 
     stacks = low_rank(out_features, in_features, adapters)
     ids = torch.arange(x.shape[0]) % (adapters + 1) - 1
@@ -199,13 +213,13 @@ def _composed_cases(
     multi = functional.CALLS["multi_lora_linear"](x, w, *stacks, ids, scalings, plain.bias)
     yield Case.of(where, multi)
     _, h = on_reference(multi)
-    some = Wanted(x=True, A=True, B=True, bias=True)
-    yield Case.of(where, MultiLoraBackward(grad, x, h, multi.layer, multi.adapters, some))
+    multi_wanted = Wanted(x=True, A=True, B=True, bias=True)
+    yield Case.of(where, MultiLoraBackward(grad, x, h, multi.layer, multi.adapters, multi_wanted))
 
 
 @contextmanager
 def cpu_isa(name: str | None) -> Iterator[None]:
-    """Runs the CPU kernels on one instruction set, or as they are where `name` is None."""
+    """A context in which the CPU kernels use the instruction set `name`; None changes nothing."""
     module, _ = extension.load()
     if name is None or module is None:
         yield
@@ -218,8 +232,12 @@ def cpu_isa(name: str | None) -> Iterator[None]:
         module.set_cpu_isa(previous)
 
 
-def variants() -> Iterator[tuple[str, str, str | None]]:
-    """(backend, path, CPU instruction set to force) of all that runs here but the reference."""
+def checked_backends() -> Iterator[tuple[str, str, str | None]]:
+    """Yields (backend, what it is compiled for, CPU instruction set to force).
+
+    The cpu backend comes once per instruction set of this machine. The reference is left out, and
+    so are backends that cannot run here.
+    """
     for backend in dispatch.BACKENDS.values():
         if backend.name == "reference" or backend.unavailable() is not None:
             continue
@@ -228,18 +246,23 @@ def variants() -> Iterator[tuple[str, str, str | None]]:
             assert module is not None
             yield from (("cpu", isa, isa) for isa in module.cpu_isas())
         else:
-            yield backend.name, backend.path(), None
+            yield backend.name, backend.compiled_for(), None
 
 
 def run(
     seed: int = 0,
     chosen: Callable[[Case], bool] = lambda case: True,
     backend: str | None = None,
-    row_counts: Collection[int] | None = None,
+    token_counts: Collection[int] | None = None,
 ) -> Iterator[Outcome]:
-    """Runs every case, or those `chosen`, on every variant that takes it, or those of `backend`."""
-    all_cases = [case for case in cases(seed, row_counts) if chosen(case)]
-    for name, path, isa in variants():
+    """Runs the cases on every backend that takes them, and yields the outcomes.
+
+    chosen          case -> true if it is to be run
+    backend         the name of the only backend to run; all if None
+    token_counts    as in `cases`
+    """
+    all_cases = [case for case in cases(seed, token_counts) if chosen(case)]
+    for name, compiled_for, isa in checked_backends():
         if backend not in (None, name):
             continue
         device = dispatch.BACKENDS[name].device()
@@ -248,7 +271,7 @@ def run(
                 args = tuple(_moved(arg, device) for arg in case.args)
                 call = SPECS[case.op].read(args)
                 if isinstance(dispatch.ask(dispatch.BACKENDS[name], call), Plan):
-                    yield _outcome(name, path, case, args)
+                    yield _outcome(name, compiled_for, case, args)
 
 
 def _moved(arg: Any, device: str) -> Any:
@@ -257,10 +280,10 @@ def _moved(arg: Any, device: str) -> Any:
     return arg.to(device) if isinstance(arg, Tensor) else arg
 
 
-def _outcome(name: str, path: str, case: Case, args: tuple[Any, ...]) -> Outcome:
+def _outcome(name: str, compiled_for: str, case: Case, args: tuple[Any, ...]) -> Outcome:
     actual = getattr(torch.ops.pylora, case.op)(*args)
     try:
         accuracy = assert_as_accurate_as_torch(actual, case.expected, *args)
     except AssertionError as error:
-        return Outcome(name, path, case, None, str(error))
-    return Outcome(name, path, case, accuracy, None)
+        return Outcome(name, compiled_for, case, None, str(error))
+    return Outcome(name, compiled_for, case, accuracy, None)

@@ -18,7 +18,12 @@ _forget: list[Callable[[], None]] = []
 
 @dataclass(frozen=True)
 class Settings:
-    """backend: the backend asked for by name, "" if none was. hopper, autotune: switches."""
+    """The values of the environment variables.
+
+    backend     PYLORA_BACKEND: the name of a backend, or "" if none is asked for
+    hopper      PYLORA_HOPPER: true turns the hopper kernel on
+    autotune    PYLORA_AUTOTUNE: true lets Triton's tile plans be measured
+    """
 
     backend: str
     hopper: bool
@@ -27,6 +32,7 @@ class Settings:
 
 @lru_cache(maxsize=1)
 def current() -> Settings:
+    """The settings as they were when the variables were last read."""
     return Settings(
         backend=os.environ.get(BACKEND, ""),
         hopper=os.environ.get(HOPPER) == "1",
@@ -45,12 +51,12 @@ def cache_folder() -> Path:
 
 
 def forgotten_on_refresh(forget: Callable[[], None]) -> None:
-    """Registers a function that drops what was derived from the settings."""
+    """Registers a function that `refresh` calls to drop what was derived from the settings."""
     _forget.append(forget)
 
 
 def refresh() -> None:
-    """Reads the environment variables again, after a program has changed them."""
+    """Reads the environment variables again; call it after changing one of them."""
     current.cache_clear()
     for forget in _forget:
         forget()

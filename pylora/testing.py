@@ -1,6 +1,6 @@
 """The one numerics rule of pylora, used by the tests, the benchmarks and `python -m pylora check`.
 
-A result is right when its error against a float64 computation is at most twice the error that the
+A result is right if its error against a float64 computation is at most twice the error that the
 same computation has in plain torch in the same dtype, plus one rounding unit. Both the largest and
 the root-mean-square error must satisfy this.
 """
@@ -14,13 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# How much larger than torch's own error an error may be.
+# An error may be this many times as large as torch's own error.
 ALLOWED_RATIO = 2.0
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Errors against float64, worst over all outputs: ours, torch's, ours over the allowed."""
+    """The errors of the output that uses most of its allowance.
+
+    max_error          our largest error against float64
+    torch_max_error    torch's largest error against float64
+    used               our error as a share of the allowed error, from 0 to 1
+    """
 
     max_error: float
     torch_max_error: float
@@ -36,12 +41,12 @@ class Accuracy:
 def assert_as_accurate_as_torch(
     actual: Any, function: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Accuracy:
-    """Raises AssertionError unless `actual` is as accurate as `function(*args, **kwargs)` in plain
-    torch.
+    """Raises AssertionError unless `actual` is as accurate as plain torch, by the numerics rule.
 
-    actual      a tensor, or tensors nested in tuples, lists or dicts
-    function    the same computation in plain torch; it is run on the arguments as given, and once
-                more with every floating-point tensor and dtype among them replaced by float64
+    actual          a tensor, or tensors nested in tuples, lists or dicts
+    function        the same computation in plain torch; it runs on the arguments as given, and once
+                    more with every floating-point tensor and dtype among them replaced by float64
+    args, kwargs    the arguments of `function`
 
     Shapes, dtypes and the positions of non-finite values must agree as well. Returns the errors.
     """
@@ -81,12 +86,12 @@ def _compare(name: str, actual: Tensor, expected: Tensor, exact: Tensor) -> Accu
     if error.numel() == 0:
         return Accuracy(0.0, 0.0, 0.0)
     worst = 0.0
-    for kind, size in (("largest", _largest), ("root-mean-square", _root_mean_square)):
+    for norm, size in (("largest", _largest), ("root-mean-square", _root_mean_square)):
         allowed = ALLOWED_RATIO * size(torch_error) + rounding_unit * size(exact)
         if size(error) > allowed:
             raise AssertionError(
-                f"{name}: the {kind} error is {size(error):.3e}; it must be at most {allowed:.3e} "
-                f"(torch's own is {size(torch_error):.3e}, the {kind} value {size(exact):.3e})"
+                f"{name}: the {norm} error is {size(error):.3e}; it must be at most {allowed:.3e} "
+                f"(torch's own is {size(torch_error):.3e}, the {norm} value {size(exact):.3e})"
             )
         worst = max(worst, size(error) / allowed if allowed else 0.0)
     return Accuracy(_largest(error), _largest(torch_error), worst)

@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 import pylora
 from pylora import dispatch, reference
 from pylora.functional import Projection
-from pylora.selfcheck import cpu_isa, variants
+from pylora.selfcheck import checked_backends, cpu_isa
 from pylora.testing import assert_as_accurate_as_torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +39,7 @@ _load("flat_calls", ROOT / "tests" / "flat_calls.py")
 _load("kept_objects", ROOT / "tools" / "kept_objects.py")
 _load("host_cuda", ROOT / "tests" / "host_cuda" / "__init__.py")
 
-VARIANTS = [("reference", "pure PyTorch", None), *variants()]
+VARIANTS = [("reference", "pure PyTorch", None), *checked_backends()]
 
 
 @pytest.fixture(autouse=True)

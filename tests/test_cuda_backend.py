@@ -61,10 +61,10 @@ def linear(
         ({"rows": 0}, None),
         ({"nested_blocksize": 128}, None),
         ({"dtype": torch.float32}, "x is torch.float32; the kernel takes float16 and bfloat16"),
-        ({"rows": 66}, "x has 66 rows; the kernel for few rows takes up to 64"),
+        ({"rows": 66}, "x has 66 tokens; the small_m kernel takes up to 64"),
         (
             {"rows": 18, "blocksize": 32},
-            "x has 18 rows; the kernel for few rows takes up to 16 if the blocksize is 32",
+            "x has 18 tokens; the small_m kernel takes up to 16 if the blocksize is 32",
         ),
         ({"shape": (96, 96)}, "in_features is 96, no multiple of the blocksize 64"),
         ({"shape": (0, 64)}, "the weight has no elements"),
@@ -83,7 +83,7 @@ def test_nf4_linear(change: dict[str, Any], reason: str | None):
         ({"rows": 64, "dtype": torch.float16, "blocksize": 128}, None),
         ({"rows": 514, "shape": (96, 96)}, None),
         ({"dtype": torch.float32}, "grad is torch.float32; the kernel takes float16 and bfloat16"),
-        ({"rows": 66}, "grad has 66 rows; the kernel for few rows takes up to 64"),
+        ({"rows": 66}, "grad has 66 tokens; the small_m kernel takes up to 64"),
         ({"blocksize": 32}, "the blocksize is 32; the kernel takes 64 or more"),
         ({"shape": (96, 96)}, "in_features is 96, no multiple of the blocksize 64"),
         ({"device": "cpu"}, "qweight is on cpu, not on a cuda device"),
@@ -104,18 +104,18 @@ def test_nf4_linear_backward(change: dict[str, Any], reason: str | None):
         ({"lora_dtype": torch.float16}, "lora_A is torch.float16; the kernel takes torch.bfloat16"),
         ({"rank": 0}, "the rank is 0; the kernel takes 1 to 1024"),
         ({"dense": True}, "the base weight is dense"),
-        ({"rows": 80}, "x has 80 rows"),
+        ({"rows": 80}, "x has 80 tokens"),
         ({"rows": 514, "rank": 37, "blocksize": 128, "shape": (96, 192)}, None),
         ({"rows": 514, "rank": 0}, "the rank is 0; the kernel takes 1 to 1024"),
         (
             {"rows": 514, "lora_dtype": torch.float32},
-            "lora_A is torch.float32; for many rows the kernel takes torch.bfloat16, as x has",
+            "lora_A is torch.float32; the many_rows kernel takes torch.bfloat16, as x has",
         ),
         (
             {"rows": 514, "shape": (96, 96)},
-            "in_features is 96; for many rows the kernel needs a multiple of 64",
+            "in_features is 96; the many_rows kernel needs a multiple of 64",
         ),
-        ({"rows": 2**19}, "x has 524288 rows; the kernel for many rows takes up to 524280"),
+        ({"rows": 2**19}, "x has 524288 tokens; the many_rows kernel takes up to 524280"),
         ({"lora_device": "cpu"}, "lora_A is on cpu, not on a cuda device"),
     ],
 )
@@ -144,7 +144,7 @@ def test_lora_linear(change: dict[str, Any], reason: str | None):
         ({"lora_dtype": torch.float16}, "lora_A is torch.float16; the kernel takes torch.bfloat16"),
         ({"rank": 1025}, "the rank is 1025; the kernel takes 1 to 1024"),
         ({"dense": True}, "the base weight is dense"),
-        ({"rows": 80}, "x has 80 rows"),
+        ({"rows": 80}, "x has 80 tokens"),
         ({"ids_device": "cpu"}, "adapter_ids is on cpu, not on a cuda device"),
     ],
 )
@@ -178,8 +178,8 @@ def projections(count: int = 3, **change: Any) -> tuple[Any, ...]:
     ("change", "reason"),
     [
         ({}, None),
-        ({"rows": 66}, "x has 66 rows; the kernel for few rows takes up to 64"),
-        ({"rows": 514}, "x has 514 rows, and would be copied for each projection"),
+        ({"rows": 66}, "x has 66 tokens; the small_m kernel takes up to 64"),
+        ({"rows": 514}, "x has 514 tokens, and would be copied per projection"),
         ({"device": "cpu"}, "qweight is on cpu, not on a cuda device"),
         ({"dense": True}, "of one projection the base weight is dense"),
     ],
@@ -231,7 +231,7 @@ def test_a_gpu_with_little_shared_memory(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cuda, "_shared_memory", lambda device: 99 << 10)
     assert why_not(*linear(rows=32)) is None
     refusal = why_not(*linear(rows=34)) or ""
-    assert refusal.startswith("x has 34 rows; the kernel for few rows takes up to 32 on this GPU")
+    assert refusal.startswith("x has 34 tokens; the small_m kernel takes up to 32 on this GPU")
 
 
 def test_an_old_gpu_and_an_odd_address(monkeypatch: pytest.MonkeyPatch):

@@ -15,11 +15,11 @@ from torch import Tensor
 
 import pylora
 from pylora import dispatch, reference
-from pylora.backends import cuda_products, extension, limits
+from pylora.backends import cuda_many_rows, extension, limits
 from pylora.calls import Dropout
 from pylora.testing import assert_as_accurate_as_torch
 
-ROWS = limits.CUDA_PRODUCT_FROM
+ROWS = limits.CUDA_MANY_ROWS_FROM
 ACTIVATION_NAMES = list(extension.ACTIVATION_CODES)
 
 NO_GPU = dispatch.BACKENDS["cuda"].unavailable()
@@ -70,7 +70,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def by_products(op: str, *args: Any) -> Any:
     """The backend's dense products, run past its planner, which refuses CPU tensors."""
-    return getattr(cuda_products, op)(call_of(op, *args))
+    return getattr(cuda_many_rows, op)(call_of(op, *args))
 
 
 def check(op: str, args: tuple[Any, ...]) -> None:

@@ -84,7 +84,7 @@ def test_explain_gives_reasons() -> None:
     explanation = pylora.explain("nf4_linear", x, w)
     assert "cuda" in explanation.rejected and "triton" in explanation.rejected
     if extension.load()[0] is not None:
-        assert explanation.backend == "cpu" and explanation.path in str(explanation)
+        assert explanation.backend == "cpu" and explanation.compiled_for in str(explanation)
         double = pylora.explain("nf4_linear", x.double(), w)
         assert double.backend == "reference"
         assert "x is torch.float64" in double.rejected["cpu"]
@@ -134,7 +134,7 @@ def test_check_fails_on_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     planners = {Nf4LinearCall: lambda call: Plan("wrong", wrong)}
     backend = Backend("cuda", planners, lambda: None, str, lambda: "cpu")
     monkeypatch.setitem(dispatch.BACKENDS, "cuda", backend)
-    monkeypatch.setattr(selfcheck, "variants", lambda: iter([("cuda", "", None)]))
+    monkeypatch.setattr(selfcheck, "checked_backends", lambda: iter([("cuda", "", None)]))
     outcomes = list(selfcheck.run())
     assert outcomes and any(outcome.failure is not None for outcome in outcomes)
 

@@ -17,7 +17,6 @@ from torch import Tensor
 import pylora
 from pylora import nf4
 from pylora.backends import extension
-from pylora.backends.row_steps import row_steps
 from pylora.reference.activation import ACTIVATIONS
 
 _C = pytest.importorskip("pylora._C", reason="pylora was installed without its extension")
@@ -68,12 +67,6 @@ def test_build_info():
     assert info["torch_target"] == "2.10"
     assert info["compiler"].startswith(("gcc", "clang"))
     assert info["cuda"] == bool(info["cuda_archs"]) == (info["cuda_version"] is not None)
-
-
-def test_plans_change_at_every_hard_limit_of_rows():
-    hard = _C.build_info()["limits"]["cuda"]
-    rows = {hard[name] for name in ("max_few_rows", "max_few_rows_of_block_32", "max_many_rows")}
-    assert rows < set(row_steps()) and row_steps() == sorted(row_steps())
 
 
 def cuobjdump(*options: str) -> str:

@@ -148,16 +148,16 @@ def test_the_check_reaches_the_kernels_for_many_rows():
     shapes = [shape for shape in selfcheck.SHAPES if shape[0] in rows]
     assert len(shapes) == 3
     for m, _, in_features, blocksize in shapes:
-        assert limits.CUDA_HOPPER_FROM <= m < limits.CUDA_PRODUCT_FROM
+        assert limits.CUDA_HOPPER_FROM <= m < limits.CUDA_MANY_ROWS_FROM
         columns = hard["hopper_columns"]
         assert in_features % columns == blocksize % columns == 0
-    many = [shape for shape in selfcheck.SHAPES if shape[0] >= limits.CUDA_PRODUCT_FROM]
+    many = [shape for shape in selfcheck.SHAPES if shape[0] >= limits.CUDA_MANY_ROWS_FROM]
     assert many and all(shape[2] % hard["many_rows_columns"] == 0 for shape in many)
-    picked = list(selfcheck.cases(row_counts=[1, 9]))
+    picked = list(selfcheck.cases(token_counts=[1, 9]))
     assert {case.description.split("x")[0] for case in picked} == {"1", "9"}
-    assert len(picked) == 2 * len(list(selfcheck.cases(row_counts=[1])))
-    with pytest.raises(argparse.ArgumentTypeError, match="'7' is no row count of the check; there"):
-        pylora_main._row_counts("1,7")
+    assert len(picked) == 2 * len(list(selfcheck.cases(token_counts=[1])))
+    with pytest.raises(argparse.ArgumentTypeError, match="'7' is no number of tokens of the check"):
+        pylora_main._token_counts("1,7")
 
 
 def test_benchmarks_save_each_cell(tmp_path: Path):

@@ -172,7 +172,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
         yield Calls(monkeypatch)
 
 
-NEEDS = "the Hopper kernel needs a multiple of 64"
+NEEDS = "the hopper kernel needs a multiple of 64"
 
 
 @pytest.mark.parametrize("has_lora", [False, True])
@@ -184,9 +184,9 @@ def test_it_is_preferred_if_it_can_run(calls: Calls, rows: int, has_lora: bool):
 
 
 CANNOT_RUN = [
-    ((8, 0), True, {}, "the Hopper kernel needs a GPU of compute capability 9.0"),
-    ((10, 0), True, {}, "the Hopper kernel needs a GPU of compute capability 9.0"),
-    ((9, 0), False, {}, "the Hopper kernel was not compiled: PYLORA_CUDA_ARCHS had no 90a"),
+    ((8, 0), True, {}, "the hopper kernel needs a GPU of compute capability 9.0"),
+    ((10, 0), True, {}, "the hopper kernel needs a GPU of compute capability 9.0"),
+    ((9, 0), False, {}, "the hopper kernel was not compiled: PYLORA_CUDA_ARCHS had no 90a"),
     ((9, 0), True, {"blocksize": 32}, f"blocksize is 32; {NEEDS}"),
     ((9, 0), True, {"columns": 224}, f"in_features is 224; {NEEDS}"),
 ]
@@ -204,7 +204,7 @@ def test_many_rows_take_the_dense_product_if_it_cannot_run(
 ):
     calls.on(*capability, compiled=compiled)
     plan = calls.plan(rows=rows, **options)
-    assert plan.variant == cuda.PRODUCT and plan.note == f"not the Hopper kernel: {reason}"
+    assert plan.variant == cuda.MANY_ROWS and plan.note == f"not the hopper kernel: {reason}"
 
 
 @pytest.mark.parametrize(("capability", "compiled", "options", "reason"), CANNOT_RUN)
@@ -216,15 +216,15 @@ def test_a_middle_number_of_rows_is_refused_with_its_reason(
     reason: str,
 ):
     calls.on(*capability, compiled=compiled)
-    assert calls.refusal(rows=128, **options).endswith(f"not the Hopper kernel: {reason}")
+    assert calls.refusal(rows=128, **options).endswith(f"not the hopper kernel: {reason}")
 
 
 def test_the_most_rows(calls: Calls):
     plan = calls.plan(rows=8 * 65536)
-    assert plan.variant == cuda.PRODUCT
-    reason = "x has 524288 rows; the Hopper kernel takes up to 524280"
-    assert plan.note == f"not the Hopper kernel: {reason}"
-    assert calls.refusal(rows=127) == "x has 127 rows; the kernel for few rows takes up to 64"
+    assert plan.variant == cuda.MANY_ROWS
+    reason = "x has 524288 tokens; the hopper kernel takes up to 524280"
+    assert plan.note == f"not the hopper kernel: {reason}"
+    assert calls.refusal(rows=127) == "x has 127 tokens; the small_m kernel takes up to 64"
 
 
 @pytest.mark.parametrize("value", [None, "", "0"])
@@ -235,7 +235,7 @@ def test_off_by_default(calls: Calls, monkeypatch: pytest.MonkeyPatch, value: st
         monkeypatch.setenv("PYLORA_HOPPER", value)
     pylora.refresh()
     plan, reason = calls.plan(rows=513), calls.refusal(rows=128)
-    assert plan.variant == cuda.PRODUCT
+    assert plan.variant == cuda.MANY_ROWS
     for text in (plan.note, reason):
         assert "has not been measured" in text and "PYLORA_HOPPER=1" in text
 

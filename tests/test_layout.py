@@ -201,3 +201,44 @@ def test_kernels_folder_refuses_another_name() -> None:
     assert spec is not None and spec.loader is not None
     with pytest.raises(ImportError, match=r"pylora\.kernels"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+# Ops without a file of their own in kernels/ or csrc/, and why they need none.
+WITHOUT_KERNEL = {
+    "kernels": {"nf4_quantize": "Triton has no kernel for it: the C++ ones run on CPUs and GPUs"},
+    "csrc": {
+        "lora_qkv": "the backends compose it of their single-layer ops",
+        "lora_mlp": "the backends compose it of their single-layer ops",
+        "multi_lora_linear": "the small_m kernel of lora_linear takes the ids of the adapters",
+    },
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("folder", WITHOUT_KERNEL)
+def test_kernels_of_an_op_have_its_stem(folder: str, op: str) -> None:
+    stems = {path.stem for path in (ROOT / folder).rglob("*") if path.is_file()}
+    assert (op in stems) != (op in WITHOUT_KERNEL[folder])
+
+
+def test_no_other_triton_file_has_the_stem_of_an_op() -> None:
+    """What the ops share has a name of its own, so that a file with an op's stem is that op."""
+    stems = {path.stem.removesuffix("_backward") for path in (ROOT / "kernels").glob("*.py")}
+    assert not [stem for stem in stems if stem.startswith(OPS) and stem not in OPS]
+
+
+def test_backends_run_ops_by_functions_of_their_names() -> None:
+    from pylora import dispatch, reference
+    from pylora.backends import composition, cpu, extension, triton_runs
+
+    names = {*OPS, *(f"{op}_backward" for op in OPS)}
+    composed = {record.op for record in composition.composed(cpu._PLANNERS)}
+    for backend, module, without in (
+        ("reference", reference, set()),
+        ("triton", triton_runs, set()),
+        ("cpu", extension, composed),
+        ("cuda", extension, composed),
+    ):
+        ops = set(dispatch.BACKENDS[backend].ops)
+        assert ops <= names
+        assert not [op for op in ops - without if not hasattr(module, op)]

@@ -293,10 +293,10 @@ def test_tiles(tile_rows: int) -> None:
         found = tiles(ids, adapters, tile_rows)
         valid = (ids >= 0) & (ids < adapters)
         assert torch.equal(found.covered, valid)
-        used = found.row[found.row < rows]
+        used = found.token[found.token < rows]
         assert sorted(used.tolist()) == valid.nonzero()[:, 0].tolist()
         owner = found.adapter.repeat_interleave(tile_rows)
-        flat = found.row.view(-1)
+        flat = found.token.view(-1)
         assert torch.equal(ids[flat[flat < rows]], owner[flat < rows])
         assert torch.equal(flat[found.place[valid]], valid.nonzero()[:, 0])
         assert len(found.adapter) <= rows // tile_rows + adapters
@@ -439,12 +439,12 @@ def test_errors(backend: str) -> None:
         (
             {"adapter_ids": ids.index_fill(0, torch.tensor([2, 4]), 3)},
             ValueError,
-            r"adapter_ids has 3 at row 2; it must be in \[-1, 3\)",
+            r"adapter_ids has 3 at token 2; it must be in \[-1, 3\)",
         ),
         (
             {"adapter_ids": ids.index_fill(0, torch.tensor([5]), -2)},
             ValueError,
-            r"adapter_ids has -2 at row 5",
+            r"adapter_ids has -2 at token 5",
         ),
         ({"bias": torch.zeros(3)}, ValueError, r"bias has shape \(3,\); it must be \(48,\)"),
     ]

@@ -23,7 +23,7 @@ if BACKEND.unavailable() is not None:
     pytest.skip(f"no Triton kernels here: {BACKEND.unavailable()}", allow_module_level=True)
 
 from pylora.calls import Adapters, Layer, Wanted, Weight
-from pylora.kernels import adapter_rows, configs, launch
+from pylora.kernels import adapter_tokens, configs, launch
 from pylora.kernels.multi_lora_linear import multi_lora_linear
 from pylora.kernels.multi_lora_linear_backward import multi_lora_linear_backward
 
@@ -97,12 +97,12 @@ def test_every_row_is_in_one_tile_of_its_adapter(
 ) -> None:
     """Counted and sorted; the numbering of tiles is that of `tile_of`, in Python."""
     monkeypatch.setattr(
-        adapter_rows, "ADAPTER_ROWS", replace(configs.ADAPTER_ROWS, most_counted=most_counted)
+        adapter_tokens, "ADAPTER_TOKENS", replace(configs.ADAPTER_TOKENS, most_counted=most_counted)
     )
     for low in (-2, adapters - 1):
         ids = torch.randint(low, adapters + 2, (rows,))
         ids[0] = 2**40
-        found = adapter_rows.adapter_rows(ids.to(DEVICE), adapters)
+        found = adapter_tokens.adapter_tokens(ids.to(DEVICE), adapters)
         group = torch.where((ids >= 0) & (ids < adapters), ids, adapters)
         assert torch.equal(found.order.cpu(), group.sort(stable=True).indices)
         sizes = group.bincount(minlength=adapters + 1)

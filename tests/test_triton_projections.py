@@ -48,9 +48,9 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
         monkeypatch.setattr(module, name, call)
 
-    for name in ("lora_shrink", "launch_nf4_linear"):
+    for name in ("lora_shrink", "launch_linear_tiles"):
         counted(lora_linear, name)
-    for name in ("lora_weight_grad", "launch_nf4_linear_backward"):
+    for name in ("lora_weight_grad", "launch_linear_tiles_backward"):
         counted(lora_linear_backward, name)
     return calls
 
@@ -108,9 +108,9 @@ def test_layers_that_are_alike_share_their_launches(
     sizes_and_ranks = ((96, 36), (40, 33), (70, 60))
     qkv = [make_projection(*(n, 128, r), "nested", FP16, FP32, DEVICE) for n, r in sizes_and_ranks]
     outputs = F.lora_qkv(x, *qkv)
-    assert counts == {"lora_shrink": 1, "launch_nf4_linear": 1}
+    assert counts == {"lora_shrink": 1, "launch_linear_tiles": 1}
     torch.autograd.grad(sum(y.float().sum() for y in outputs), [x, *[p.lora_A for p in qkv]])
-    assert counts["launch_nf4_linear_backward"] == 1
+    assert counts["launch_linear_tiles_backward"] == 1
     # dlora_A of all in one pass over x, dlora_B of each in one over its grad.
     assert counts["lora_weight_grad"] == 1 + 3
     check_qkv(x, qkv, 0.3)
@@ -126,7 +126,7 @@ def test_layers_that_are_not_alike_do_not(
     v = make_projection(33, 128, 35, "dense", BF16, FP32, DEVICE)
     F.lora_qkv(x, q, k, v)
     # q and v have LoRA factors of one dtype.
-    assert counts == {"lora_shrink": 2, "launch_nf4_linear": 3}
+    assert counts == {"lora_shrink": 2, "launch_linear_tiles": 3}
     check_qkv(x, [q, k, v])
 
 

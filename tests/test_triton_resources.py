@@ -30,7 +30,7 @@ def test_table_has_every_variant_that_is_launched(capability: int) -> None:
 
 def test_hopper_multiplies_on_its_matrix_unit_without_spills() -> None:
     """One tile of 64 rows and more, compiled here and now."""
-    tiles = [v for v in launches(90) if v.kernel == "nf4_linear" and v.blocks["BLOCK_M"] == 64]
+    tiles = [v for v in launches(90) if v.kernel == "linear_tiles" and v.blocks["BLOCK_M"] == 64]
     numbers = resources.measure(tiles[0], 90)
     assert numbers["matrix"] > 0 and numbers["spills"] == 0
     assert numbers["cycles"]["tensor"] > 0
@@ -105,7 +105,7 @@ def test_main_loop_decodes_one_tile_a_turn() -> None:
     variant = next(
         v
         for v in launches(100)
-        if v.kernel == "nf4_linear"
+        if v.kernel == "linear_tiles"
         and resources.decodes(v)
         and (v.blocks["BLOCK_M"], v.blocks["BLOCK_K"]) == (64, 64)
         and dict(v.options)["num_warps"] == 4

@@ -57,7 +57,7 @@ class Launch:
 
 def per_weight(tile: configs.TileConfig) -> float:
     """Returns the instructions of the forward's main loop for a decoded weight on sm_90."""
-    name = f"nf4_linear bf16 blocksize{BLOCKSIZE} m{tile.block_m} n{tile.block_n} k{tile.block_k}"
+    name = f"linear_tiles bf16 blocksize{BLOCKSIZE} m{tile.block_m} n{tile.block_n} k{tile.block_k}"
     table = json.loads(TABLE.read_text())["kernels"]["sm_90"]
     issue = next(n["cycles"]["issue"] for key, n in table.items() if key.startswith(name))
     return issue * cycle_model.SCHEDULERS * 32 / cycle_model.UNIT

@@ -4,7 +4,7 @@
     python -m benchmarks.resources.triton --write    replace the table
     python -m benchmarks.resources.triton --write-limits
                                                      note which variants this Triton compiles well
-    python -m benchmarks.resources.triton --explain "nf4_linear bf16 blocksize64 m16 n128" sm_90
+    python -m benchmarks.resources.triton --explain "linear_tiles bf16 blocksize64 m16 n128" sm_90
                                                      what keeps the SM busy in the main loop of the
                                                      first variant whose name begins so
 
@@ -110,7 +110,7 @@ def decoding_loop(variant: Variant, code: sass.Code) -> Loop | None:
     if not body:
         return None
     tile = blocks["BLOCK_N"] * blocks["BLOCK_K"]
-    summed = blocks["BLOCK_N" if variant.kernel == "nf4_linear_backward" else "BLOCK_K"]
+    summed = blocks["BLOCK_N" if variant.kernel == "linear_tiles_backward" else "BLOCK_K"]
     products = [i.operands for i in body if i.name == "UTCHMMA"]
     rows = sum(
         blocks["BLOCK_M"] + (tile // summed if operands.count("gdesc") > 1 else 0)
@@ -173,7 +173,7 @@ def absolute_problems(variant: Variant, capability: int, numbers: Numbers) -> li
     """Returns what is wrong whatever the version of Triton: spills, too much shared memory, no
     matrix instruction, no main loop."""
     problems = []
-    tiles = variant.kernel in ("nf4_linear", "nf4_linear_backward")
+    tiles = variant.kernel in ("linear_tiles", "linear_tiles_backward")
     if numbers["spills"]:
         problems.append(f"{numbers['spills']} spills")
     if numbers["shared"] > SHARED[capability]:

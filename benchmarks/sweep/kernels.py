@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.layer_tensors import SCALING
 from pylora import dispatch
-from pylora.backends import cuda_hopper, cuda_products, extension
+from pylora.backends import cuda_hopper, cuda_many_rows, extension
 from pylora.calls import Layer, LoraLinearCall, LowRank
 from pylora.nf4_weight import NF4Weight
 
@@ -185,7 +185,7 @@ def _triton(x: Tensor, layer: SweptLayer, plan: KernelPlan) -> Tensor:
 
 
 def _product(x: Tensor, layer: SweptLayer, plan: KernelPlan) -> Tensor:
-    y, _ = cuda_products.lora_linear(LoraLinearCall(x, layer.record()))
+    y, _ = cuda_many_rows.lora_linear(LoraLinearCall(x, layer.record()))
     return y
 
 

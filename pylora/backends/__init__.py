@@ -1,1 +1,1 @@
-"""The backends behind `pylora.dispatch`, fastest first for each device."""
+"""The backends behind `pylora.dispatch`: cuda, triton, cpu and reference."""

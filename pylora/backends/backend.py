@@ -1,4 +1,4 @@
-"""What a backend is: it answers a call with a plan, or says why it does not take it."""
+"""What a backend is: it answers a call with a plan, or refuses it and says why."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Reason = str | None
 # an h that is not wanted. x is contiguous, with the shape and dtype of the call that was prepared.
 PreparedForward = Callable[[Tensor, float, Dropout | None, bool], Any]
 
-# What the compiled kernels compute in; float64 is the reference's alone.
+# The dtypes that compiled kernels take. Only the reference computes in float64.
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
@@ -30,9 +30,9 @@ DENSE = "the base weight is dense: torch's own matmul takes it"
 class Plan:
     """How a backend runs a call.
 
-    variant  which kernel, in words, such as "few rows"
-    run      runs a call like the one that was planned: of the same shapes, dtypes and devices
-    note     what the caller should know besides, such as a kernel asked for that cannot run here
+    variant  the word for the kernel that runs, such as "small_m"
+    run      runs a call with the same shapes, dtypes and devices as the planned one
+    note     anything else the caller should know, such as why a requested kernel cannot run
     prepare  makes the forward of a layer that is called many times; None if `run` is as fast
     """
 
@@ -44,7 +44,10 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a backend does not take a call, in words."""
+    """A backend's answer to a call that it does not take.
+
+    reason  why not, in words
+    """
 
     reason: str
 
@@ -56,64 +59,70 @@ Planner = Callable[[Any], Plan | Refusal]
 class Backend:
     """A set of kernels.
 
-    planners      record type -> the function that plans a call of this type
-    unavailable   None if the backend can run in this process, else the reason in words
-    path          what its kernels are compiled for, in words; for reports only
-    device        type of the device that the kernels' tensors are on
-    request_only  None if the backend is taken without being asked for by name, else the reason
+    planners             record type -> the function that plans a call of this type
+    unavailable          None if the backend can run in this process, else the reason in words
+    compiled_for         the instruction set or GPUs that its kernels are compiled for, in words;
+                         reports print it
+    device               type of the device that the kernels' tensors are on
+    why_not_by_default   None if dispatch may choose the backend by itself; the reason in words if
+                         the user must ask for it by name
     """
 
     name: str
     planners: Mapping[Any, Planner]
     unavailable: Callable[[], Reason]
-    path: Callable[[], str]
+    compiled_for: Callable[[], str]
     device: Callable[[], str]
-    request_only: Callable[[], Reason] = lambda: None
+    why_not_by_default: Callable[[], Reason] = lambda: None
 
     @property
     def ops(self) -> list[str]:
-        """The names of the ops it has kernels for."""
+        """The names of the ops that the backend has kernels for."""
         return [record.op for record in self.planners]
 
     def plan(self, call: Any) -> Plan | Refusal:
-        """How this backend, which must be available, would run `call`."""
+        """How this backend would run `call`; the backend must be available."""
         planner = self.planners.get(type(call))
         return Refusal(f"has no kernel for {call.op}") if planner is None else planner(call)
 
 
-# Asked here because the torch.compile of torch 2.11 cannot trace the question.
+# torch is asked at import, because torch.compile of torch 2.11 cannot trace this question.
 _WITH_AUTOCAST = frozenset(
-    kind
-    for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla")
-    if torch.amp.autocast_mode.is_autocast_available(kind)
+    device_type
+    for device_type in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla")
+    if torch.amp.autocast_mode.is_autocast_available(device_type)
 )
 
 
 def _has_autocast(device_type: str) -> bool:
     if device_type in _WITH_AUTOCAST or torch.compiler.is_compiling():
         return device_type in _WITH_AUTOCAST
-    return torch.amp.autocast_mode.is_autocast_available(device_type)  # a device that came later
+    # This device type was registered after pylora was imported.
+    return torch.amp.autocast_mode.is_autocast_available(device_type)
 
 
 def under_autocast(device_type: str) -> bool:
+    """True if autocast is enabled for this type of device."""
     # is_autocast_enabled raises an error for devices that have no autocast, such as meta.
     return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def autocast_off(device_type: str) -> AbstractContextManager[Any]:
-    """A context without autocast; it does nothing if autocast is off already, since some devices do
-    not even let it be switched off."""
+    """A context without autocast.
+
+    It does nothing if autocast is off already, because some devices do not let it be switched off.
+    """
     if under_autocast(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
 
 def in_python(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs a function of a call record that is made of torch's own ops.
+    """Wraps a function of a call record that consists of torch's own ops.
 
-    Autocast is off, for the inputs have been cast already. View tracking is off: a result may be a
-    reshaped tensor, and if it were marked as a view, nobody could change a layer's output in place,
-    as nn.ReLU(inplace=True) does.
+    Autocast is off while it runs, because the inputs have been cast already. View tracking is off
+    as well: a result may be a reshaped tensor, and if torch marked it as a view, nobody could
+    change a layer's output in place, as nn.ReLU(inplace=True) does.
     """
 
     @wraps(function)
@@ -132,7 +141,7 @@ def _device_type(call: Any) -> str:
 
 
 def dequantize_refusal(device_type: str, call: DequantizeCall) -> Refusal | None:
-    """The limits that every compiled nf4_dequantize has."""
+    """Why no compiled nf4_dequantize for this type of device takes the call; None if one does."""
     device = call.weight.data.device
     if device.type != device_type:
         return Refusal(f"qweight is on {device}, not on a {device_type} device")

@@ -1,7 +1,7 @@
-"""Ops of several layers out of a backend's single-layer ops: lora_qkv, lora_mlp, multi_lora_linear.
+"""Builds lora_qkv, lora_mlp and multi_lora_linear from a backend's single-layer ops.
 
-A backend that has no kernel of its own for them still runs every NF4 weight on its kernels. Dense
-weights, and the adapters of multi_lora_linear, run in torch.
+A backend that has no kernel of its own for these ops still runs every NF4 weight on its kernels.
+Dense weights, and the adapters of multi_lora_linear, run in torch.
 """
 
 from __future__ import annotations
@@ -29,33 +29,34 @@ from pylora.calls import (
     Nf4LinearCall,
     Wanted,
 )
-from pylora.reference.layers import LayerFunctions
-from pylora.reference.lora_linear import layer_backward, layer_forward
+from pylora.reference.lora_linear import LayerFunctions, layer_backward, layer_forward
 
-# A step of a composed op: its name, and its plan; None if torch runs it.
+# A step of a composed op: its name, and the answer to its call; None if torch runs the step.
 Step = tuple[str, Plan | Refusal | None]
 
 
 def composed(planners: Mapping[Any, Planner]) -> dict[Any, Planner]:
-    """The planners of the composed ops over those of a backend's single-layer ops; those of the
-    backward ops only if the backend has both single-layer backwards."""
+    """The planners of the composed ops, made of those of a backend's single-layer ops.
+
+    The backward ops are among them only if the backend has both single-layer backwards.
+    """
     layers = _Layers(planners)
-    found: dict[Any, Planner] = {
+    composed_planners: dict[Any, Planner] = {
         LoraQkvCall: layers.qkv,
         LoraMlpCall: layers.mlp,
         MultiLoraCall: layers.multi_lora,
     }
     if {Nf4LinearBackward, LoraLinearBackward} <= planners.keys():
-        found |= {
+        composed_planners |= {
             LoraQkvBackward: layers.qkv_backward,
             LoraMlpBackward: layers.mlp_backward,
             MultiLoraBackward: layers.multi_lora_backward,
         }
-    return found
+    return composed_planners
 
 
 class _Layers:
-    """Plans layers one by one on a backend's own planners."""
+    """Plans and runs layers one by one with a backend's own planners."""
 
     def __init__(self, planners: Mapping[Any, Planner]) -> None:
         self._planners = planners
@@ -76,17 +77,19 @@ class _Layers:
 
     def mlp(self, call: LoraMlpCall) -> Plan | Refusal:
         gate, up, down = call.layers
-        hidden = _like_rows(call.x, gate.weight.out_features)
+        hidden = _activation_like(call.x, gate.weight.out_features)
         inputs = (call.x, gate), (call.x, up), (hidden, down)
-        steps = [self._plan_forward(*one) for one in inputs]
+        steps = [self._plan_forward(x, layer) for x, layer in inputs]
         return self._joined(steps, reference.lora_mlp, "the activation in torch")
 
     def mlp_backward(self, call: LoraMlpBackward) -> Plan | Refusal:
         # The gradients of gate and up, and the input of down, have the shapes of gate and up.
         grads, inputs = (call.gate, call.up, call.grad), (call.x, call.x, call.gate)
         plans = [
-            self._plan_backward(*each)
-            for each in zip(grads, inputs, call.hs, call.layers, call.wanted, strict=True)
+            self._plan_backward(*layer_arguments)
+            for layer_arguments in zip(
+                grads, inputs, call.hs, call.layers, call.wanted, strict=True
+            )
         ]
         return self._joined(plans, reference.lora_mlp_backward, "the activation in torch")
 
@@ -102,9 +105,10 @@ class _Layers:
     def _joined(
         self, steps: Sequence[Step], function: Callable[..., Any], in_torch: str = ""
     ) -> Plan | Refusal:
-        """One plan that runs all steps, or the first refusal.
+        """One plan that runs all steps, or the first refusal among them.
 
-        in_torch   what the op runs in torch besides, in words
+        function   the reference of the op, which takes `LayerFunctions`
+        in_torch   what else the op runs in torch, in words
         """
         words: list[str] = []
         for name, plan in steps:
@@ -148,20 +152,20 @@ class _Layers:
             return layer_backward(grad, x, h, layer, wanted)
         if isinstance(call, LoraLinearBackward):
             return self._planned(call).run(call)
-        # The gradients of the bias and of x alone: a frozen NF4 weight without LoRA.
+        # A frozen NF4 weight without LoRA has gradients of x and of the bias alone.
         rest = layer_backward(grad, x, h, layer, Wanted(bias=wanted.bias))
         return rest.with_x(self._planned(call).run(call) if wanted.x else None)
 
     def _planned(self, call: Any) -> Plan:
         plan = self._planners[type(call)](call)
         if isinstance(plan, Refusal):
-            # A layer in the middle of an op may have other strides than the one that was planned.
+            # The input of a layer in the middle of an op may have other strides than planned.
             raise RuntimeError(f"{call.op} was planned and then refused: {plan.reason}")
         return plan
 
 
 def _forward_call(x: Tensor, layer: Layer) -> Nf4LinearCall | LoraLinearCall | None:
-    """The single-layer op of an NF4 layer; None for a dense one."""
+    """The record of the single-layer op that runs an NF4 layer; None for a dense layer."""
     if not layer.weight.is_nf4:
         return None
     return Nf4LinearCall(x, layer) if layer.low_rank is None else LoraLinearCall(x, layer)
@@ -177,6 +181,6 @@ def _backward_call(
     return LoraLinearBackward(grad, x, h, layer, wanted)
 
 
-def _like_rows(x: Tensor, features: int) -> Tensor:
-    """Stands for an activation [..., features] that is not there yet: it has no memory."""
+def _activation_like(x: Tensor, features: int) -> Tensor:
+    """A tensor without memory that stands for an activation [..., features] still to come."""
     return x.new_empty(()).expand(*x.shape[:-1], features)

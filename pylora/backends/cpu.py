@@ -33,8 +33,8 @@ def _unavailable() -> Reason:
     return extension.load()[1]
 
 
-def _path() -> str:
-    """The instruction set in use."""
+def _instruction_set() -> str:
+    """The instruction set that the kernels use, which is also the variant of every plan."""
     module, _ = extension.load()
     return module.cpu_isa() if module is not None else "absent"
 
@@ -51,7 +51,7 @@ def _reason(**tensors: Tensor) -> Reason:
 
 
 def _planned(reason: Reason, run: Any, prepare: Any = None) -> Plan | Refusal:
-    return Plan(_path(), run, prepare=prepare) if reason is None else Refusal(reason)
+    return Plan(_instruction_set(), run, prepare=prepare) if reason is None else Refusal(reason)
 
 
 def _quantize(call: QuantizeCall) -> Plan | Refusal:
@@ -59,7 +59,7 @@ def _quantize(call: QuantizeCall) -> Plan | Refusal:
 
 
 def _dequantize(call: DequantizeCall) -> Plan | Refusal:
-    return dequantize_refusal("cpu", call) or Plan(_path(), extension.nf4_dequantize)
+    return dequantize_refusal("cpu", call) or Plan(_instruction_set(), extension.nf4_dequantize)
 
 
 def _nf4_linear(call: Nf4LinearCall) -> Plan | Refusal:
@@ -103,6 +103,6 @@ BACKEND = Backend(
     name="cpu",
     planners=_PLANNERS | composed(_PLANNERS),
     unavailable=_unavailable,
-    path=_path,
+    compiled_for=_instruction_set,
     device=lambda: "cpu",
 )

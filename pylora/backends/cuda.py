@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pylora.backends import cuda_hopper, cuda_products, extension, limits
+from pylora.backends import cuda_hopper, cuda_many_rows, extension, limits
 from pylora.backends.backend import (
     DENSE,
     KERNEL_DTYPES,
@@ -34,9 +33,10 @@ from pylora.calls import (
     Nf4LinearCall,
     QuantizeCall,
     Weight,
+    token_count,
 )
 
-FEW_ROWS, PRODUCT, HOPPER = "few rows", "dense product", "hopper"
+SMALL_M, MANY_ROWS, HOPPER = "small_m", "many_rows", "hopper"
 
 
 @lru_cache(maxsize=1)
@@ -51,7 +51,7 @@ def _unavailable() -> Reason:
     return None
 
 
-def _path() -> str:
+def _compiled_archs() -> str:
     module, _ = extension.load()
     archs = module.build_info()["cuda_archs"] if module is not None else []
     return ", ".join(archs) or "absent"
@@ -88,10 +88,6 @@ def _is_aligned(tensor: Tensor) -> bool:
     return tensor.data_ptr() % _hard_limit("alignment") == 0
 
 
-def _rows(x: Tensor) -> int:
-    return math.prod(x.shape[:-1])
-
-
 def _quantize(call: QuantizeCall) -> Plan | Refusal:
     if call.weight.dtype not in KERNEL_DTYPES:
         kernels = "the kernels take float32, float16 and bfloat16"
@@ -105,7 +101,10 @@ def _dequantize(call: DequantizeCall) -> Plan | Refusal:
 
 
 def _any_kernel_reason(name: str, x: Tensor, weight: Weight, bias: Tensor | None) -> Reason:
-    """Why no linear kernel of this backend takes x, or grad as `name` says, over this weight."""
+    """Why no linear kernel of this backend takes x over this weight; None if one may.
+
+    name    the argument that x is, "x" or "grad"
+    """
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"{name} is {x.dtype}; the kernel takes float16 and bfloat16"
     if 0 in weight.shape:
@@ -118,7 +117,7 @@ def _any_kernel_reason(name: str, x: Tensor, weight: Weight, bias: Tensor | None
 
 
 def _decoder_reason(weight: Weight) -> Reason:
-    """Why no kernel that decodes this weight itself takes it."""
+    """Why no kernel that decodes the weight while it multiplies takes it; None if one may."""
     nested = weight.nested_blocksize
     if weight.nested_absmax is not None and nested & (nested - 1):
         return f"nested_blocksize is {nested}, no power of two"
@@ -130,8 +129,11 @@ def _decoder_reason(weight: Weight) -> Reason:
     return None
 
 
-def _few_rows_reason(name: str, x: Tensor, rows: int, weight: Weight) -> Reason:
-    """Why the kernel for few rows does not take x."""
+def _small_m_reason(name: str, x: Tensor, weight: Weight) -> Reason:
+    """Why the small_m kernel does not take x over this weight; None if it does.
+
+    name    the argument that x is, "x" or "grad"
+    """
     reason = _decoder_reason(weight)
     if reason is not None:
         return reason
@@ -139,23 +141,24 @@ def _few_rows_reason(name: str, x: Tensor, rows: int, weight: Weight) -> Reason:
         return (
             f"in_features is {weight.in_features}, no multiple of the blocksize {weight.blocksize}"
         )
+    tokens = token_count(x)
     most_of_block_32 = _hard_limit("max_few_rows_of_block_32")
-    most_rows = min(limits.CUDA_FEW_ROWS, _hard_limit("max_few_rows"))
-    if weight.blocksize == 32 and rows > most_of_block_32:
+    most_tokens = min(limits.CUDA_SMALL_M, _hard_limit("max_few_rows"))
+    if weight.blocksize == 32 and tokens > most_of_block_32:
         most = f"{most_of_block_32} if the blocksize is 32"
-    elif rows > most_rows:
-        most = f"{most_rows}"
-    elif rows > limits.CUDA_FEW_ROWS_OF_LITTLE_SHARED_MEMORY and _has_little_shared_memory(
+    elif tokens > most_tokens:
+        most = f"{most_tokens}"
+    elif tokens > limits.CUDA_SMALL_M_OF_LITTLE_SHARED_MEMORY and _has_little_shared_memory(
         x.device
     ):
-        most = f"{limits.CUDA_FEW_ROWS_OF_LITTLE_SHARED_MEMORY} on this GPU, for its shared memory"
+        most = f"{limits.CUDA_SMALL_M_OF_LITTLE_SHARED_MEMORY} on this GPU, for its shared memory"
     else:
         return None
-    return f"{name} has {rows} rows; the kernel for few rows takes up to {most}"
+    return f"{name} has {tokens} tokens; the small_m kernel takes up to {most}"
 
 
 def _low_rank_reason(x: Tensor, A: Tensor, rank: int, **tensors: Tensor | None) -> Reason:
-    """Why no kernel of this backend takes the factors and the other tensors of an adapter."""
+    """Why no kernel of this backend takes the tensors of an adapter; None if one may."""
     if A.dtype not in (x.dtype, torch.float32):
         return f"lora_A is {A.dtype}; the kernel takes {x.dtype}, as x has, and float32"
     most = _hard_limit("max_rank")
@@ -172,29 +175,30 @@ def _lora_reason(x: Tensor, low: LowRank | None) -> Reason:
 
 
 def _linear(call: Nf4LinearCall | LoraLinearCall) -> Plan | Refusal:
-    """The kernel for these rows: Hopper's if it was asked for and can run, a dense product for many
-    rows, the kernel for few rows; or the reason of the last one asked."""
+    """Chooses hopper if the user asked for it and it can run, else many_rows or small_m by tokens.
+
+    The refusal gives the reason of the last kernel that was asked.
+    """
     x, layer, low = call.x, call.layer, call.layer.low_rank
-    weight, rows, op = layer.weight, _rows(call.x), call.op
+    weight, tokens, op = layer.weight, token_count(call.x), call.op
     if not weight.is_nf4:
         return Refusal(DENSE)
     reason = _any_kernel_reason("x", x, weight, layer.bias) or _lora_reason(x, low)
     if reason is not None:
         return Refusal(reason)
-    hopper = cuda_hopper.reason(x, rows, weight) or _decoder_reason(weight)
+    hopper = cuda_hopper.reason(x, tokens, weight) or _decoder_reason(weight)
     if hopper is None:
         hopper_op = f"{op}_hopper"
         return Plan(HOPPER, getattr(extension, hopper_op), prepare=_prepare(op, hopper_op))
-    many = rows >= limits.CUDA_HOPPER_FROM
-    note = f"not the Hopper kernel: {hopper}" if many else ""
-    if rows >= limits.CUDA_PRODUCT_FROM:
-        reason = None if low is None else cuda_products.lora_reason(x, rows, low)
+    note = f"not the hopper kernel: {hopper}" if tokens >= limits.CUDA_HOPPER_FROM else ""
+    if tokens >= limits.CUDA_MANY_ROWS_FROM:
+        reason = None if low is None else cuda_many_rows.lora_reason(x, tokens, low)
         if reason is None:
-            return Plan(PRODUCT, getattr(cuda_products, op), note)
+            return Plan(MANY_ROWS, getattr(cuda_many_rows, op), note)
         return Refusal(f"{reason}; {note}")
-    reason = _few_rows_reason("x", x, rows, weight)
+    reason = _small_m_reason("x", x, weight)
     if reason is None:
-        return Plan(FEW_ROWS, getattr(extension, op), prepare=_prepare(op, op))
+        return Plan(SMALL_M, getattr(extension, op), prepare=_prepare(op, op))
     return Refusal(f"{reason}; {note}" if note else reason)
 
 
@@ -205,14 +209,14 @@ def _prepare(op: str, variant: str) -> Callable[[Any], PreparedForward]:
 
 
 def _nf4_linear_backward(call: Nf4LinearBackward) -> Plan | Refusal:
-    grad, weight, rows = call.grad, call.weight, _rows(call.grad)
+    grad, weight = call.grad, call.weight
     reason = _any_kernel_reason("grad", grad, weight, None)
-    if reason is None and rows >= limits.CUDA_PRODUCT_FROM:
-        return Plan(PRODUCT, cuda_products.nf4_linear_backward)
+    if reason is None and token_count(grad) >= limits.CUDA_MANY_ROWS_FROM:
+        return Plan(MANY_ROWS, cuda_many_rows.nf4_linear_backward)
     if reason is None and weight.blocksize == 32:
         reason = "the blocksize is 32; the kernel takes 64 or more"
-    reason = reason or _few_rows_reason("grad", grad, rows, weight)
-    return Plan(FEW_ROWS, extension.nf4_linear_backward) if reason is None else Refusal(reason)
+    reason = reason or _small_m_reason("grad", grad, weight)
+    return Plan(SMALL_M, extension.nf4_linear_backward) if reason is None else Refusal(reason)
 
 
 def _multi_lora_linear(call: MultiLoraCall) -> Plan | Refusal:
@@ -221,10 +225,10 @@ def _multi_lora_linear(call: MultiLoraCall) -> Plan | Refusal:
         return Refusal(DENSE)
     reason = (
         _any_kernel_reason("x", x, weight, call.layer.bias)
-        or _few_rows_reason("x", x, _rows(x), weight)
+        or _small_m_reason("x", x, weight)
         or _adapters_reason(x, adapters)
     )
-    return Plan(FEW_ROWS, extension.multi_lora_linear) if reason is None else Refusal(reason)
+    return Plan(SMALL_M, extension.multi_lora_linear) if reason is None else Refusal(reason)
 
 
 def _adapters_reason(x: Tensor, adapters: Adapters) -> Reason:
@@ -246,8 +250,8 @@ def _lora_qkv(composed_qkv: Planner, call: LoraQkvCall) -> Plan | Refusal:
     if not all(layer.weight.is_nf4 for layer in call.layers):
         return Refusal(f"of one projection {DENSE}")
     plan = composed_qkv(call)
-    if isinstance(plan, Plan) and PRODUCT in plan.variant:
-        return Refusal(f"x has {_rows(call.x)} rows, and would be copied for each projection")
+    if isinstance(plan, Plan) and MANY_ROWS in plan.variant:
+        return Refusal(f"x has {token_count(call.x)} tokens, and would be copied per projection")
     return plan
 
 
@@ -255,6 +259,6 @@ BACKEND = Backend(
     name="cuda",
     planners=_PLANNERS | {LoraQkvCall: partial(_lora_qkv, composed(_PLANNERS)[LoraQkvCall])},
     unavailable=_unavailable,
-    path=_path,
+    compiled_for=_compiled_archs,
     device=lambda: "cuda",
 )

@@ -1,4 +1,4 @@
-"""When the cuda backend may take its kernel for many rows, which only Hopper (sm_90a) can run."""
+"""The conditions under which the cuda backend may run its hopper kernel, which needs sm_90a."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ def _is_compiled() -> bool:
 
 
 def device_reason(device: torch.device) -> Reason:
-    """None if the kernel can run on this CUDA device, else the reason in words."""
+    """None if the hopper kernel can run on this CUDA device, else the reason in words."""
     if _capability(device) != (9, 0):
-        return "the Hopper kernel needs a GPU of compute capability 9.0"
+        return "the hopper kernel needs a GPU of compute capability 9.0"
     if not _is_compiled():
-        return "the Hopper kernel was not compiled: PYLORA_CUDA_ARCHS had no 90a"
+        return "the hopper kernel was not compiled: PYLORA_CUDA_ARCHS had no 90a"
     return None
 
 
-def reason(x: Tensor, rows: int, weight: Weight) -> Reason:
-    """None if the kernel runs x [rows, in_features] over this weight, else the reason in words.
+def reason(x: Tensor, tokens: int, weight: Weight) -> Reason:
+    """None if the hopper kernel runs x [tokens, in_features] over this weight, else the reason.
 
-    What holds for every kernel of the backend has been asked before.
+    The caller has already asked what every linear kernel of the backend needs.
     """
-    if rows < CUDA_HOPPER_FROM:
-        return f"x has {rows} rows; the Hopper kernel is for {CUDA_HOPPER_FROM} or more"
+    if tokens < CUDA_HOPPER_FROM:
+        return f"x has {tokens} tokens; the hopper kernel is for {CUDA_HOPPER_FROM} or more"
     if not settings.current().hopper:
         return (
-            "the Hopper kernel for many rows has not been measured against dequantize and matmul; "
+            "the hopper kernel has not been measured against dequantize and matmul; "
             f"{settings.HOPPER}=1 turns it on"
         )
-    refused = device_reason(x.device)
-    if refused is not None:
-        return refused
+    reason_of_device = device_reason(x.device)
+    if reason_of_device is not None:
+        return reason_of_device
     hard = extension.hard_limits("cuda")
-    if rows > hard["max_many_rows"]:
-        return f"x has {rows} rows; the Hopper kernel takes up to {hard['max_many_rows']}"
+    if tokens > hard["max_many_rows"]:
+        return f"x has {tokens} tokens; the hopper kernel takes up to {hard['max_many_rows']}"
     columns = hard["hopper_columns"]
     if x.shape[-1] % columns:
-        return f"in_features is {x.shape[-1]}; the Hopper kernel needs a multiple of {columns}"
+        return f"in_features is {x.shape[-1]}; the hopper kernel needs a multiple of {columns}"
     if weight.blocksize % columns:
-        return f"blocksize is {weight.blocksize}; the Hopper kernel needs a multiple of {columns}"
+        return f"blocksize is {weight.blocksize}; the hopper kernel needs a multiple of {columns}"
     return None

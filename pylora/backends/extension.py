@@ -1,4 +1,4 @@
-"""The compiled extension `pylora._C`: loaded once, and its ops called with the fields of a record.
+"""Loads the compiled extension `pylora._C` once and calls its ops with the fields of a record.
 
 The ops `torch.ops.pylora_C.*` serve both the cpu and the cuda backend: torch picks the device's
 kernels by the tensors. They take tensors with any strides and any leading sizes, and their results
@@ -31,7 +31,7 @@ from pylora.calls import (
     Weight,
 )
 
-# The numbers by which the ops take an activation, those of csrc/common/activation.h.
+# The numbers by which the ops name an activation; csrc/common/activation.h has the same.
 ACTIVATION_CODES = {
     "identity": 0,
     "relu": 1,
@@ -45,7 +45,7 @@ ACTIVATION_CODES = {
 
 @lru_cache(maxsize=1)
 def load() -> tuple[ModuleType | None, str | None]:
-    """(the module, None), or (None, why it could not be imported), with one warning."""
+    """(the module, None), or (None, why it could not be imported); a failure also warns once."""
     try:
         from pylora import _C
     except ImportError as error:
@@ -57,12 +57,14 @@ def load() -> tuple[ModuleType | None, str | None]:
 
 @cache
 def hard_limits(backend: str) -> dict[str, int]:
-    """What the kernels of "cpu" or "cuda" cannot do at all; only if the extension is loaded.
+    """The limits beyond which no kernel of "cpu" or "cuda" works at all.
 
     cpu    max_rank
     cuda   max_rank, max_elements (the weight has fewer), max_few_rows, max_few_rows_of_block_32,
            max_many_rows, many_rows_columns and hopper_columns (in_features is a multiple),
            alignment (bytes)
+
+    Raises RuntimeError if the extension could not be loaded.
     """
     module, reason = load()
     if module is None:
@@ -72,7 +74,7 @@ def hard_limits(backend: str) -> dict[str, int]:
 
 @cache
 def _op(name: str) -> Any:
-    """An op of the extension, which has been loaded: torch looks up its name for 1 us each time."""
+    """An op of the loaded extension; torch would look its name up for 1 us in each call."""
     return getattr(torch.ops.pylora_C, name).default
 
 
@@ -92,7 +94,7 @@ def nf4_dequantize(call: DequantizeCall) -> Tensor:
 
 
 def nf4_dequantize_into(weight: Weight, out: Tensor) -> None:
-    """Fills a matrix [out_features, in_features] whose rows may lie apart."""
+    """Writes the dense weight to `out` [out_features, in_features], whose rows may lie apart."""
     _op("nf4_dequantize_into")(*weight.arguments, out)
 
 
@@ -122,7 +124,7 @@ def _lora_linear(op: str, call: LoraLinearCall) -> tuple[Tensor, Tensor]:
 
 
 def _prepared(op: str, *arguments: Any) -> Any:
-    """Runs a layer whose tensors the extension keeps: see csrc/common/prepared.h."""
+    """The function that runs a layer whose tensors the extension keeps (csrc/common/prepared.h)."""
     module, _ = load()
     assert module is not None
     return module.PreparedLayer(_op(f"prepare_{op}")(*arguments)).run
@@ -190,7 +192,7 @@ def lora_linear_hopper(call: LoraLinearCall) -> tuple[Tensor, Tensor]:
 
 
 def lora_extend(x: Tensor, low: LowRank) -> tuple[Tensor, Tensor]:
-    """([x | scaling * act(h)] with padded columns, h fp32), of the leading sizes of x."""
+    """([x | scaling * act(h)] with padded columns, h in fp32), both with x's leading dimensions."""
     return _op("lora_extend")(x, low.A, low.A_bias, *_lora_options(low))
 
 
@@ -199,8 +201,8 @@ def lora_linear_backward(call: LoraLinearBackward) -> LayerGradients:
     assert low is not None
     mask = [want.x, want.weight, want.A, want.B, want.bias, want.A_bias, want.B_bias]
     base = (call.grad, call.x, call.h, *call.layer.weight.arguments)
-    found = _op("lora_linear_backward")(*base, low.A, low.B, *_lora_options(low), mask)
-    return LayerGradients(*(t if w else None for t, w in zip(found, mask, strict=True)))
+    gradients = _op("lora_linear_backward")(*base, low.A, low.B, *_lora_options(low), mask)
+    return LayerGradients(*(t if w else None for t, w in zip(gradients, mask, strict=True)))
 
 
 def multi_lora_linear(call: MultiLoraCall) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The reference backend: pure PyTorch, every device, dtype and shape."""
+"""The reference backend: pure PyTorch, which takes every device, dtype and shape."""
 
 from __future__ import annotations
 
@@ -49,6 +49,6 @@ BACKEND = Backend(
         )
     },
     unavailable=lambda: None,
-    path=lambda: _VARIANT,
+    compiled_for=lambda: _VARIANT,
     device=lambda: "cpu",
 )

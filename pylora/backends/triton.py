@@ -1,13 +1,12 @@
 """The triton backend: the kernels of `pylora.kernels` on CUDA devices, or in Triton's interpreter.
 
-Triton and the kernels are imported when an op first needs them (`triton_runs`). The interpreter
-runs them on CPU tensors, slowly and exactly, if TRITON_INTERPRET=1 was set before Triton was
-imported.
+Triton and the kernels are imported when an op first needs them (`triton_runs`). If
+TRITON_INTERPRET=1 was set before Triton was imported, the interpreter runs the kernels on CPU
+tensors, slowly but with the arithmetic of a GPU.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from functools import lru_cache
 from importlib import util
@@ -42,6 +41,7 @@ from pylora.calls import (
     MultiLoraCall,
     Nf4LinearBackward,
     Nf4LinearCall,
+    token_count,
 )
 
 TILES, PRODUCT = "fused tiles", "dense product"
@@ -61,7 +61,7 @@ def _unavailable() -> Reason:
         import triton
         import triton.language as tl
 
-        # Triton's own functions were decorated when it was imported.
+        # Triton decorates its own functions when it is imported, so they show what it read then.
         if isinstance(tl.philox, triton.JITFunction):
             return "TRITON_INTERPRET=1 was set after triton was imported"
         return None
@@ -70,15 +70,15 @@ def _unavailable() -> Reason:
     return None
 
 
-def _request_only() -> Reason:
-    return "Triton's interpreter runs only if it is asked for" if interpreted() else None
+def _why_not_by_default() -> Reason:
+    return "Triton's interpreter runs only if it is asked for by name" if interpreted() else None
 
 
 def _device() -> str:
     return "cpu" if interpreted() else "cuda"
 
 
-def _path() -> str:
+def _compiled_for() -> str:
     if _unavailable() is not None:
         return "absent"
     if interpreted():
@@ -98,11 +98,15 @@ def _reason(**tensors: Tensor) -> Reason:
 
 
 def _planned(reason: Reason, x: Tensor, run: Any) -> Plan | Refusal:
-    """The plan for the rows of x, or of the gradient, unless there is a reason against it."""
+    """The plan for this many tokens, or a refusal if there is a reason against it.
+
+    x      the input, or the gradient of the output
+    run    a function of `triton_runs`
+    """
     if reason is not None:
         return Refusal(reason)
-    many = math.prod(x.shape[:-1]) >= TRITON_PRODUCT_FROM[x.element_size()]
-    return Plan(PRODUCT if many else TILES, in_python(run))
+    is_large = token_count(x) >= TRITON_PRODUCT_FROM[x.element_size()]
+    return Plan(PRODUCT if is_large else TILES, in_python(run))
 
 
 def _dequantize(call: DequantizeCall) -> Plan | Refusal:
@@ -191,7 +195,7 @@ BACKEND = Backend(
     name="triton",
     planners=_PLANNERS,
     unavailable=_unavailable,
-    path=_path,
+    compiled_for=_compiled_for,
     device=_device,
-    request_only=_request_only,
+    why_not_by_default=_why_not_by_default,
 )

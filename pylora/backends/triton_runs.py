@@ -1,7 +1,7 @@
-"""Runs of the triton backend: records to the host functions of `pylora.kernels`, which take
-matrices.
+"""The runs of the triton backend: each passes a record to the host functions of `pylora.kernels`.
 
-The kernels are imported when an op first needs them: Triton takes a second to import.
+Those functions take matrices. The kernels are imported when an op first needs them, because Triton
+takes a second to import.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from pylora.calls import (
     Nf4LinearBackward,
     Nf4LinearCall,
     Wanted,
+    token_matrix,
 )
 from pylora.reference.activation import GATED_ACTIVATIONS
 from pylora.reference.multi_lora_linear import check_adapter_ids
-from pylora.reference.rows import as_rows
 
 
-def rows(x: Tensor) -> Tensor:
-    """[..., features] as a matrix whose rows may be apart, but not their elements."""
-    flat = as_rows(x)
-    return flat if flat.stride(-1) == 1 else flat.contiguous()
+def _matrix(x: Tensor) -> Tensor:
+    """[..., features] as [tokens, features], whose rows may lie apart but not their elements."""
+    matrix = token_matrix(x)
+    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
-def _like(y: Tensor, x: Tensor) -> Tensor:
-    """y [M, features] with the leading dimensions of x; the h of a layer without LoRA stays [0]."""
+def _h_matrix(h: Tensor, layer: Layer) -> Tensor:
+    return h if layer.low_rank is None else _matrix(h)
+
+
+def _shaped_like(y: Tensor, x: Tensor) -> Tensor:
+    """y [tokens, features] with the leading dimensions of x; an empty h [0] stays as it is."""
     return y.view(*x.shape[:-1], y.shape[-1]) if y.dim() == 2 else y
-
-
-def _h_rows(h: Tensor, layer: Layer) -> Tensor:
-    return h if layer.low_rank is None else rows(h)
 
 
 def nf4_dequantize(call: DequantizeCall) -> Tensor:
@@ -55,40 +55,40 @@ def nf4_dequantize(call: DequantizeCall) -> Tensor:
 
 
 def nf4_linear(call: Nf4LinearCall) -> Tensor:
-    from pylora.kernels.lora_linear import lora_linears
+    from pylora.kernels.nf4_linear import nf4_linear
 
-    ((y, _),) = lora_linears(rows(call.x), [call.layer])
-    return _like(y, call.x)
+    return _shaped_like(nf4_linear(_matrix(call.x), call.layer), call.x)
 
 
 def nf4_linear_backward(call: Nf4LinearBackward) -> Tensor:
-    from pylora.kernels.lora_linear_backward import base_gradient
+    from pylora.kernels.nf4_linear import nf4_linear_backward
 
-    return _like(base_gradient(rows(call.grad), Layer(call.weight)), call.grad)
+    return _shaped_like(nf4_linear_backward(_matrix(call.grad), call.weight), call.grad)
 
 
 def lora_linear(call: LoraLinearCall) -> tuple[Tensor, Tensor]:
-    from pylora.kernels.lora_linear import lora_linears
+    from pylora.kernels.lora_linear import lora_linear
 
-    ((y, h),) = lora_linears(rows(call.x), [call.layer])
-    return _like(y, call.x), _like(h, call.x)
+    y, h = lora_linear(_matrix(call.x), call.layer)
+    return _shaped_like(y, call.x), _shaped_like(h, call.x)
 
 
 def lora_linear_backward(call: LoraLinearBackward) -> LayerGradients:
-    from pylora.kernels.lora_linear_backward import incoming, lora_linears_backward
+    from pylora.kernels.lora_linear_backward import lora_linear_backward
 
-    grad, x, wanted = rows(call.grad), rows(call.x), call.wanted
-    arriving = incoming(call.layer, grad, wanted.x)
-    dx, (found,) = lora_linears_backward([arriving], x, [rows(call.h)], wanted.x, [wanted])
-    found = _completed(found, call.layer, wanted, grad, x)
-    return found.with_x(None if dx is None else _like(dx, call.x))
+    grad, x, wanted = _matrix(call.grad), _matrix(call.x), call.wanted
+    gradients = lora_linear_backward(grad, x, _matrix(call.h), call.layer, wanted)
+    gradients = _completed(gradients, call.layer, wanted, grad, x)
+    return gradients.with_x(None if gradients.x is None else _shaped_like(gradients.x, call.x))
 
 
 def _completed(
-    found: LayerGradients, layer: Layer, wanted: Wanted, grad: Tensor, x: Tensor
+    gradients: LayerGradients, layer: Layer, wanted: Wanted, grad: Tensor, x: Tensor
 ) -> LayerGradients:
-    """The gradients of the kernels, and those that torch computes: of a dense weight and of the
-    biases behind the matrix products."""
+    """The gradients that the kernels computed, and those that torch computes here.
+
+    torch computes the gradients of a dense weight, of the bias and of the bias behind lora_B.
+    """
     low = layer.low_rank
     sums = grad.sum(0, dtype=torch.float32) if wanted.bias or wanted.B_bias else None
     bias = B_bias = None
@@ -97,38 +97,37 @@ def _completed(
     if sums is not None and wanted.B_bias and low is not None:
         B_bias = (low.scaling * sums).to(low.A.dtype)
     weight = grad.t() @ x if wanted.weight else None
-    return replace(found, weight=weight, bias=bias, B_bias=B_bias)
+    return replace(gradients, weight=weight, bias=bias, B_bias=B_bias)
 
 
 def lora_qkv(call: LoraQkvCall) -> tuple[list[Tensor], list[Tensor]]:
-    from pylora.kernels.lora_linear import lora_linears
+    from pylora.kernels.lora_qkv import lora_qkv
 
-    results = lora_linears(rows(call.x), call.layers)
-    return [_like(y, call.x) for y, _ in results], [_like(h, call.x) for _, h in results]
+    results = lora_qkv(_matrix(call.x), call.layers)
+    ys, hs = [y for y, _ in results], [h for _, h in results]
+    return [_shaped_like(y, call.x) for y in ys], [_shaped_like(h, call.x) for h in hs]
 
 
 def lora_qkv_backward(call: LoraQkvBackward) -> tuple[Tensor | None, list[LayerGradients]]:
-    from pylora.kernels.lora_linear_backward import incoming, lora_linears_backward
+    from pylora.kernels.lora_qkv import lora_qkv_backward
 
-    wants_x = any(one.x for one in call.wanted)
-    x, grads = rows(call.x), list(map(rows, call.grads))
-    arriving = [
-        incoming(layer, grad, wants_x) for layer, grad in zip(call.layers, grads, strict=True)
-    ]
-    hs = [_h_rows(h, layer) for h, layer in zip(call.hs, call.layers, strict=True)]
-    dx, found = lora_linears_backward(arriving, x, hs, wants_x, call.wanted)
+    x, grads = _matrix(call.x), list(map(_matrix, call.grads))
+    hs = [_h_matrix(h, layer) for h, layer in zip(call.hs, call.layers, strict=True)]
+    dx, of_kernels = lora_qkv_backward(grads, x, hs, call.layers, call.wanted)
     gradients = [
-        _completed(one, layer, wanted, grad, x)
-        for one, layer, wanted, grad in zip(found, call.layers, call.wanted, grads, strict=True)
+        _completed(layer_gradients, layer, wanted, grad, x)
+        for layer_gradients, layer, wanted, grad in zip(
+            of_kernels, call.layers, call.wanted, grads, strict=True
+        )
     ]
-    return None if dx is None else _like(dx, call.x), gradients
+    return None if dx is None else _shaped_like(dx, call.x), gradients
 
 
 def lora_mlp(call: LoraMlpCall) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     from pylora.kernels.lora_mlp import lora_mlp
 
-    y, gate, up, hs = lora_mlp(rows(call.x), call.layers, call.activation)
-    y, gate, up, *hs = (_like(t, call.x) for t in (y, gate, up, *hs))
+    y, gate, up, hs = lora_mlp(_matrix(call.x), call.layers, call.activation)
+    y, gate, up, *hs = (_shaped_like(t, call.x) for t in (y, gate, up, *hs))
     return y, gate, up, hs
 
 
@@ -136,27 +135,31 @@ def lora_mlp_backward(call: LoraMlpBackward) -> tuple[Tensor | None, list[LayerG
     from pylora.kernels.lora_mlp import lora_mlp_backward
 
     *inner_wanted, down_wanted = call.wanted
-    wants_x = any(one.x for one in inner_wanted)
-    wants_inner = any(one.any for one in inner_wanted)
-    grad, x, gate, up = map(rows, (call.grad, call.x, call.gate, call.up))
-    hs = [_h_rows(h, layer) for h, layer in zip(call.hs, call.layers, strict=True)]
-    dx, inner, found = lora_mlp_backward(
+    wants_x = any(wanted.x for wanted in inner_wanted)
+    wants_inner = any(wanted.any for wanted in inner_wanted)
+    grad, x, gate, up = map(_matrix, (call.grad, call.x, call.gate, call.up))
+    hs = [_h_matrix(h, layer) for h, layer in zip(call.hs, call.layers, strict=True)]
+    dx, inner, of_kernels = lora_mlp_backward(
         grad, x, gate, up, hs, call.layers, call.activation, wants_x, wants_inner, call.wanted
     )
     hidden = x
     if down_wanted.weight:
         hidden = GATED_ACTIVATIONS[call.activation].forward(gate) * up
-    # Without inner gradients those of gate and up are not wanted, and these are not read.
+    # If dgate and dup were not computed, gate and up want no gradient, and their stand-ins here are
+    # not read.
     grads, inputs = [*(inner or (gate, up)), grad], (x, x, hidden)
     gradients = [
-        _completed(*each)
-        for each in zip(found, call.layers, call.wanted, grads, inputs, strict=True)
+        _completed(*layer_arguments)
+        for layer_arguments in zip(of_kernels, call.layers, call.wanted, grads, inputs, strict=True)
     ]
-    return None if dx is None else _like(dx, call.x), gradients
+    return None if dx is None else _shaped_like(dx, call.x), gradients
 
 
-def _ready(adapters: Adapters) -> Adapters:
-    """The adapters as the kernels take them; the ids are checked if that waits for no device."""
+def _for_kernels(adapters: Adapters) -> Adapters:
+    """The adapters in the form that the kernels take: contiguous, with scalings in fp32.
+
+    Raises ValueError for an id out of range, unless checking would wait for the device.
+    """
     check_adapter_ids(adapters.ids, adapters.count)
     return Adapters(
         adapters.A.contiguous(),
@@ -169,14 +172,15 @@ def _ready(adapters: Adapters) -> Adapters:
 def multi_lora_linear(call: MultiLoraCall) -> tuple[Tensor, Tensor]:
     from pylora.kernels.multi_lora_linear import multi_lora_linear
 
-    y, h = multi_lora_linear(rows(call.x), call.layer, _ready(call.adapters))
-    return _like(y, call.x), _like(h, call.x)
+    y, h = multi_lora_linear(_matrix(call.x), call.layer, _for_kernels(call.adapters))
+    return _shaped_like(y, call.x), _shaped_like(h, call.x)
 
 
 def multi_lora_linear_backward(call: MultiLoraBackward) -> LayerGradients:
     from pylora.kernels.multi_lora_linear_backward import multi_lora_linear_backward
 
-    grad, x, h = rows(call.grad), rows(call.x), rows(call.h).contiguous()
-    found = multi_lora_linear_backward(grad, x, h, call.layer, _ready(call.adapters), call.wanted)
-    found = _completed(found, call.layer, call.wanted, grad, x)
-    return found.with_x(None if found.x is None else _like(found.x, call.x))
+    grad, x, h = _matrix(call.grad), _matrix(call.x), _matrix(call.h).contiguous()
+    adapters = _for_kernels(call.adapters)
+    gradients = multi_lora_linear_backward(grad, x, h, call.layer, adapters, call.wanted)
+    gradients = _completed(gradients, call.layer, call.wanted, grad, x)
+    return gradients.with_x(None if gradients.x is None else _shaped_like(gradients.x, call.x))

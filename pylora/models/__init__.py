@@ -1,4 +1,4 @@
-"""Whole models: quantizing them, adding LoRA, adapter files in PEFT's format, merging."""
+"""Functions of whole models: quantize, add LoRA, save and load adapters, merge."""
 
 from pylora.models.adapter_files import load_adapter, save_adapter
 from pylora.models.lora import add_lora

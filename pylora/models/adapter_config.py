@@ -1,4 +1,4 @@
-"""PEFT's adapter_config.json: read with a clear refusal of what pylora does not do, and written."""
+"""Reads and writes PEFT's adapter_config.json; it refuses what pylora does not support."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pylora.nn import LoRALinear
 
 CONFIG_NAME = "adapter_config.json"
 
-# Keys that change nothing about what the saved tensors mean.
+# These keys do not change the meaning of the saved tensors.
 _HARMLESS = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -34,16 +34,16 @@ _HARMLESS = {
     "runtime_config",
     "task_type",
 }
-# Keys that change something only when they hold another value than these.
+# These keys change the meaning of the tensors only if they have another value than this.
 _NEUTRAL: dict[str, Any] = {"bias": "none", "fan_in_fan_out": False, "ensure_weight_tying": False}
-# Ways to start lora_A and lora_B that leave the base weights as they are; PiSSA, OLoRA and others
-# do not.
+# These ways to start lora_A and lora_B leave the base weights as they are; others, such as PiSSA
+# and OLoRA, do not.
 _PLAIN_INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What an adapter_config.json says, as far as pylora does it."""
+    """The contents of an adapter_config.json that pylora supports; the names are PEFT's."""
 
     r: int
     lora_alpha: float
@@ -60,6 +60,7 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def targets(self, fully_trained: Collection[str]) -> Targets:
+        """The layers to wrap; nothing inside the modules `fully_trained` is wrapped."""
         return Targets(
             self.target_modules,
             self.exclude_modules,
@@ -69,7 +70,7 @@ class AdapterConfig:
         )
 
     def settings(self, name: str, dtype: torch.dtype) -> LoraSettings:
-        """What the layer `name` gets."""
+        """The settings of the layer `name`, with LoRA parameters of `dtype`."""
         return LoraSettings(
             pattern_value(self.rank_pattern, name, self.r),
             pattern_value(self.alpha_pattern, name, self.lora_alpha),
@@ -144,8 +145,10 @@ _REQUIRED = ("r", "lora_alpha", "target_modules")
 
 
 def read_config(folder: Path) -> AdapterConfig:
-    """Reads adapter_config.json. Raises FileNotFoundError, or ValueError naming the file and the
-    key.
+    """Reads the adapter_config.json in `folder`.
+
+    Raises FileNotFoundError if it is missing, ValueError that names the file and the key if it does
+    not fit.
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
@@ -205,7 +208,9 @@ def config_of(
 ) -> dict[str, Any]:
     """The contents of adapter_config.json for the LoRA layers of a model.
 
-    Raises ValueError where they differ in what one PEFT configuration says for all.
+    fully_trained    the names of the modules that are trained in full
+
+    Raises ValueError if the layers differ in a setting that PEFT has once for the whole adapter.
     """
     first_name, first = next(iter(layers.items()))
     common = {key: _property(first, key) for key in _SAME_EVERYWHERE}
@@ -239,10 +244,10 @@ def config_of(
 
 
 def _check_told_apart(model: nn.Module, fully_trained: Collection[str]) -> None:
-    """Raises ValueError where PEFT would take modules_to_save for other modules as well."""
+    """Raises ValueError if PEFT would apply modules_to_save to other modules as well."""
     for entry in fully_trained:
         for site in sites(model):
-            # PEFT compares endings, in the middle of a component too.
+            # PEFT compares the ends of names, even if they begin in the middle of a component.
             if site.name.endswith(entry) and not is_below(site.name, fully_trained):
                 raise ValueError(
                     f"{entry!r} is trained in full, but PEFT would take its name for {site.name!r} "
@@ -258,7 +263,5 @@ def _property(layer: LoRALinear, key: str) -> Any:
 
 
 def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """The layers that differ from the default, by a regular expression that only their name
-    matches.
-    """
+    """The values that differ from the default, each under a regular expression for its layer."""
     return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}

@@ -1,4 +1,4 @@
-"""What an adapter_model.safetensors holds, sorted by module and checked against a model."""
+"""The contents of an adapter_model.safetensors, sorted by module and checked against a model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pylora.nn import LoRALinear, NF4Linear
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# Parameter of a LoRALinear -> what PEFT's key ends with.
+# The name of a parameter of LoRALinear -> the end of its key in PEFT's files.
 LORA_KEYS = {
     "lora_A": "lora_A.weight",
     "lora_B": "lora_B.weight",
@@ -35,15 +35,20 @@ _PICKLED_NAME = "adapter_model.bin"
 
 @dataclass(frozen=True)
 class AdapterContents:
-    """An adapter file's tensors by the module they belong to, and where those modules sit."""
+    """The tensors of an adapter file by module, and the places of those modules.
+
+    file           the adapter_model.safetensors
+    targets        the layers with LoRA
+    saved          the modules that are trained in full
+    lora           module -> parameter of LoRALinear -> tensor
+    saved_tensors  module -> key of its state dict -> tensor
+    """
 
     file: Path
     targets: list[Site]
     saved: list[Site]
     lora: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """module -> attribute of LoRALinear -> tensor"""
     saved_tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """module -> key of its state dict -> tensor"""
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,13 @@ def read_contents(
 
     dtype   of the LoRA parameters, if the model has none yet
 
-    Raises ValueError naming the file and the key that does not fit, FileNotFoundError, ImportError.
+    Raises ValueError that names the file and the key that does not fit, FileNotFoundError if the
+    file is missing, ImportError if safetensors is not installed.
     """
     file, tensors = _read(folder)
     everything = list(sites(model))
-    # PEFT saves every module whose name ends with an entry, even inside a component; it keeps LoRA
-    # out of those whose components match.
+    # PEFT saves every module whose name ends with an entry, even if the end begins inside a
+    # component. It keeps LoRA only out of the modules whose last components are an entry.
     ends = tuple(config.modules_to_save)
     named = {s.name for s in everything if s.name.endswith(ends)} if ends else set()
     saved = [s for s in everything if s.name in named and not is_below(s.name, named - {s.name})]
@@ -84,7 +90,7 @@ def read_contents(
 
 
 def import_safetensors() -> Any:
-    """The package, which is optional. Raises ImportError saying what needs it."""
+    """The package safetensors; raises ImportError if it is not installed."""
     try:
         import safetensors.torch
     except ImportError as error:
@@ -111,7 +117,7 @@ def _read(folder: Path) -> tuple[Path, dict[str, Tensor]]:
 
 
 def _place(contents: AdapterContents, key: str, tensor: Tensor) -> None:
-    """Files one tensor under its module. Raises ValueError for a key that belongs nowhere."""
+    """Files one tensor under its module; raises ValueError for a key of no module."""
     if not key.startswith(PREFIX):
         raise ValueError(f"{contents.file}: key {key!r} must start with {PREFIX!r}")
     path = key.removeprefix(PREFIX)
@@ -132,7 +138,7 @@ def _place(contents: AdapterContents, key: str, tensor: Tensor) -> None:
 
 
 def _check_same_modules(contents: AdapterContents, model: nn.Module) -> None:
-    """The file, its configuration and the LoRA the model may have must name the same layers."""
+    """Raises ValueError unless file, configuration and model have LoRA in the same layers."""
     file = contents.file
     if not contents.lora:
         raise ValueError(f"{file} holds no LoRA of a linear layer")
@@ -152,15 +158,18 @@ def _check_same_modules(contents: AdapterContents, model: nn.Module) -> None:
     if not existing:
         return
     trained = {site.name for site in contents.saved}
-    for kind, here, there in (
+    for content, in_model, in_file in (
         ("LoRA", set(existing), targets),
         ("weights", set(fully_trained_modules(model)), trained),
     ):
-        # Weights for a module that was not trained so far are welcome; the reverse would leave old
-        # ones.
-        for name in sorted(here ^ there if kind == "LoRA" else here - there):
-            only = "the model" if name in here else "the file"
-            raise ValueError(f"{file}: {name!r} has {kind} in {only} only; both must have the same")
+        # The file may have weights for a module that was not trained so far. If the model had such
+        # weights and the file had not, old ones would remain.
+        differing = in_model ^ in_file if content == "LoRA" else in_model - in_file
+        for name in sorted(differing):
+            only = "the model" if name in in_model else "the file"
+            raise ValueError(
+                f"{file}: {name!r} has {content} in {only} only; both must have the same"
+            )
 
 
 def _check_lora(
@@ -169,8 +178,10 @@ def _check_lora(
     file, module, entries = contents.file, site.module, contents.lora[site.name]
     existing = module if isinstance(module, LoRALinear) else None
     if existing is None and not can_carry_lora(module):
-        kind = type(module).__name__
-        raise ValueError(f"{file}: {site.name} is {kind}; it must be an nn.Linear or an NF4Linear")
+        class_name = type(module).__name__
+        raise ValueError(
+            f"{file}: {site.name} is {class_name}; it must be an nn.Linear or an NF4Linear"
+        )
     base: Any = module if existing is None else existing.base_layer
     if base.weight.is_meta:
         raise ValueError(
@@ -220,7 +231,7 @@ def _check_saved(contents: AdapterContents, site: Site) -> None:
 
 
 def _dense_state(module: nn.Module) -> dict[str, _Form]:
-    """The state dict that a module has once its 4-bit layers are dense."""
+    """The form of a module's state dict after its 4-bit layers have become dense."""
     layers = [Site("", module), *sites(module)]
     packed: dict[str, Any] = {site.name: site.module for site in layers if is_4bit(site.module)}
     forms: dict[str, _Form] = {}

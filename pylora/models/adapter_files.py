@@ -1,4 +1,4 @@
-"""`save_adapter` and `load_adapter`: LoRA adapters in PEFT's own file format, both ways.
+"""`save_adapter` and `load_adapter` write and read LoRA adapters in PEFT's own file format.
 
 adapter_config.json            see `pylora.models.adapter_config`
 adapter_model.safetensors      base_model.model.<module>.lora_A.weight, .lora_B.weight,
@@ -45,13 +45,14 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Writes the LoRA layers and fully trained modules of a model to the folder `path`, as PEFT
-    does.
+    """Writes the LoRA layers and the fully trained modules of a model, as PEFT writes them.
 
-    Each file is written under a temporary name, synced and renamed, so that a crash leaves the old
-    one.
-    Raises ValueError where the model has no LoRA layer, or layers that one PEFT configuration
-    cannot describe; ImportError where safetensors is not installed.
+    model    a module with LoRALinear layers inside
+    path     the folder, which is made if it does not exist
+
+    Each file is written under a temporary name, synced and renamed, so a crash leaves the old file.
+    Raises ValueError if the model has no LoRA layer, or has layers that one PEFT configuration
+    cannot describe; ImportError if safetensors is not installed.
     """
     root, folder = unwrapped(model), Path(path)
     safetensors = import_safetensors()
@@ -91,16 +92,19 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def load_adapter(
     model: _Model, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32
 ) -> _Model:
-    """Loads an adapter that `save_adapter` or PEFT wrote in the folder `path`, in place; returns
-    the model.
+    """Loads an adapter that `save_adapter` or PEFT wrote into the model; returns the model.
 
-    A model without LoRA is wrapped as the adapter asks for, with LoRA parameters of `dtype`, and
-    can be trained on; LoRA layers that are there already are filled where all shapes fit, keeping
-    their dtype. LoRA of linear layers with every option of `pylora.add_lora`, PEFT's rank_pattern,
-    alpha_pattern, layers_to_transform and exclude_modules are read; other methods are refused.
+    model    changed in place; it may have the adapter's LoRA layers already, or none
+    path     the folder of the adapter
+    dtype    the dtype of the LoRA parameters, if the model has none yet
 
-    Raises ValueError naming the file and the key that does not fit, FileNotFoundError for a missing
-    file, ImportError where safetensors is not installed. The model is then as it was.
+    A model without LoRA gets the layers that the adapter asks for, and can be trained further. LoRA
+    layers that exist are filled and keep their dtype; all shapes must fit. The adapter may be LoRA
+    of linear layers with every option of `pylora.add_lora` and PEFT's rank_pattern, alpha_pattern,
+    layers_to_transform and exclude_modules; other methods are refused.
+
+    Raises ValueError that names the file and the key that does not fit, FileNotFoundError if a file
+    is missing, ImportError if safetensors is not installed. The model is then as it was.
     """
     root, folder = unwrapped(model), Path(path)
     refuse_peft_model(root)
@@ -118,7 +122,7 @@ def load_adapter(
 def _settings(
     folder: Path, config: AdapterConfig, contents: AdapterContents, dtype: torch.dtype
 ) -> dict[str, LoraSettings]:
-    """By layer. Raises ValueError for what LoRALinear does not take."""
+    """The settings of each layer; raises ValueError if LoRALinear does not take them."""
     settings = {name: config.settings(name, dtype) for name in contents.lora}
     for distinct in set(settings.values()):
         try:
@@ -172,7 +176,7 @@ def _untie(model: nn.Module, trained: dict[str, nn.Module], contents: AdapterCon
 
 
 def _for_safetensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, contiguous, and no storage twice, which safetensors refuses."""
+    """The tensors on the CPU, contiguous, without shared storage, which safetensors refuses."""
     stored: dict[str, Tensor] = {}
     seen: set[int] = set()
     for key, tensor in tensors.items():
@@ -196,7 +200,7 @@ def _write_all(folder: Path, writers: dict[str, Callable[[Path], Any]]) -> None:
 
 
 def _sync(path: Path) -> None:
-    # Windows syncs only what is open for writing, and no folder.
+    # Windows syncs only files that are open for writing, and no folders.
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""`add_lora`: a model's linear layers wrapped into LoRALinear, everything else frozen."""
+"""`add_lora` wraps a model's linear layers into LoRALinear and freezes everything else."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """The arguments of one LoRALinear; their names and meaning are its own."""
+    """The arguments of a LoRALinear, which documents them."""
 
     r: int
     lora_alpha: float
@@ -56,6 +56,7 @@ class LoraSettings:
     dtype: torch.dtype = torch.float32
 
     def wrap(self, base: nn.Module) -> LoRALinear:
+        """A LoRALinear around `base`."""
         return LoRALinear(
             base,
             self.r,
@@ -82,22 +83,24 @@ def add_lora(
 ) -> _Model:
     """Freezes the model, wraps its targets into `pylora.nn.LoRALinear` in place and returns it.
 
-    target_modules     "all-linear" or None (every linear layer but the output head); another string
-                       is a regular expression for the whole name; a list has names, or their last
-                       components, each of which must fit a module
-    modules_to_save    names, or their last components, of modules trained in full and saved with
-                       the adapter (the hybrid of LoRA and full fine-tuning); nothing inside them is
-                       wrapped, NF4 layers inside become dense, and a weight shared with another
-                       module (tied embeddings) becomes their own. The head of a model for a task,
-                       such as classification, is added, as PEFT does, unless it is targeted or
-                       an empty collection is given
+    target_modules     "all-linear" or None for every linear layer but the output head; another
+                       string is a regular expression for the whole name; a collection has names, or
+                       their last components, each of which must fit a module
+    modules_to_save    names, or their last components, of modules that are trained in full and
+                       saved with the adapter (the hybrid of LoRA and full fine-tuning). Nothing
+                       inside them is wrapped, NF4 layers inside become dense, and a weight that is
+                       shared with another module (tied embeddings) is copied. The head of a model
+                       for a task, such as classification, is added, as PEFT does, unless it is
+                       targeted or the collection is empty
     the others         as in `pylora.nn.LoRALinear`
 
-    May be called again for other layers. Everything is checked before anything changes: ValueError
-    where nothing or something unsuitable is targeted, or a target is wrapped already.
+    It may be called again for other layers. Everything is checked before anything changes. Raises
+    ValueError if no layer is targeted, or if a target is unsuitable or wrapped already; TypeError
+    or ValueError for the arguments that `LoRALinear` refuses.
 
-    Reentrant gradient checkpointing needs inputs that require gradients, as over any frozen
-    embedding; transformers' `gradient_checkpointing_enable` sees to that.
+    Reentrant gradient checkpointing needs inputs that require gradients, as it does over any frozen
+    embedding; transformers' `gradient_checkpointing_enable` makes them so.
+    Source: LoRA, arXiv:2106.09685.
     """
     root = unwrapped(model)
     refuse_peft_model(root)
@@ -149,7 +152,7 @@ def _check_expression(name: str, value: str) -> None:
 
 
 def find_modules_to_save(model: nn.Module, wanted: str | Collection[str]) -> list[Site]:
-    """The outermost sites meant by `modules_to_save`, those marked by an earlier call included.
+    """The outermost sites that `modules_to_save` or an earlier call names.
 
     Raises ValueError for an entry that no module matches.
     """
@@ -172,7 +175,7 @@ def install(
 ) -> None:
     """Wraps the targeted layers, makes the saved modules trainable and freezes the rest.
 
-    settings    by the name of a site
+    settings    the settings of each targeted layer, by name
 
     Raises ValueError before anything has changed.
     """
@@ -185,9 +188,9 @@ def install(
     for site in saved:
         for inner in (site, *sites(site.module)):
             refuse_offloaded(inner)
-    kept = _parameters_already_trained(model)
+    trained = _parameters_already_trained(model)
     for parameter in model.parameters():
-        if id(parameter) not in kept:
+        if id(parameter) not in trained:
             parameter.requires_grad_(False)
     wrapped: dict[int, LoRALinear] = {}
     for site in targeted:
@@ -200,13 +203,13 @@ def install(
 
 
 def _base_of(site: Site) -> nn.Module:
-    """The layer to wrap; raises ValueError or TypeError naming the module where it cannot be."""
+    """The layer to wrap; raises ValueError or TypeError that names the module if it cannot be."""
     if isinstance(site.module, LoRALinear):
         raise ValueError(f"{site.name} is wrapped already; it must be a plain linear layer")
     if not can_carry_lora(site.module):
-        kind = type(site.module).__name__
+        class_name = type(site.module).__name__
         raise ValueError(
-            f"{site.name} is {kind}; a target of LoRA must be an nn.Linear or an NF4Linear"
+            f"{site.name} is {class_name}; a target of LoRA must be an nn.Linear or an NF4Linear"
         )
     reason = why_not_lora(site)
     if reason is not None:
@@ -221,7 +224,7 @@ def _base_of(site: Site) -> nn.Module:
 
 
 def _parameters_already_trained(model: nn.Module) -> set[int]:
-    """What an earlier `add_lora` left trainable."""
+    """The ids of the parameters that an earlier `add_lora` left trainable."""
     layers = lora_layers(model).values()
     trained = [p for layer in layers for p in layer.parameters() if p.requires_grad]
     for module in fully_trained_modules(model).values():

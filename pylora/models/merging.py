@@ -1,4 +1,4 @@
-"""`merge` and `unmerge`: LoRA written into the base weights, and a report of what rounding lost."""
+"""`merge` writes LoRA into the base weights and reports what rounding lost; `unmerge` undoes it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from pylora.nn import LoRALinear, NF4Linear
 
 @dataclass(frozen=True)
 class MergedLayer:
-    """What merging one layer lost: Frobenius norms of float32 values, in float64.
+    """The loss of merging one layer, as Frobenius norms of float32 values, computed in float64.
 
-    name, kind      of the layer; kind is "nf4" or the dtype of a dense weight
-    error           |merged - (W + delta)|, all of it from rounding to the base's format
-    delta           |delta|, what LoRA (and DoRA) change in W
+    name            the name of the layer
+    kind            "nf4", or the dtype of a dense weight
+    error           |merged - (W + delta)|, which comes from rounding to the base's format
+    delta           |delta|, where delta is what LoRA (and DoRA) change in W
     weight          |W + delta|
     """
 
@@ -32,12 +33,12 @@ class MergedLayer:
 
     @property
     def error_of_delta(self) -> float:
-        """|error| / |delta|: 1 where rounding is as large as what was trained."""
+        """error / delta; it is 1 if rounding changes as much as training did."""
         return _ratio(self.error, self.delta)
 
     @property
     def error_of_weight(self) -> float:
-        """|error| / |W + delta|."""
+        """error / weight."""
         return _ratio(self.error, self.weight)
 
     def __str__(self) -> str:
@@ -49,12 +50,13 @@ class MergedLayer:
 
 @dataclass(frozen=True, repr=False)
 class MergeReport:
-    """What `merge` did: every layer, and `total` over all of them as if they were one."""
+    """The loss of every layer that `merge` merged, and the `total` as if they were one layer."""
 
     layers: tuple[MergedLayer, ...]
 
     @property
     def total(self) -> MergedLayer:
+        """The loss of all layers together."""
         kinds = sorted({layer.kind for layer in self.layers})
         norms = {
             name: math.hypot(*(getattr(layer, name) for layer in self.layers))
@@ -68,17 +70,17 @@ class MergeReport:
 
 
 def merge(model: nn.Module, keep_base: bool = True) -> MergeReport:
-    """Writes the LoRA of every layer into its base weight, so that the layers cost what the base
-    costs.
+    """Writes the LoRA of every layer into its base weight, so that it costs no more time.
 
-    keep_base    keep the base weights as well, so that `unmerge` restores the very same bytes;
-                 False frees them at the end and unmerge is then an error
+    model        changed in place
+    keep_base    true keeps the base weights as well, so that `unmerge` restores the very same
+                 bytes; false frees them at the end, and the model cannot be unmerged
 
     A dense base gets W + delta in its dtype. An NF4 base is requantized with its own blocksize and
-    double quantization, which may lose a good part of a small delta: the report says how much,
-    layer by layer. A base weight that is tied to another module is replaced, never written to.
-    Raises ValueError where the model has no LoRA, is merged already, or a merged weight would not
-    be finite; the model is then as it was.
+    double quantization, which may lose a good part of a small delta: the MergeReport that is
+    returned says how much, layer by layer. A base weight that is tied to another module is
+    replaced, never written to. Raises ValueError if the model has no LoRA or is merged already, or
+    if a merged weight would not be finite; the model is then as it was.
     """
     root = unwrapped(model)
     refuse_peft_model(root)
@@ -105,10 +107,10 @@ def merge(model: nn.Module, keep_base: bool = True) -> MergeReport:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Puts back the base weights that `merge` kept: the same bytes, however often it is done.
+    """Puts back the base weights that `merge` kept, with the same bytes, however often it is done.
 
-    Raises ValueError where a layer is not merged or its base was not kept; nothing has changed
-    then.
+    Raises ValueError if a layer is not merged or its base was not kept; the model is then as it
+    was.
     """
     root = unwrapped(model)
     refuse_peft_model(root)
@@ -150,8 +152,10 @@ def _merged(name: str, layer: LoRALinear) -> tuple[Tensor | NF4Weight, MergedLay
         merged = exact.to(base.dtype)
         if not merged.isfinite().all():
             raise ValueError(f"{name}: the merged weight is too large for {base.dtype}")
-    kind = "nf4" if isinstance(base, NF4Weight) else str(base.dtype).removeprefix("torch.")
-    facts = MergedLayer(name, kind, _norm(_dense(merged) - exact), _norm(delta), _norm(exact))
+    base_format = "nf4" if isinstance(base, NF4Weight) else str(base.dtype).removeprefix("torch.")
+    facts = MergedLayer(
+        name, base_format, _norm(_dense(merged) - exact), _norm(delta), _norm(exact)
+    )
     return merged, facts
 
 

@@ -1,4 +1,4 @@
-"""The modules of a model by name, as PEFT sees them: what pylora wrapped counts as one module."""
+"""The modules of a model by name, as PEFT names them; a layer that pylora wrapped is one module."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from pylora.nn import LoRALinear, NF4Linear
 
-# Where a module keeps the hooks registered on it.
+# The attributes in which a module keeps its hooks.
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -25,8 +25,12 @@ _FULLY_TRAINED = "_pylora_fully_trained"
 
 @dataclass(frozen=True)
 class Site:
-    """A module and where it sits: `parent.<attribute>` is `module`, `name` its dotted path in the
-    model.
+    """A module and its place in the model.
+
+    name         its dotted path in the model
+    module       the module, which is `parent.<attribute>`
+    parent       the module that holds it; None for the model itself
+    attribute    its name in `parent`
     """
 
     name: str
@@ -35,7 +39,7 @@ class Site:
     attribute: str = ""
 
     def replace(self, new: nn.Module) -> None:
-        """Puts `new` in the module's place, in the same mode and with the hooks that were on it."""
+        """Puts `new` in the module's place, in the same mode and with the same hooks."""
         assert self.parent is not None
         for hooks in _HOOKS:
             getattr(new, hooks).update(getattr(self.module, hooks))
@@ -49,8 +53,9 @@ class Site:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and data parallelism's wrappers, whose names are the plain
-    ones.
+    """The model without the wrappers of torch.compile and data parallelism, which change names.
+
+    Raises TypeError if `model` is no nn.Module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {model!r}; it must be an nn.Module")
@@ -64,9 +69,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def sites(model: nn.Module) -> Iterator[Site]:
-    """Every module but the model itself, parents first; a module held at two places comes twice.
+    """Yields every module but the model itself, parents first.
 
-    Nothing inside a LoRALinear or an NF4Linear is listed.
+    A module with two places comes twice. The modules inside a LoRALinear or an NF4Linear are left
+    out.
     """
     if isinstance(model, LoRALinear):
         return
@@ -86,18 +92,18 @@ def _below(parent: nn.Module, prefix: str) -> Iterator[Site]:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The LoRALinears of a model by name; each once, "" for the model itself."""
-    found = {"": model} if isinstance(model, LoRALinear) else {}
+    """The LoRALinears of a model by name, each once; the name of the model itself is ""."""
+    layers = {"": model} if isinstance(model, LoRALinear) else {}
     seen = set()
     for site in sites(model):
         if isinstance(site.module, LoRALinear) and id(site.module) not in seen:
             seen.add(id(site.module))
-            found[site.name] = site.module
-    return found
+            layers[site.name] = site.module
+    return layers
 
 
 def mark_fully_trained(module: nn.Module) -> None:
-    """Remembers that `module` is trained and saved in full, beside the LoRA layers."""
+    """Marks `module` as trained and saved in full, beside the LoRA layers."""
     setattr(module, _FULLY_TRAINED, True)
 
 
@@ -107,37 +113,38 @@ def fully_trained_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def is_below(name: str, ancestors: Iterable[str]) -> bool:
-    """True where `name` is, or lies inside, one of the modules named."""
+    """True if `name` is one of the ancestors or the name of a module inside one of them."""
     return any(name == ancestor or name.startswith(f"{ancestor}.") for ancestor in ancestors)
 
 
 def holders(model: nn.Module) -> dict[int, list[str]]:
-    """For the id of every parameter: the names of the modules that hold it themselves."""
-    found: dict[int, list[str]] = {}
+    """The names of the modules that hold each parameter directly, by the parameter's id."""
+    names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module._parameters.values():
             if parameter is not None:
-                found.setdefault(id(parameter), []).append(name.replace("_orig_mod.", ""))
-    return found
+                names.setdefault(id(parameter), []).append(name.replace("_orig_mod.", ""))
+    return names
 
 
 def is_bitsandbytes_4bit(module: nn.Module) -> bool:
     """True for a bitsandbytes Linear4bit, of whatever quant_type."""
-    # Known by its parameter: bitsandbytes need not be installed, and PEFT subclasses are not meant.
+    # The parameter's class identifies it, so bitsandbytes need not be installed.
     return isinstance(module, nn.Linear) and type(module.weight).__name__ == "Params4bit"
 
 
 def is_4bit(module: nn.Module) -> bool:
-    """True for a linear layer that holds packed codes, ours or bitsandbytes'."""
+    """True for a linear layer that holds 4-bit codes: an NF4Linear or one of bitsandbytes."""
     return isinstance(module, NF4Linear) or is_bitsandbytes_4bit(module)
 
 
 def take_off_quantized_marks(model: nn.Module, has_lora: bool) -> None:
-    """Takes from a model that transformers loaded in 4 bits the marks that no longer hold.
+    """Removes marks that no longer hold from a model that transformers loaded in 4 bits.
 
-    With `is_quantized` its Trainer refuses a model without PEFT's adapters, so it goes where there
-    is LoRA; with the others `.half()` and `.to(dtype)` refuse, so all go where no bitsandbytes
-    layer is left. What `save_pretrained` goes by stays.
+    `is_quantized` is removed if the model has LoRA or no bitsandbytes layer is left, because
+    transformers' Trainer refuses a marked model without PEFT's adapters. The other marks make
+    `.half()` and `.to(dtype)` refuse; they are removed if no bitsandbytes layer is left. The marks
+    that `save_pretrained` reads stay.
     """
     has_bitsandbytes = any(is_bitsandbytes_4bit(module) for module in model.modules())
     for module in model.modules():
@@ -152,7 +159,7 @@ def take_off_quantized_marks(model: nn.Module, has_lora: bool) -> None:
 
 
 def refuse_offloaded(site: Site) -> None:
-    """Raises ValueError where accelerate keeps the module's weights off the device."""
+    """Raises ValueError if accelerate keeps the module's weights off the device."""
     if getattr(getattr(site.module, "_hf_hook", None), "offload", False):
         raise ValueError(
             f"{site.name} is offloaded by accelerate; its weights must be on a device: "

@@ -1,4 +1,4 @@
-"""`quantize_model`: the linear layers of a model turned to NF4 in place, one at a time."""
+"""`quantize_model` replaces the linear layers of a model by NF4 layers in place, one at a time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from pylora.nn import NF4Linear
 
 logger = logging.getLogger(__name__)
 
-# A progress bar appears only where the work takes longer than this (seconds).
+# A progress bar appears only if the work takes longer than this many seconds.
 _PROGRESS_DELAY = 2.0
 _Model = TypeVar("_Model", bound=nn.Module)
 _Place = tuple[str, nn.Module | None, str]
@@ -48,13 +48,16 @@ def quantize_model(
                                whatever the model calls it
     blocksize, double_quant    as in `pylora.quantize_nf4`
 
-    One layer is quantized at a time: the dense model and one quantized layer are the most that
-    exists. bitsandbytes' Linear4bit (nf4) layers are taken over with the bytes they have. A layer
-    whose weight is shared with a module that stays dense (an output head tied to the embeddings), a
-    subclass of nn.Linear, the head of a model for a task such as classification, what the model
-    declares as float32-only and layers whose weight other code reads stay dense; the log
-    (`pylora.models.quantization`) says which. All layers are checked first: ValueError or TypeError
-    names the module and nothing has changed.
+    One layer is quantized at a time, so memory never holds more than the dense model and one
+    quantized layer. bitsandbytes' Linear4bit (nf4) layers keep their bytes. Some layers stay dense:
+    those that share their weight with a module that stays dense (an output head tied to the
+    embeddings), subclasses of nn.Linear, the head of a model for a task such as classification,
+    layers that the model declares as float32-only, and layers whose weight other code reads. The
+    log (`pylora.models.quantization`) says which.
+
+    Raises ValueError or TypeError that names the module if a layer cannot be quantized; all layers
+    are checked before the model changes.
+    Source: QLoRA, arXiv:2305.14314.
     """
     root = unwrapped(model)
     check_blocksize(blocksize)
@@ -82,9 +85,10 @@ def quantize_model(
 
 
 def _places(chosen: list[Site]) -> list[dict[int, list[_Place]]]:
-    """Where the layers sit, by layer, those that share a weight together.
+    """The places of each layer, in one dict for the layers that share a weight.
 
-    Places and not modules: a list of modules would keep every dense weight alive to the end.
+    These are places and not modules, because a list of modules would keep every dense weight alive
+    to the end.
     """
     groups: dict[int, dict[int, list[_Place]]] = {}
     for site in chosen:
@@ -94,7 +98,7 @@ def _places(chosen: list[Site]) -> list[dict[int, list[_Place]]]:
 
 
 def _choose(model: nn.Module, skip: tuple[str, ...]) -> list[Site]:
-    """The layers to quantize; says in the log which linear layers are left, and why."""
+    """The layers to quantize; the log says which linear layers are left, and why."""
     kept_in_fp32, heads = _kept_in_fp32(model), task_heads(model)
     # The default, lm_head, stands for the output head, whatever the model calls it.
     head = output_head(model) if "lm_head" in skip else None
@@ -117,8 +121,8 @@ def _choose(model: nn.Module, skip: tuple[str, ...]) -> list[Site]:
         elif type(site.module) is nn.Linear or is_bitsandbytes_4bit(site.module):
             candidates.append(site)
         else:
-            kind = type(site.module).__name__
-            logger.warning("%s stays dense: %s is a subclass of nn.Linear", site.name, kind)
+            class_name = type(site.module).__name__
+            logger.warning("%s stays dense: %s is a subclass of nn.Linear", site.name, class_name)
     chosen = _without_shared(model, candidates)
     if not chosen and not any(isinstance(site.module, NF4Linear) for site in everything):
         raise ValueError(
@@ -142,13 +146,13 @@ def _kept_in_fp32(model: nn.Module) -> set[str]:
 
 
 def _is_inside(name: str, entries: Collection[str]) -> bool:
-    """True where the module or one that contains it is named."""
+    """True if an entry names the module or one that contains it."""
     parts = name.split(".")
     return any(named_by(".".join(parts[:end]), entries) for end in range(1, len(parts) + 1))
 
 
 def _without_shared(model: nn.Module, candidates: list[Site]) -> list[Site]:
-    """Leaves out weights that a module which stays dense also uses."""
+    """The candidates whose weight is used by no module that stays dense."""
     owners = holders(model)
     names = {site.name for site in candidates}
     chosen = []
@@ -172,7 +176,7 @@ def _mention_fused_experts(everything: list[Site]) -> None:
 
 
 def _checked(chosen: list[Site]) -> list[Site]:
-    """The same list. Raises what quantizing any of its layers would raise."""
+    """The same list; raises what quantizing any of its layers would raise."""
     for site in chosen:
         refuse_offloaded(site)
         if is_bitsandbytes_4bit(site.module):
@@ -190,7 +194,10 @@ def _checked(chosen: list[Site]) -> list[Site]:
 def _quantize_layer(
     places: list[_Place], shared: NF4Linear | None, blocksize: int, double_quant: bool
 ) -> NF4Linear:
-    """Replaces one layer wherever it sits; `shared` is one whose weight was the same parameter."""
+    """Replaces one layer in all its places.
+
+    shared    the new layer of one that had the same parameter as its weight, if there is one
+    """
     name, parent, attribute = places[0]
     old = getattr(parent, attribute)
     if is_bitsandbytes_4bit(old):
@@ -216,7 +223,7 @@ def _quantize_layer(
 
 
 def _with_progress(layers: list[Any]) -> Iterable[Any]:
-    """The same list, with tqdm's bar on a terminal where it is installed and the work is long."""
+    """The same list; with tqdm installed, it shows a bar on a terminal if the work is long."""
     try:
         from tqdm import tqdm
     except ImportError:

@@ -1,4 +1,4 @@
-"""Which modules a target specification means: PEFT's matching rules, read and written."""
+"""Finds the modules that a specification of targets names, by PEFT's rules, and writes one."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ _Value = TypeVar("_Value")
 
 
 def named_by(name: str, entries: Collection[str]) -> bool:
-    """True where an entry is the whole dotted name or its last components."""
+    """True if an entry is the whole dotted name or its last components."""
     return name in entries or any(name.endswith(f".{entry}") for entry in entries)
 
 
 def can_carry_lora(module: nn.Module) -> bool:
-    """True for the layers that LoRALinear wraps; a subclass may compute something else than
-    nn.Linear.
+    """True for the layers that LoRALinear can wrap.
+
+    Subclasses of nn.Linear are not among them, because they may compute something else.
     """
     return (
         type(module) is nn.Linear or isinstance(module, NF4Linear) or is_bitsandbytes_4bit(module)
@@ -38,14 +39,15 @@ def can_carry_lora(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Targets:
-    """What to wrap, in the terms of PEFT's configuration.
+    """The modules to wrap, in the terms of PEFT's configuration.
 
-    modules              "all-linear": every linear layer but the output head; another string: a
-                         regular expression for the whole name; else names or their last components
-    excluded             the same two forms, for what is left out
-    layers               numbers of the only layers to touch, as far as names carry a number
-    layers_pattern       names of the module lists that those numbers count; any list where empty
-    fully_trained        modules (names) that are trained in full, so that nothing inside them is
+    modules              "all-linear" for every linear layer but the output head; another string is
+                         a regular expression for the whole name; a collection has names, or their
+                         last components
+    excluded             what to leave out, as a regular expression or names
+    layers               the numbers of the only layers to wrap; it holds for names with a number
+    layers_pattern       the names of the module lists that these numbers count; any list if empty
+    fully_trained        the names of modules that are trained in full; nothing inside them is
                          wrapped
     """
 
@@ -56,7 +58,7 @@ class Targets:
     fully_trained: Collection[str] = ()
 
     def find(self, model: nn.Module) -> list[Site]:
-        """The sites meant, in the model's order; those that cannot carry LoRA included."""
+        """The sites that are meant, in the model's order, even if they cannot carry LoRA."""
         candidates = [s for s in sites(model) if not is_below(s.name, self.fully_trained)]
         if isinstance(self.modules, str) and self.modules.lower() == ALL_LINEAR:
             head = output_head(model)
@@ -80,7 +82,7 @@ class Targets:
         if not self.layers:
             return True
         patterns = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in self.layers_pattern]
-        # The first number in a name is the layer's; a later one counts experts.
+        # The first number in a name is that of the layer; a later number counts experts.
         for pattern in patterns or [r".*?\.[^.]*\.(\d+)\."]:
             match = re.match(pattern, name)
             if match is not None:
@@ -100,7 +102,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """The layer that gives the logits, where the model is one of transformers' and says so."""
+    """The layer that gives the logits, if a model of transformers says which one it is."""
     get = getattr(model, "get_output_embeddings", None)
     if get is None:
         return None
@@ -130,9 +132,10 @@ def task_heads(model: nn.Module) -> list[str]:
 def describe(
     targets: Iterable[str], fully_trained: Collection[str], model: nn.Module
 ) -> str | list[str]:
-    """The shortest specification that PEFT resolves to exactly the modules named.
+    """The shortest specification that PEFT resolves to exactly the modules `targets`.
 
-    Their last components where that is unambiguous, else their names, else a regular expression.
+    It has their last components if these are unambiguous, else their names, else it is a regular
+    expression.
     """
     wanted = set(targets)
     for entries in ({name.rsplit(".", 1)[-1] for name in wanted}, wanted):
@@ -146,9 +149,7 @@ def _names(targets: Targets, model: nn.Module) -> set[str]:
 
 
 def pattern_value(patterns: Mapping[str, _Value], name: str, default: _Value) -> _Value:
-    """PEFT's rank_pattern and alpha_pattern: the value of the first key that matches the end of a
-    name.
-    """
+    """The value of the first key that matches the end of `name`, as in PEFT's rank_pattern."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
@@ -156,7 +157,7 @@ def pattern_value(patterns: Mapping[str, _Value], name: str, default: _Value) ->
 
 
 def not_found(what: str, wanted: object, names: Iterable[str]) -> ValueError:
-    """The error for a specification that nothing fits, with some names that exist."""
+    """The error for a specification that no module matches; it lists some names that exist."""
     endings = list(dict.fromkeys(n.rsplit(".", 1)[-1] for n in names))
     if wanted in endings and isinstance(wanted, str) and what == "target_modules":
         return ValueError(

@@ -1,4 +1,4 @@
-"""Drop-in modules: they hold parameters and state dicts, and call `pylora.functional`."""
+"""Drop-in modules: they hold parameters, have state dicts and call `pylora.functional`."""
 
 from pylora.nn.lora_linear import LoRALinear
 from pylora.nn.nf4_linear import NF4Linear

@@ -1,11 +1,10 @@
-"""What a layer keeps between calls, so that a forward checks and plans only what can have changed.
+"""Keeps what a layer has checked and planned, so that a forward repeats only what can have changed.
 
-A layer's tensors are checked when they are first seen; the record made of them and the plan of each
-kind of call are kept. They hold for the tensors that stand in the module at the call, by identity:
-FSDP2, `functional_call` and parametrizations put others there without an assignment. `.to()` and
-ZeRO-3 change a parameter in place, so its dtype and device are compared at each call, and the
-compiled kernels check its size. Any call that is unusual in another way takes the long way, through
-`pylora.functional`.
+A layer checks its tensors when it first sees them, and keeps the record made of them and the plan
+of each kind of call. These hold as long as the module has the same tensor objects: FSDP2,
+`functional_call` and parametrizations replace them without an assignment. `.to()` and ZeRO-3 change
+a parameter in place, so each call compares its dtype and device, and the compiled kernels check its
+size. A call that is unusual in another way is checked again, by `pylora.functional`.
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ from pylora.ops.registration import (
     with_gradient,
 )
 
-Place = tuple[dict[str, Any], str]  # where a module holds a parameter or buffer
+# Where a module holds a parameter or buffer: a dict and the key in it.
+Place = tuple[dict[str, Any], str]
 
-# A layer that has planned this many kinds of call forgets them: the lengths of texts differ without
-# end.
+# A layer forgets its kinds of call when it has this many: the lengths of texts have no end.
 _MOST_CALLS = 64
 
 
 def places_of(module: nn.Module, names: Sequence[str]) -> tuple[Place, ...] | None:
-    """Where the module holds these tensors; None if it computes one of them (a parametrization)."""
+    """Where the module holds these tensors; None if a parametrization computes one of them."""
     places = []
     for name in names:
         for held in (module._parameters, module._buffers):
@@ -51,7 +50,7 @@ def places_of(module: nn.Module, names: Sequence[str]) -> tuple[Place, ...] | No
 
 
 def _is_plain(x: Tensor) -> bool:
-    """True if the elements of x lie in memory as they are, one after the other."""
+    """True if the memory of x has its elements one after the other, as they are."""
     return x.is_contiguous() and not x.is_neg() and not x._is_zerotensor()
 
 
@@ -60,7 +59,7 @@ def _first(results: Tensor | Sequence[Tensor]) -> Tensor:
 
 
 class KeptCall:
-    """How a layer's calls with an x of one shape and dtype run."""
+    """Runs a layer's calls with an x of one shape and dtype."""
 
     __slots__ = ("_forward", "_gradient", "_layer", "_op", "_plan", "_record")
 
@@ -113,11 +112,14 @@ class Kept:
     )
 
     def __init__(self, places: tuple[Place, ...], call: Any) -> None:
-        """`call` has been checked; its tensors stand in these places. Its dropout is not kept."""
+        """Keeps a call that has been checked, and whose tensors are in these places.
+
+        Its dropout is not kept.
+        """
         self._record, self.layer = type(call), call.layer
         if self.layer.low_rank is not None:
             self.layer = replace(self.layer, low_rank=replace(self.layer.low_rank, dropout=None))
-        # The values are kept beside their identities, which a freed tensor would pass on.
+        # The tensors are kept as well: if they were freed, others could get their identities.
         dicts = {id(held): held for held, _ in places}.values()
         self._held = [(held, list(held.values()), [*map(id, held.values())]) for held in dicts]
         self._weight = self.layer.weight.data
@@ -128,14 +130,14 @@ class Kept:
 
     @classmethod
     def of(cls, places: tuple[Place, ...] | None, x: Tensor, call: Any) -> Kept | None:
-        """None if a call like this one must go the long way again."""
+        """What to keep of a checked call; None if the next one must be checked as well."""
         if places is None or call.x is not x:  # autocast has made another x
             return None
         tensors = (held[name] for held, name in places)
         return cls(places, call) if only_autograd_watches((x, *tensors)) else None
 
     def call_with(self, x: Any) -> KeptCall | None:
-        """How a call with x runs; None if its arguments must be checked first."""
+        """The way to run a call with x; None if its arguments must be checked first."""
         if type(x) is not Tensor or x.device != self.device or self._weight.device != self.device:
             return None
         for held, _, ids in self._held:

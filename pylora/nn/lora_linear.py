@@ -19,12 +19,12 @@ from pylora.nn.nf4_linear import NF4Linear, frozen
 from pylora.ops import run
 
 _DENSE_TENSORS = ("weight", "bias")
-_OWN_TENSORS = ("lora_A", "lora_B", "lora_B_bias")
+_LORA_TENSORS = ("lora_A", "lora_B", "lora_B_bias")
 
 
 @dataclass
 class _UnmergedBase:
-    """The base's tensors from before a merge, out of reach of `parameters()` and `state_dict()`."""
+    """The base's tensors before a merge; `parameters()` and `state_dict()` do not see them."""
 
     weight: Tensor | NF4Weight
     bias: Tensor | None
@@ -37,14 +37,17 @@ class LoRALinear(nn.Module):
                     NF4Linear over the same bytes; it is frozen and kept as `base_layer`
     r               rank, >= 1
     lora_alpha      scaling = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`
-                    (arXiv:2312.03732)
-    lora_dropout    probability of dropping an input of the low-rank path while training
-    use_dora        weight-decomposed LoRA (arXiv:2402.09353): rows rescaled to a trained magnitude
-    lora_bias       a trained bias behind lora_B
-    dtype           of the LoRA parameters: float32 by default, as in PEFT, whatever the base has
+    lora_dropout    probability of dropping an element of the low-rank path's input in training
+    use_rslora      rank-stabilized LoRA (arXiv:2312.03732)
+    use_dora        weight-decomposed LoRA (arXiv:2402.09353): rows are rescaled to a trained
+                    magnitude
+    lora_bias       adds a trained bias behind lora_B
+    dtype           the dtype of the LoRA parameters: float32 by default, as in PEFT
 
-    lora_A [r, in_features] starts Kaiming-uniform, lora_B [out_features, r] at zero, so that the
-    layer starts as its base. Raises TypeError or ValueError naming the argument that does not fit.
+    forward(x [..., in_features]) returns [..., out_features] in x.dtype. lora_A [r, in_features]
+    starts Kaiming-uniform and lora_B [out_features, r] at zero, so the layer starts as its base.
+    Raises TypeError or ValueError that names the argument that does not fit.
+    Source: LoRA, arXiv:2106.09685.
     """
 
     lora_B_bias: nn.Parameter | None
@@ -103,16 +106,16 @@ class LoRALinear(nn.Module):
         if device.type != "meta":
             self.reset_lora_parameters()
         else:
-            self.refresh_base_norm()  # its shape, for a forward without numbers
+            self.refresh_base_norm()  # a forward on the meta device needs its shape
 
     def set_scaling(self, lora_alpha: float, use_rslora: bool) -> None:
-        """scaling = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`."""
+        """Sets scaling = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`."""
         self.lora_alpha, self.use_rslora = lora_alpha, use_rslora
         self.scaling = lora_alpha / (math.sqrt(self.r) if use_rslora else self.r)
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
-        """The start of training: the low-rank path is zero, DoRA's magnitude that of the base."""
+        """Sets the start of training: the low-rank path is zero, DoRA's magnitude the base's."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
         if self.lora_B_bias is not None:
@@ -123,13 +126,14 @@ class LoRALinear(nn.Module):
 
     @property
     def base_weight(self) -> Tensor | NF4Weight:
+        """The weight of the base, [out_features, in_features], dense or NF4."""
         base = self.base_layer
         return base.nf4_weight if isinstance(base, NF4Linear) else base.weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
         super()._apply(fn, recurse)
         if self.lora_magnitude is not None and not self.lora_magnitude.is_meta:
-            self.refresh_base_norm()  # after a cast, of W or of the norm itself, from the new W
+            self.refresh_base_norm()  # fn may have cast W, or the norm itself
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,23 +169,23 @@ class LoRALinear(nn.Module):
         """Where this layer and its base hold the tensors that a call reads."""
         base = self.base_layer
         of_base = base.places() if isinstance(base, NF4Linear) else places_of(base, _DENSE_TENSORS)
-        own = places_of(self, _OWN_TENSORS)
-        return None if of_base is None or own is None else (*of_base, *own)
+        of_lora = places_of(self, _LORA_TENSORS)
+        return None if of_base is None or of_lora is None else (*of_base, *of_lora)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_kept": None}
 
     def _dora_forward(self, x: Tensor, magnitude: Tensor) -> Tensor:
-        """y = magnitude / |W + scaling B A| * (x W^T + scaling x A^T B^T) + bias, rows of the norm
-        detached.
+        """y = magnitude / |W + scaling B A| * (x W^T + scaling x A^T B^T) + bias.
 
-        With dropout, PEFT drops the input of everything the magnitude adds; so does this.
+        The norm |...| is taken of each row and has no gradient. With dropout, this does what PEFT
+        does: it drops the input of everything that the magnitude adds to the base.
         """
         rescale = magnitude / self.weight_norm()
         plain = (self.base_weight, self.lora_A, self.lora_B, self.scaling)
         bias = self.base_layer.bias
         if not (self.training and self.lora_dropout > 0.0):
-            y = functional.lora_linear(x, *plain)  # under autocast not of x's dtype
+            y = functional.lora_linear(x, *plain)  # under autocast it has another dtype than x
             y = y * rescale.to(y.dtype)
             return y if bias is None else y + bias.to(y.dtype)
         dropped = nn.functional.dropout(x, self.lora_dropout)
@@ -199,7 +203,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def refresh_base_norm(self) -> None:
-        """Recomputes |W| by rows, which DoRA reads in every forward, after W was replaced."""
+        """Recomputes the norm of each row of W, which DoRA reads; call it when W has changed."""
         weight = self.base_weight
         if self.lora_magnitude is None or self.merged:
             return
@@ -210,11 +214,12 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def weight_norm(self) -> Tensor:
-        """Row norms |W + scaling B A| [out_features] in lora_A's dtype; never a dense copy of W or
-        B A.
+        """The row norms |W + scaling B A| [out_features] in lora_A's dtype.
 
-        |w + s b A|^2 = |w|^2 + 2 s (w A^T) b + s^2 b (A A^T) b, row by row. The three are added in
-        float64: an error in a row's norm is the same for every token and so does not average out.
+        No dense copy of W or B A is made: for each row w of W and b of B, with s the scaling,
+        |w + s b A|^2 = |w|^2 + 2 s (w A^T) b + s^2 b (A A^T) b. The three terms are added in
+        float64, because an error in a row's norm is the same for every token and does not average
+        out.
         """
         A, B = self.lora_A.float(), self.lora_B.float()
         weight = self.base_weight
@@ -224,13 +229,13 @@ class LoRALinear(nn.Module):
             else:
                 projected = nn.functional.linear(A.to(weight.dtype), weight).t().float()
             cross = 2 * self.scaling * (projected * B).sum(1, dtype=torch.float64)
-            own = self.scaling**2 * ((B @ (A @ A.t())) * B).sum(1, dtype=torch.float64)
-        squared = self.base_norm**2 + cross + own
+            of_lora = self.scaling**2 * ((B @ (A @ A.t())) * B).sum(1, dtype=torch.float64)
+        squared = self.base_norm**2 + cross + of_lora
         return squared.clamp(min=0).sqrt().to(self.lora_A.dtype)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """What `merge` writes: W + scaling B A, dense in fp32, rows rescaled under DoRA."""
+        """The weight that `merge` writes: W + scaling B A in fp32, with rows rescaled by DoRA."""
         weight = self.base_weight
         dense = (
             weight.dequantize(torch.float32) if isinstance(weight, NF4Weight) else weight.float()
@@ -243,24 +248,25 @@ class LoRALinear(nn.Module):
 
     @property
     def can_unmerge(self) -> bool:
-        """True while the base weight from before the merge is kept."""
+        """True while the base weight from before a merge is kept."""
         return self._unmerged_base is not None
 
     def set_merged(self, weight: Tensor | NF4Weight, bias: Tensor | None) -> None:
         """Replaces the base's weight and bias by merged ones; `unmerge` puts the old objects back.
 
-        Raises ValueError where the layer is merged already.
+        Raises ValueError if the layer is merged already.
         """
         if self.merged:
             raise ValueError("the layer is merged already; unmerge must be called first")
-        kept = _UnmergedBase(self.base_weight, self.bias)
+        unmerged_base = _UnmergedBase(self.base_weight, self.bias)
         self._set_base(weight, bias)
-        self._unmerged_base, self.merged = kept, True
+        self._unmerged_base, self.merged = unmerged_base, True
 
     def unmerge(self) -> None:
-        """Restores the base from before `set_merged`, on the device (and in the dtype) of now.
+        """Restores the base from before `set_merged`, on its current device.
 
-        Raises ValueError where there is nothing to restore.
+        A dense base gets its current dtype as well. Raises ValueError if there is nothing to
+        restore.
         """
         if self._unmerged_base is None:
             raise ValueError("the layer keeps no base from before a merge; it must be merged")
@@ -279,7 +285,7 @@ class LoRALinear(nn.Module):
         self.refresh_base_norm()  # a cast while merged may have rounded it, or W
 
     def forget_base(self) -> None:
-        """Frees the base from before the merge; the layer stays merged for good."""
+        """Frees the base from before the merge, so that the layer stays merged for good."""
         self._unmerged_base = None
 
     def _set_base(self, weight: Tensor | NF4Weight, bias: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""`NF4Linear`: a linear layer with its weight in NF4 and bitsandbytes' state dict."""
+"""`NF4Linear`: a linear layer with its weight in NF4 and the state dict of bitsandbytes."""
 
 from __future__ import annotations
 
@@ -28,12 +28,16 @@ _TENSORS = ("weight", "absmax", "nested_absmax", "nested_code", "offset", "bias"
 class NF4Linear(nn.Module):
     """y = x @ W^T + bias with W [out_features, in_features] in NF4 and frozen.
 
-    blocksize, double_quant    as in `pylora.quantize_nf4`
-    dtype                      of the weight that was quantized, and of the bias; float32 by default
+    in_features, out_features    sizes, >= 0
+    bias                         true for a bias [out_features]
+    blocksize, double_quant      as in `pylora.quantize_nf4`
+    device, dtype                as in nn.Linear; dtype is that of the bias and of the weight before
+                                 it is quantized
 
-    The layer computes in the dtype of its input. `weight` holds the packed bytes, dim 0 being
-    out_features wherever in_features % blocksize == 0; the state dict has bitsandbytes' keys and
-    shapes. `.to(dtype)` and `.half()` change the bias alone.
+    forward(x [..., in_features]) computes in x.dtype and returns [..., out_features]. `weight`
+    holds the packed bytes; its dim 0 is out_features if in_features % blocksize == 0. The state
+    dict has the keys and shapes of bitsandbytes. `.to(dtype)` and `.half()` change the bias alone.
+    Source: QLoRA, arXiv:2305.14314.
     """
 
     bias: nn.Parameter | None
@@ -70,7 +74,7 @@ class NF4Linear(nn.Module):
         self._initialize(device)
 
     def _initialize(self, device: torch.device | str | None) -> None:
-        """nn.Linear's own initialization, quantized."""
+        """Initializes as nn.Linear does, and quantizes the weight."""
         bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
         weight = torch.empty(
             self.out_features, self.in_features, device=device, dtype=self.weight_dtype
@@ -81,7 +85,7 @@ class NF4Linear(nn.Module):
         self.set_nf4_weight(functional.quantize_nf4(weight, self.blocksize, self.double_quant))
 
     def _allocate(self, device: torch.device) -> None:
-        """Empty tensors of the right shapes, so that meta models and FSDP know them."""
+        """Sets empty tensors of the right shapes, so that meta models and FSDP know them."""
         shape = (self.out_features, self.in_features)
         blocks = block_count(self.out_features * self.in_features, self.blocksize)
         nested: dict[str, Any] = {}
@@ -134,8 +138,8 @@ class NF4Linear(nn.Module):
                 f"w has shape {tuple(w.shape)}; it must be {(self.out_features, self.in_features)}"
             )
         self._kept = None
-        # Another layer's are shared as the objects they are: a copy, a cast and a count of
-        # parameters then know that they are one.
+        # The parameters of another layer are shared as objects: a copy, a cast and a count of
+        # parameters then see that they are the same.
         self.weight, self.absmax = frozen(w.qweight), frozen(w.absmax)
         self.register_buffer("nested_absmax", w.nested_absmax, persistent=False)
         self.register_buffer("nested_code", w.nested_code, persistent=False)
@@ -202,8 +206,8 @@ class NF4Linear(nn.Module):
         return layer
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
-        # A cast to bf16 or half is meant for activations and biases; absmax in 16 bits would change
-        # the weight.
+        # A cast to 16 bits is meant for activations and biases; absmax in 16 bits would change the
+        # weight.
         scales = {
             id(tensor)
             for tensor in (self.absmax, self.nested_absmax, self.nested_code, self.offset)
@@ -221,7 +225,7 @@ class NF4Linear(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        # bitsandbytes' order: weight, bias, then what describes the weight.
+        # bitsandbytes writes the weight, the bias, and then the entries that describe the weight.
         weight = self.weight if keep_vars else self.weight.detach()
         destination[prefix + "weight"] = weight.view(-1, 1)
         if self.bias is not None:
@@ -279,7 +283,7 @@ class NF4Linear(nn.Module):
                 self.bias.copy_(bias)
 
     def _read_weight(self, weight: Tensor, entries: dict[str, Tensor]) -> NF4Weight:
-        """The stored weight on this layer's device; a dense one is quantized as it comes in."""
+        """The stored weight on this layer's device; a dense weight is quantized."""
         if entries:
             w = NF4Weight(**bnb_format.read_state_entries(weight, entries))
         else:
@@ -290,7 +294,7 @@ class NF4Linear(nn.Module):
         device = self.weight.device
         if device.type == "meta":
             return w
-        # Copied: the layer must not change when the caller's state dict does.
+        # The tensors are copied: the layer must not change if the caller's state dict does.
         return w.map_tensors(lambda tensor: tensor.to(device, copy=True))
 
     def extra_repr(self) -> str:
@@ -302,7 +306,7 @@ class NF4Linear(nn.Module):
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
-    """The tensor itself where it is a parameter already, else a parameter over it."""
+    """The tensor itself if it is a parameter already, else a parameter without grad over it."""
     if isinstance(tensor, nn.Parameter):
         return tensor
     return nn.Parameter(tensor, requires_grad=False)

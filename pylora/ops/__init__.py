@@ -1,8 +1,7 @@
-"""The registered ops `torch.ops.pylora.*`: schema, fake (meta) function and autograd, one op a
-file.
+"""The registered ops `torch.ops.pylora.*`, one file per op: its fake (meta) function and autograd.
 
-Importing this package registers them all. Each op runs whatever backend `pylora.dispatch` chooses.
-`run(call)` runs a call record, with or without a detour through torch's dispatcher.
+Importing this package registers them all. Each op runs on the backend that `pylora.dispatch`
+chooses. `run(call)` runs a call record, through torch's dispatcher only if that is needed.
 """
 
 from pylora.ops import (

@@ -1,8 +1,8 @@
-"""What the ops are differentiable in, and the results of their backwards, in one order.
+"""The inputs that the ops can be differentiated in, and the results of their backwards.
 
-The order is that of `calls.Wanted`; an op of several layers has x first, then one field of all
-layers after the other. A gradient that was not requested is None in a record, and an empty tensor
-[0] among the results of an op, whose schema knows no absent tensor.
+Both are in the order of `calls.Wanted`. An op of several layers has x first, then the weights of
+all layers, then each further field of all layers. A gradient that is not wanted is None in a
+record, but an empty tensor [0] among the results of an op, because a schema has no absent tensors.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pylora.calls import Layer, LayerGradients, Wanted
 
 
 def layer_inputs(x: Tensor, layer: Layer) -> tuple[Tensor | None, ...]:
-    """What lora_linear is differentiable in, in the order of `Wanted`."""
+    """The tensors that lora_linear can be differentiated in, in the order of `Wanted`."""
     low = layer.low_rank
     assert low is not None
     return (x, layer.weight.data, low.A, low.B, layer.bias, low.A_bias, low.B_bias)
 
 
 def layers_inputs(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor | None, ...]:
-    """What an op of several layers is differentiable in: x, then one field after the other."""
+    """The tensors that an op of several layers can be differentiated in: x, then field by field."""
     lows = [layer.low_rank for layer in layers]
     return (
         x,
@@ -47,13 +47,13 @@ def layer_results(gradients: LayerGradients, like: Tensor) -> tuple[Tensor, ...]
 
 
 def layers_results(
-    found: tuple[Tensor | None, Sequence[LayerGradients]], like: Tensor
+    dx_and_gradients: tuple[Tensor | None, Sequence[LayerGradients]], like: Tensor
 ) -> tuple[Any, ...]:
     """The results of a backward of several layers; an empty tensor [0] stands for None."""
-    dx, gradients = found
+    dx, gradients = dx_and_gradients
 
     def column(name: str) -> list[Tensor]:
-        return _or_empty([getattr(one, name) for one in gradients], like)
+        return _or_empty([getattr(of_layer, name) for of_layer in gradients], like)
 
     columns = map(column, ("weight", "A", "B", "bias"))
     return (like.new_empty(0) if dx is None else dx, *columns)
@@ -66,12 +66,12 @@ def adapters_results(gradients: LayerGradients, like: Tensor) -> tuple[Tensor, .
 
 
 def requested(results: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """The results of a backward with None in place of the empty tensors."""
-    return tuple(one if want else None for one, want in zip(results, wanted, strict=True))
+    """The results of a backward with None for each gradient that is not wanted."""
+    return tuple(t if want else None for t, want in zip(results, wanted, strict=True))
 
 
 def empty_h(x: Tensor, layer: Layer) -> Tensor:
-    """h [..., r] of a layer for a fake function; empty [0] without LoRA."""
+    """An uninitialized h [..., r] of a layer, for a fake function; [0] without LoRA."""
     if layer.low_rank is None:
         return x.new_empty(0)
     dtype = torch.promote_types(layer.low_rank.A.dtype, torch.float32)
@@ -81,31 +81,31 @@ def empty_h(x: Tensor, layer: Layer) -> Tensor:
 def empty_layers_results(
     x: Tensor, layers: Sequence[Layer], wanted: Sequence[Wanted]
 ) -> tuple[Any, ...]:
-    """The results of a backward of several layers for a fake function."""
+    """The uninitialized results of a backward of several layers, for a fake function."""
 
     def like(tensor: Tensor | None, want: bool) -> Tensor | None:
         return tensor.new_empty(tensor.shape) if want and tensor is not None else None
 
     gradients = []
-    for layer, one in zip(layers, wanted, strict=True):
+    for layer, want in zip(layers, wanted, strict=True):
         low = layer.low_rank
         gradients.append(
             LayerGradients(
-                weight=like(layer.weight.data, one.weight),
-                A=like(None if low is None else low.A, one.A),
-                B=like(None if low is None else low.B, one.B),
-                bias=like(layer.bias, one.bias),
+                weight=like(layer.weight.data, want.weight),
+                A=like(None if low is None else low.A, want.A),
+                B=like(None if low is None else low.B, want.B),
+                bias=like(layer.bias, want.bias),
             )
         )
     return layers_results((like(x, wanted[0].x), gradients), x)
 
 
 def flat_tensors(results: Sequence[Any]) -> list[Tensor]:
-    """The tensors of an op's results, lists among them opened."""
+    """The tensors of an op's results, with those in lists taken out of them."""
     flat: list[Tensor] = []
-    for one in results:
-        if isinstance(one, (list, tuple)):
-            flat += one
+    for result in results:
+        if isinstance(result, (list, tuple)):
+            flat += result
         else:
-            flat.append(one)
+            flat.append(result)
     return flat

@@ -1,8 +1,8 @@
 """torch.ops.pylora.lora_linear and its backward: base matmul and low-rank path as one op.
 
-The op returns (y, h). h [..., r] is the low-rank projection before the activation, kept in fp32 for
-the backward; it is not differentiable. Saved for the backward are x, h and the weights, nothing
-else: a dropout mask is regenerated from the seed.
+The op returns (y, h). h [..., r] is the low-rank projection before the activation, in fp32; it is
+there for the backward and cannot be differentiated. The backward keeps x, h and the weights, and
+nothing else: it regenerates a dropout mask from the seed.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pylora.ops.registration import Gradient, masked_backward, no_gradient, regi
 def _fake(call: LoraLinearCall) -> tuple[Tensor, Tensor]:
     x, low = call.x, call.layer.low_rank
     assert low is not None
-    hidden_dtype = torch.promote_types(low.A.dtype, torch.float32)
+    h_dtype = torch.promote_types(low.A.dtype, torch.float32)
     y = x.new_empty(*x.shape[:-1], call.layer.weight.out_features)
-    return y, x.new_empty(*x.shape[:-1], low.rank, dtype=hidden_dtype)
+    return y, x.new_empty(*x.shape[:-1], low.rank, dtype=h_dtype)
 
 
 def _inputs(call: LoraLinearCall) -> tuple[Tensor | None, ...]:
@@ -38,7 +38,7 @@ def _backward_fake(call: LoraLinearBackward) -> tuple[Tensor, ...]:
     low, wanted = call.layer.low_rank, call.wanted
     assert low is not None
     weight, grad = call.layer.weight.data, call.grad
-    found = LayerGradients(
+    empty = LayerGradients(
         x=call.x.new_empty(call.x.shape) if wanted.x else None,
         weight=weight.new_empty(weight.shape) if wanted.weight else None,
         A=low.A.new_empty(low.A.shape) if wanted.A else None,
@@ -47,7 +47,7 @@ def _backward_fake(call: LoraLinearBackward) -> tuple[Tensor, ...]:
         A_bias=low.A.new_empty(low.rank) if wanted.A_bias else None,
         B_bias=low.A.new_empty(grad.shape[-1]) if wanted.B_bias else None,
     )
-    return gradients.layer_results(found, call.x)
+    return gradients.layer_results(empty, call.x)
 
 
 def _backward_inputs(call: LoraLinearBackward) -> tuple[Tensor | None, ...]:
@@ -61,7 +61,7 @@ register(
     spec.LORA_LINEAR_BACKWARD,
     _backward_fake,
     no_gradient("lora_linear_backward", _backward_inputs),
-    lambda call, found: gradients.layer_results(found, call.x),
+    lambda call, result: gradients.layer_results(result, call.x),
 )
 _BACKWARD = spec.LORA_LINEAR_BACKWARD
 register(

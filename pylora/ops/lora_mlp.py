@@ -1,8 +1,8 @@
 """torch.ops.pylora.lora_mlp and its backward: down(act(gate(x)) * up(x)) as one op.
 
-The op returns (y, gate, up, h): gate and up [..., intermediate] are the two projections of x, h the
-low-rank projections of gate, up and down; all but y are kept for the backward and are not
-differentiable. act(gate) * up, as large as either, is computed again in the backward.
+The op returns (y, gate, up, hs): gate and up [..., intermediate] are the two projections of x, and
+hs are the h of gate, up and down. All but y are there for the backward and cannot be
+differentiated. The backward computes act(gate) * up, which is as large as either, again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pylora.ops.registration import Gradient, masked_backward, no_gradient, regi
 
 def _fake(call: LoraMlpCall) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     x = call.x
-    gate, up, y = (x.new_empty(*x.shape[:-1], one.weight.out_features) for one in call.layers)
+    gate, up, y = (x.new_empty(*x.shape[:-1], layer.weight.out_features) for layer in call.layers)
     return y, gate, up, [gradients.empty_h(x, layer) for layer in call.layers]
 
 
@@ -38,15 +38,15 @@ def _backward_fake(call: LoraMlpBackward) -> tuple[Any, ...]:
 
 
 def _backward_inputs(call: LoraMlpBackward) -> tuple[Tensor | None, ...]:
-    own = (call.grad, call.gate, call.up, *call.hs)
-    return (*own, *gradients.layers_inputs(call.x, call.layers))
+    activations = (call.grad, call.gate, call.up, *call.hs)
+    return (*activations, *gradients.layers_inputs(call.x, call.layers))
 
 
 register(
     spec.LORA_MLP_BACKWARD,
     _backward_fake,
     no_gradient("lora_mlp_backward", _backward_inputs),
-    lambda call, found: gradients.layers_results(found, call.x),
+    lambda call, result: gradients.layers_results(result, call.x),
 )
 _BACKWARD = spec.LORA_MLP_BACKWARD
 register(

@@ -1,7 +1,8 @@
 """torch.ops.pylora.lora_qkv and its backward: three projections of one x, each with its LoRA.
 
-The op returns (y, h), lists with one entry a projection; the h's [..., r] are kept for the backward
-and are not differentiable. Saved are x, once, the h's and the weights, nothing else.
+The op returns (ys, hs), two lists with one entry per projection. The hs [..., r] are there for the
+backward and cannot be differentiated. The backward keeps x once, the hs and the weights, and
+nothing else.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def _record(call: LoraQkvCall, results: Sequence[Tensor]) -> LoraQkvBackward:
 
 
 def _complete(call: LoraQkvBackward) -> LoraQkvBackward:
-    """A projection that nothing was computed from has no gradient: its place gets zeros."""
+    """The record with zeros for the gradient of each projection that nothing was computed from."""
     grads = [
         call.x.new_zeros(*call.x.shape[:-1], layer.weight.out_features) if grad is None else grad
         for grad, layer in zip(call.grads, call.layers, strict=True)
@@ -54,7 +55,7 @@ register(
     spec.LORA_QKV_BACKWARD,
     _backward_fake,
     no_gradient("lora_qkv_backward", _backward_inputs),
-    lambda call, found: gradients.layers_results(found, call.x),
+    lambda call, result: gradients.layers_results(result, call.x),
 )
 _BACKWARD = spec.LORA_QKV_BACKWARD
 register(

@@ -1,7 +1,7 @@
-"""torch.ops.pylora.multi_lora_linear and its backward: one base weight, an adapter for each row.
+"""torch.ops.pylora.multi_lora_linear and its backward: one base weight, an adapter for each token.
 
-The op returns (y, h). h [..., r] is each row's low-rank projection under its own adapter, zero
-where it has none, kept in fp32 for the backward; it is not differentiable, and scalings has no
+The op returns (y, h). h [..., r] is each token's low-rank projection by its own adapter, in fp32,
+or zero if it has none; it is there for the backward and cannot be differentiated. scalings has no
 gradient.
 """
 
@@ -19,9 +19,9 @@ from pylora.ops.registration import Gradient, masked_backward, no_gradient, regi
 
 def _fake(call: MultiLoraCall) -> tuple[Tensor, Tensor]:
     x, adapters = call.x, call.adapters
-    hidden_dtype = torch.promote_types(adapters.A.dtype, torch.float32)
+    h_dtype = torch.promote_types(adapters.A.dtype, torch.float32)
     y = x.new_empty(*x.shape[:-1], call.layer.weight.out_features)
-    return y, x.new_empty(*x.shape[:-1], adapters.rank, dtype=hidden_dtype)
+    return y, x.new_empty(*x.shape[:-1], adapters.rank, dtype=h_dtype)
 
 
 def _inputs(call: MultiLoraCall) -> tuple[Tensor | None, ...]:
@@ -37,14 +37,14 @@ def _record(call: MultiLoraCall, results: Sequence[Tensor]) -> MultiLoraBackward
 def _backward_fake(call: MultiLoraBackward) -> tuple[Tensor, ...]:
     wanted, adapters, grad = call.wanted, call.adapters, call.grad
     weight = call.layer.weight.data
-    found = LayerGradients(
+    empty = LayerGradients(
         x=call.x.new_empty(call.x.shape) if wanted.x else None,
         weight=weight.new_empty(weight.shape) if wanted.weight else None,
         A=adapters.A.new_empty(adapters.A.shape) if wanted.A else None,
         B=adapters.B.new_empty(adapters.B.shape) if wanted.B else None,
         bias=grad.new_empty(grad.shape[-1]) if wanted.bias else None,
     )
-    return gradients.adapters_results(found, call.x)
+    return gradients.adapters_results(empty, call.x)
 
 
 def _backward_inputs(call: MultiLoraBackward) -> tuple[Tensor | None, ...]:
@@ -56,7 +56,7 @@ register(
     spec.MULTI_LORA_LINEAR_BACKWARD,
     _backward_fake,
     no_gradient("multi_lora_linear_backward", _backward_inputs),
-    lambda call, found: gradients.adapters_results(found, call.x),
+    lambda call, result: gradients.adapters_results(result, call.x),
 )
 _BACKWARD = spec.MULTI_LORA_LINEAR_BACKWARD
 register(

@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from pylora.calls import Layer, Nf4LinearBackward, Nf4LinearCall
+from pylora.calls import Layer, Nf4LinearBackward, Nf4LinearCall, token_matrix
 from pylora.ops import spec
 from pylora.ops.registration import Gradient, register, run
-from pylora.reference.rows import as_rows
 
 Saved = list[Any]
 
@@ -34,7 +33,7 @@ def _backward(
     dx = None
     if wants_x:
         dx = run(spec.NF4_LINEAR_BACKWARD.read_with_gradient(grad, saved))
-    return dx, None, as_rows(grad).sum(0) if wants_bias else None
+    return dx, None, token_matrix(grad).sum(0) if wants_bias else None
 
 
 def _backward_fake(call: Nf4LinearBackward) -> Tensor:
@@ -52,7 +51,7 @@ def _second_record(call: Nf4LinearBackward, results: Sequence[Tensor]) -> Nf4Lin
 def _second_backward(
     grads: Sequence[Any], saved: Saved, wanted: Sequence[bool]
 ) -> Sequence[Tensor | None]:
-    # dx = grad @ W is linear in grad alone: the way back is ddx @ W^T.
+    # dx = grad @ W is linear in grad, so the gradient of grad is ddx @ W^T.
     (ddx,), (wants_grad, _) = grads, wanted
     return (run(spec.NF4_LINEAR.read_with_gradient(ddx, saved)) if wants_grad else None), None
 

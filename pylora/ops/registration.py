@@ -1,9 +1,9 @@
-"""The op library `pylora::`, the one way an op is registered in it, and the one way it is called.
+"""Registers the ops of the library `pylora::` and runs call records on them.
 
-A call record runs in one of two ways, with the same bits. `run` goes straight to the backend's
-plan, through one autograd node if a gradient is needed, as long as nothing but plain autograd
-watches. Whatever else does (torch.compile, fake tensors, tensor subclasses, functorch, a dispatch
-mode) sees the registered op `torch.ops.pylora.<name>`, which is also what other frameworks call.
+A call record runs in one of two ways, with the same bits. If only plain autograd watches, `run`
+goes straight to the backend's plan, through one autograd node if a gradient is needed. If anything
+else watches (torch.compile, fake tensors, tensor subclasses, functorch, a dispatch mode), it sees
+the registered op `torch.ops.pylora.<name>`, which is also what other frameworks call.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ Saved = tuple[list[Tensor], list[Any]]
 class Gradient:
     """How an op is differentiated.
 
-    inputs    record -> the tensors it is differentiable in, None for one that is absent; the data
-              of a weight is among them even if it is NF4, which has no gradient
-    spec      of the op that computes the gradient
+    inputs    record -> the tensors that the op can be differentiated in, None for an absent one;
+              the data of a weight is among them even if it is NF4, which has no gradient
+    spec      the Spec of the op that computes the gradient; None if the op has no gradient
     record    (record, flat results) -> the record of that op, with the results in the place of
               their gradients and nothing wanted; autograd keeps its other flat arguments
     backward  (gradients of the results, flat arguments, which inputs want a gradient) -> the
               gradients of the inputs, in their order, None for those that want none
-    outputs   record -> how many of the flat results are differentiable: the first ones
+    outputs   record -> how many of the flat results, the first ones, can be differentiated
     """
 
     inputs: Callable[[Any], tuple[Tensor | None, ...]]
@@ -51,7 +51,7 @@ class Gradient:
     outputs: Callable[[Any], int] = lambda call: 1
 
     def save(self, call: Any, results: Sequence[Tensor]) -> Saved:
-        """What the backward of `call` needs; `results` are flat."""
+        """The tensors and other values that the backward of `call` needs; `results` are flat."""
         if self.spec is None:
             return [], []
         _, *others = self.spec.flatten(self.record(call, results))
@@ -103,7 +103,7 @@ def register(
     spec: Spec,
     fake: Callable[[Any], Any],
     gradient: Gradient,
-    results: Callable[[Any, Any], Any] = lambda call, found: found,
+    results: Callable[[Any, Any], Any] = lambda call, result: result,
 ) -> None:
     """Defines `pylora::<name>`: dispatched implementation, fake function and autograd.
 
@@ -142,14 +142,14 @@ def run_plan(op: Op, call: Any, plan: Plan) -> Any:
 
 
 def _below_autograd(op: Op, call: Any, plan: Plan) -> Any:
-    # The ops of the extension have no gradient of their own: to ask them for one would take torch
-    # as long as the rest of their call.
+    # The ops of the extension have no gradient; torch would take as long to find that out as the
+    # rest of their call takes.
     with torch._C._AutoDispatchBelowAutograd():
         return op.results(call, plan.run(call))
 
 
 def with_gradient(op: Op, call: Any, forward: Callable[[], Any]) -> Any:
-    """What `forward` makes of `call`, through the op's autograd node if a gradient is needed."""
+    """Runs `forward`, under the op's autograd node if an input of `call` needs a gradient."""
     inputs = op.gradient.inputs(call)
     for tensor in inputs:
         if tensor is not None and tensor.requires_grad:
@@ -206,7 +206,7 @@ class RepeatedGradient:
 
 
 def on_reference(call: Call) -> Any:
-    """What the reference makes of `call`, in the op's schema."""
+    """Runs `call` on the reference; the results are in the op's schema."""
     op = OPS[type(call)]
     plan = dispatch.BACKENDS["reference"].plan(call)
     assert isinstance(plan, Plan)
@@ -263,7 +263,7 @@ def _through_node(
 
     def opened() -> tuple[Tensor, ...]:  # torch's nodes know no lists of results
         results = forward()
-        lengths.extend(len(one) if isinstance(one, (list, tuple)) else None for one in results)
+        lengths.extend(len(r) if isinstance(r, (list, tuple)) else None for r in results)
         return tuple(flat_tensors(results))
 
     flat = iter(op.node(opened, save, outputs, *inputs))
@@ -320,7 +320,8 @@ class _Kept:
     """Stands for a tensor that autograd keeps."""
 
 
-# To ask if a value is a Tensor takes torch's metaclass longer than all else that is done with it.
+# torch's metaclass takes longer to say if a value is a Tensor than all else that is done with it,
+# so these types are recognized first.
 _NO_TENSORS = frozenset((int, float, str, bool, type(None)))
 
 
@@ -328,14 +329,14 @@ def _without_tensors(values: Sequence[Any], tensors: list[Tensor]) -> list[Any]:
     """The values with their tensors, also those in lists, taken out into `tensors`."""
     others: list[Any] = []
     for value in values:
-        kind = type(value)
-        if kind in _NO_TENSORS:
+        value_type = type(value)
+        if value_type in _NO_TENSORS:
             others.append(value)
-        elif kind in _PLAIN or isinstance(value, Tensor):
+        elif value_type in _PLAIN or isinstance(value, Tensor):
             tensors.append(value)
             others.append(_Kept)
         else:
-            others.append(_without_tensors(value, tensors) if kind is list else value)
+            others.append(_without_tensors(value, tensors) if value_type is list else value)
     return others
 
 
@@ -351,8 +352,10 @@ def _with_tensors(others: Sequence[Any], tensors: Iterator[Tensor]) -> list[Any]
 
 
 def no_gradient(name: str, inputs: Callable[[Any], tuple[Tensor | None, ...]]) -> Gradient:
-    """For an op without a gradient: it raises if one is asked for, since torch alone would warn and
-    give zeros for what comes through it."""
+    """The Gradient of an op that has none: it raises NotImplementedError if one is asked for.
+
+    Without it torch would only warn, and give zeros.
+    """
     hint = ""
     if name.endswith("_backward"):
         hint = ": only nf4_linear can be differentiated twice; create_graph must be False"

@@ -1,11 +1,11 @@
-"""Every op's schema, and the only code that turns call records into flat arguments and back.
+"""The schema of every op, and the only code that turns call records into flat arguments and back.
 
-torch's operator schemas know tensors, numbers and lists, but no records. A `Spec` holds the schema
-of one op with the pair of functions that write a record in its order and read it back. Both go
+torch's operator schemas have tensors, numbers and lists, but no records. A `Spec` holds the schema
+of one op, and the two functions that write a record in the schema's order and read it back. Both go
 through the schema from left to right, so no argument is ever found by its position.
 
 An op of several layers takes one list per field of a layer, with one entry per layer. Autograd
-skips lists that hold None, so an absent tensor is an empty one [0] there.
+skips lists that hold None, so an empty tensor [0] stands for an absent one there.
 """
 
 from __future__ import annotations
@@ -55,24 +55,27 @@ _LAYER_GRADIENTS = (
 
 
 class Arguments:
-    """Flat arguments of an op, read from left to right."""
+    """The flat arguments of an op, read from left to right."""
 
     def __init__(self, flat: Sequence[Any]) -> None:
         self._left: Iterator[Any] = iter(flat)
 
-    def one(self) -> Any:
+    def next(self) -> Any:
+        """The next argument."""
         return next(self._left)
 
     def several(self, count: int) -> tuple[Any, ...]:
+        """The next `count` arguments."""
         return tuple(islice(self._left, count))
 
     def weight(self, out_features: int | None, in_features: int) -> Weight:
-        """`out_features` is read too if it is None: it then follows the weight."""
-        parts = self.several(7)
-        rows = self.one() if out_features is None else out_features
-        return Weight.of(parts, (rows, in_features))
+        """The next weight; if `out_features` is None, it is the argument behind the weight."""
+        arguments = self.several(7)
+        rows = self.next() if out_features is None else out_features
+        return Weight.of(arguments, (rows, in_features))
 
     def dropout(self) -> Dropout | None:
+        """The dropout of the next two arguments."""
         p, seed = self.several(2)
         return None if seed is None or p == 0.0 else Dropout(p, seed)
 
@@ -102,17 +105,19 @@ class Spec:
 
     @cached_property
     def has_lists(self) -> bool:
-        """True if there are lists of tensors among the results."""
+        """True if some of the op's results are lists of tensors."""
         _, results = self.schema.split("->")
         return "[]" in results
 
     def read(self, flat: Sequence[Any]) -> Any:
+        """The record of flat arguments."""
         return self.unflatten(Arguments(flat))
 
     def read_with_gradient(self, grad: Any, flat: Sequence[Any], *mask: list[bool]) -> Any:
-        """Reads arguments whose first one is a placeholder for the gradient that arrives.
+        """The record of the arguments of a backward op, with `grad` in place of the first argument.
 
-        mask    takes the place of the last one: every backward but nf4_linear's ends with it
+        mask    takes the place of the last argument, which is the mask in every backward but that
+                of nf4_linear
         """
         _, *others = flat
         return self.read((grad, *others[: len(others) - len(mask)], *mask))
@@ -129,13 +134,13 @@ NF4_QUANTIZE = Spec(
 
 
 def _read_dequantize(take: Arguments) -> DequantizeCall:
-    parts = take.several(7)
+    arguments = take.several(7)
     shape, dtype = take.several(2)
     columns = shape[-1] if shape else 1
     rows = 1
     for size in shape[:-1]:
         rows = rows * size
-    return DequantizeCall(Weight.of(parts, (rows, columns)), tuple(shape), dtype)
+    return DequantizeCall(Weight.of(arguments, (rows, columns)), tuple(shape), dtype)
 
 
 NF4_DEQUANTIZE = Spec(
@@ -150,15 +155,15 @@ NF4_DEQUANTIZE = Spec(
 
 
 def _read_nf4_linear(take: Arguments) -> Nf4LinearCall:
-    x = take.one()
+    x = take.next()
     weight = take.weight(None, x.shape[-1])
-    return Nf4LinearCall(x, Layer(weight, take.one()))
+    return Nf4LinearCall(x, Layer(weight, take.next()))
 
 
 def _read_nf4_linear_backward(take: Arguments) -> Nf4LinearBackward:
-    grad = take.one()
-    parts = take.several(7)
-    return Nf4LinearBackward(grad, Weight.of(parts, (grad.shape[-1], take.one())))
+    grad = take.next()
+    arguments = take.several(7)
+    return Nf4LinearBackward(grad, Weight.of(arguments, (grad.shape[-1], take.next())))
 
 
 NF4_LINEAR = Spec(
@@ -202,11 +207,11 @@ def _write_lora_linear(call: LoraLinearCall) -> tuple[Any, ...]:
 
 
 def _read_lora_linear(take: Arguments) -> LoraLinearCall:
-    x = take.one()
+    x = take.next()
     weight = take.weight(None, x.shape[-1])
     A, B, bias, A_bias, B_bias, scaling = take.several(6)
     dropout = take.dropout()
-    low_rank = LowRank(A, B, A_bias, B_bias, scaling, take.one(), dropout)
+    low_rank = LowRank(A, B, A_bias, B_bias, scaling, take.next(), dropout)
     return LoraLinearCall(x, Layer(weight, bias, low_rank))
 
 
@@ -240,8 +245,8 @@ def _read_lora_linear_backward(take: Arguments) -> LoraLinearBackward:
     weight = take.weight(grad.shape[-1], x.shape[-1])
     A, B, scaling = take.several(3)
     dropout = take.dropout()
-    low_rank = LowRank(A, B, None, None, scaling, take.one(), dropout)
-    return LoraLinearBackward(grad, x, h, Layer(weight, None, low_rank), Wanted(*take.one()))
+    low_rank = LowRank(A, B, None, None, scaling, take.next(), dropout)
+    return LoraLinearBackward(grad, x, h, Layer(weight, None, low_rank), Wanted(*take.next()))
 
 
 LORA_LINEAR = Spec(
@@ -266,7 +271,7 @@ LORA_LINEAR_BACKWARD = Spec(
 
 
 def _write_layers(layers: Sequence[Layer], like: Tensor) -> tuple[list[Any], ...]:
-    """One list per field; `like` gives the dtype and device of the empty tensors."""
+    """One list per field of the layers; `like` gives the dtype and device of the empty tensors."""
 
     def or_empty(tensor: Tensor | None) -> Tensor:
         return like.new_empty(0) if tensor is None else tensor
@@ -284,7 +289,7 @@ def _write_layers(layers: Sequence[Layer], like: Tensor) -> tuple[list[Any], ...
 
 
 def _layers_dropout(layers: Sequence[Layer]) -> tuple[float, Tensor | None]:
-    """The probability and the seed of the call; the layers differ by their streams alone."""
+    """The probability and the seed of the call's dropout; layers differ only by their streams."""
     for layer in layers:
         if layer.low_rank is not None and layer.low_rank.dropout is not None:
             return layer.low_rank.dropout.p, layer.low_rank.dropout.seed
@@ -294,10 +299,10 @@ def _layers_dropout(layers: Sequence[Layer]) -> tuple[float, Tensor | None]:
 def _read_layers(
     take: Arguments, in_features: int, down_follows: bool = False
 ) -> tuple[Layer, ...]:
-    """The layers with their dropout.
+    """The next layers and their dropout.
 
-    in_features   of every layer, or of all but the last if `down_follows`: its input is as wide as
-                  the output of the one before
+    in_features     the in_features of every layer, or of the first two if `down_follows`
+    down_follows    true for gate, up and down: down's in_features is gate's out_features
     """
     columns = take.several(12)
     dropout = take.dropout()
@@ -310,26 +315,26 @@ def _read_layers(
         A, B, bias, scaling = fields.several(4)
         low_rank = None
         if A.dim() == 2:
-            its_dropout = None if dropout is None else replace(dropout, stream=stream)
-            low_rank = LowRank(A, B, None, None, scaling, "identity", its_dropout)
+            layer_dropout = None if dropout is None else replace(dropout, stream=stream)
+            low_rank = LowRank(A, B, None, None, scaling, "identity", layer_dropout)
         layers.append(Layer(weight, bias if bias.numel() else None, low_rank))
     return tuple(layers)
 
 
 def _write_wanted(wanted: Sequence[Wanted]) -> list[bool]:
-    """x, then each weight, each lora_A, each lora_B and each bias."""
+    """The mask of a backward of several layers: x, the weights, the A, the B, then the biases."""
     return [
         wanted[0].x,
-        *(one.weight for one in wanted),
-        *(one.A for one in wanted),
-        *(one.B for one in wanted),
-        *(one.bias for one in wanted),
+        *(want.weight for want in wanted),
+        *(want.A for want in wanted),
+        *(want.B for want in wanted),
+        *(want.bias for want in wanted),
     ]
 
 
 def _read_wanted(mask: list[bool]) -> tuple[Wanted, ...]:
     take = Arguments(mask)
-    x, count = take.one(), len(mask) // 4
+    x, count = take.next(), len(mask) // 4
     columns = (take.several(count) for _ in range(4))
     return tuple(Wanted(x, *row) for row in zip(*columns, strict=True))
 
@@ -339,7 +344,7 @@ def _write_qkv(call: LoraQkvCall) -> tuple[Any, ...]:
 
 
 def _read_qkv(take: Arguments) -> LoraQkvCall:
-    x = take.one()
+    x = take.next()
     return LoraQkvCall(x, _read_layers(take, x.shape[-1]))
 
 
@@ -351,7 +356,7 @@ def _write_qkv_backward(call: LoraQkvBackward) -> tuple[Any, ...]:
 def _read_qkv_backward(take: Arguments) -> LoraQkvBackward:
     grads, x, hs = take.several(3)
     layers = _read_layers(take, x.shape[-1])
-    return LoraQkvBackward(grads, x, hs, layers, _read_wanted(take.one()))
+    return LoraQkvBackward(grads, x, hs, layers, _read_wanted(take.next()))
 
 
 def _write_mlp(call: LoraMlpCall) -> tuple[Any, ...]:
@@ -360,14 +365,14 @@ def _write_mlp(call: LoraMlpCall) -> tuple[Any, ...]:
 
 
 def _read_mlp(take: Arguments) -> LoraMlpCall:
-    x = take.one()
-    return LoraMlpCall(x, _read_layers(take, x.shape[-1], down_follows=True), take.one())
+    x = take.next()
+    return LoraMlpCall(x, _read_layers(take, x.shape[-1], down_follows=True), take.next())
 
 
 def _write_mlp_backward(call: LoraMlpBackward) -> tuple[Any, ...]:
     layers = (*_write_layers(call.layers, call.x), *_layers_dropout(call.layers))
-    last = (call.activation, _write_wanted(call.wanted))
-    return (call.grad, call.x, call.gate, call.up, call.hs, *layers, *last)
+    activations = (call.grad, call.x, call.gate, call.up, call.hs)
+    return (*activations, *layers, call.activation, _write_wanted(call.wanted))
 
 
 def _read_mlp_backward(take: Arguments) -> LoraMlpBackward:
@@ -416,10 +421,10 @@ def _write_multi_lora(call: MultiLoraCall) -> tuple[Any, ...]:
 
 
 def _read_multi_lora(take: Arguments) -> MultiLoraCall:
-    x = take.one()
+    x = take.next()
     weight = take.weight(None, x.shape[-1])
     adapters = Adapters(*take.several(4))
-    return MultiLoraCall(x, Layer(weight, take.one()), adapters)
+    return MultiLoraCall(x, Layer(weight, take.next()), adapters)
 
 
 def _write_multi_lora_backward(call: MultiLoraBackward) -> tuple[Any, ...]:
@@ -433,7 +438,7 @@ def _read_multi_lora_backward(take: Arguments) -> MultiLoraBackward:
     grad, x, h = take.several(3)
     weight = take.weight(grad.shape[-1], x.shape[-1])
     adapters = Adapters(*take.several(4))
-    return MultiLoraBackward(grad, x, h, Layer(weight), adapters, Wanted(*take.one()))
+    return MultiLoraBackward(grad, x, h, Layer(weight), adapters, Wanted(*take.next()))
 
 
 MULTI_LORA_LINEAR = Spec(

@@ -1,4 +1,4 @@
-"""Pure-PyTorch references: the oracle of every op, and what runs where no kernel does."""
+"""Pure-PyTorch references: the oracle of every op, and its implementation if no kernel takes it."""
 
 from pylora.reference.absmax import dequantize_absmax, quantize_absmax
 from pylora.reference.lora_linear import lora_linear, lora_linear_backward

@@ -1,4 +1,4 @@
-"""Double quantization (QLoRA, section 3): absmax values as 8-bit codes."""
+"""Double quantization (QLoRA, section 3): absmax values are stored as 8-bit codes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from pylora.nf4 import DEFAULT_NESTED_BLOCKSIZE, block_count, dynamic_code
 def quantize_absmax(
     absmax: Tensor, nested_blocksize: int = DEFAULT_NESTED_BLOCKSIZE
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """absmax fp32 [blocks] -> (codes uint8 [blocks], nested_absmax fp32 [groups], nested_code,
-    offset fp32 []).
+    """Quantizes absmax, fp32 [blocks].
 
-    The values are centred on their mean, scaled by each group's largest magnitude and rounded to
-    the nearest of 65536 grid points before the nearest code is taken: the grid is bitsandbytes' own
-    shortcut, kept because it decides about one code in a thousand.
+    Returns (codes uint8 [blocks], nested_absmax fp32 [groups], nested_code fp32 [256], offset fp32
+    []). A group is `nested_blocksize` values. The values are centred on their mean, scaled by the
+    largest magnitude of their group and rounded to the nearest of 65536 grid points; then the
+    nearest code is taken. The grid is a shortcut of bitsandbytes that decides about one code in a
+    thousand, so it is kept.
     """
     absmax = absmax.reshape(-1)
     offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
@@ -27,7 +28,7 @@ def quantize_absmax(
     centred = centred.view(groups, nested_blocksize)
     nested_absmax = centred.abs().amax(dim=1) if groups else absmax.new_zeros(0)
     scaled = (centred * (1.0 / nested_absmax)[:, None]).clamp(-1.0, 1.0)
-    # An all-zero group gives 0 * inf; bitsandbytes stores code 0 there, which decodes to the
+    # A group of zeros gives 0 * inf. bitsandbytes stores code 0 for it, which decodes to the
     # offset.
     point = ((scaled + 1.0) * 0.5 * 65535 + 0.5).nan_to_num(0.0).floor()
     nested_code = dynamic_code(absmax.device)
@@ -37,7 +38,7 @@ def quantize_absmax(
 
 
 def dequantize_absmax(weight: Weight) -> Tensor:
-    """The fp32 absmax values of an NF4 weight, flat [blocks], from either form of storage."""
+    """The absmax values of an NF4 weight, fp32 [blocks], with or without double quantization."""
     assert weight.absmax is not None
     absmax = weight.absmax.reshape(-1)
     if weight.nested_absmax is None or weight.nested_code is None or weight.offset is None:

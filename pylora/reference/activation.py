@@ -1,4 +1,4 @@
-"""The activations a bottleneck may have between its two projections, and their derivatives."""
+"""The activations that a low-rank path may have between its two factors, and their derivatives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ _aten = torch.ops.aten
 
 
 class Activation(NamedTuple):
-    """`forward(h)` and `backward(grad, h)`, which returns grad * forward'(h)."""
+    """An activation and its derivative.
+
+    forward     h -> act(h)
+    backward    (grad, h) -> grad * act'(h)
+    """
 
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
@@ -39,5 +43,5 @@ ACTIVATIONS: dict[str, Activation] = {
     "sigmoid": Activation(torch.sigmoid, _sigmoid_backward),
 }
 
-# Those of a gated MLP; each returns a tensor of its own, never its argument.
+# The activations that a gated MLP may have; each returns a new tensor, never its argument.
 GATED_ACTIVATIONS = {name: ACTIVATIONS[name] for name in ("silu", "gelu", "gelu_tanh")}

@@ -1,7 +1,8 @@
-"""Rows of x grouped by adapter: as segments where the lengths are known, as tiles where asking for
-them would wait for a device.
+"""Groups the tokens by adapter: in segments on a CPU, in tiles on other devices.
 
-A group offers the same on both sides: its adapter, which rows it takes, and where results go.
+Segments have the lengths of the groups, which the host can know on a CPU only; elsewhere it would
+wait for the device. Both classes have the same methods: they gather the tokens of an adapter, scale
+values by it, and put results where they belong.
 """
 
 from __future__ import annotations
@@ -13,83 +14,83 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-_TILE_ROWS = 64
+_TILE_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class Segment:
-    """All rows of one adapter.
+    """All tokens of one adapter.
 
     adapter    its index
-    rows       int64, in ascending order
+    tokens     int64, in ascending order
     """
 
     adapter: int
-    rows: Tensor
+    tokens: Tensor
 
-    def gathered(self, rows: Tensor) -> Tensor:
-        """rows [rows, features] -> [rows of the segment, features]."""
-        return rows[self.rows]
+    def gathered(self, matrix: Tensor) -> Tensor:
+        """The rows of `matrix` [tokens, features] that belong to this segment's tokens."""
+        return matrix[self.tokens]
 
     def scaled(self, values: Tensor, scalings: Tensor) -> Tensor:
-        """values times the scaling of their adapter."""
+        """`values` times the scaling of their adapter."""
         return values * scalings[self.adapter]
 
     def add_to(self, total: Tensor, values: Tensor) -> None:
-        """Adds values [rows of the segment, features] to their rows of total, rounding once."""
-        total[self.rows] = (total[self.rows] + values).to(total.dtype)
+        """Adds gathered `values` to the rows of their tokens in `total`, rounding once."""
+        total[self.tokens] = (total[self.tokens] + values).to(total.dtype)
 
     def summed_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """What a sum over the rows is to be computed in: one matmul finishes it."""
+        """The dtype to compute a sum over tokens in; here one matmul finishes it."""
         return dtype
 
     def put_sum(self, total: Tensor, values: Tensor) -> None:
-        """Stores a sum over the rows as its adapter's entry of total [adapters, ...]."""
+        """Stores a sum over the tokens as its adapter's entry of `total` [adapters, ...]."""
         total[self.adapter] = values
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """All rows that have an adapter, in tiles of one adapter each, as a batch.
+    """All tokens that have an adapter, as a batch of tiles with one adapter each.
 
-    The length of a segment is known to the device alone, but the number of tiles has a bound that
-    depends on shapes: as in MoE kernels (vLLM's moe_align_block_size), each segment is padded to
-    whole tiles.
+    Only the device knows how many tokens an adapter has, but the shapes bound the number of tiles:
+    as in MoE kernels (vLLM's moe_align_block_size), the tokens of each adapter are padded to whole
+    tiles.
 
-    adapter    int64 [tiles]; for the unused tiles at the end it is a valid one all the same
-    lengths    int64 [adapters]: tiles of each adapter, in order
-    row        int64 [tiles, rows of a tile]; the number of rows where the place is empty
-    place      int64 [rows]: the row's place among all of the tiles'; 0 without an adapter
-    covered    bool [rows]: False for a row without an adapter
+    adapter    int64 [tiles]; valid even for the unused tiles at the end
+    lengths    int64 [adapters], the number of tiles of each adapter, in order
+    token      int64 [tiles, tile_tokens]; the number of tokens stands for an empty place
+    place      int64 [tokens], the token's place in the flattened tiles; 0 without an adapter
+    covered    bool [tokens], False for a token without an adapter
     """
 
     adapter: Tensor
     lengths: Tensor
-    row: Tensor
+    token: Tensor
     place: Tensor
     covered: Tensor
 
-    def gathered(self, rows: Tensor) -> Tensor:
-        """rows [rows, features] -> [tiles, rows of a tile, features], zero at empty places."""
-        count = rows.shape[0]
-        taken = rows[self.row.clamp(max=max(count - 1, 0))]
-        return taken.masked_fill_((self.row == count).unsqueeze(-1), 0)
+    def gathered(self, matrix: Tensor) -> Tensor:
+        """The rows of `matrix` as [tiles, tile_tokens, features], zero at empty places."""
+        count = matrix.shape[0]
+        values = matrix[self.token.clamp(max=max(count - 1, 0))]
+        return values.masked_fill_((self.token == count).unsqueeze(-1), 0)
 
     def scaled(self, values: Tensor, scalings: Tensor) -> Tensor:
-        # As with a Python number, but for one rounding less, whatever dtype they are given in.
+        # The scalings are used in fp32 at least, whatever dtype they are given in.
         scalings = scalings.to(torch.promote_types(values.dtype, torch.float32))
         return values * scalings[self.adapter].view(-1, 1, 1)
 
     def add_to(self, total: Tensor, values: Tensor) -> None:
-        taken = values.flatten(0, 1)[self.place]
-        total.copy_(total + taken.masked_fill_(~self.covered.unsqueeze(-1), 0))
+        added = values.flatten(0, 1)[self.place]
+        total.copy_(total + added.masked_fill_(~self.covered.unsqueeze(-1), 0))
 
     def summed_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        # An adapter's tiles are added up after the matmul.
+        # The tiles of an adapter are added up after the matmul, which must not have rounded them.
         return torch.promote_types(dtype, torch.float32)
 
     def put_sum(self, total: Tensor, values: Tensor) -> None:
-        # Not index_add: on a GPU its order would change from run to run.
+        # index_add is not used because its order changes from run to run on a GPU.
         flat = torch.segment_reduce(
             values.flatten(1), "sum", lengths=self.lengths, axis=0, unsafe=True
         )
@@ -100,47 +101,51 @@ Groups = Sequence[Segment | Tiles]
 
 
 def groups(adapter_ids: Tensor, adapters: int, rank: int) -> Groups:
-    """The groups of `adapter_ids` [rows]; a row whose id is outside [0, adapters) is in none."""
+    """The groups of the tokens; a token whose id is outside [0, adapters) is in none.
+
+    adapter_ids    int64 [tokens]
+    """
     if adapter_ids.device.type == "cpu":
         return segments(adapter_ids, adapters)
-    # At least the rank: the adapters gathered for the tiles are then no larger than x and all of
-    # the adapters together.
-    return [tiles(adapter_ids, adapters, max(_TILE_ROWS, rank))]
+    # A tile has at least as many tokens as the rank, so the adapters that are gathered for the
+    # tiles are no larger than x and all of the adapters together.
+    return [tiles(adapter_ids, adapters, max(_TILE_TOKENS, rank))]
 
 
 def segments(adapter_ids: Tensor, adapters: int) -> list[Segment]:
-    """One for each adapter that has rows; reads its ids."""
+    """A segment for each adapter that has tokens; the host reads the ids."""
     ids, order = adapter_ids.sort(stable=True)
     begin = torch.searchsorted(ids, torch.arange(adapters + 1, device=ids.device)).tolist()
     return [
-        Segment(index, order[first:last])
-        for index, (first, last) in enumerate(pairwise(begin))
-        if first < last
+        Segment(index, order[first:end])
+        for index, (first, end) in enumerate(pairwise(begin))
+        if first < end
     ]
 
 
-def tiles(adapter_ids: Tensor, adapters: int, tile_rows: int) -> Tiles:
-    """All rows in tiles of `tile_rows`, without a wait for the device."""
-    device, rows = adapter_ids.device, adapter_ids.numel()
+def tiles(adapter_ids: Tensor, adapters: int, tile_tokens: int) -> Tiles:
+    """The tokens in tiles of `tile_tokens`; the host does not wait for the device."""
+    device, tokens = adapter_ids.device, adapter_ids.numel()
     covered = (adapter_ids >= 0) & (adapter_ids < adapters)
     group, order = torch.where(covered, adapter_ids, adapters).sort(stable=True)
     begin = torch.searchsorted(group, torch.arange(adapters + 1, device=device))
-    lengths = (begin.diff() + tile_rows - 1) // tile_rows
-    last_tile = lengths.cumsum(0)
-    # Each segment has less than one tile of padding, and no tile is without a row.
-    count = min(rows, rows // tile_rows + adapters)
-    adapter = torch.searchsorted(last_tile, torch.arange(count, device=device), right=True)
+    lengths = (begin.diff() + tile_tokens - 1) // tile_tokens
+    end_tile = lengths.cumsum(0)
+    # Each adapter has less than one tile of padding, and no tile is without a token.
+    count = min(tokens, tokens // tile_tokens + adapters)
+    adapter = torch.searchsorted(end_tile, torch.arange(count, device=device), right=True)
     safe_group = group.clamp(max=adapters - 1)
-    first_place = (last_tile - lengths)[safe_group] * tile_rows
-    within = torch.arange(rows, device=device) - begin[safe_group]
-    # Rows without an adapter all go to one place behind the tiles, which is cut off.
-    places = torch.where(group < adapters, first_place + within, count * tile_rows)
-    row = torch.full((count * tile_rows + 1,), rows, device=device).scatter_(0, places, order)
+    first_place = (end_tile - lengths)[safe_group] * tile_tokens
+    within = torch.arange(tokens, device=device) - begin[safe_group]
+    # All tokens without an adapter go to one place behind the tiles, which is cut off.
+    places = torch.where(group < adapters, first_place + within, count * tile_tokens)
+    token = torch.full((count * tile_tokens + 1,), tokens, device=device)
+    token.scatter_(0, places, order)
     place = torch.empty_like(order).scatter_(0, order, places)
     return Tiles(
         adapter=adapter.clamp(max=adapters - 1),
         lengths=lengths,
-        row=row[:-1].view(count, tile_rows),
+        token=token[:-1].view(count, tile_tokens),
         place=torch.where(covered, place, 0),
         covered=covered,
     )

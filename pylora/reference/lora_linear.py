@@ -1,28 +1,37 @@
 """A linear layer with a low-rank path, forward and backward, in pure PyTorch.
 
-    xd = dropout(x)                                  regenerated from a seed
+    xd = dropout(x)                                  its mask is regenerated from a seed
     h  = xd @ lora_A^T + lora_A_bias                 [..., r], before the activation
     y  = x @ W^T + bias + scaling * (act(h) @ lora_B^T + lora_B_bias)
 
-With the identity this is LoRA (Hu et al., arXiv:2106.09685); with a nonlinearity it is the parallel
-adapter (He et al., arXiv:2110.04366). W is dense [out_features, in_features] or NF4.
+If act is the identity, this is LoRA (Hu et al., arXiv:2106.09685); if it is a nonlinearity, this is
+the parallel adapter (He et al., arXiv:2110.04366). W is dense [out_features, in_features] or NF4.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from pylora.calls import Layer, LayerGradients, LoraLinearBackward, LoraLinearCall, Wanted
+from pylora.calls import (
+    Layer,
+    LayerGradients,
+    LoraLinearBackward,
+    LoraLinearCall,
+    Wanted,
+    token_matrix,
+)
 from pylora.reference.activation import ACTIVATIONS
 from pylora.reference.dropout import dropout
 from pylora.reference.nf4_linear import base_linear, base_linear_backward
-from pylora.reference.rows import as_rows
 
 
 def lora_linear(call: LoraLinearCall) -> tuple[Tensor, Tensor]:
-    """y [..., out_features] in x.dtype and h [..., r] in fp32 (float64 for float64 weights)."""
+    """(y [..., out_features] in x.dtype, h [..., r] in fp32, or in float64 for float64 weights)."""
     return layer_forward(call.x, call.layer)
 
 
@@ -32,7 +41,7 @@ def lora_linear_backward(call: LoraLinearBackward) -> LayerGradients:
 
 
 def layer_forward(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
-    """(y, h) of a layer with or without LoRA; h is empty [0] without.
+    """(y, h) of a layer with or without LoRA; without it h is an empty tensor [0].
 
     The low-rank path runs in the dtype of lora_A, as PEFT runs it.
     """
@@ -49,26 +58,29 @@ def layer_backward(
 ) -> LayerGradients:
     """The gradients of a layer with or without LoRA.
 
-    dlora_B = scaling grad^T act(h);  dh = (scaling grad @ lora_B) * act'(h);  dlora_A = dh^T xd;
-    dx = grad @ W + mask / (1 - p) * (dh @ lora_A). Only the shape and dtype of x are read if
-    neither dweight nor dlora_A is wanted.
+        dlora_B = scaling * grad^T @ act(h)
+        dh      = (scaling * grad @ lora_B) * act'(h)
+        dlora_A = dh^T @ xd
+        dx      = grad @ W + mask / (1 - p) * (dh @ lora_A)
+
+    If neither dweight nor dlora_A is wanted, only the shape and dtype of x are read.
     """
-    flat_grad, low = as_rows(grad), layer.low_rank
+    flat_grad, low = token_matrix(grad), layer.low_rank
     dx = base_linear_backward(grad, layer.weight) if wanted.x else None
-    dweight = flat_grad.t() @ as_rows(x) if wanted.weight else None
+    dweight = flat_grad.t() @ token_matrix(x) if wanted.weight else None
     dbias = flat_grad.sum(0) if wanted.bias else None
     if low is None or not wanted.any:
         return LayerGradients(dx, dweight, bias=dbias)
 
     act = ACTIVATIONS[low.activation]
     scaled = flat_grad.to(low.A.dtype) * low.scaling
-    h = as_rows(h).to(low.A.dtype)
+    h = token_matrix(h).to(low.A.dtype)
     dh = act.backward(scaled @ low.B, h)
     if dx is not None:
         dx = (dx + dropout((dh @ low.A).view(x.shape), low.dropout)).to(x.dtype)
     dlora_A = None
     if wanted.A:
-        dlora_A = dh.t() @ as_rows(dropout(x.to(low.A.dtype), low.dropout))
+        dlora_A = dh.t() @ token_matrix(dropout(x.to(low.A.dtype), low.dropout))
     return LayerGradients(
         x=dx,
         weight=dweight,
@@ -78,3 +90,20 @@ def layer_backward(
         A_bias=dh.sum(0) if wanted.A_bias else None,
         B_bias=scaled.sum(0) if wanted.B_bias else None,
     )
+
+
+class LayerFunctions(NamedTuple):
+    """How the reference of an op of several layers runs each of its layers.
+
+    forward     (x, layer) -> (y, h)
+    backward    (grad, x, h, layer, wanted) -> LayerGradients
+
+    A backend that has no fused kernel for such an op passes its own single-layer kernels, and so
+    runs every NF4 weight itself.
+    """
+
+    forward: Callable[[Tensor, Layer], tuple[Tensor, Tensor]]
+    backward: Callable[[Tensor, Tensor, Tensor, Layer, Wanted], LayerGradients]
+
+
+REFERENCE_LAYERS = LayerFunctions(layer_forward, layer_backward)

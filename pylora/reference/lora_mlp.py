@@ -1,10 +1,10 @@
 """A gated MLP with LoRA on its three projections, in pure PyTorch.
 
-    g, u = gate(x), up(x)                  kept for the backward, with the low-rank h of each
-    y    = down(act(g) * u)                act(g) * u is computed again in the backward
+    g, u = gate(x), up(x)                  both are kept for the backward, with the h of each
+    y    = down(act(g) * u)                the backward computes act(g) * u again
 
-SwiGLU and GEGLU (Shazeer, arXiv:2002.05202) with LoRA (arXiv:2106.09685). Each projection is
-lora_linear; the dropout seeds of gate, up and down are seed, seed + 1 and seed + 2.
+This is SwiGLU or GEGLU (Shazeer, arXiv:2002.05202) with LoRA (arXiv:2106.09685). Each projection is
+a lora_linear; the dropout seeds of gate, up and down are seed, seed + 1 and seed + 2.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ from torch import Tensor
 
 from pylora.calls import LayerGradients, LoraMlpBackward, LoraMlpCall
 from pylora.reference.activation import GATED_ACTIVATIONS
-from pylora.reference.layers import REFERENCE_LAYERS, LayerFunctions
+from pylora.reference.lora_linear import REFERENCE_LAYERS, LayerFunctions
 
 
 def lora_mlp(
     call: LoraMlpCall, run: LayerFunctions = REFERENCE_LAYERS
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """y [..., out_features], gate(x) and up(x) [..., intermediate], and the h of each layer."""
+    """(y [..., out_features], gate(x) and up(x) [..., intermediate], the h of each layer).
+
+    run    how each layer runs
+    """
     gate_layer, up_layer, down_layer = call.layers
     gate, gate_h = run.forward(call.x, gate_layer)
     up, up_h = run.forward(call.x, up_layer)
@@ -33,10 +36,12 @@ def lora_mlp(
 def lora_mlp_backward(
     call: LoraMlpBackward, run: LayerFunctions = REFERENCE_LAYERS
 ) -> tuple[Tensor | None, list[LayerGradients]]:
-    """(dx, gradients of gate, up and down).
+    """(dx, the gradients of gate, up and down).
 
-    dhidden = down's dx;  dgate = dhidden * up * act'(gate);  dup = dhidden * act(gate);  dx is the
-    sum of gate's and up's.
+    dhidden = the gradient of act(g) * u, from the backward of down
+    dgate   = dhidden * up * act'(gate)
+    dup     = dhidden * act(gate)
+    dx      = the sum of the dx of gate and of up
     """
     act = GATED_ACTIVATIONS[call.activation]
     gate_layer, up_layer, down_layer = call.layers

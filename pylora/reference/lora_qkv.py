@@ -3,8 +3,8 @@
     q, k, v = lora_linear(x, q..., seed), lora_linear(x, k..., seed + 1), lora_linear(x, v...,
               seed + 2)
 
-LoRA (Hu et al., arXiv:2106.09685) on three projections of one x. Dropout draws an independent mask
-for each of them.
+This is LoRA (Hu et al., arXiv:2106.09685) on three projections of one x. Dropout draws an
+independent mask for each of them.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from pylora.calls import LayerGradients, LoraQkvBackward, LoraQkvCall
-from pylora.reference.layers import REFERENCE_LAYERS, LayerFunctions
+from pylora.reference.lora_linear import REFERENCE_LAYERS, LayerFunctions
 
 
 def lora_qkv(
     call: LoraQkvCall, run: LayerFunctions = REFERENCE_LAYERS
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """y [..., out_features] in x.dtype and h [..., r] of each layer."""
+    """(the y [..., out_features] in x.dtype, the h [..., r] of each layer).
+
+    run    how each layer runs
+    """
     results = [run.forward(call.x, layer) for layer in call.layers]
     return [y for y, _ in results], [h for _, h in results]
 
@@ -26,11 +29,11 @@ def lora_qkv(
 def lora_qkv_backward(
     call: LoraQkvBackward, run: LayerFunctions = REFERENCE_LAYERS
 ) -> tuple[Tensor | None, list[LayerGradients]]:
-    """(dx, gradients of each layer); dx is the sum over the layers, in their order."""
+    """(dx, the gradients of each layer); dx is the sum over the layers, in their order."""
     dx, gradients = None, []
     for grad, h, layer, wanted in zip(call.grads, call.hs, call.layers, call.wanted, strict=True):
-        found = run.backward(grad, call.x, h, layer, wanted)
-        if found.x is not None:
-            dx = found.x if dx is None else dx.add_(found.x)
-        gradients.append(found.with_x(None))
+        of_layer = run.backward(grad, call.x, h, layer, wanted)
+        if of_layer.x is not None:
+            dx = of_layer.x if dx is None else dx.add_(of_layer.x)
+        gradients.append(of_layer.with_x(None))
     return dx, gradients

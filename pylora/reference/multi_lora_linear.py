@@ -1,10 +1,10 @@
-"""One linear layer under many LoRA adapters, each row of x with its own, in pure PyTorch.
+"""A linear layer with many LoRA adapters, of which each token has its own, in pure PyTorch.
 
     y[m] = x[m] @ W^T + bias + scalings[i] * (x[m] @ lora_A[i]^T) @ lora_B[i]^T,  i = adapter_ids[m]
 
-As Punica (Chen et al., arXiv:2310.18547) and S-LoRA (Sheng et al., arXiv:2311.03285) serve it, and
-with a backward. A row whose id is -1 gets the base alone. Nothing of one adapter, not even a NaN,
-reaches the rows or the gradients of another.
+This is what Punica (Chen et al., arXiv:2310.18547) and S-LoRA (Sheng et al., arXiv:2311.03285)
+serve, with a backward. A token whose id is -1 gets the base alone. Nothing of one adapter, not even
+a NaN, reaches the tokens or the gradients of another.
 """
 
 from __future__ import annotations
@@ -12,24 +12,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pylora.calls import LayerGradients, MultiLoraBackward, MultiLoraCall, Wanted
+from pylora.calls import LayerGradients, MultiLoraBackward, MultiLoraCall, Wanted, token_matrix
 from pylora.reference.adapter_groups import groups
-from pylora.reference.layers import REFERENCE_LAYERS, LayerFunctions
-from pylora.reference.rows import as_rows
+from pylora.reference.lora_linear import REFERENCE_LAYERS, LayerFunctions
 
 _CONTIGUOUS = torch.contiguous_format
 
 
 def check_adapter_ids(adapter_ids: Tensor, adapters: int) -> None:
-    """Raises ValueError for an id outside [-1, adapters) on the CPU; elsewhere asking would wait
-    for the device, and such a row gets the base alone."""
+    """Raises ValueError if the ids are on the CPU and one of them is outside [-1, adapters).
+
+    On other devices nothing is checked, because that would wait for the device; a token with such
+    an id gets the base alone.
+    """
     if adapter_ids.device.type != "cpu":
         return
     bad = (adapter_ids < -1) | (adapter_ids >= adapters)
     if bad.any():
-        row = int(bad.nonzero()[0, 0])
+        token = int(bad.nonzero()[0, 0])
         raise ValueError(
-            f"adapter_ids has {int(adapter_ids[row])} at row {row}; "
+            f"adapter_ids has {int(adapter_ids[token])} at token {token}; "
             f"it must be in [-1, {adapters}), -1 for the base alone"
         )
 
@@ -37,14 +39,18 @@ def check_adapter_ids(adapter_ids: Tensor, adapters: int) -> None:
 def multi_lora_linear(
     call: MultiLoraCall, run: LayerFunctions = REFERENCE_LAYERS
 ) -> tuple[Tensor, Tensor]:
-    """y [..., out_features] in x.dtype and h [..., r] in fp32 (float64 for float64 weights), which
-    is zero in the rows without an adapter."""
+    """(y [..., out_features] in x.dtype, h [..., r] in fp32, or in float64 for float64 weights).
+
+    h is zero for tokens without an adapter.
+
+    run    how the base layer runs
+    """
     x, adapters = call.x, call.adapters
     check_adapter_ids(adapters.ids, adapters.count)
-    flat_x = as_rows(x)
+    flat_x = token_matrix(x)
     y, _ = run.forward(flat_x, call.layer)
-    hidden_dtype = torch.promote_types(adapters.A.dtype, torch.float32)
-    h = x.new_zeros(flat_x.shape[0], adapters.rank, dtype=hidden_dtype)
+    h_dtype = torch.promote_types(adapters.A.dtype, torch.float32)
+    h = x.new_zeros(flat_x.shape[0], adapters.rank, dtype=h_dtype)
     for group in groups(adapters.ids, adapters.count, adapters.rank):
         A, B = adapters.A[group.adapter], adapters.B[group.adapter]
         projected = group.gathered(flat_x).to(A.dtype) @ A.mT
@@ -56,17 +62,21 @@ def multi_lora_linear(
 def multi_lora_linear_backward(
     call: MultiLoraBackward, run: LayerFunctions = REFERENCE_LAYERS
 ) -> LayerGradients:
-    """The gradients that `call.wanted` asks for; those of A and B are stacks.
+    """The gradients that `call.wanted` asks for; those of A and B are stacks over the adapters.
 
-    Over the rows m of adapter i: dlora_B[i] = scalings[i] grad^T h;  dh = scalings[i] grad @
-    lora_B[i];  dlora_A[i] = dh^T x;  dx = grad @ W + dh @ lora_A[i].
+    For the tokens of adapter i:
+
+        dlora_B[i] = scalings[i] * grad^T @ h
+        dh         = scalings[i] * grad @ lora_B[i]
+        dlora_A[i] = dh^T @ x
+        dx         = grad @ W + dh @ lora_A[i]
     """
     wanted, adapters = call.wanted, call.adapters
-    flat_grad, flat_x, flat_h = map(as_rows, (call.grad, call.x, call.h))
+    flat_grad, flat_x, flat_h = map(token_matrix, (call.grad, call.x, call.h))
     base = Wanted(x=wanted.x, weight=wanted.weight, bias=wanted.bias)
-    found = run.backward(flat_grad, flat_x, flat_x.new_empty(0), call.layer, base)
-    dx = found.x
-    # An adapter that no row has gets zeros.
+    of_base = run.backward(flat_grad, flat_x, flat_x.new_empty(0), call.layer, base)
+    dx = of_base.x
+    # An adapter that no token has gets zeros.
     dlora_A = torch.zeros_like(adapters.A, memory_format=_CONTIGUOUS) if wanted.A else None
     dlora_B = torch.zeros_like(adapters.B, memory_format=_CONTIGUOUS) if wanted.B else None
     needs_groups = wanted.x or wanted.A or wanted.B
@@ -83,4 +93,4 @@ def multi_lora_linear_backward(
         if dlora_B is not None:
             group.put_sum(dlora_B, scaled.to(summed).mT @ group.gathered(flat_h).to(summed))
     dx = None if dx is None else dx.view(call.x.shape)
-    return LayerGradients(dx, found.weight, dlora_A, dlora_B, found.bias)
+    return LayerGradients(dx, of_base.weight, dlora_A, dlora_B, of_base.bias)

@@ -1,4 +1,4 @@
-"""y = x @ W^T + bias over a base weight in pure PyTorch; NF4 is decoded a panel at a time."""
+"""y = x @ W^T + bias in pure PyTorch; an NF4 weight is decoded one panel of rows at a time."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from pylora.calls import Nf4LinearBackward, Nf4LinearCall, Weight
+from pylora.calls import Nf4LinearBackward, Nf4LinearCall, Weight, token_matrix
 from pylora.reference.nf4_dequantize import row_panels
-from pylora.reference.rows import as_rows
 
 
 def nf4_linear(call: Nf4LinearCall) -> Tensor:
-    """x [..., in_features] -> [..., out_features], computed in x.dtype as torch computes it."""
+    """y [..., out_features], computed in x.dtype as torch computes a linear layer."""
     return base_linear(call.x, call.layer.weight, call.layer.bias)
 
 
 def nf4_linear_backward(call: Nf4LinearBackward) -> Tensor:
-    """dx = grad @ W: grad [..., out_features] -> [..., in_features]."""
+    """dx = grad @ W [..., in_features] in grad.dtype."""
     return base_linear_backward(call.grad, call.weight)
 
 
@@ -32,11 +31,11 @@ def base_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 
 
 def base_linear_backward(grad: Tensor, weight: Weight) -> Tensor:
-    """grad @ W over a dense or an NF4 weight, whose panels are summed in fp32."""
+    """grad @ W over a dense or an NF4 weight; the products with NF4 panels are summed in fp32."""
     if not weight.is_nf4:
         return grad @ weight.data
     compute = torch.promote_types(grad.dtype, torch.float32)
-    flat = as_rows(grad)
+    flat = token_matrix(grad)
     dx = flat.new_zeros(flat.shape[0], weight.in_features, dtype=compute)
     for rows, panel in row_panels(weight, grad.dtype):
         dx.addmm_(flat[:, rows].to(compute), panel.to(compute))

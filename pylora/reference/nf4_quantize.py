@@ -1,4 +1,4 @@
-"""NF4 quantization in pure PyTorch, bit for bit what bitsandbytes writes on a CPU."""
+"""NF4 quantization in pure PyTorch, with the bits that bitsandbytes writes on a CPU."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import Tensor
 from pylora.calls import QuantizeCall
 from pylora.nf4 import block_count, nf4_midpoints
 
-# bitsandbytes guards its division with this floor; it decides the codes of blocks of denormals.
+# bitsandbytes guards its division with this floor, which decides the codes of denormal blocks.
 _SMALLEST_ABSMAX = 1e-38
 
 
 def nf4_quantize(call: QuantizeCall) -> tuple[Tensor, Tensor]:
-    """weight [...] -> (qweight uint8 [ceil(n / 2)], absmax fp32 [ceil(n / blocksize)]), both flat.
+    """(qweight uint8 [ceil(n / 2)], absmax fp32 [ceil(n / blocksize)]) of a weight of n elements.
 
-    Per block: absmax = max |x|, s = x * (1 / absmax) in fp32, code = number of midpoints below s,
-    so that ties go down. A short last block divides by absmax instead and stores its floor. An odd
-    element count is padded with the code of zero.
+    In each block absmax = max |w|, s = w * (1 / absmax) in fp32, and the code is the number of
+    midpoints below s, so that ties go down. A short last block divides by absmax instead, and
+    stores the guarded absmax. If n is odd, the code of zero is appended.
     """
     flat, blocksize = call.weight.reshape(-1).to(torch.float32), call.blocksize
     blocks = block_count(flat.numel(), blocksize)
@@ -31,8 +31,7 @@ def nf4_quantize(call: QuantizeCall) -> tuple[Tensor, Tensor]:
         absmax = torch.cat([absmax[:-1], divisor[-1:]])
         scaled = torch.cat([scaled[:-1], padded[-1:] / divisor[-1]])
     codes = torch.bucketize(scaled.clamp(-1.0, 1.0).view(-1), nf4_midpoints(flat.device))
-    # Only the padding of an odd count survives the cut, and the code of the zero it was filled with
-    # is 7.
+    # The cut leaves only the padding of an odd count, which is the code 7 of a zero.
     codes = codes[: flat.numel() + flat.numel() % 2].to(torch.uint8)
     if codes.numel() < flat.numel() + flat.numel() % 2:
         codes = torch.cat([codes, codes.new_full((1,), 7)])

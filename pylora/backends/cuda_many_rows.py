@@ -1,7 +1,8 @@
-"""The cuda backend's way for many rows: the weight decoded into a buffer, then one matrix product.
+"""The many_rows variant of the cuda backend: decode the weight into a buffer, then multiply.
 
-LoRA rides on it: y = [x | scaling * act(h)] @ [W | lora_B]^T. One kernel makes the left operand
-while it reads x for h, another decodes the weight between the columns of the right one.
+The dense product also carries LoRA: y = [x | scaling * act(h)] @ [W | lora_B]^T. One kernel makes
+the left operand while it reads x for h; another decodes the weight into the columns of the right
+operand.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ from pylora.calls import (
 )
 
 
-def lora_reason(x: Tensor, rows: int, low: LowRank) -> Reason:
-    """None if LoRA can ride on the product, else the reason in words.
+def lora_reason(x: Tensor, tokens: int, low: LowRank) -> Reason:
+    """None if the dense product can carry this low-rank path, else the reason in words.
 
-    What holds for every kernel of the backend has been asked before.
+    The caller has already asked what every linear kernel of the backend needs.
     """
     if low.A.dtype != x.dtype:
-        # Rounded as an operand, it would lose what it was kept in float32 for.
-        return f"lora_A is {low.A.dtype}; for many rows the kernel takes {x.dtype}, as x has"
+        # As an operand lora_A would be rounded, and lose what it is kept in float32 for.
+        return f"lora_A is {low.A.dtype}; the many_rows kernel takes {x.dtype}, as x has"
     hard = extension.hard_limits("cuda")
-    if rows > hard["max_many_rows"]:
-        return f"x has {rows} rows; the kernel for many rows takes up to {hard['max_many_rows']}"
+    if tokens > hard["max_many_rows"]:
+        return f"x has {tokens} tokens; the many_rows kernel takes up to {hard['max_many_rows']}"
     if x.shape[-1] % hard["many_rows_columns"]:
         columns = f"a multiple of {hard['many_rows_columns']}"
-        return f"in_features is {x.shape[-1]}; for many rows the kernel needs {columns}"
+        return f"in_features is {x.shape[-1]}; the many_rows kernel needs {columns}"
     return None
 
 
@@ -69,6 +70,6 @@ def lora_linear(call: LoraLinearCall) -> tuple[Tensor, Tensor]:
         right[:, in_features + rank :] = 0
     bias = layer.bias
     if low.B_bias is not None:
-        both = low.scaling * low.B_bias.float()
-        bias = both if bias is None else both.add_(bias)
+        B_bias = low.scaling * low.B_bias.float()
+        bias = B_bias if bias is None else B_bias.add_(bias)
     return linear(left, right, None if bias is None else bias.to(x.dtype)), h

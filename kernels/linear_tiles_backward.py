@@ -1,4 +1,4 @@
-"""The tile kernel of the backward pass: grad @ W straight from the 4-bit weights, with LoRA."""
+"""The tile kernel of the backward pass: grad @ W over NF4 or dense weights, finished with LoRA."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from pylora.kernels.epilogue import Epilogue, add_low_rank
 from pylora.kernels.launch import MAX_REGISTERS, on_device_of
 from pylora.kernels.nf4_decode import BF16_FACTOR, decode_words, load_absmax
 from pylora.kernels.precision import dot_add, fp32_precision, rounded
-from pylora.kernels.selection import pick, segment_of
-from pylora.kernels.weight import weight_arguments
+from pylora.kernels.weight import pick, segment_of, weight_arguments
 
 
 @triton.jit
@@ -25,7 +24,7 @@ def _nf4_tile(
     nested_absmax_ptr,
     nested_code_ptr,
     offset_ptr,
-    n,  # int64 [BLOCK_N], valid rows
+    n,  # int64 [BLOCK_N], rows of the weight, all of them valid
     first_k,
     K,
     DTYPE: tl.constexpr,
@@ -35,7 +34,7 @@ def _nf4_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The dense tile [BLOCK_N, BLOCK_K] of W, rounded once to DTYPE; zero beyond K."""
+    """Returns the dense tile [BLOCK_N, BLOCK_K] of W, rounded once to DTYPE and zero beyond K."""
     GROUP: tl.constexpr = BLOCKSIZE if BLOCKSIZE < BLOCK_K else BLOCK_K
     GROUPS: tl.constexpr = BLOCK_K // GROUP
     CODE_SCALE: tl.constexpr = 1.0 / BF16_FACTOR if DTYPE == tl.bfloat16 else 1.0
@@ -59,17 +58,17 @@ def _nf4_tile(
     return rounded(codes * (absmax * CODE_SCALE)[:, :, None], DTYPE).reshape(BLOCK_N, BLOCK_K)
 
 
-@triton.jit(do_not_specialize=["M", "parts", "threshold"])
-def _nf4_linear_backward_kernel(
-    grad_ptrs,  # of each projection, here and below: [M, N], rows stride_grads apart
+@triton.jit(do_not_specialize=["M", "splits", "threshold"])
+def _linear_tiles_backward_kernel(
+    grad_ptrs,  # this and all `_ptrs` have one entry per layer; [M, N], rows stride_grads apart
     weight_ptrs,  # int32 [N, K / 8] or dense [N, K]
     absmax_ptrs,
     nested_absmax_ptrs,
     nested_code_ptrs,
     offset_ptrs,
-    out_ptr,  # [M, K] of grad's dtype, or fp32 [splits, M, K] where PARTIAL
-    parts_ptrs,  # this and the following: see `epilogue.add_low_rank`
-    parts,
+    out_ptr,  # [M, K] of grad's dtype, or fp32 [splits of the Ns, M, K] if PARTIAL
+    partials_ptrs,  # this and the following: see `epilogue.add_low_rank`
+    splits,
     factor_ptrs,
     seed_ptrs,
     threshold,
@@ -87,26 +86,28 @@ def _nf4_linear_backward_kernel(
     LORA_PRECISION: tl.constexpr,
     ALIGNED_MASK: tl.constexpr,
     PARTIAL: tl.constexpr,
-    EVEN_N: tl.constexpr,  # N % BLOCK_N == 0 of each
+    EVEN_N: tl.constexpr,  # N % BLOCK_N == 0 for each layer
     EVEN_K: tl.constexpr,  # K % BLOCK_K == 0
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """dx = sum over the projections of grad @ dequantize(W) + mask / (1 - p) * (dh @ lora_A)
+    """dx = sum over the layers of grad @ dequantize(W) + mask / (1 - p) * (dh @ lora_A)
 
     Shapes    grad [M, N] fp32|fp16|bf16; W int32 words [N, K / 8] with absmax [N, K / BLOCKSIZE],
-              or dense [N, K] of grad's dtype; dh fp32 [1, M, R]; lora_A [R, K]; dx [M, K]
-              (M = rows of grad, N = out_features, K = in_features, R = rank)
-    Numerics  fp32 accumulation over all projections; code * absmax in fp32, rounded once to grad's
+              or dense [N, K] of grad's dtype; dh fp32 [1, M, R], passed as the partials;
+              lora_A [R, K]; dx [M, K]
+              (M = tokens, N = out_features, K = in_features, R = rank)
+    Numerics  fp32 accumulation over all layers; code * absmax in fp32, rounded once to grad's
               dtype.
-    Grid      (tiles of M, fastest, times tiles of K; splits of the N's, one behind the other)
-    Algorithm 1. Find the projection that a step of N belongs to. 2. Decode a tile of its W, through
-              shared memory as the right operand, and multiply. 3. Where the sum is split, store the
-              fp32 partial sum for `linear_expand`. 4. Else add the low-rank terms under their
-              masks, regenerated here. 5. Store dx.
-    Limits    K % BLOCKSIZE == 0; blocks and BLOCK_K are powers of two; the projections' tensors are
+    Grid      (tiles of M, fastest, times tiles of K; splits of the Ns, which lie one behind the
+              other)
+    Algorithm 1. Find the layer that a step of N belongs to. 2. Decode a tile of its W, through
+              shared memory as the right operand, and multiply. 3. If the sum is split, store the
+              fp32 partial for `linear_expand`. 4. Else add the low-rank terms under their masks,
+              regenerated here. 5. Store dx.
+    Limits    K % BLOCKSIZE == 0; BLOCKSIZE and BLOCK_K are powers of two; the layers' tensors are
               alike in dtype and in what is absent.
     Source    QLoRA, arXiv:2305.14314; pylora/reference/lora_linear.py
     """
@@ -125,11 +126,11 @@ def _nf4_linear_backward_kernel(
         steps += tl.cdiv(Ns[i], BLOCK_N)
     first_step = split * (n_per_split // BLOCK_N)
     for step in range(first_step, tl.minimum(first_step + n_per_split // BLOCK_N, steps)):
-        # 1.
+        # 1. Find the layer of this step.
         index, first = segment_of(step, Ns, BLOCK_N)
         N = pick(Ns, index)
         offset = (step - first) * BLOCK_N + lane
-        # 2. Beyond N grad is zero and W repeats its last row.
+        # 2. Decode a tile of W and multiply. Beyond N grad is zero and W repeats its last row.
         n = tl.minimum(offset, N - 1).to(tl.int64)
         grad_rows = pick(grad_ptrs, index) + row[:, None] * pick(stride_grads, index)
         if EVEN_N:
@@ -160,17 +161,17 @@ def _nf4_linear_backward_kernel(
     out = out_ptr + m.to(tl.int64)[:, None] * K + k[None, :]
     inside = (m < M)[:, None] & (k < K)[None, :]
     if PARTIAL:
-        # 3.
+        # 3. Store the partial.
         tl.store(out + split.to(tl.int64) * M * K, acc, mask=inside)
     else:
-        # 4.
-        for i in tl.static_range(len(parts_ptrs)):
+        # 4. Add the low-rank terms.
+        for i in tl.static_range(len(partials_ptrs)):
             acc = add_low_rank(
                 acc,
                 m,
                 first_k,
-                parts_ptrs[i],
-                parts,
+                partials_ptrs[i],
+                splits,
                 1.0,
                 None,
                 None,
@@ -192,22 +193,25 @@ def _nf4_linear_backward_kernel(
                 BLOCK_K,
                 BLOCK_R,
             )
-        # 5.
+        # 5. Store dx.
         tl.store(out, rounded(acc, out_ptr.dtype.element_ty), mask=inside)
 
 
-def launch_nf4_linear_backward(
+def launch_linear_tiles_backward(
     grads: Sequence[Tensor],
     weights: Sequence[Weight],
     out: Tensor,
     plan: TilePlan,
     epilogue: Epilogue,
 ) -> None:
-    """Each grad [M, N], any row stride; weights NF4 whose blocks lie in rows, or dense [N, K]
-    contiguous, all of one kind.
+    """Launches the tiles of the sum of grad @ W over the layers, and writes it to `out`.
 
-    out is [M, K] of grad's dtype, and gets the epilogue's terms, which are rank_first; with
-    plan.splits > 1 it is fp32 [splits, M, K], and gets the partial sums alone.
+    grads       [M, N] of each layer, any row stride
+    weights     NF4 weights whose rows hold whole blocks, or dense contiguous ones [N, K]; all have
+                the same `weight_key`
+    out         [M, K] of grad's dtype; fp32 [splits, M, K] if plan.splits > 1
+    epilogue    the terms to add, which are rank_first; ignored if plan.splits > 1, because `out`
+                then gets partials
     """
     M, K = grads[0].shape[0], out.shape[-1]
     tile = plan.tile
@@ -215,7 +219,7 @@ def launch_nf4_linear_backward(
     tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(K, tile.block_n)
     sizes = tuple(grad.shape[1] for grad in grads)
     with on_device_of(out):
-        _nf4_linear_backward_kernel[(tiles, plan.splits)](
+        _linear_tiles_backward_kernel[(tiles, plan.splits)](
             grad_ptrs=tuple(grads),
             **weight_arguments(weights),
             out_ptr=out,
