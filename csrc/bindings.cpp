@@ -65,9 +65,9 @@ py::dict limits() {
   cuda["hopper_columns"] = pylora::cuda::kHopperColumns;
   cuda["many_rows_columns"] = pylora::cuda::kManyRowsColumns;
   cuda["max_elements"] = pylora::cuda::kMaxElements;
-  cuda["max_few_rows"] = pylora::cuda::kMaxSmallM;
-  cuda["max_few_rows_of_block_32"] = pylora::cuda::kMaxSmallMBlock32;
-  cuda["max_many_rows"] = pylora::cuda::kMaxM;
+  cuda["max_small_m"] = pylora::cuda::kMaxSmallM;
+  cuda["max_small_m_of_block_32"] = pylora::cuda::kMaxSmallMBlock32;
+  cuda["max_m"] = pylora::cuda::kMaxM;
   cuda["max_rank"] = pylora::cuda::kMaxRank;
   all["cpu"] = cpu;
   all["cuda"] = cuda;

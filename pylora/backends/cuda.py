@@ -142,8 +142,8 @@ def _small_m_reason(name: str, x: Tensor, weight: Weight) -> Reason:
             f"in_features is {weight.in_features}, no multiple of the blocksize {weight.blocksize}"
         )
     tokens = token_count(x)
-    most_of_block_32 = _hard_limit("max_few_rows_of_block_32")
-    most_tokens = min(limits.CUDA_SMALL_M, _hard_limit("max_few_rows"))
+    most_of_block_32 = _hard_limit("max_small_m_of_block_32")
+    most_tokens = min(limits.CUDA_SMALL_M, _hard_limit("max_small_m"))
     if weight.blocksize == 32 and tokens > most_of_block_32:
         most = f"{most_of_block_32} if the blocksize is 32"
     elif tokens > most_tokens:

@@ -50,8 +50,8 @@ def reason(x: Tensor, tokens: int, weight: Weight) -> Reason:
     if reason_of_device is not None:
         return reason_of_device
     hard = extension.hard_limits("cuda")
-    if tokens > hard["max_many_rows"]:
-        return f"x has {tokens} tokens; the hopper kernel takes up to {hard['max_many_rows']}"
+    if tokens > hard["max_m"]:
+        return f"x has {tokens} tokens; the hopper kernel takes up to {hard['max_m']}"
     columns = hard["hopper_columns"]
     if x.shape[-1] % columns:
         return f"in_features is {x.shape[-1]}; the hopper kernel needs a multiple of {columns}"

@@ -32,8 +32,8 @@ def lora_reason(x: Tensor, tokens: int, low: LowRank) -> Reason:
         # As an operand lora_A would be rounded, and lose what it is kept in float32 for.
         return f"lora_A is {low.A.dtype}; the many_rows kernel takes {x.dtype}, as x has"
     hard = extension.hard_limits("cuda")
-    if tokens > hard["max_many_rows"]:
-        return f"x has {tokens} tokens; the many_rows kernel takes up to {hard['max_many_rows']}"
+    if tokens > hard["max_m"]:
+        return f"x has {tokens} tokens; the many_rows kernel takes up to {hard['max_m']}"
     if x.shape[-1] % hard["many_rows_columns"]:
         columns = f"a multiple of {hard['many_rows_columns']}"
         return f"in_features is {x.shape[-1]}; the many_rows kernel needs {columns}"

@@ -60,8 +60,8 @@ def hard_limits(backend: str) -> dict[str, int]:
     """The limits beyond which no kernel of "cpu" or "cuda" works at all.
 
     cpu    max_rank
-    cuda   max_rank, max_elements (the weight has fewer), max_few_rows, max_few_rows_of_block_32,
-           max_many_rows, many_rows_columns and hopper_columns (in_features is a multiple),
+    cuda   max_rank, max_elements (the weight has fewer), max_small_m, max_small_m_of_block_32,
+           max_m, many_rows_columns and hopper_columns (in_features is a multiple),
            alignment (bytes)
 
     Raises RuntimeError if the extension could not be loaded.
