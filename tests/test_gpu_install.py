@@ -1,4 +1,4 @@
-"""The step of `make gpu` that installs pylora: what it keeps and reuses, without a network."""
+"""The step of `make gpu` that installs pylora keeps and reuses what it can, without a network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def info(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {"sources": "0123", "cuda_archs": ["80", "90a", "100+PTX"]}
 
 
-def test_which_extension_is_good_enough(info: dict[str, Any]):
+def test_an_extension_is_kept_if_its_sources_and_arch_fit(info: dict[str, Any]):
     assert install.why_not(info, "90a") is None
     assert install.why_not(info, "100") is None
     assert install.why_not(info, None) is None
@@ -35,7 +35,9 @@ def test_which_extension_is_good_enough(info: dict[str, Any]):
     assert install.why_not("it crashed", "80") == "it crashed"
 
 
-def test_a_carried_extension(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
+def test_a_carried_extension_is_reused_if_it_fits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
+):
     module = pytest.importorskip("pylora._C", reason="pylora was installed without its extension")
     monkeypatch.setattr(install, "ROOT", tmp_path)
     (tmp_path / "pylora").mkdir()
@@ -56,7 +58,8 @@ def test_a_carried_extension(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ca
 
 
 def test_the_installation_needs_no_network(tmp_path: Path):
-    """A copy of the sources, with the extension carried in, into an environment of its own."""
+    """A copy of the sources, with the built extension inside, is installed into a new
+    environment."""
     module = pytest.importorskip("pylora._C", reason="pylora was installed without its extension")
     if module.build_info()["sources"] != install.source_digest():
         pytest.fail("pylora._C is older than its sources: install pylora again")
@@ -69,7 +72,7 @@ def test_the_installation_needs_no_network(tmp_path: Path):
         shutil.copy(ROOT / file, checkout / file)
     carried = Path(module.__file__)
     shutil.copy(carried, checkout / "pylora" / carried.name)
-    # An environment that finds the packages of this one, except for its pylora.
+    # The new environment finds the packages of this one, except pylora.
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     python = str(environment / "bin" / "python")
