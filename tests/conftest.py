@@ -1,5 +1,4 @@
-"""Fixtures that all tests share: poisoned buffers, fixed seeds, and the backends of this
-machine."""
+"""Fixtures that all tests share: poisoned buffers, fixed seeds, and this machine's backends."""
 
 from __future__ import annotations
 
@@ -63,8 +62,7 @@ def _parameter(variant: tuple[str, str, str | None]) -> Any:
 
 @pytest.fixture(params=map(_parameter, VARIANTS))
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Yields the name of each backend that can run here, on the CPU once for each instruction
-    set."""
+    """Yields the name of each backend that can run here, for the CPU once per instruction set."""
     name, _, isa = request.param
     with dispatch.use_backend(name), cpu_isa(isa):
         yield name

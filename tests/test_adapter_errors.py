@@ -39,8 +39,7 @@ def test_layers_that_one_configuration_cannot_describe_are_not_saved(tmp_path: P
 
 
 def test_modules_that_peft_would_confuse_are_not_saved(tmp_path: Path) -> None:
-    """PEFT matches an entry with the ending of any name, so "norm" would match
-    "inner.other_norm"."""
+    """PEFT matches endings of names, so "norm" would match "inner.other_norm" too."""
     model = Nested()
     model.inner["other_norm"] = nn.LayerNorm(8)
     pylora.add_lora(model, r=2, modules_to_save=["norm"])

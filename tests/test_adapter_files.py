@@ -328,10 +328,10 @@ def test_names_with_characters_of_regular_expressions_are_saved(tmp_path: Path, 
     base = nn.Sequential(nn.ModuleDict({name: nn.Linear(8, 8), "g": nn.Linear(8, 8)}))
     base.forward = lambda x: base[0]["g"](base[0][name](x))  # type: ignore[method-assign]
     model = pylora.add_lora(copy.deepcopy(base), r=2, lora_alpha=4, target_modules=["g"])
-    other = pylora.add_lora(nn.ModuleDict({"x": nn.Linear(8, 8)}), r=3, lora_alpha=9)["x"]
-    other.base_layer = model[0][name]
-    model[0][name] = other
-    for layer in (model[0]["g"], other):
+    lora_of_rank_3 = pylora.add_lora(nn.ModuleDict({"x": nn.Linear(8, 8)}), r=3, lora_alpha=9)["x"]
+    lora_of_rank_3.base_layer = model[0][name]
+    model[0][name] = lora_of_rank_3
+    for layer in (model[0]["g"], lora_of_rank_3):
         nn.init.normal_(layer.lora_B)
     pylora.save_adapter(model, tmp_path)
     reloaded = pylora.load_adapter(copy.deepcopy(base), tmp_path)

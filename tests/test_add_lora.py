@@ -280,7 +280,7 @@ def test_a_peft_model_is_refused() -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["q_proj"])
     model = peft.get_peft_model(tiny_llama(), config)
-    for each in (model, model.base_model.model):
+    for peft_model in (model, model.base_model.model):
         for helper in (pylora.add_lora, pylora.quantize_model, pylora.merge):
             with pytest.raises(ValueError, match="PEFT adapters"):
-                helper(each)
+                helper(peft_model)

@@ -311,8 +311,7 @@ def test_invalid_results_are_refused(
 def test_results_of_an_older_schema_are_read_on_a_cpu_only(
     run: dict[str, Any], tmp_path: Path
 ) -> None:
-    """CPU runs are read with today's names. GPU runs are refused: their times meant something
-    else."""
+    """GPU runs of the older schema are refused, because their times meant something else."""
     path, run = tmp_path / "run.json", copy.deepcopy(run)
     for result in (result for cell in run["cells"] for result in cell["results"]):
         result["timing_note"] = ""

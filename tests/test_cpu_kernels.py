@@ -205,8 +205,8 @@ def test_a_nan_stays_in_its_row(isa: str) -> None:
         poisoned[1] = torch.nan
         result = ops.nf4_linear(poisoned, *q, 50, None)
         assert result[1].isnan().all()
-        others = torch.arange(tokens) != 1
-        assert torch.equal(result[others], expected[others])
+        other_tokens = torch.arange(tokens) != 1
+        assert torch.equal(result[other_tokens], expected[other_tokens])
         assert torch.equal(ops.nf4_linear(x, *q, 50, None), expected)
 
 
@@ -221,7 +221,7 @@ def test_strides_and_leading_sizes_change_no_result() -> None:
     forward, backward = lora(6, 48, 64, 4, BF16, q, dropout_p=0.25, biases=True, lora_dtype=FP32)
 
     def spread(arguments: tuple, matrices: int) -> tuple:
-        """Gives the first `matrices` arguments, [6, ...], the shape [2, 1, 3, ...], and all
+        """Gives the first `matrices` arguments the shape [2, 1, 3, ...], and every tensor
         strides."""
         shaped = [t.view(2, 1, 3, -1) for t in arguments[:matrices]]
         tensors = (*shaped, *arguments[matrices:])

@@ -42,8 +42,7 @@ def lora_extend(
     seed: Tensor | None,
     activation: int,
 ) -> tuple[Tensor, Tensor]:
-    """Returns [x | scaling * act(h) | 0] and h. The zeros fill each row up to a multiple of 16
-    bytes."""
+    """Returns [x | scaling * act(h) | 0] and h. The zeros fill each row to whole 16 bytes."""
     drop = None if seed is None else Dropout(dropout_p, seed)
     dropped = reference.dropout.dropout(x, drop).float()
     h = torch.nn.functional.linear(dropped, lora_A.float(), None if bias is None else bias.float())
@@ -95,7 +94,7 @@ def weight(
     ("shape", "blocksize", "nested"),
     [((96, 192), 64, True), ((37, 45), 32, False), ((40, 192), 128, True)],
 )
-def test_nf4_linear(device, shape, blocksize, nested, dtype):
+def test_nf4_linear_obeys_the_numerics_rule(device, shape, blocksize, nested, dtype):
     """In the last two shapes, blocks straddle rows."""
     q = weight(shape, device, blocksize, nested)
     x = torch.randn(3, TOKENS // 3, shape[1], device=device).to(dtype)
@@ -116,7 +115,7 @@ def test_nf4_linear(device, shape, blocksize, nested, dtype):
         (1, 0.5, "silu", ("lora_B",)),
     ],
 )
-def test_lora_linear(device, rank, dropout_p, activation, biases, dtype):
+def test_lora_linear_obeys_the_numerics_rule(device, rank, dropout_p, activation, biases, dtype):
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, device=device).to(dtype)
 

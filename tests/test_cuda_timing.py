@@ -146,8 +146,7 @@ def test_the_device_is_timed_without_the_host(device: Device, host_us: int) -> N
 
 
 def test_a_call_that_waits_for_the_device_is_noted(device: Device) -> None:
-    """No wait is long enough. The device time then includes the host's gaps, and the note says
-    so."""
+    """No wait is long enough, so the time includes the host's gaps, and the note says so."""
 
     def run(_: None) -> None:
         device.launch(4 * US, host=10 * US)
@@ -287,8 +286,8 @@ def _launching(
             y = right(x).clone()
 
             def work() -> None:
-                rows = y.shape[0] - (spoil is _leave_a_row and number == layer_number)
-                y[:rows] = right(x)[:rows]
+                written = y.shape[0] - (spoil is _leave_a_row and number == layer_number)
+                y[:written] = right(x)[:written]
                 if number == layer_number:
                     spoil(y)
 

@@ -80,8 +80,7 @@ def staged_outputs(ours: Tables, cutlass: Tables) -> None:
 
 
 def packed_tile(ours: Tables, cutlass: Tables) -> None:
-    """Compares where the kernel reads the units of qweight's tile, and where the copy's twin puts
-    them."""
+    """Compares where the kernel reads qweight's units, and where the copy's twin puts them."""
     offsets = torch.tensor(cutlass["tiles"]["32 bytes, bytes"]["offset"]).view(-1, 2)
     same(ours["packed tile"], offsets)
     same(ours["copy, 32 bytes"], offsets)
@@ -146,8 +145,7 @@ def warp_products(ours: Tables, cutlass: Tables) -> None:
 
 
 def group_products(ours: Tables, cutlass: Tables) -> None:
-    """Compares the twin of wgmma over four steps along k, with B's words as shared memory has
-    them."""
+    """Compares the twin of wgmma over four steps along k. B's words are in memory order."""
     for dtype, tokens, tile in (
         ("fp16", 128, "128 bytes, 16-bit elements"),
         ("bf16", 256, "128 bytes, 16-bit elements"),

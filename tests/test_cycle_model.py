@@ -1,5 +1,4 @@
-"""The cycle model finds the main loop in machine code and counts the work of each part of the
-SM."""
+"""The cycle model finds the main loop in machine code and counts the work of each SM part."""
 
 from __future__ import annotations
 

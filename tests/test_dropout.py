@@ -25,8 +25,7 @@ def test_philox_gives_the_published_words(
 
 
 def test_philox_words_equal_those_of_triton() -> None:
-    """Triton's philox is computed in Python integers, for a 64-bit seed and counters beyond
-    2^32."""
+    """Triton's philox is written here in Python, for a 64-bit seed and counters beyond 2^32."""
     import numpy as np
 
     def rounds(c: list[int], k: list[int]) -> list[int]:

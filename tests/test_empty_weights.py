@@ -45,8 +45,7 @@ def lora(shape: tuple[int, int], device: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check_gradients(y: Tensor, *leaves: Tensor) -> None:
-    """Checks the gradients of y.sum(): 6, the number of tokens, for a bias, and 0 for the
-    others."""
+    """Checks the gradients of y.sum(): 6, the number of tokens, for a bias, and 0 otherwise."""
     gradients = torch.autograd.grad(y.sum(), leaves, allow_unused=True)
     for leaf, gradient in zip(leaves, gradients, strict=True):
         expected = 6.0 if leaf.dim() == 1 else 0.0
@@ -102,8 +101,8 @@ def test_multi_lora_linear_gives_the_bias(
     backend: str, device: str, x: Tensor, weight: Any, lora: Any
 ) -> None:
     A, B = (t.detach().expand(2, *t.shape).clone().requires_grad_() for t in lora[:2])
-    rest = (A, B, torch.tensor([0, 1, -1] * 2, device=device), torch.ones(2, device=device))
-    y = F.multi_lora_linear(x, weight, *rest, lora[2])
+    adapters = (A, B, torch.tensor([0, 1, -1] * 2, device=device), torch.ones(2, device=device))
+    y = F.multi_lora_linear(x, weight, *adapters, lora[2])
     assert torch.equal(y, lora[2].expand(2, 3, -1))
     check_gradients(y, x, A, B, lora[2])
-    assert pylora.explain("multi_lora_linear", x, weight, *rest).backward is not None
+    assert pylora.explain("multi_lora_linear", x, weight, *adapters).backward is not None

@@ -1,5 +1,4 @@
-"""The demo runs from end to end on a tiny random Llama: every method, resuming, Ctrl-C, bad
-input."""
+"""The demo runs from end to end on a tiny Llama: every method, resuming, Ctrl-C, bad input."""
 
 from __future__ import annotations
 

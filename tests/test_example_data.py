@@ -1,5 +1,4 @@
-"""The demo's data: file formats, bad lines, the split, the standard library's docstrings,
-batches."""
+"""The demo's data: file formats, bad lines, the split, docstrings as examples, and batches."""
 
 from __future__ import annotations
 

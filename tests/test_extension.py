@@ -59,7 +59,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-# How it was built
+# The build
 
 
 def test_build_info_agrees_with_the_package():
@@ -124,8 +124,7 @@ def test_gpu_code_moves_16_bytes_at_a_time_and_does_not_spill(arch: str):
 
 
 def test_hopper_code_waits_once_for_four_products():
-    """W comes from registers, and ptxas did not have to make each product wait for the one
-    before."""
+    """W comes from registers, and ptxas did not make each product wait for the last."""
     if "90a" not in _C.build_info()["cuda_archs"]:
         pytest.skip("built without sm_90a")
     kernels = cuobjdump("-sass", "-arch", "sm_90a").split("Function : ")[1:]

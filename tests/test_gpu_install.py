@@ -42,24 +42,23 @@ def test_a_carried_extension_is_reused_if_it_fits(
     monkeypatch.setattr(install, "ROOT", tmp_path)
     (tmp_path / "pylora").mkdir()
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    mine = tmp_path / "pylora" / f"_C{suffix}"
+    carried_file = tmp_path / "pylora" / f"_C{suffix}"
     monkeypatch.setattr(install, "source_digest", lambda: module.build_info()["sources"])
     assert install.carried(None) is None
     (tmp_path / "pylora" / "_C.other.so").touch()
     assert install.carried(None) is None
     assert "pylora/_C.other.so is not reused: it is not for this Python" in capsys.readouterr().out
-    mine.write_bytes(b"no library")
+    carried_file.write_bytes(b"no library")
     assert install.carried(None) is None
-    assert f"pylora/{mine.name} is not reused: ImportError" in capsys.readouterr().out
-    shutil.copy(module.__file__, mine)
-    assert install.carried(None) == mine
+    assert f"pylora/{carried_file.name} is not reused: ImportError" in capsys.readouterr().out
+    shutil.copy(module.__file__, carried_file)
+    assert install.carried(None) == carried_file
     assert install.carried("999") is None
     assert "and 999 is wanted" in capsys.readouterr().out
 
 
 def test_the_installation_needs_no_network(tmp_path: Path):
-    """A copy of the sources, with the built extension inside, is installed into a new
-    environment."""
+    """A copy of the sources, with the built extension, is installed into a new environment."""
     module = pytest.importorskip("pylora._C", reason="pylora was installed without its extension")
     if module.build_info()["sources"] != install.source_digest():
         pytest.fail("pylora._C is older than its sources: install pylora again")

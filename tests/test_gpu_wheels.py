@@ -72,8 +72,7 @@ def test_a_wheel_without_the_library_is_refused(make_wheel: Callable[..., Path],
 def test_only_wheels_that_are_needed_are_fetched(
     make_wheel: Callable[..., Path], tmp_path: Path, monkeypatch
 ):
-    """bitsandbytes is stripped, tqdm comes with its dependencies, and what has no pure wheel is
-    reported."""
+    """bitsandbytes is stripped, tqdm brings its dependencies, and wheels not found are reported."""
     made = {
         "bitsandbytes": make_wheel("bitsandbytes", BITSANDBYTES, ("torch", "numpy")),
         "tqdm": make_wheel("tqdm", {}, ("rich>1", "colorama; extra == 'all'")),

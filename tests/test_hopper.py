@@ -46,14 +46,13 @@ def turned_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def run(op: str, args: tuple[Any, ...]) -> Any:
-    """Runs the op on the kernel twice, judges the result, and checks that both results are
-    equal."""
+    """Runs the op on the kernel twice, judges the result, and checks that both are equal."""
     assert chosen(op, *args) == "cuda"
     result = getattr(torch.ops.pylora, op)(*args)
     assert_as_accurate_as_torch(result, reference_op(op), *args)
     again = getattr(torch.ops.pylora, op)(*args)
-    results, others = ((r if isinstance(r, tuple) else (r,)) for r in (result, again))
-    assert all(map(torch.equal, results, others))
+    results, results_again = ((r if isinstance(r, tuple) else (r,)) for r in (result, again))
+    assert all(map(torch.equal, results, results_again))
     return result
 
 
@@ -114,11 +113,11 @@ def test_lora_linear_obeys_the_numerics_rule(
 
 @on_hopper
 def test_a_cuda_graph_gives_the_same_result(turned_on):
-    x, *rest = arguments(256, (512, 512), torch.bfloat16)
-    expected = torch.ops.pylora.nf4_linear(x, *rest)
+    x, *weight_and_bias = arguments(256, (512, 512), torch.bfloat16)
+    expected = torch.ops.pylora.nf4_linear(x, *weight_and_bias)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = torch.ops.pylora.nf4_linear(x, *rest)
+        y = torch.ops.pylora.nf4_linear(x, *weight_and_bias)
     y.fill_(float("nan"))
     graph.replay()
     assert torch.equal(y, expected)

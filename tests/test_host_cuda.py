@@ -1,4 +1,4 @@
-"""The CUDA kernels run on the CPU under sanitizers. host_cuda/README.md says how."""
+"""The CUDA kernels run on the CPU under sanitizers: see host_cuda/README.md."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ def assert_quantizes(program: Path, weight: Tensor, blocksize: int, misalign: in
 def test_quantize_equals_the_reference_bit_for_bit(
     nf4_quantize, blocksize: int, dtype: torch.dtype
 ):
-    rest = blocksize + blocksize // 2 + 1  # a whole block, and an odd part of a block
-    assert_quantizes(nf4_quantize, torch.randn(2 * QUANTIZE_TILE + rest).to(dtype), blocksize)
+    remainder = blocksize + blocksize // 2 + 1  # a whole block, and an odd part of a block
+    assert_quantizes(nf4_quantize, torch.randn(2 * QUANTIZE_TILE + remainder).to(dtype), blocksize)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -115,8 +115,7 @@ def test_quantize_takes_short_and_unaligned_weights(
 
 @pytest.mark.parametrize("short", [False, True])
 def test_quantize_rounds_ties_down_and_keeps_denormals(nf4_quantize, short: bool):
-    """The weights are every midpoint and its neighbours, in whole tiles and in a short last
-    block."""
+    """The weights are every midpoint and its neighbours, in whole tiles and short last blocks."""
     midpoints = nf4.nf4_midpoints(torch.device("cpu"))
     up, down = (torch.nextafter(midpoints, torch.tensor(x)) for x in (2.0, -2.0))
     around = torch.cat(
@@ -134,8 +133,7 @@ def test_quantize_rounds_ties_down_and_keeps_denormals(nf4_quantize, short: bool
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_quantize_equals_the_reference_on_every_16_bit_value(nf4_quantize, dtype: torch.dtype):
-    """Blocks with absmax 1 hold every fp16 or bf16 value up to 1. For fp32 they hold the fp16
-    values."""
+    """Blocks with absmax 1 hold every fp16 or bf16 value up to 1; for fp32, every fp16 value."""
     half = torch.arange(2**16).to(torch.int16)
     values = half.view(torch.float16 if dtype == torch.float32 else dtype).to(dtype)
     values = values[values.abs() <= 1]
@@ -304,8 +302,7 @@ def test_linear_backward_takes_every_kind_of_block(
 
 
 def test_linear_backward_keeps_small_gradients(nf4_linear_backward):
-    """These gradients are near the end of fp16's range and would leave it if multiplied by
-    absmax."""
+    """These gradients are so small that fp16 could not hold them after a product with absmax."""
     for M in (5, 24):
         check_linear_backward(nf4_linear_backward, (M, 520, 512), torch.float16, scale=1e-5)
 

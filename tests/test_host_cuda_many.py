@@ -1,5 +1,4 @@
-"""The CUDA kernels for many tokens run on the CPU under sanitizers. host_cuda/README.md says
-how."""
+"""The CUDA kernels for many tokens run on the CPU under sanitizers: see host_cuda/README.md."""
 
 from __future__ import annotations
 
@@ -68,8 +67,7 @@ def test_hopper_splits_a_wide_tile(hopper):
 
 @pytest.mark.parametrize("plan", [(128, 17, 34), (128, 1, 1), (256, 9, 4)])
 def test_hopper_runs_a_chosen_plan(hopper, plan: tuple[int, int, int]):
-    """These plans are the extremes that a sweep measures. K has 17 tiles, and x has 2 tiles or
-    1."""
+    """These plans are the extremes that a sweep measures. K has 17 tiles; x has 2 tiles or 1."""
     for seed in SEEDS:
         _, ran = check_linear(hopper, (130, 70, 1088), rank=4, plan=plan, seed=seed)
         assert (ran["tokens"], ran["splits"], ran["grid"]) == plan
@@ -152,8 +150,7 @@ def lora_extend(compiled) -> Path:
 def test_extend_writes_x_low_and_zeros(
     lora_extend, tokens, cols, rank, activation, dropout_p, dtype: torch.dtype
 ):
-    """The result is [x | scaling * act(h) | 0]. x and the zeros are exact; low is judged by the
-    product made with it."""
+    """x and the zeros of [x | scaling * act(h) | 0] are exact; low is judged by its product."""
     generator = torch.Generator().manual_seed(tokens + cols + rank)
 
     def normal(*size: int) -> Tensor:

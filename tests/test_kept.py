@@ -1,4 +1,4 @@
-"""What layers keep between calls: a kept call gives the same bits as a call that keeps nothing."""
+"""Layers keep calls: a kept call gives the same bits as a call that keeps nothing."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_old_plans_are_forgotten(layer: nn.Module, monkeypatch: pytest.MonkeyPat
 def test_a_replaced_tensor_is_seen(name: str) -> None:
     layer, x = nf4_layer(), torch.randn(3, IN)
     layer(x)
-    other = nf4_layer()
-    layer._parameters[name] = getattr(other, name)
+    other_layer = nf4_layer()
+    layer._parameters[name] = getattr(other_layer, name)
     assert layer._kept.call_with(x) is None
     assert torch.equal(layer(x), without_kept_call(layer, x))

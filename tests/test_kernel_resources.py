@@ -106,8 +106,7 @@ def test_better_numbers_are_no_problem() -> None:
 
 
 def test_decoder_counts_the_weights_of_a_warp() -> None:
-    """Eight products read fragments of 8 weights in each lane, for two tiles of tokens: 1,024
-    weights."""
+    """Eight products read 8 weights in each lane, for two tiles of tokens: 1,024 weights."""
     listing = "\n".join(
         [
             "Function : kernel",

@@ -1,5 +1,4 @@
-"""Rules of the architecture: imports point downward, one NF4 table per language, one stem per
-op."""
+"""Rules of the architecture: imports point downward, one NF4 table a language, one stem an op."""
 
 from __future__ import annotations
 
@@ -170,8 +169,7 @@ def test_one_bench_per_op() -> None:
 
 
 def test_wheel_lists_every_package() -> None:
-    """pyproject.toml lists the packages by hand, and a folder not listed is missing from the
-    wheel."""
+    """pyproject.toml lists the packages by hand. The wheel lacks a folder that is not listed."""
     text = (ROOT / "pyproject.toml").read_text()
     listed = set(re.findall(r'"(pylora[a-z_.]*)",', text.split("packages = [")[1].split("]")[0]))
     packages = {

@@ -163,8 +163,7 @@ def test_leading_dimensions_and_strides_change_no_value(
 
 @pytest.mark.parametrize("trained", [0, 1, 2])
 def test_only_the_gradients_asked_for_are_computed(backend: str, small: Any, trained: int) -> None:
-    """If one projection is trained and x is not, its gradients are the same as if all were
-    trained."""
+    """A projection that is trained alone gets the same gradients as if all were trained."""
     x, mlp = small
     frozen = [
         p

@@ -56,8 +56,7 @@ def dense_weight(layer: LoRALinear, dtype: torch.dtype) -> Tensor:
 def under_peft(
     x: Tensor, weight: Tensor, parameters: dict[str, Tensor], layer: LoRALinear
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns the output and gradients of PEFT's LoRA over a dense base, with the numbers of
-    `layer`."""
+    """Returns the output and gradients of PEFT's LoRA over a dense base, with `layer`'s numbers."""
     dense = nn.Linear(IN, OUT, bias="bias" in parameters, device="meta")
     dense.weight = nn.Parameter(weight.clone())
     if "bias" in parameters:
@@ -216,8 +215,8 @@ def test_a_state_dict_restores_the_layer(base_format: str, use_dora: bool) -> No
 def test_dora_norm_follows_a_new_base() -> None:
     """The row norms of W are kept, so they must be computed anew if a state dict replaces W."""
     layer = trained(LoRALinear(base_layer("nf4"), r=4, use_dora=True))
-    other = trained(LoRALinear(base_layer("nf4"), r=4, use_dora=True))
-    layer.load_state_dict(other.state_dict())
+    other_layer = trained(LoRALinear(base_layer("nf4"), r=4, use_dora=True))
+    layer.load_state_dict(other_layer.state_dict())
     exact = dense_weight(layer, torch.float64) + layer.scaling * (
         layer.lora_B.detach().double() @ layer.lora_A.detach().double()
     )
@@ -295,8 +294,7 @@ def test_compiles_as_one_graph(use_dora: bool, compiler: str) -> None:
 @pytest.mark.parametrize("variant", ["plain", "bias", "dora"])
 @pytest.mark.parametrize("base_format", ["dense", "nf4-double"])
 def test_compiled_gradients_are_right(base_format: str, variant: str, dtype: torch.dtype) -> None:
-    """All gradients are checked, also those of a dense base. Inductor of torch 2.10 got some
-    wrong."""
+    """All gradients are checked, also a dense base's: Inductor of torch 2.10 got some wrong."""
     torch.compiler.reset()
     base = base_layer(base_format, dtype)
     layer = trained(LoRALinear(base, r=4, dtype=dtype, **VARIANTS[variant]))

@@ -53,8 +53,8 @@ def make(
     lora_dtype: torch.dtype | None = None,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Returns the arguments of multi_lora_linear. All floating-point tensors but NF4 weights are
-    trainable."""
+    """Returns the arguments of multi_lora_linear. All but NF4 weights, scalings and ids need
+    gradients."""
 
     def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
         return (torch.randn(*shape, device=device) * scale).to(dtype).requires_grad_()
@@ -193,8 +193,7 @@ def test_equals_lora_linear_of_each_adapter(backend: str, device: str) -> None:
 
 
 def test_equals_a_mixed_batch_of_peft(backend: str, device: str) -> None:
-    """PEFT's `adapter_names` works only in inference, with one adapter for each sample and equal
-    ranks."""
+    """PEFT's `adapter_names` is for inference: one adapter for each sample, and equal ranks."""
     peft = pytest.importorskip("peft")
     options = {"r": 40, "target_modules": ["0"], "init_lora_weights": False}
     alphas = {"en": 20, "de": 80, "fr": 40}
@@ -229,7 +228,7 @@ def test_adapters_do_not_touch_each_other(backend: str, device: str) -> None:
     grad = torch.randn(90, 48, device=device)
     y = F.multi_lora_linear(**t)
     dx, dA, dB, _ = gradients(grad, F.multi_lora_linear, t)
-    others = ids != 1
+    other_tokens = ids != 1
     # The poisoned tensor -> (dlora_A depends on it, dlora_B depends on it).
     for name, depend in {
         "lora_A": (False, True),
@@ -238,10 +237,10 @@ def test_adapters_do_not_touch_each_other(backend: str, device: str) -> None:
     }.items():
         poisoned = dict(t)
         poisoned[name] = t[name].detach().clone()
-        poisoned[name][~others if name == "x" else 1] = torch.nan
-        assert torch.equal(F.multi_lora_linear(**poisoned)[others], y[others])
+        poisoned[name][~other_tokens if name == "x" else 1] = torch.nan
+        assert torch.equal(F.multi_lora_linear(**poisoned)[other_tokens], y[other_tokens])
         poisoned_gradients = gradients(grad, F.multi_lora_linear, poisoned)
-        assert torch.equal(poisoned_gradients[0][others], dx[others])
+        assert torch.equal(poisoned_gradients[0][other_tokens], dx[other_tokens])
         for gradient, expected, depends in zip(
             poisoned_gradients[1:3], (dA, dB), depend, strict=True
         ):
@@ -354,12 +353,14 @@ def test_op_passes_opcheck_over_a_dense_base() -> None:
 def run_opcheck(t: dict[str, Any], is_dense: bool) -> None:
     args = flat_of(F.CALLS["multi_lora_linear"](**t))
     torch.library.opcheck(torch.ops.pylora.multi_lora_linear.default, args)
-    x, *rest = (a.detach() if isinstance(a, Tensor) else a for a in args)
-    y, h = torch.ops.pylora.multi_lora_linear(x, *rest)
+    x, *other_args = (a.detach() if isinstance(a, Tensor) else a for a in args)
+    y, h = torch.ops.pylora.multi_lora_linear(x, *other_args)
     assert y.shape == (5, 48) and h.shape == (5, 4) and h.dtype == FP32
     backward = torch.ops.pylora.multi_lora_linear_backward.default
     for mask in ([True, is_dense, True, True, True], [False] * 5):
-        torch.library.opcheck(backward, (torch.randn_like(y), x, h, *rest[:7], *rest[8:-1], mask))
+        torch.library.opcheck(
+            backward, (torch.randn_like(y), x, h, *other_args[:7], *other_args[8:-1], mask)
+        )
 
 
 def test_a_direct_call_of_the_op_has_gradients(backend: str, device: str) -> None:

@@ -23,8 +23,7 @@ SHAPES = [
 
 
 def plain_torch(x: Tensor, w: pylora.NF4Weight, bias: Tensor | None) -> Tensor:
-    """Computes the same without pylora: the weight is dequantized to x's dtype and multiplied by
-    torch."""
+    """Computes the same without pylora, by torch's matmul with the dequantized weight."""
     dense = reference.dense(w.record, x.dtype)
     return torch.nn.functional.linear(x, dense, bias)
 

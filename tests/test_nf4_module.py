@@ -311,10 +311,10 @@ def test_wrong_packed_bytes_are_refused(change: Callable[[Tensor], Tensor], mess
 
 @pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_packed_bytes_may_have_any_storage_dtype_of_bitsandbytes(storage: torch.dtype) -> None:
-    layer, other = NF4Linear(64, 16, bias=False), NF4Linear(64, 16, bias=False)
+    layer, loaded = NF4Linear(64, 16, bias=False), NF4Linear(64, 16, bias=False)
     state = layer.state_dict()
-    other.load_state_dict(state | {"weight": state["weight"].view(-1).view(storage).view(-1, 1)})
-    assert torch.equal(other.weight, layer.weight)
+    loaded.load_state_dict(state | {"weight": state["weight"].view(-1).view(storage).view(-1, 1)})
+    assert torch.equal(loaded.weight, layer.weight)
 
 
 @pytest.mark.parametrize(

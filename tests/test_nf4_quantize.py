@@ -20,8 +20,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def adversarial(pattern: str, count: int) -> torch.Tensor:
-    """Returns values that test the rounding: ties, denormals, huge ranges, zero blocks,
-    outliers."""
+    """Returns values that test rounding: ties, denormals, huge ranges, zero blocks, outliers."""
     values = torch.randn(count)
     code = torch.tensor(NF4_CODE)
     if pattern == "ties":
@@ -169,8 +168,7 @@ def test_absmax_codes_equal_bitsandbytes(pattern: str) -> None:
 
 
 def test_bits_for_each_weight_are_those_of_qlora() -> None:
-    """At blocksize 64, QLoRA counts 4.5 bits for a weight, or 4.127 bits with double
-    quantization."""
+    """At blocksize 64, QLoRA counts 4.5 bits a weight, or 4.127 with double quantization."""
     weight = torch.randn(1024, 1024)
     plain, double = pylora.quantize_nf4(weight), pylora.quantize_nf4(weight, double_quant=True)
     assert 8 * plain.nbytes / weight.numel() == 4.5

@@ -128,8 +128,7 @@ def disassembled(cubin: Path) -> dict[str, Instructions]:
 
 
 def readable(name: str) -> str:
-    """Shortens a kernel's name to the arguments of its template, if it is one of the timed
-    templates."""
+    """Shortens a kernel's name. For a timed template it returns the template's arguments."""
     name = re.sub(r"primitives::|\(anonymous namespace\)::", "", name)
     name = re.sub(r"\(\w+\)(?=\d)", "", name)  # the type in front of an enumerator's number
     name = name.split("(")[0].removeprefix("void ").strip().replace(" >", ">")
@@ -141,12 +140,14 @@ def readable(name: str) -> str:
 
 def timed_loops(instructions: Instructions) -> list[Counter[str]]:
     """Counts the opcodes of each loop between the first and the last reading of the clock."""
-    clocks = [i for i, (op, rest) in enumerate(instructions) if op == "CS2R" and "CLOCK" in rest]
+    clocks = [
+        i for i, (op, operands) in enumerate(instructions) if op == "CS2R" and "CLOCK" in operands
+    ]
     between = instructions[clocks[0] : clocks[-1]]
-    places = {rest: i for i, (op, rest) in enumerate(between) if op == "label"}
+    places = {operands: i for i, (op, operands) in enumerate(between) if op == "label"}
     loops = []
-    for i, (op, rest) in enumerate(between):
-        target = re.search(r"\.L_x_\d+", rest)
+    for i, (op, operands) in enumerate(between):
+        target = re.search(r"\.L_x_\d+", operands)
         if op == "BRA" and target and places.get(target[0], i) < i:
             body = between[places[target[0]] : i + 1]
             loops.append(Counter(op for op, _ in body if op != "label"))

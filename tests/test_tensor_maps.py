@@ -38,8 +38,8 @@ DEMANDS = {  # each wrong matrix of host_cuda/tensor_maps.cpp, and the demand th
 def encoded(
     dtype: int, swizzle: int, cols: int, rows: int, stride: int, box: list[int]
 ) -> dict[str, Any]:
-    """Returns the arguments for a row-major matrix that is copied in tiles of `box` elements, inner
-    size first."""
+    """Returns the arguments for a row-major matrix and tiles of `box` elements, inner size
+    first."""
     return {
         "type": dtype,
         "swizzle": swizzle,

@@ -1,5 +1,4 @@
-"""Models that transformers loaded in 4 bits train, cast and save; its activation names are
-known."""
+"""Models that transformers loaded in 4 bits train, cast and save; its names are known."""
 
 from __future__ import annotations
 

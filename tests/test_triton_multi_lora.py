@@ -125,8 +125,7 @@ def test_every_token_is_in_one_tile_of_its_adapter(
 def test_large_m_obeys_the_numerics_rule(
     dtype: torch.dtype, lora_dtype: torch.dtype | None
 ) -> None:
-    """The dense product is finished in place. Some adapters have several tiles, one has no
-    tokens."""
+    """The dense product is finished in place. Some adapters have several tiles, one has none."""
     tokens = 530 if dtype.itemsize == 2 else 170
     assert configs.is_large(tokens, dtype.itemsize)
     ids = torch.randint(-1, 3, (tokens,))
@@ -149,7 +148,7 @@ def test_split_sums_obey_the_numerics_rule(tokens: int, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("dense", [True, False])
 def test_weight_gradients_add_up_the_pieces_of_an_adapter(dense: bool) -> None:
-    """Adapters have several pieces, one piece, or none. The NF4 blocks straddle rows."""
+    """Adapters have several pieces, one piece, or none. Blocks of the NF4 weight straddle rows."""
     tokens, columns = 900, 45 if dense else 70
     config = configs.weight_grad_config(tokens, columns, 9, False, launch.facts(normal(1)))
     assert config[1] > 1 and config[2] < 500
@@ -188,11 +187,10 @@ def test_ids_out_of_range_use_only_the_base() -> None:
 
 @pytest.mark.parametrize("tokens", [40, 700])
 def test_a_nan_of_an_adapter_reaches_no_other(tokens: int) -> None:
-    """The NaN is in an adapter's last token, which shares a tile with another adapter's first
-    token."""
+    """The NaN is in an adapter's last token, beside the first token of another adapter."""
     ids = torch.arange(tokens) * 4 // tokens - 1
     forward = arguments(ids, 40, 1088 if tokens < 100 else 96, 3, 17, BF16)
-    others = (ids != 1).to(DEVICE)
+    other_tokens = (ids != 1).to(DEVICE)
     results = []
     for poison in (False, True):
         args = list(forward)
@@ -210,9 +208,11 @@ def test_a_nan_of_an_adapter_reaches_no_other(tokens: int) -> None:
         y, h = ops.multi_lora_linear(*args)
         dx, _, dlora_A, dlora_B, _ = ops.multi_lora_linear_backward(*backward)
         if poison:
-            assert y[~others].isnan().all() and dlora_A[1].isnan().any()
+            assert y[~other_tokens].isnan().all() and dlora_A[1].isnan().any()
             assert dlora_B[1].isnan().any()
-        results.append([y[others], h[others], dx[others], dlora_A[[0, 2]], dlora_B[[0, 2]]])
+        results.append(
+            [y[other_tokens], h[other_tokens], dx[other_tokens], dlora_A[[0, 2]], dlora_B[[0, 2]]]
+        )
     assert all(map(torch.equal, *results))
 
 

@@ -101,8 +101,7 @@ def test_numbers_worse_than_the_table_are_reported() -> None:
 
 
 def test_main_loop_decodes_one_tile_in_each_turn() -> None:
-    """The main loop is the loop that decodes, not the loop over the rank. Four warps share the
-    tile."""
+    """The main loop decodes; the loop over the rank does not. Four warps share the tile."""
     variant = next(
         v
         for v in launches(100)

@@ -39,8 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[TilePlan]:
-    """Returns the plans that are timed. The clock makes the plan with the most splits the
-    fastest."""
+    """Returns the plans that are timed. The plan with the most splits is made the fastest."""
     plans: list[TilePlan] = []
 
     def milliseconds(run: Any, plan: TilePlan) -> float:
