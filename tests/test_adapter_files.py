@@ -24,7 +24,8 @@ safetensors = pytest.importorskip("safetensors.torch")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*checkpointing.*deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed"),
-    pytest.mark.filterwarnings("ignore:Adapter .* LoRA tensor.* have invalid shape"),  # of a bias
+    # PEFT warns so about the shape of a LoRA bias.
+    pytest.mark.filterwarnings("ignore:Adapter .* LoRA tensor.* have invalid shape"),
 ]
 
 VARIANTS: dict[str, dict[str, Any]] = {

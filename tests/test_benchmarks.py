@@ -89,7 +89,9 @@ def test_compare_and_report_read_what_a_run_wrote(
     assert main(["report", str(folder)]) == 0
     page = (folder / "report.html").read_text()
     assert "<svg" in page and "dense bf16" in page
-    assert not re.search(r"""(src|href)=["'](?!#)|@import|url\((?!#)""", page), "an external asset"
+    assert not re.search(r"""(src|href)=["'](?!#)|@import|url\((?!#)""", page), (
+        "the page must not load external assets"
+    )
     assert list(folder.glob("lora_linear-forward-eager-speedup.png"))
     assert not list(folder.glob(".*")), "a temporary file was left behind"
 

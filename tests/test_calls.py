@@ -144,7 +144,7 @@ class TestKept:
         from pylora import dispatch
 
         layer, x = self.layer(), torch.randn(3, 64)
-        for _ in range(2):  # the first call checks, the second one plans
+        for _ in range(2):  # the first call checks its arguments, and the second makes the plan
             layer(x)
         chosen: list[str] = []
         choose = dispatch.choose

@@ -24,7 +24,7 @@ ops = torch.ops.pylora_C
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 GRADIENTS = [True, False, True, True, True, True, True]
 
-# tokens, out_features, in_features, blocksize, nested
+# Each shape: tokens, out_features, in_features, blocksize, nested.
 SHAPES = [
     (0, 64, 128, 64, False),
     (1, 65, 128, 64, False),

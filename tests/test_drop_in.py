@@ -130,10 +130,12 @@ def test_scales_are_fp32_under_any_default_dtype(
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
-@pytest.mark.parametrize("base", ["dense", "nf4"])
-def test_a_layer_on_meta_can_be_filled_after_its_first_forward(base: str, use_dora: bool) -> None:
+@pytest.mark.parametrize("base_format", ["dense", "nf4"])
+def test_a_layer_on_meta_can_be_filled_after_its_first_forward(
+    base_format: str, use_dora: bool
+) -> None:
     def layer(device: str) -> LoRALinear:
-        linear = nn.Linear if base == "dense" else NF4Linear
+        linear = nn.Linear if base_format == "dense" else NF4Linear
         return LoRALinear(linear(64, 32, device=device), r=4, use_dora=use_dora)
 
     source, empty = layer("cpu"), layer("meta")

@@ -110,4 +110,4 @@ def test_steps_keep_no_memory() -> None:
     result = subprocess.run(
         [sys.executable, "-c", STEPS], capture_output=True, text=True, check=True
     )
-    assert float(result.stdout) < 64  # bytes a step
+    assert float(result.stdout) < 64  # bytes kept in each step
