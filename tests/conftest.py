@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: poisoned buffers, fixed seeds, and the backends of this machine."""
+"""Fixtures that all tests share: poisoned buffers, fixed seeds, and this machine's backends."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from pylora.selfcheck import checked_backends, cpu_isa
 from pylora.testing import assert_as_accurate_as_torch
 
 ROOT = Path(__file__).resolve().parent.parent
-# `python -m pytest` puts it there, and kernels/ would hide the Hugging Face package of that name.
+# `python -m pytest` puts the repository root on the path, where our kernels/ would hide the Hugging
+# Face package of that name.
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != ROOT]
 
 
 def _load(name: str, path: Path) -> None:
-    """A module without its folder on sys.path: in the root kernels/ must not be found."""
+    """Loads a module without putting its folder on sys.path, where kernels/ must not be found."""
     folders = [str(path.parent)] if path.stem == "__init__" else None
     spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=folders)
     assert spec is not None and spec.loader is not None
@@ -44,13 +45,13 @@ VARIANTS = [("reference", "pure PyTorch", None), *checked_backends()]
 
 @pytest.fixture(autouse=True)
 def poisoned_buffers() -> Iterator[None]:
-    """torch.empty gives NaN, so that an element no kernel wrote is seen."""
+    """Makes torch.empty give NaN, so that an element that no kernel wrote is seen."""
     torch.manual_seed(20240229)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
-    pylora.refresh()  # a test may have changed the environment, which is as it was by now
+    pylora.refresh()  # reads the environment anew: the test may have changed it
 
 
 def _parameter(variant: tuple[str, str, str | None]) -> Any:
@@ -61,7 +62,7 @@ def _parameter(variant: tuple[str, str, str | None]) -> Any:
 
 @pytest.fixture(params=map(_parameter, VARIANTS))
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each backend, on the CPU each instruction set, that can run here; yields its name."""
+    """Yields the name of each backend that can run here, for the CPU once per instruction set."""
     name, _, isa = request.param
     with dispatch.use_backend(name), cpu_isa(isa):
         yield name
@@ -69,7 +70,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def compiled() -> Callable[..., Path]:
-    """Builds a program of host_cuda/ with the kernels it runs."""
+    """Builds a program of host_cuda/ together with the kernels that it runs."""
     from host_cuda import compiled
 
     return compiled
@@ -77,7 +78,7 @@ def compiled() -> Callable[..., Path]:
 
 @pytest.fixture
 def device(backend: str) -> str:
-    """Where the tensors of a test on `backend` must be."""
+    """The device on which the tensors of a test of `backend` must be."""
     return dispatch.BACKENDS[backend].device()
 
 
@@ -89,7 +90,7 @@ def make_projection() -> Callable[..., Projection]:
         out_features: int,
         in_features: int,
         rank: int | None,
-        kind: str = "nf4",
+        weight_kind: str = "nf4",
         dtype: torch.dtype = torch.float32,
         lora_dtype: torch.dtype | None = None,
         device: str = "cpu",
@@ -102,11 +103,11 @@ def make_projection() -> Callable[..., Projection]:
 
         scale, low_rank = in_features**-0.5, lora_dtype or dtype
         weight: Tensor | pylora.NF4Weight
-        if kind == "dense":
+        if weight_kind == "dense":
             weight = normal(out_features, in_features, dtype=dtype, scale=scale)
         else:
             values = torch.randn(out_features, in_features, device=device) * scale
-            weight = pylora.quantize_nf4(values, blocksize, double_quant=kind == "nested")
+            weight = pylora.quantize_nf4(values, blocksize, double_quant=weight_kind == "nested")
         bias = normal(out_features, dtype=dtype) if has_bias else None
         if rank is None:
             return Projection(weight, bias=bias)
@@ -119,7 +120,10 @@ def make_projection() -> Callable[..., Projection]:
 
 @pytest.fixture
 def plain_projection() -> Callable[..., Tensor]:
-    """What PEFT computes over a dequantized base; `mask` is 0 or 1 / (1 - p) for each element."""
+    """Computes what PEFT computes over a dequantized base.
+
+    `mask` holds 0 or 1 / (1 - dropout_p) for each element of x.
+    """
 
     def plain(x: Tensor, projection: Projection, mask: Tensor | None = None) -> Tensor:
         weight, lora_A, lora_B, scaling, bias = projection
@@ -138,7 +142,7 @@ def plain_projection() -> Callable[..., Tensor]:
 
 @pytest.fixture
 def tensors_of() -> Callable[..., list[Tensor]]:
-    """The dense tensors of projections, in order."""
+    """Returns the dense tensors of projections, in order."""
     return lambda *projections: [
         part for projection in projections for part in projection if isinstance(part, Tensor)
     ]
@@ -146,8 +150,8 @@ def tensors_of() -> Callable[..., list[Tensor]]:
 
 @pytest.fixture
 def check_projections(tensors_of: Callable[..., list[Tensor]]) -> Callable[..., None]:
-    """Outputs and every gradient of a function of x and projections, under the numerics rule
-    against autograd through `plain_torch`."""
+    """Judges a function of x and projections: its outputs and every gradient must obey the numerics
+    rule against autograd through `plain_torch`."""
 
     def as_leaves(projection: Projection) -> Projection:
         parts = (p.detach().requires_grad_() if isinstance(p, Tensor) else p for p in projection)
@@ -175,8 +179,11 @@ def check_projections(tensors_of: Callable[..., list[Tensor]]) -> Callable[..., 
 
 @pytest.fixture
 def check_against_peft() -> Callable[..., None]:
-    """A function of x and projections against a bf16 module in which PEFT puts fp32 LoRA on the
-    linear layers `targets`: outputs and the gradients of x and of every LoRA factor."""
+    """Compares a function of x and projections with a bf16 module on which PEFT has put fp32 LoRA.
+
+    PEFT wraps the linear layers that `targets` names. The outputs and the gradients of x and of
+    every LoRA factor are compared.
+    """
 
     def check(
         module: torch.nn.Module, targets: list[str], function: Callable[..., Any], x: Tensor

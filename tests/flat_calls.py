@@ -1,4 +1,4 @@
-"""Ops by their flat arguments, as torch.ops.pylora takes them, on the reference or a backend."""
+"""Calls ops by flat arguments, as torch.ops.pylora takes them, on the reference or a backend."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def flat_of(call: Any) -> tuple[Any, ...]:
 
 
 def chosen(op: str, *flat: Any) -> str:
-    """The name of the backend that dispatch takes."""
+    """Returns the name of the backend that dispatch chooses."""
     return dispatch.choose(call_of(op, *flat))[0].name
 
 
@@ -30,13 +30,13 @@ def answer(backend: Backend, op: str, *flat: Any) -> Plan | Refusal:
 
 
 def refusal_of(backend: Backend, op: str, *flat: Any) -> str | None:
-    """Why the backend does not take these arguments; None if it does."""
-    found = answer(backend, op, *flat)
-    return found.reason if isinstance(found, Refusal) else None
+    """Returns why the backend does not take these arguments, or None if it takes them."""
+    reply = answer(backend, op, *flat)
+    return reply.reason if isinstance(reply, Refusal) else None
 
 
 def run_on(backend: Backend, op: str, *flat: Any) -> Any:
-    """The results of the backend, in the op's schema."""
+    """Runs the op on the backend and returns its results as the op's schema orders them."""
     call = call_of(op, *flat)
     plan = backend.plan(call)
     assert isinstance(plan, Plan), plan.reason

@@ -1,4 +1,4 @@
-"""Adapter files that are refused: one error names what does not fit, nothing has changed."""
+"""Adapter files that are refused: one error names what does not fit, and nothing changes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ safetensors = pytest.importorskip("safetensors.torch")
 
 
 class Nested(nn.Module):
-    """Names that are the endings of other names."""
+    """A model in which some names are the endings of other names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Nested(nn.Module):
         return self.inner["other"](self.inner["proj"](self.proj(x)))
 
 
-def test_layers_that_one_configuration_cannot_describe(tmp_path: Path) -> None:
+def test_layers_that_one_configuration_cannot_describe_are_not_saved(tmp_path: Path) -> None:
     model = pylora.add_lora(Nested(), r=2, target_modules=["other"])
     pylora.add_lora(model, r=2, target_modules=r"proj", use_dora=True)
     with pytest.raises(ValueError, match=r"use_dora is False in inner.other but True in proj"):
@@ -38,8 +38,8 @@ def test_layers_that_one_configuration_cannot_describe(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_fully_trained_modules_that_peft_would_not_tell_apart(tmp_path: Path) -> None:
-    """PEFT takes an entry for the ending of any name, so "norm" would be "inner.other_norm" too."""
+def test_modules_that_peft_would_confuse_are_not_saved(tmp_path: Path) -> None:
+    """PEFT matches endings of names, so "norm" would match "inner.other_norm" too."""
     model = Nested()
     model.inner["other_norm"] = nn.LayerNorm(8)
     pylora.add_lora(model, r=2, modules_to_save=["norm"])
@@ -146,14 +146,14 @@ def assert_refused(model: nn.Module, folder: Path, message: str, error: Any = Va
         ({"modules_to_save": ["proj"]}, r"'base_model.model.*proj.* is (missing|not supported)"),
     ],
 )
-def test_configurations_that_are_refused(
+def test_bad_configurations_are_refused(
     adapter: Path, changes: dict[str, Any], message: str
 ) -> None:
     edit_config(adapter, **changes)
     assert_refused(Nested(), adapter, message)
 
 
-def test_harmless_configuration_is_read(adapter: Path) -> None:
+def test_harmless_configuration_is_accepted(adapter: Path) -> None:
     edit_config(
         adapter,
         peft_version="9.9",
@@ -197,13 +197,13 @@ A = "base_model.model.inner.proj.lora_A.weight"
         ),
     ],
 )
-def test_tensors_that_are_refused(adapter: Path, change: Any, message: str) -> None:
+def test_bad_tensors_are_refused(adapter: Path, change: Any, message: str) -> None:
     edit_tensors(adapter, change)
     assert_refused(Nested(), adapter, message)
 
 
 class WithCounter(Nested):
-    """A module to save that holds whole numbers beside weights."""
+    """A model with a module to save that holds integers beside its weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ WEIGHT = "base_model.model.norm.weight"
         (COUNTER, torch.tensor(1.0), "dtype torch.float32; it must be torch.int64"),
     ],
 )
-def test_saved_tensors_that_are_refused(
+def test_bad_tensors_of_fully_trained_modules_are_refused(
     tmp_path: Path, key: str, value: Tensor, message: str
 ) -> None:
     model = pylora.add_lora(
@@ -236,14 +236,14 @@ def test_saved_tensors_that_are_refused(
     assert_refused(WithCounter(), tmp_path, message)
 
 
-def test_numbers_that_half_precision_cannot_hold(adapter: Path) -> None:
+def test_numbers_that_half_precision_cannot_hold_are_refused(adapter: Path) -> None:
     edit_tensors(adapter, lambda tensors: tensors.update({A: torch.full((2, 8), 1e5)}))
     pylora.load_adapter(Nested(), adapter)
     with pytest.raises(ValueError, match=r"finite numbers of torch.float16"):
         pylora.load_adapter(Nested(), adapter, dtype=torch.float16)
 
 
-def test_damaged_and_missing_files(adapter: Path) -> None:
+def test_damaged_and_missing_files_are_named(adapter: Path) -> None:
     weights, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
     whole, text = weights.read_bytes(), config.read_text()
     model = Nested()
@@ -288,7 +288,7 @@ def test_damaged_and_missing_files(adapter: Path) -> None:
         ),
     ],
 )
-def test_layers_that_do_not_fit_are_not_filled(
+def test_layers_that_do_not_fit_the_file_are_not_filled(
     adapter: Path, options: dict[str, Any], message: str
 ) -> None:
     assert_refused(pylora.add_lora(Nested(), **options), adapter, message)
@@ -310,7 +310,7 @@ def test_another_model_is_refused(adapter: Path) -> None:
     assert_refused(model, adapter, "is on the meta device")
 
 
-def test_nothing_to_save(tmp_path: Path) -> None:
+def test_a_model_without_lora_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no LoRALinear"):
         pylora.save_adapter(Nested(), tmp_path)
     with pytest.raises(ValueError, match="a LoRALinear itself"):

@@ -1,4 +1,4 @@
-"""Adapter files: the same logits under PEFT and here, both ways, over the same NF4 base."""
+"""Adapter files: a model has the same logits under PEFT and here, whichever side trained it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ safetensors = pytest.importorskip("safetensors.torch")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*checkpointing.*deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed"),
-    pytest.mark.filterwarnings("ignore:Adapter .* LoRA tensor.* have invalid shape"),  # of a bias
+    # PEFT warns so about the shape of a LoRA bias.
+    pytest.mark.filterwarnings("ignore:Adapter .* LoRA tensor.* have invalid shape"),
 ]
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -56,7 +57,7 @@ def nf4_llama(dtype: torch.dtype = torch.float32) -> Any:
 
 
 def bitsandbytes_llama(dtype: torch.dtype = torch.float32) -> Any:
-    """The same model with the same bytes in bitsandbytes' layers."""
+    """Returns the model of `nf4_llama` with the same bytes in bitsandbytes' layers."""
     model = nf4_llama(dtype)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, NF4Linear):
@@ -70,7 +71,7 @@ def bitsandbytes_llama(dtype: torch.dtype = torch.float32) -> Any:
 
 
 def dequantized_llama() -> Any:
-    """The same model in float64, with the weights that NF4 defines."""
+    """Returns the same model in float64 with the weights that the NF4 bytes stand for."""
     dense, quantized = tiny_llama(torch.float64), nf4_llama()
     for name, layer in quantized.named_modules():
         if isinstance(layer, NF4Linear):
@@ -80,7 +81,7 @@ def dequantized_llama() -> Any:
 
 
 def under_peft(folder: Path, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Logits of PEFT + bitsandbytes over the NF4 base; in float64, of PEFT over the exact base."""
+    """Returns PEFT's logits: over bitsandbytes' NF4 base or, in float64, over the exact base."""
     if dtype == torch.float64:
         model = peft.PeftModel.from_pretrained(dequantized_llama(), folder).double()
     else:
@@ -119,7 +120,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_trained_here_is_the_same_under_peft(
+def test_an_adapter_trained_here_gives_the_same_logits_under_peft(
     variant: str, dtype: torch.dtype, tmp_path: Path, ids: Tensor
 ) -> None:
     model = pylora.add_lora(nf4_llama(dtype), r=4, lora_alpha=8, **VARIANTS[variant])
@@ -133,7 +134,7 @@ def test_trained_here_is_the_same_under_peft(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("variant", [*VARIANTS, "patterns"])
-def test_trained_under_peft_is_the_same_here(
+def test_an_adapter_trained_under_peft_gives_the_same_logits_here(
     variant: str, dtype: torch.dtype, tmp_path: Path, ids: Tensor
 ) -> None:
     options: dict[str, Any] = {"target_modules": "all-linear", **VARIANTS.get(variant, {})}
@@ -184,7 +185,7 @@ def test_keys_and_metadata_are_those_peft_writes(variant: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_round_trip(variant: str, tmp_path: Path, ids: Tensor) -> None:
+def test_a_saved_adapter_is_loaded_bit_for_bit(variant: str, tmp_path: Path, ids: Tensor) -> None:
     model = pylora.add_lora(nf4_llama(), r=4, **VARIANTS[variant])
     train(model, ids)
     pylora.save_adapter(model, tmp_path)
@@ -196,7 +197,7 @@ def test_round_trip(variant: str, tmp_path: Path, ids: Tensor) -> None:
     assert torch.equal(our_logits(twin, ids), our_logits(model, ids))
 
 
-def test_fills_layers_that_are_there(tmp_path: Path, ids: Tensor) -> None:
+def test_loading_fills_the_lora_layers_that_are_there(tmp_path: Path, ids: Tensor) -> None:
     options = {"r": 4, "target_modules": ["q_proj", "up_proj"]}
     model = pylora.add_lora(nf4_llama(), lora_alpha=8, use_rslora=True, **options)
     train(model, ids)
@@ -210,7 +211,7 @@ def test_fills_layers_that_are_there(tmp_path: Path, ids: Tensor) -> None:
     assert torch.equal(our_logits(twin, ids), our_logits(model, ids))
 
 
-def test_dtypes(tmp_path: Path, ids: Tensor) -> None:
+def test_the_dtype_is_saved_and_can_be_chosen_on_load(tmp_path: Path, ids: Tensor) -> None:
     model = pylora.add_lora(nf4_llama(), r=4, dtype=torch.bfloat16)
     train(model, ids)
     pylora.save_adapter(model, tmp_path)
@@ -223,8 +224,8 @@ def test_dtypes(tmp_path: Path, ids: Tensor) -> None:
     assert torch.equal(our_logits(narrow, ids), our_logits(model, ids))
 
 
-def test_a_tied_head_trained_in_full(tmp_path: Path, ids: Tensor) -> None:
-    """PEFT trains a copy of the head; the embedding it was tied to stays."""
+def test_a_tied_head_trained_in_full_leaves_the_embedding(tmp_path: Path, ids: Tensor) -> None:
+    """PEFT trains a copy of the head. The embedding that shared its weight stays as it was."""
 
     def tied() -> Any:
         model = tiny_llama()
@@ -241,7 +242,7 @@ def test_a_tied_head_trained_in_full(tmp_path: Path, ids: Tensor) -> None:
     assert torch.equal(our_logits(twin, ids), our_logits(model, ids))
 
 
-def test_layers_of_different_rank(tmp_path: Path, ids: Tensor) -> None:
+def test_layers_of_different_rank_are_saved_as_patterns(tmp_path: Path, ids: Tensor) -> None:
     model = pylora.add_lora(nf4_llama(), r=4, target_modules=["q_proj", "v_proj"])
     pylora.add_lora(model, r=2, lora_alpha=5, target_modules=["layers.1.mlp.up_proj"])
     train(model, ids)
@@ -255,7 +256,7 @@ def test_layers_of_different_rank(tmp_path: Path, ids: Tensor) -> None:
 
 
 class Nested(nn.Module):
-    """Names that are the endings of other names."""
+    """A model in which some names are the endings of other names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -272,9 +273,7 @@ class Nested(nn.Module):
     [{"proj"}, {"inner.proj"}, {"proj", "inner.proj"}, {"proj", "inner.other"}],
     ids=lambda targets: "+".join(sorted(targets)),
 )
-def test_targets_are_described_so_that_peft_finds_the_same(
-    targets: set[str], tmp_path: Path
-) -> None:
+def test_peft_finds_the_targets_that_were_saved(targets: set[str], tmp_path: Path) -> None:
     model = pylora.add_lora(Nested(), r=2, target_modules="|".join(map(re.escape, targets)))
     pylora.save_adapter(model, tmp_path)
     theirs = peft.PeftModel.from_pretrained(Nested(), tmp_path)
@@ -284,7 +283,7 @@ def test_targets_are_described_so_that_peft_finds_the_same(
     assert {n for n, m in twin.named_modules() if isinstance(m, LoRALinear)} == targets
 
 
-def test_wrapped_models_use_plain_names(tmp_path: Path) -> None:
+def test_compiled_models_are_saved_under_plain_names(tmp_path: Path) -> None:
     model = pylora.add_lora(Nested(), r=2)
     pylora.save_adapter(torch.compile(copy.deepcopy(model), backend="eager"), tmp_path)
     loaded = pylora.load_adapter(torch.compile(Nested(), backend="eager"), tmp_path)
@@ -292,7 +291,7 @@ def test_wrapped_models_use_plain_names(tmp_path: Path) -> None:
 
 
 class Tied(nn.Module):
-    """An embedding and a head that share their weight."""
+    """A model whose embedding and head share their weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -325,15 +324,15 @@ def test_a_tied_pair_is_two_parameters_only_if_the_file_says_so(
 
 
 @pytest.mark.parametrize("name", ["a+b", "c(d", "[e]", "f*"])
-def test_names_with_characters_of_regular_expressions(tmp_path: Path, name: str) -> None:
+def test_names_with_characters_of_regular_expressions_are_saved(tmp_path: Path, name: str) -> None:
     peft = pytest.importorskip("peft")
     base = nn.Sequential(nn.ModuleDict({name: nn.Linear(8, 8), "g": nn.Linear(8, 8)}))
     base.forward = lambda x: base[0]["g"](base[0][name](x))  # type: ignore[method-assign]
     model = pylora.add_lora(copy.deepcopy(base), r=2, lora_alpha=4, target_modules=["g"])
-    other = pylora.add_lora(nn.ModuleDict({"x": nn.Linear(8, 8)}), r=3, lora_alpha=9)["x"]
-    other.base_layer = model[0][name]
-    model[0][name] = other
-    for layer in (model[0]["g"], other):
+    lora_of_rank_3 = pylora.add_lora(nn.ModuleDict({"x": nn.Linear(8, 8)}), r=3, lora_alpha=9)["x"]
+    lora_of_rank_3.base_layer = model[0][name]
+    model[0][name] = lora_of_rank_3
+    for layer in (model[0]["g"], lora_of_rank_3):
         nn.init.normal_(layer.lora_B)
     pylora.save_adapter(model, tmp_path)
     reloaded = pylora.load_adapter(copy.deepcopy(base), tmp_path)

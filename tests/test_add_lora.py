@@ -1,4 +1,4 @@
-"""add_lora: wraps the layers PEFT would, freezes the rest, finds errors before any change."""
+"""add_lora wraps the layers that PEFT would, freezes the rest, and checks before any change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pylora
 from pylora.nn import LoRALinear, NF4Linear
 
 transformers = pytest.importorskip("transformers")
-# Its newer name for gradient checkpointing is not in every version that this package allows.
+# Not every version of transformers that pylora allows has the newer name for checkpointing.
 pytestmark = pytest.mark.filterwarnings("ignore:.*checkpointing.*deprecated:FutureWarning")
 
 
@@ -40,7 +40,7 @@ def trainable(model: nn.Module) -> set[str]:
 
 
 def snapshot(model: nn.Module) -> list[Any]:
-    """Object identities: the same modules, the same parameters, the same trainability."""
+    """Records which objects the modules and parameters are, and which parameters are trainable."""
     parameters = [(n, id(p), p.requires_grad) for n, p in model.named_parameters()]
     return [[(n, id(m)) for n, m in model.named_modules()], parameters]
 
@@ -61,7 +61,7 @@ TARGETS: list[Any] = [
 
 @pytest.mark.parametrize("targets", TARGETS, ids=str)
 @pytest.mark.parametrize("modules_to_save", [[], ["lm_head"], ["layers.1.mlp"]], ids=str)
-def test_wraps_what_peft_wraps(targets: Any, modules_to_save: list[str]) -> None:
+def test_wraps_the_layers_that_peft_wraps(targets: Any, modules_to_save: list[str]) -> None:
     peft = pytest.importorskip("peft")
     model = tiny_llama()
     config = peft.LoraConfig(r=3, target_modules=targets, modules_to_save=modules_to_save or None)
@@ -110,7 +110,7 @@ def test_starts_as_the_base_and_trains(quantized: bool) -> None:
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_gradient_checkpointing(use_reentrant: bool, when: str) -> None:
+def test_gradient_checkpointing_changes_no_gradient(use_reentrant: bool, when: str) -> None:
     model = pylora.quantize_model(tiny_llama(), double_quant=True)
     if when == "before":
         enable_checkpointing(model, use_reentrant)
@@ -125,10 +125,10 @@ def test_gradient_checkpointing(use_reentrant: bool, when: str) -> None:
         enable_checkpointing(model, use_reentrant)
     ids = torch.randint(97, (2, 9))
     gradients = []
-    for each in (plain, model):
-        torch.manual_seed(3)  # the mask must be that of the forward when it is recomputed
-        each.train()(input_ids=ids, labels=ids).loss.backward()
-        gradients.append({n: p.grad for n, p in each.named_parameters() if p.requires_grad})
+    for llama in (plain, model):
+        torch.manual_seed(3)  # the recomputed forward must draw the same dropout mask
+        llama.train()(input_ids=ids, labels=ids).loss.backward()
+        gradients.append({n: p.grad for n, p in llama.named_parameters() if p.requires_grad})
     assert gradients[1].keys() == gradients[0].keys()
     for name, gradient in gradients[1].items():
         assert gradient is not None and gradient.any(), name
@@ -150,7 +150,7 @@ def test_options_reach_the_layers() -> None:
     assert other[0].lora_B_bias is not None and other[0].lora_A.dtype == torch.float32
 
 
-def test_hybrid_of_lora_and_full_training_over_nf4() -> None:
+def test_modules_to_save_are_trained_in_full_beside_lora_over_nf4() -> None:
     model = pylora.quantize_model(tiny_llama(), double_quant=True).bfloat16()
     packed = model.model.layers[1].mlp.up_proj
     expected = packed.nf4_weight.dequantize()
@@ -200,7 +200,7 @@ def test_a_layer_at_two_places_is_wrapped_once() -> None:
     assert model["a"] is model["b"] and isinstance(model["a"], LoRALinear)
 
 
-def test_hooks_and_mode_move_along() -> None:
+def test_hooks_and_mode_are_kept() -> None:
     model = nn.Sequential(nn.Linear(8, 8)).eval()
     seen: list[type] = []
     model[0].register_forward_hook(lambda module, args, output: seen.append(type(module)))
@@ -281,10 +281,10 @@ def test_a_peft_model_is_refused() -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["q_proj"])
     model = peft.get_peft_model(tiny_llama(), config)
-    for each in (model, model.base_model.model):
+    for peft_model in (model, model.base_model.model):
         for helper in (pylora.add_lora, pylora.quantize_model, pylora.merge):
             with pytest.raises(ValueError, match="PEFT adapters"):
-                helper(each)
+                helper(peft_model)
 
 
 def test_a_last_component_as_a_string_is_explained() -> None:

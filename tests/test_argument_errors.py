@@ -1,4 +1,4 @@
-"""Arguments of the wrong kind: one error that names the argument, what it was, what it must be."""
+"""A wrong argument raises one error that names it, says what it was and what it must be."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize("call, error, message", CASES, ids=[message for _, _, message in CASES])
-def test_error_says_what_is_wrong(
+def test_error_names_the_argument(
     call: Callable[[], Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
@@ -76,7 +76,7 @@ def test_error_says_what_is_wrong(
 
 
 @pytest.mark.parametrize("scaling", [1, torch.tensor(2.0), True], ids=repr)
-def test_whatever_float_reads_is_a_number(scaling: Any) -> None:
+def test_scaling_may_be_whatever_float_accepts(scaling: Any) -> None:
     torch.manual_seed(0)
     expected = lora(float(scaling))
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """Bank conflicts of the CUDA kernels, counted by the executor of host_cuda/ from real addresses.
 
-A conflict is a wavefront beyond the least that an access takes. The numbers here are conflicts per
-1000 accesses of a warp; every access that is not named has none.
+A conflict is a wavefront beyond the fewest that an access can take. The numbers here are conflicts
+per 1000 accesses of a warp. Every access that is not named has no conflicts.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ import torch
 from host_cuda import BACKWARD_KERNELS, DRIVER, HOPPER_KERNELS, SMALL_M_KERNELS, start
 from host_cuda.linear import check_linear, check_linear_backward
 
-Access = tuple[str, str]  # a function of the kernel, and what it does: operation and bytes a lane
+Access = tuple[str, str]  # the function of the kernel; the operation and its bytes per lane
 
 
 class Counts:
-    """What a program has counted, the accesses of one function together."""
+    """The counts in a program's report, with all accesses of a function added up."""
 
     def __init__(self, path: Path) -> None:
         self.accesses: Counter[Access] = Counter()
         self.conflicts: Counter[Access] = Counter()
         for site in json.loads(path.read_text())["accesses"]:
-            # The name before the first parameters: a lambda goes by the function around it.
+            # Take the name before the first parameter list: a lambda counts for the function around
+            # it.
             function = re.search(r"(\w+)(<[^<>]*>)?\(", site["function"])
             assert function is not None
             access = function[1], f"{site['operation']} {site['bytes']}"
@@ -35,7 +36,7 @@ class Counts:
             self.conflicts[access] += site["wavefronts"] - site["least"]
 
     def per_thousand(self) -> dict[Access, int]:
-        """The accesses that have conflicts."""
+        """Returns the conflicts per 1000 accesses, for the accesses that have conflicts."""
         return {
             access: round(1000 * conflicts / self.accesses[access])
             for access, conflicts in self.conflicts.items()
@@ -50,7 +51,8 @@ def counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], Coun
     return lambda: Counts(path)
 
 
-# Patterns of host_cuda/mutants_banks.cpp: accesses, wavefronts of one of them, the least there are.
+# Each pattern of host_cuda/mutants_banks.cpp: the wavefronts that one access takes, and the fewest
+# that it can take.
 PATTERNS = {
     "words beside each other": (1, 1),
     "every other word": (2, 1),
@@ -82,8 +84,8 @@ def totals(path: Path) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_known_patterns(compiled, counts, tmp_path: Path, pattern: str):
-    """Each is accessed three times."""
+def test_known_patterns_have_their_wavefronts(compiled, counts, tmp_path: Path, pattern: str):
+    """The program makes each access three times."""
     ran = start(compiled("mutants_banks"), pattern)
     assert ran.returncode == 0, ran.stderr.decode()
     wavefronts, least = PATTERNS[pattern]
@@ -91,16 +93,16 @@ def test_known_patterns(compiled, counts, tmp_path: Path, pattern: str):
 
 
 def test_lanes_that_do_not_meet_are_counted_wrongly(compiled, counts, tmp_path: Path):
-    """The limit of the count: half of the lanes skip an access, and nothing brings them together.
+    """This is the limit of the count: half of the lanes skip an access, and no barrier joins them.
 
-    The wavefronts are 3 if the lanes meet after each access.
+    The access would take 3 wavefronts if the lanes met after each one.
     """
     ran = start(compiled("mutants_banks"), "lanes that skip an access")
     assert ran.returncode == 0, ran.stderr.decode()
     assert totals(tmp_path / "report.json") == (3, 5, 3)
 
 
-# The kernels: what their main loops access, of which there must be some.
+# The accesses in the main loop of each kernel. Each of them must occur.
 SMALL_LOOP = [
     ("decode_pair", "load 4"),
     ("fetch", "cp.async 16"),
@@ -116,7 +118,8 @@ BACKWARD_LOOP = [
 HOPPER_LOOP = [("decode_pair", "load 4"), ("decode_k_tile", "load 16")]
 
 
-# Beside the loop: x on its way into shared memory, and the sums of the warps.
+# Two accesses outside the main loop: x is stored in shared memory, and the sums of the warps are
+# read.
 STAGING = ("lora_linear_small_m", "store 16")
 SUMS = ("lora_linear_small_m", "load 4")
 
@@ -135,12 +138,14 @@ SUMS = ("lora_linear_small_m", "load 4")
         (64, {SUMS: 667}),
     ],
 )
-def test_small_m(compiled, counts, M: int, expected: dict[Access, int]):
+def test_small_m_has_only_the_known_conflicts(
+    compiled, counts, M: int, expected: dict[Access, int]
+):
     program = compiled("lora_linear", *SMALL_M_KERNELS)
     check_linear(program, (M, 70, 512), processors=2)
-    found = counts()
-    assert all(found.accesses[access] for access in SMALL_LOOP)
-    assert found.per_thousand() == expected
+    counted = counts()
+    assert all(counted.accesses[access] for access in SMALL_LOOP)
+    assert counted.per_thousand() == expected
 
 
 STAGING_GRAD = ("stage_grad", "store 16")
@@ -161,26 +166,30 @@ STAGING_GRAD = ("stage_grad", "store 16")
         (64, {}),
     ],
 )
-def test_small_m_backward(compiled, counts, M: int, expected: dict[Access, int]):
+def test_small_m_backward_has_only_the_known_conflicts(
+    compiled, counts, M: int, expected: dict[Access, int]
+):
     program = compiled("nf4_linear_backward", *BACKWARD_KERNELS)
     check_linear_backward(program, (M, 136, 320))
-    found = counts()
-    assert all(found.accesses[access] for access in BACKWARD_LOOP)
-    assert found.per_thousand() == expected
+    counted = counts()
+    assert all(counted.accesses[access] for access in BACKWARD_LOOP)
+    assert counted.per_thousand() == expected
 
 
 @pytest.mark.parametrize(
     ("shape", "processors"),
     [((300, 120, 640), 1), ((250, 200, 384), 1), ((130, 70, 1088), 5)],
 )
-def test_hopper(compiled, counts, tmp_path: Path, shape: tuple[int, int, int], processors: int):
-    """No conflicts at all; and wgmma reads what TMA brings, so that no fence is needed."""
+def test_hopper_has_no_conflicts(
+    compiled, counts, tmp_path: Path, shape: tuple[int, int, int], processors: int
+):
+    """There are no conflicts at all. wgmma reads what TMA writes, so no fence is needed."""
     program = compiled("lora_linear_hopper", *HOPPER_KERNELS, twins=DRIVER)
     check_linear(program, shape, torch.bfloat16, processors=processors)
-    found = counts()
-    assert all(found.accesses[access] for access in HOPPER_LOOP)
-    assert found.accesses["store_turn", "stmatrix 16"] > 0
-    assert found.per_thousand() == {}
+    counted = counts()
+    assert all(counted.accesses[access] for access in HOPPER_LOOP)
+    assert counted.accesses["store_turn", "stmatrix 16"] > 0
+    assert counted.per_thousand() == {}
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["async_reads"] > 0 and report["async_writes"] > 0
     assert report["async_fences"] == 0

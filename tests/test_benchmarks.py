@@ -1,6 +1,6 @@
 """The benchmark harness: its command line, what it refuses, its files and its statistics.
 
-No test looks at a time: what is run here is tiny and only has to come out whole.
+No test looks at a time. The runs here are tiny and only have to finish with whole results.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LIMITS = {"read_bytes_per_s": 1e10, "copy_bytes_per_s": 2e10, "matmul_flop_per_s
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the command line writes for one tiny cell an op and mode."""
+    """The files that the command line writes for one tiny cell of each op and mode."""
     out = tmp_path_factory.mktemp("results")
     command = "-m benchmarks run --op nf4_quantize --op lora_linear --shape 32x64 --tokens 2"
     command += " --against dense,reference --threads 1 --seconds 0 --seed 7"
@@ -55,7 +55,7 @@ def run(folder: Path) -> dict[str, Any]:
     return results.load(folder / "lora_linear.json")
 
 
-def test_run_writes_everything(run: dict[str, Any]) -> None:
+def test_run_writes_every_cell_and_contender(run: dict[str, Any]) -> None:
     assert run["seed"] == 7 and run["machine"]["threads"] == 1
     assert run["versions"]["torch"] == torch.__version__
     assert [cell["mode"] for cell in run["cells"]] == [FORWARD, TRAINING]
@@ -78,7 +78,9 @@ def test_list_names_ops_and_contenders(capsys: pytest.CaptureFixture[str]) -> No
     assert "bitsandbytes + PEFT train" in printed and "Llama-3 70B" in printed
 
 
-def test_compare_and_report(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_and_report_read_what_a_run_wrote(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = str(folder / "lora_linear.json")
     assert main(["compare", path, path]) == 0
     assert "same" in capsys.readouterr().out
@@ -87,7 +89,9 @@ def test_compare_and_report(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["report", str(folder)]) == 0
     page = (folder / "report.html").read_text()
     assert "<svg" in page and "dense bf16" in page
-    assert not re.search(r"""(src|href)=["'](?!#)|@import|url\((?!#)""", page), "an external asset"
+    assert not re.search(r"""(src|href)=["'](?!#)|@import|url\((?!#)""", page), (
+        "the page must not load external assets"
+    )
     assert list(folder.glob("lora_linear-forward-eager-speedup.png"))
     assert not list(folder.glob(".*")), "a temporary file was left behind"
 
@@ -100,14 +104,14 @@ def test_compare_names_what_became_slower(
         if result["contender"] == "pylora":
             for name in ("median_s", "p20_s", "p80_s"):
                 result[name] *= 100
-    for name, each in (("a", run), ("b", slower)):
-        results.save(tmp_path / f"{name}.json", each)
+    for name, saved_run in (("a", run), ("b", slower)):
+        results.save(tmp_path / f"{name}.json", saved_run)
     assert main(["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 1
     assert capsys.readouterr().out.count("SLOWER") == 1
 
 
 def test_compare_shows_host_times(run: dict[str, Any], tmp_path: Path) -> None:
-    """A GPU run has the host's time beside the device's, and a slower host is slower for a user."""
+    """A GPU run has the host's time beside the device's. A slower host counts as slower."""
 
     def with_host_times(ours: float, control: float) -> dict[str, Any]:
         seconds, changed = {"pylora": ours, "pylora (control)": control}, copy.deepcopy(run)
@@ -121,7 +125,7 @@ def test_compare_shows_host_times(run: dict[str, Any], tmp_path: Path) -> None:
     (row,) = [line for line in table.splitlines() if "  pylora: host " in line]
     assert slower == table.count("SLOWER") == 1
     assert "20 us" in row and "30 us" in row and "+50.0%" in row and row.endswith("SLOWER")
-    # Two copies of pylora differ by more than that: such a machine cannot tell.
+    # Two copies of pylora differ by more than that, so this machine cannot tell them apart.
     table, slower = tables.compare_table(before, with_host_times(30e-6, 60e-6))
     assert slower == 0 and "SLOWER" not in table
     assert "host" not in tables.compare_table(run, run)[0]
@@ -152,18 +156,18 @@ def _scaled(contender: Contender, factor: float, name: str, is_ours: bool) -> Co
 
 
 @pytest.mark.parametrize("mode", [FORWARD, BACKWARD, TRAINING])
-def test_a_wrong_result_of_ours_is_not_timed(mode: str) -> None:
+def test_a_wrong_result_of_pylora_is_not_timed(mode: str) -> None:
     ours = bench_of("lora_linear").contenders[0]
-    found = _harness_report(
+    reports = _harness_report(
         _scaled(ours, 1.05, "pylora", True), _scaled(ours, 1.05, "peer", False), mode=mode
     )
-    assert found["pylora"]["status"] == "refused" and found["pylora"]["samples"] == 0
-    assert found["pylora"]["median_s"] is None
-    assert "error is" in found["pylora"]["note"]
-    assert found["peer"]["status"] == "fails the rule" and found["peer"]["samples"] > 0
+    assert reports["pylora"]["status"] == "refused" and reports["pylora"]["samples"] == 0
+    assert reports["pylora"]["median_s"] is None
+    assert "error is" in reports["pylora"]["note"]
+    assert reports["peer"]["status"] == "fails the rule" and reports["peer"]["samples"] > 0
 
 
-def test_the_variant_named_is_that_of_the_backend_asked_for() -> None:
+def test_a_result_names_the_variant_of_the_backend_that_ran() -> None:
     ours = bench_of("lora_linear").contenders[0]
 
     def build(tensors: Any) -> BuiltLayer:
@@ -171,15 +175,15 @@ def test_the_variant_named_is_that_of_the_backend_asked_for() -> None:
         layer.backend = "reference"
         return layer
 
-    found = _harness_report(ours, replace(ours, build=build, name="forced", is_ours=False))
-    assert found["forced"]["variant"].startswith("reference")
+    reports = _harness_report(ours, replace(ours, build=build, name="forced", is_ours=False))
+    assert reports["forced"]["variant"].startswith("reference")
 
 
 @pytest.mark.parametrize("mode", [FORWARD, BACKWARD, TRAINING])
 def test_every_installed_contender_is_right(mode: str) -> None:
     contenders = bench_of("lora_linear").contenders
-    found = _harness_report(*(c for c in contenders if "PEFT" not in c.name), mode=mode)
-    for name, result in found.items():
+    reports = _harness_report(*(c for c in contenders if "PEFT" not in c.name), mode=mode)
+    for name, result in reports.items():
         assert result["status"] in ("ok", "absent", "fails the rule"), (name, result["note"])
         assert result["status"] != "fails the rule" or "eval" in name, result["note"]
 
@@ -194,8 +198,8 @@ def test_every_installed_contender_is_right(mode: str) -> None:
         ("multi_lora_linear", TRAINING),
     ],
 )
-def test_contenders_of_ops_of_several_layers(op: str, mode: str) -> None:
-    """Ours is right, a wrong one of ours is refused, and so every output and gradient is judged."""
+def test_contenders_of_multi_layer_ops_are_judged(op: str, mode: str) -> None:
+    """pylora is right, and a contender whose last output is wrong is refused."""
     bench = bench_of(op)
     ours = bench.contenders[0]
 
@@ -213,14 +217,14 @@ def test_contenders_of_ops_of_several_layers(op: str, mode: str) -> None:
     wrong = replace(ours, build=build, name="wrong")
     slow = "PEFT" if op != "multi_lora_linear" else "dense"
     others = [c for c in bench.contenders[1:] if slow not in c.name and not c.only_full]
-    found = _harness_report(ours, wrong, *others, mode=mode, op=op, out_features=128)
-    assert found.pop("wrong")["status"] == "refused"
-    for name, result in found.items():
+    reports = _harness_report(ours, wrong, *others, mode=mode, op=op, out_features=128)
+    assert reports.pop("wrong")["status"] == "refused"
+    for name, result in reports.items():
         assert result["status"] in ("ok", "absent") or "eval" in name, (name, result["note"])
 
 
-def test_ops_of_several_layers_and_host_times_are_left_to_the_full_suite() -> None:
-    """The quick suite is to end within five minutes."""
+def test_only_the_full_suite_has_multi_layer_ops_and_host_times() -> None:
+    """The quick suite must end within five minutes."""
     assert set(ops_of("full")) - set(ops_of("quick")) == {
         "lora_qkv",
         "lora_mlp",
@@ -229,7 +233,7 @@ def test_ops_of_several_layers_and_host_times_are_left_to_the_full_suite() -> No
     }
 
 
-def test_least_work_of_ops_of_several_layers() -> None:
+def test_least_work_of_multi_layer_ops_counts_each_tensor_once() -> None:
     m, n, k, r = 8, 256, 64, 4
     for op, shapes in (
         ("lora_qkv", [(64, k), (96, k), (96, k)]),
@@ -244,17 +248,17 @@ def test_least_work_of_ops_of_several_layers() -> None:
         assert work.bytes == weights * 4.5 / 8 + 2 * (lora + m * k + m * cell.result_features)
 
 
-def test_what_a_contender_raises_ends_only_its_own_part() -> None:
+def test_an_error_of_one_contender_leaves_the_others() -> None:
     def build(tensors: Any) -> BuiltLayer:
         raise RuntimeError("no such kernel")
 
     ours = bench_of("lora_linear").contenders[0]
-    found = _harness_report(
+    reports = _harness_report(
         ours, Contender("broken", build), Contender("gone", build, ("no-such",))
     )
-    assert found["broken"]["status"] == "error" and "no such kernel" in found["broken"]["note"]
-    assert found["gone"]["status"] == "absent" and "no-such" in found["gone"]["note"]
-    assert found["pylora"]["status"] == "ok"
+    assert reports["broken"]["status"] == "error" and "no such kernel" in reports["broken"]["note"]
+    assert reports["gone"]["status"] == "absent" and "no-such" in reports["gone"]["note"]
+    assert reports["pylora"]["status"] == "ok"
 
 
 def test_a_contender_that_would_take_minutes_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,14 +268,14 @@ def test_a_contender_that_would_take_minutes_is_left_out(monkeypatch: pytest.Mon
     )
     harness = Harness(torch.device("cpu"), seed=1, seconds=0.0, limits=LIMITS)
 
-    def statuses(rows: int) -> list[str]:
-        cell = Cell("lora_linear", FORWARD, 32, 64, rows, rank=4)
+    def statuses(tokens: int) -> list[str]:
+        cell = Cell("lora_linear", FORWARD, 32, 64, tokens, rank=4)
         (report,) = harness.run(bench_of("lora_linear"), (ours, reference), cell)
         return [result["status"] for result in report["results"]]
 
     assert statuses(1) == ["ok"] * 3
     monkeypatch.setattr("benchmarks.harness._SLOW_CALL", 0.0)
-    assert statuses(1) == ["ok"] * 3, "as many rows as were measured"
+    assert statuses(1) == ["ok"] * 3, "it is left out only at more tokens"
     assert statuses(2) == ["absent"] * 3
 
 
@@ -293,7 +297,9 @@ def test_a_contender_that_would_take_minutes_is_left_out(monkeypatch: pytest.Mon
         (lambda run: run["cells"].append(3), "is int; it must be an object"),
     ],
 )
-def test_invalid_results(run: dict[str, Any], tmp_path: Path, change: Any, message: str) -> None:
+def test_invalid_results_are_refused(
+    run: dict[str, Any], tmp_path: Path, change: Any, message: str
+) -> None:
     change(run)
     path = tmp_path / "run.json"
     path.write_text(json.dumps(run))
@@ -304,8 +310,10 @@ def test_invalid_results(run: dict[str, Any], tmp_path: Path, change: Any, messa
     assert not (tmp_path / "other.json").exists()
 
 
-def test_results_of_the_schema_before(run: dict[str, Any], tmp_path: Path) -> None:
-    """Runs on a CPU are read with the names of today; times on a GPU meant something else."""
+def test_results_of_an_older_schema_are_read_on_a_cpu_only(
+    run: dict[str, Any], tmp_path: Path
+) -> None:
+    """GPU runs of the older schema are refused, because their times meant something else."""
     path, run = tmp_path / "run.json", copy.deepcopy(run)
     for result in (result for cell in run["cells"] for result in cell["results"]):
         result["timing_note"] = ""
@@ -327,7 +335,7 @@ def test_results_of_the_schema_before(run: dict[str, Any], tmp_path: Path) -> No
         results.load(committed)
 
 
-def test_unreadable_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_results_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.json"
     with pytest.raises(results.InvalidResults, match="cannot be read"):
         results.load(path)
@@ -359,7 +367,7 @@ def test_unknown_names_are_refused() -> None:
     assert "dense fp32" in [c.name for c in selected(bench_of("nf4_linear"), ["dense"], few=True)]
 
 
-def test_quantiles() -> None:
+def test_quantiles_are_those_of_torch() -> None:
     samples = torch.rand(37).tolist()
     for q in (0.0, 0.2, 0.5, 0.8, 1.0):
         expected = torch.tensor(samples, dtype=torch.float64).quantile(q).item()
@@ -395,7 +403,7 @@ def test_samples_fit_the_budget_and_are_spread() -> None:
     assert len({tuple(turn) for turn in turns}) > 1, "the order must change from round to round"
 
 
-def test_least_work_of_a_linear_layer() -> None:
+def test_least_work_of_a_linear_layer_counts_each_tensor_once() -> None:
     ours, _, _, dense, *_ = bench_of("lora_linear").contenders
     assert dense.name == "dense bf16"
     m, n, k, r = 8, 64, 128, 4
@@ -411,7 +419,7 @@ def test_least_work_of_a_linear_layer() -> None:
     )
 
 
-def test_goals_take_the_best_mode_and_every_shape(run: dict[str, Any]) -> None:
+def test_goals_take_the_best_mode_of_a_peer_and_every_shape(run: dict[str, Any]) -> None:
     goal = next(g for g in goals.CPU_GOALS if g.tokens == 16 and g.against == goals.BEST)
     cell = run["cells"][0]
     cell["tokens"] = 16
@@ -430,7 +438,7 @@ def test_goals_take_the_best_mode_and_every_shape(run: dict[str, Any]) -> None:
     assert "4.50" in tables.summary_table(run)
 
 
-def test_suites_are_what_they_are_called() -> None:
+def test_the_quick_suite_has_the_quick_shapes() -> None:
     quick = SUITES["quick", "cpu"]
     cells = list(quick.cells("lora_linear", has_tokens=True, has_backward=True, rank=16))
     forward = {(c.out_features, c.in_features, c.tokens) for c in cells if c.mode == FORWARD}
@@ -441,7 +449,7 @@ def test_suites_are_what_they_are_called() -> None:
 
 
 def test_the_repository_root_leaves_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else transformers and PEFT would take our kernels/ for Hugging Face's package."""
+    """Otherwise transformers and PEFT would take our kernels/ for the Hugging Face package."""
     monkeypatch.setattr(sys, "path", [str(ROOT), "", *sys.path])
     monkeypatch.chdir(ROOT)
     runpy.run_path(str(ROOT / "benchmarks" / "__main__.py"), run_name="benchmarks.__main__")

@@ -1,4 +1,4 @@
-"""The bench of host times: it comes out whole, refuses wrong results, and its goals are read.
+"""The benchmark of host times: it finishes, refuses wrong results, and its goals are read.
 
 No test looks at a time: the runs here are dry runs.
 """
@@ -39,7 +39,7 @@ needs_extension = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """(the JSON that the command line writes, what it prints)."""
+    """Returns the JSON file that the command line writes, and the text that it prints."""
     out = tmp_path_factory.mktemp("results")
     command = f"-m benchmarks run --op host --threads 1 --seconds 0 --seed 7 --out {out}"
     done = subprocess.run(
@@ -64,20 +64,20 @@ def test_every_contender_is_measured_in_every_mode(run: dict[str, Any]) -> None:
     for cell in run["cells"]:
         assert (cell["out_features"], cell["in_features"], cell["tokens"]) == (64, 64, 1)
         assert cell["timing"] == HOST
-        found = {r["contender"]: r for r in cell["results"]}
-        assert list(found) == [OURS, CONTROL, *NAMES[1:]]
-        for name, result in found.items():
+        timed = {r["contender"]: r for r in cell["results"]}
+        assert list(timed) == [OURS, CONTROL, *NAMES[1:]]
+        for name, result in timed.items():
             if name.startswith(OURS) or name in ("F.linear", "nn.Linear"):
                 assert result["status"] == "ok", (cell["mode"], name, result["note"])
-            elif result["status"] != "absent":  # a peer's eval mode rounds its scales to bf16
+            elif result["status"] != "absent":  # in eval mode a peer may round its scales to bf16
                 assert result["status"] == "ok" or "eval" in name, (name, result["note"])
             if result["status"] == "ok":
                 assert 0 < result["p20_s"] <= result["median_s"] <= result["p80_s"]
                 assert result["of_roofline"] is None and result["timing_note"] == ""
-        assert found[OURS]["rotation_bytes"] == cell["bytes"], "more than one layer"
+        assert timed[OURS]["rotation_bytes"] == cell["bytes"], "the rotation must be a single layer"
 
 
-def test_it_prints_a_row_for_each_contender_and_the_goals(dry_run: tuple[Path, str]) -> None:
+def test_the_table_has_a_row_for_each_contender_and_the_goals(dry_run: tuple[Path, str]) -> None:
     printed = dry_run[1]
     tables = printed[printed.index("host: The median") :]
     for name in ("pylora nn.LoRALinear", "pylora plan nf4_linear", "F.linear", "nn.Linear"):
@@ -88,7 +88,7 @@ def test_it_prints_a_row_for_each_contender_and_the_goals(dry_run: tuple[Path, s
     assert line.endswith(("met", "MISSED"))
 
 
-def test_compare_and_report_read_it(
+def test_compare_and_report_read_a_run_of_host_times(
     dry_run: tuple[Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = str(dry_run[0])
@@ -108,24 +108,26 @@ def test_compare_and_report_read_it(
         (GRAD_FORWARD, OURS, 40e-6),
     ],
 )
-def test_goals_of_host_time(run: dict[str, Any], mode: str, contender: str, limit: float) -> None:
+def test_a_goal_of_host_time_is_met_up_to_its_limit(
+    run: dict[str, Any], mode: str, contender: str, limit: float
+) -> None:
     def outcome(seconds: float) -> goals.GoalOutcome:
         changed = copy.deepcopy(run)
         cell = next(c for c in changed["cells"] if c["mode"] == mode)
         next(r for r in cell["results"] if r["contender"] == contender)["median_s"] = seconds
-        (found,) = [
+        (matching,) = [
             o
             for o in goals.goal_outcomes([changed])
             if (o.goal.op, o.goal.mode, o.goal.contender) == ("host", mode, contender)
         ]
-        return found
+        return matching
 
     assert outcome(limit * 0.99).met is True
     missed = outcome(limit * 1.01)
     assert missed.met is False and list(missed.values.values()) == [limit * 1.01]
 
 
-def test_what_a_path_adds_to_its_own_c_call(run: dict[str, Any]) -> None:
+def test_the_table_shows_what_a_layer_adds_to_its_c_call(run: dict[str, Any]) -> None:
     cell = run["cells"][0]
     seconds = {
         OURS: 50e-6,
@@ -138,8 +140,8 @@ def test_what_a_path_adds_to_its_own_c_call(run: dict[str, Any]) -> None:
     }
     template = cell["results"][0]
     cell["results"] = [
-        {**template, "contender": name, "median_s": each, "has_lora": "nf4" not in name.lower()}
-        for name, each in seconds.items()
+        {**template, "contender": name, "median_s": median, "has_lora": "nf4" not in name.lower()}
+        for name, median in seconds.items()
     ]
     lora = host_tables.host_time(cell, OURS)
     assert lora is not None and lora.written() == ("50.0", "41.0", "25.00", "0.62")
@@ -183,14 +185,14 @@ def _result(contender: Contender, mode: str) -> dict[str, Any]:
     ],
 )
 def test_a_wrong_result_of_a_part_is_refused(name: str, mode: str) -> None:
-    """The last result is changed: y in a forward, else a gradient."""
+    """The last result is spoiled: y in a forward, a gradient in the other modes."""
 
     def spoil(layer: BuiltLayer) -> None:
         right = layer.result
 
         def wrong(raw: Any) -> Any:
-            *others, last = right(raw)
-            return (*others, last * 1.05)
+            *others, result = right(raw)
+            return (*others, result * 1.05)
 
         layer.result = wrong
 
@@ -201,13 +203,13 @@ def test_a_wrong_result_of_a_part_is_refused(name: str, mode: str) -> None:
 
 @needs_extension
 @pytest.mark.parametrize("mode", [FORWARD, TRAINING])
-def test_a_backend_without_a_c_call_is_told(mode: str) -> None:
+def test_a_backend_without_a_c_call_is_reported(mode: str) -> None:
     def on_reference(layer: BuiltLayer) -> None:
         layer.backend = "reference"
 
-    found = _result(_changed("pylora C call lora_linear", on_reference), mode)
-    assert found["status"] == "absent"
-    assert "lora_linear runs on the backend reference with 0 calls" in found["note"]
+    result = _result(_changed("pylora C call lora_linear", on_reference), mode)
+    assert result["status"] == "absent"
+    assert "lora_linear runs on the backend reference with 0 calls" in result["note"]
     assert _result(_changed("pylora plan lora_linear", on_reference), mode)["status"] == "ok"
 
 
@@ -230,7 +232,7 @@ def test_host_time_begins_on_an_idle_device_and_leaves_it_idle() -> None:
     assert seen == [*HOST_WARMUP * ["call"], "wait", *timed * ["call"], "wait"]
 
 
-def test_every_contender_gets_as_many_samples() -> None:
+def test_every_contender_gets_the_same_number_of_samples() -> None:
     seconds = {"a": 0.01, "b": 0.09}
     assert equal_counts(seconds, 2.0, least=5, most=60) == {"a": 20, "b": 20}
     assert equal_counts(seconds, 0.0, least=5, most=60) == {"a": 5, "b": 5}

@@ -1,4 +1,4 @@
-"""setup.py: for which GPUs the extension is compiled, in words if for none."""
+"""setup.py chooses the GPUs for which the extension is compiled; if there are none, it says why."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def build(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """A toolkit whose nvcc knows all but 12.0, and GPUs of the given capabilities."""
+    """Sets up a toolkit whose nvcc knows all archs but 12.0, and GPUs of the given capabilities."""
 
     def program(name: str, script: str) -> None:
         path = tmp_path / "bin" / name
@@ -56,12 +56,12 @@ def test_the_gpus_of_this_machine_decide(build, machine):
 
 
 @pytest.mark.parametrize(
-    ("gpus", "here"), [((), "no GPU;"), (("7.5",), "a GPU of 7.5, which is too old;")]
+    ("gpus", "listed"), [((), "no GPU;"), (("7.5",), "a GPU of 7.5, which is too old;")]
 )
-def test_no_gpu_means_no_gpu_code(build, machine, gpus: tuple[str, ...], here: str):
+def test_no_gpu_means_no_gpu_code(build, machine, gpus: tuple[str, ...], listed: str):
     machine(*gpus)
     reason = build.Cuda.find()
-    assert f"nvcc 12.9 is here, but nvidia-smi lists {here}" in reason
+    assert f"nvcc 12.9 is here, but nvidia-smi lists {listed}" in reason
     assert "set PYLORA_CUDA_ARCHS to a list such as 80;90a, or to all" in reason
 
 
@@ -73,14 +73,16 @@ def test_no_gpu_means_no_gpu_code(build, machine, gpus: tuple[str, ...], here: s
         ("100+PTX", ["100+PTX"]),
     ],
 )
-def test_what_is_asked_for_is_compiled(build, machine, monkeypatch, asked: str, archs: list[str]):
+def test_the_archs_asked_for_are_compiled(
+    build, machine, monkeypatch, asked: str, archs: list[str]
+):
     machine()
     monkeypatch.setenv("PYLORA_CUDA_ARCHS", asked)
     assert build.Cuda.find().archs == archs
 
 
 @pytest.mark.parametrize(("home", "reason"), [("", "CUDA_HOME is empty"), (".", "not found")])
-def test_no_toolkit_is_told(build, monkeypatch, home: str, reason: str):
+def test_a_missing_toolkit_is_the_reason(build, monkeypatch, home: str, reason: str):
     monkeypatch.setenv("CUDA_HOME", home)
     assert reason in build.Cuda.find()
 
@@ -94,7 +96,7 @@ def test_no_toolkit_is_told(build, monkeypatch, home: str, reason: str):
         ("8.9", "89"),
         ("9.0", "90a"),
         ("10.3", "100+PTX"),
-        ("11.0", "100+PTX"),  # PTX, as no binary is of its major version
+        ("11.0", "100+PTX"),  # PTX, because no binary has its major version
         ("12.1", "120"),
         ("13.0", "100+PTX"),
     ],
@@ -103,6 +105,6 @@ def test_a_gpu_gets_code_that_it_runs(build, capability: str, arch: str | None):
     assert build.arch_for(capability, KNOWN) == arch
 
 
-def test_ptx_alone_serves_what_follows_the_architecture_for_one_gpu(build):
+def test_only_ptx_serves_a_gpu_newer_than_an_arch_specific_binary(build):
     assert build.arch_for("9.1", ["90a"]) is None
     assert build.arch_for("9.1", ["80+PTX", "90a"]) == "80+PTX"

@@ -1,4 +1,4 @@
-"""Call records and the flat arguments of torch's schemas: one way there and back."""
+"""Call records are turned into the flat arguments of torch's schemas and back without loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pylora import calls, selfcheck
 from pylora.ops.registration import OPS
 from pylora.ops.spec import SPECS
 
-CASES = {case.op: case for case in selfcheck.cases()}  # the last of each op, with dropout
+CASES = {case.op: case for case in selfcheck.cases()}  # the last case of each op, which has dropout
 
 
 def same(a: Any, b: Any) -> bool:
@@ -30,7 +30,7 @@ def test_every_record_has_a_spec_and_a_case() -> None:
 
 
 @pytest.mark.parametrize("op", SPECS)
-def test_there_and_back(op: str) -> None:
+def test_flat_arguments_survive_the_way_to_a_record_and_back(op: str) -> None:
     spec, flat = SPECS[op], CASES[op].args
     again = spec.flatten(spec.read(flat))
     assert len(again) == len(flat) and all(map(same, again, flat))
@@ -38,19 +38,21 @@ def test_there_and_back(op: str) -> None:
     assert len(arguments) == len(flat)
 
 
-def test_layers_of_a_call_draw_masks_of_their_own() -> None:
+def test_each_layer_of_a_call_draws_its_own_mask() -> None:
     w = pylora.quantize_nf4(torch.randn(8, 64))
     A, B = torch.randn(2, 64), torch.randn(8, 2)
-    one = pylora.functional.Projection(w, A, B)
-    call = pylora.functional.CALLS["lora_qkv"](torch.randn(3, 64), one, one, one, 0.5, 7)
+    projection = pylora.functional.Projection(w, A, B)
+    call = pylora.functional.CALLS["lora_qkv"](
+        torch.randn(3, 64), projection, projection, projection, 0.5, 7
+    )
     read = SPECS["lora_qkv"].read(SPECS["lora_qkv"].flatten(call))
     for layers in (call.layers, read.layers):
         drawn = [layer.low_rank.dropout for layer in layers if layer.low_rank is not None]
         assert [int(d.layer_seed) for d in drawn if d is not None] == [7, 8, 9]
 
 
-def test_an_intermediate_size_is_read_from_the_layer_before() -> None:
-    """down's in_features is no argument of lora_mlp."""
+def test_the_intermediate_size_is_read_from_the_layer_before() -> None:
+    """lora_mlp has no argument for down's in_features."""
     F = pylora.functional
     gate, down = (pylora.quantize_nf4(torch.randn(size)) for size in ((48, 128), (96, 48)))
     call = F.CALLS["lora_mlp"](
@@ -60,7 +62,7 @@ def test_an_intermediate_size_is_read_from_the_layer_before() -> None:
     assert [layer.weight.shape for layer in read.layers] == [(48, 128), (48, 128), (96, 48)]
 
 
-def test_environment_is_read_once_and_again_after_a_refresh(
+def test_environment_is_read_again_only_after_a_refresh(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from pylora import dispatch
@@ -74,7 +76,7 @@ def test_environment_is_read_once_and_again_after_a_refresh(
 
 
 class TestKept:
-    """A layer keeps its record and plans, and sees whatever has changed."""
+    """A layer keeps its record and plans between calls, and still sees whatever has changed."""
 
     @staticmethod
     def layer(r: int = 4) -> pylora.nn.LoRALinear:
@@ -91,7 +93,7 @@ class TestKept:
     def check(self, layer: pylora.nn.LoRALinear, x: Tensor) -> None:
         assert torch.equal(layer(x), self.expected(layer, x))
 
-    def test_what_changes_in_place_or_by_assignment_is_seen(self) -> None:
+    def test_changes_in_place_or_by_assignment_are_seen(self) -> None:
         layer, x = self.layer(), torch.randn(3, 64)
         self.check(layer, x)
         kept = layer._kept
@@ -113,7 +115,7 @@ class TestKept:
         layer.bfloat16()
         self.check(layer, x.bfloat16())
 
-    def test_functional_call_and_parametrizations(self) -> None:
+    def test_functional_call_and_parametrizations_are_seen(self) -> None:
         layer, x = self.layer(), torch.randn(3, 64)
         self.check(layer, x)
         A = torch.randn(4, 64)
@@ -130,7 +132,7 @@ class TestKept:
         self.check(layer, x)
         self.check(layer, x)
 
-    def test_bad_input_is_refused_as_before(self) -> None:
+    def test_bad_input_is_refused_after_a_good_call(self) -> None:
         layer = self.layer()
         layer(torch.randn(3, 64))
         with pytest.raises(ValueError, match="its last dimension must be in_features = 64"):
@@ -138,11 +140,11 @@ class TestKept:
         with pytest.raises(TypeError, match="must be a floating-point dtype"):
             layer(torch.ones(3, 64, dtype=torch.int64))
 
-    def test_another_backend_takes_effect_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_another_backend_is_used_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from pylora import dispatch
 
         layer, x = self.layer(), torch.randn(3, 64)
-        for _ in range(2):  # the first call checks, the second one plans
+        for _ in range(2):  # the first call checks its arguments, and the second makes the plan
             layer(x)
         chosen: list[str] = []
         choose = dispatch.choose

@@ -1,8 +1,8 @@
 """No C++ name of the extension is defined twice.
 
-Two types or constants of one name in two files that never see each other break the one-definition
-rule, and no compiler or linker says so. clang-format puts all that stands at namespace scope in
-column 0, so that the sources can be searched for it.
+Two types or constants with the same name, in two files that never include each other, break the
+one-definition rule, and no compiler or linker says so. clang-format puts everything at namespace
+scope in column 0, so the sources can be searched for definitions.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def sources(folder: str) -> dict[Path, str]:
 
 
 def definitions(text: str) -> list[str]:
-    """What a file defines at namespace scope, unnamed namespaces aside."""
+    """Lists what a file defines at namespace scope, except in unnamed namespaces."""
     text = UNNAMED.sub("", text)
-    found = [name for pattern in (TYPE, ALIAS, CONSTANT) for name in pattern.findall(text)]
+    names = [name for pattern in (TYPE, ALIAS, CONSTANT) for name in pattern.findall(text)]
     for match in FUNCTION.finditer(text):
         template = re.search(r"template <[^\n]*>\n\Z", text[: match.start()])
-        found.append(" ".join(f"{template[0] if template else ''}{match[0]}".split()))
-    return found
+        names.append(" ".join(f"{template[0] if template else ''}{match[0]}".split()))
+    return names
 
 
 def defined_twice(files: dict[Path, str]) -> dict[str, list[str]]:
@@ -56,7 +56,7 @@ def defined_twice(files: dict[Path, str]) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("folder", NAMESPACES)
-def test_each_folder_has_a_namespace_of_its_own(folder: str):
+def test_each_folder_has_its_own_namespace(folder: str):
     for path, text in sources(folder).items():
         opened = {name.strip() for name in NAMESPACE.findall(text)}
         assert opened <= {NAMESPACES[folder], ""}, f"{path} opens {opened}"
@@ -92,8 +92,8 @@ def test_a_second_definition_is_found(code: str):
 
 
 def test_no_function_is_compiled_for_two_instruction_sets(monkeypatch: pytest.MonkeyPatch):
-    """Of the definitions of an inline function or template the linker keeps one: that for AVX-512
-    would stop the program on a processor without it."""
+    """The linker keeps one definition of an inline function or template. If it keeps the one
+    compiled for AVX-512, the program stops on a processor without AVX-512."""
     if shutil.which("nm") is None:
         pytest.skip("no nm")
     monkeypatch.syspath_prepend(str(ROOT))
@@ -107,7 +107,7 @@ def test_no_function_is_compiled_for_two_instruction_sets(monkeypatch: pytest.Mo
     for path in objects:
         command = ["nm", "--demangle", "--defined-only", "--extern-only", str(path)]
         listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        # The compiler uses AMX in intrinsics only, so that its flags change nothing else.
+        # The compiler uses AMX only for intrinsics, so the AMX flags change no other code.
         isa = [f for f in setup.isa_flags(path.name.split(".")[0]) or [] if "amx" not in f]
         for line in listed.splitlines():
             flags[line.split(" ", 2)[2]].add((*isa,))

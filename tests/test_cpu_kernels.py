@@ -1,8 +1,8 @@
 """torch.ops.pylora_C.*: the CPU's linear kernels, on each instruction set this machine can run.
 
-The public ops are tested elsewhere; here are the cases in which a kernel takes another path: few
-and many tokens, every panel and tile remainder, blocks that straddle rows, ranks beyond a tile,
-threads.
+The tests of the public ops are in other files. The cases here make the kernels take other branches:
+few and many tokens, every panel and tile remainder, blocks that straddle rows, ranks beyond a tile,
+several threads.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ ops = torch.ops.pylora_C
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 GRADIENTS = [True, False, True, True, True, True, True]
 
-# tokens, out_features, in_features, blocksize, nested
+# Each shape: tokens, out_features, in_features, blocksize, nested.
 SHAPES = [
     (0, 64, 128, 64, False),
     (1, 65, 128, 64, False),
-    (2, 40, 4128, 64, True),  # two stretches of absmax look-ups, a chunk cut short
+    (2, 40, 4128, 64, True),  # two rounds of absmax look-ups, and a chunk that is cut short
     (5, 33, 96, 32, True),
     (8, 48, 576, 256, False),  # rows that start inside a block
-    (3, 7, 13, 32, False),  # no groups of 32
+    (3, 7, 13, 32, False),  # no whole group of 32 weights
     (9, 130, 192, 64, False),
     (16, 24, 3420, 64, True),
     (33, 100, 1056, 32, False),
     (50, 49, 640, 128, True),
     (130, 97, 320, 4096, False),
-    (530, 16, 64, 64, False),  # two blocks of tokens
+    (530, 16, 64, 64, False),  # two batches of tokens
 ]
 
 
@@ -71,10 +71,10 @@ def lora(
     q: tuple,
     **options,
 ) -> tuple[tuple, tuple]:
-    """The public arguments of lora_linear and, for the same inputs, of lora_linear_backward."""
+    """Returns the arguments of lora_linear and, for the same inputs, of lora_linear_backward."""
     lora_dtype = options.get("lora_dtype", dtype)
     p = options.get("dropout_p", 0.0)
-    last = (
+    trailing = (
         0.75,
         p,
         torch.tensor(2**40 + 12345) if p else None,
@@ -93,13 +93,13 @@ def lora(
             torch.randn(rank).to(lora_dtype),
             torch.randn(out_features).to(lora_dtype),
         )
-    forward = (x, *q, out_features, lora_A, lora_B, *biases, *last)
+    forward = (x, *q, out_features, lora_A, lora_B, *biases, *trailing)
     h = reference_op("lora_linear")(*forward)[1]
-    return forward, (grad, x, h, *q, lora_A, lora_B, *last, GRADIENTS)
+    return forward, (grad, x, h, *q, lora_A, lora_B, *trailing, GRADIENTS)
 
 
 def coded(arguments: tuple) -> tuple:
-    """The same for the compiled op, which takes an activation by its number."""
+    """Replaces activation names by their numbers, which the compiled ops take."""
     return tuple(ACTIVATION_CODES[a] if isinstance(a, str) else a for a in arguments)
 
 
@@ -137,7 +137,7 @@ def test_nf4_linear(isa: str, shape: tuple, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("blocksize", [32, 64, 128, 256, 512, 1024, 2048, 4096])
-def test_every_blocksize(isa: str, blocksize: int) -> None:
+def test_every_blocksize_equals_the_reference(isa: str, blocksize: int) -> None:
     q = nf4(20, 512, blocksize, nested=True)
     for tokens, dtype in ((4, BF16), (4, FP32), (20, BF16)):
         args = (torch.randn(tokens, 512).to(dtype), *q, 20, None)
@@ -158,14 +158,14 @@ def test_lora_linear(
 
 
 @pytest.mark.parametrize("rank", [1, 5, 33, 64, 100, 300, 512])
-def test_every_rank(isa: str, rank: int) -> None:
+def test_every_rank_equals_the_reference(isa: str, rank: int) -> None:
     q = nf4(72, 416, 32, nested=False)
     for tokens, dropout_p in ((3, 0.0), (28, 0.0), (70, 0.5)):
         check_lora(*lora(tokens, 72, 416, rank, BF16, q, lora_dtype=FP32, dropout_p=dropout_p))
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid"])
-def test_activations(isa: str, activation: str) -> None:
+def test_every_activation_equals_the_reference(isa: str, activation: str) -> None:
     q = nf4(40, 128, 64, nested=False)
     for dtype in (FP32, BF16):
         check_lora(
@@ -184,7 +184,7 @@ def test_threads_do_not_change_a_bit(isa: str, threads: None, tokens: int) -> No
     assert all(map(torch.equal, *results))
 
 
-def test_output_mask(isa: str) -> None:
+def test_only_the_gradients_in_the_output_mask_are_computed(isa: str) -> None:
     q = nf4(48, 64, 64, nested=False)
     _, backward = lora(5, 48, 64, 4, BF16, q)
     everything = lora_linear_backward(*backward)
@@ -195,8 +195,8 @@ def test_output_mask(isa: str) -> None:
             assert torch.equal(result, expected) if index == wanted else result.shape == (0,)
 
 
-def test_a_nan_stays_where_it_is(isa: str) -> None:
-    """Neither a tile's padding nor what an earlier call left behind reaches a result."""
+def test_a_nan_stays_in_its_row(isa: str) -> None:
+    """Neither the padding of a tile nor the leftovers of an earlier call reach a result."""
     for tokens in (3, 20, 100):
         q = nf4(50, 160, 32, nested=False)
         x = torch.randn(tokens, 160).to(BF16)
@@ -205,23 +205,24 @@ def test_a_nan_stays_where_it_is(isa: str) -> None:
         poisoned[1] = torch.nan
         result = ops.nf4_linear(poisoned, *q, 50, None)
         assert result[1].isnan().all()
-        others = torch.arange(tokens) != 1
-        assert torch.equal(result[others], expected[others])
+        other_tokens = torch.arange(tokens) != 1
+        assert torch.equal(result[other_tokens], expected[other_tokens])
         assert torch.equal(ops.nf4_linear(x, *q, 50, None), expected)
 
 
 def strided(tensor: Tensor) -> Tensor:
-    """The same values with gaps between them."""
+    """Returns the same values with gaps between them in memory."""
     return torch.stack([tensor, torch.full_like(tensor, 7)], dim=-1)[..., 0]
 
 
-def test_any_strides_and_leading_sizes() -> None:
-    """The results are those of contiguous matrices, of the leading sizes of x or the gradient."""
+def test_strides_and_leading_sizes_change_no_result() -> None:
+    """The results equal those for contiguous matrices and keep the leading sizes of x or grad."""
     q = nf4(48, 64, 64, nested=True)
     forward, backward = lora(6, 48, 64, 4, BF16, q, dropout_p=0.25, biases=True, lora_dtype=FP32)
 
     def spread(arguments: tuple, matrices: int) -> tuple:
-        """`matrices` of them, [6, ...], become [2, 1, 3, ...]."""
+        """Gives the first `matrices` arguments the shape [2, 1, 3, ...], and every tensor
+        strides."""
         shaped = [t.view(2, 1, 3, -1) for t in arguments[:matrices]]
         tensors = (*shaped, *arguments[matrices:])
         return tuple(strided(t) if isinstance(t, Tensor) else t for t in tensors)
@@ -234,28 +235,28 @@ def test_any_strides_and_leading_sizes() -> None:
     ):
         expected, got = op(*arguments), op(*spread(arguments, matrices))
         as_tuple = (lambda r: r) if isinstance(expected, tuple) else (lambda r: (r,))
-        for one, other in zip(as_tuple(got), as_tuple(expected), strict=True):
-            assert one.is_contiguous() and torch.equal(one.flatten(), other.flatten())
-            if other.shape[:1] == (6,):
-                assert one.shape == (2, 1, 3, other.shape[1])
+        for result, flat_result in zip(as_tuple(got), as_tuple(expected), strict=True):
+            assert result.is_contiguous() and torch.equal(result.flatten(), flat_result.flatten())
+            if flat_result.shape[:1] == (6,):
+                assert result.shape == (2, 1, 3, flat_result.shape[1])
 
 
-def test_a_vector_is_one_row() -> None:
+def test_a_vector_is_one_token() -> None:
     q = nf4(48, 64, 64, nested=False)
     x = torch.randn(64)
     y = ops.nf4_linear(x, *q, 48, None)
     assert y.shape == (48,) and torch.equal(y, ops.nf4_linear(x[None], *q, 48, None)[0])
 
 
-@pytest.mark.parametrize("rows", [(3, 0), (0, 2)])
-def test_no_rows(rows: tuple[int, int]) -> None:
+@pytest.mark.parametrize("leading", [(3, 0), (0, 2)])
+def test_no_tokens_give_empty_results(leading: tuple[int, int]) -> None:
     q = nf4(48, 64, 64, nested=False)
-    assert ops.nf4_linear(torch.zeros(*rows, 64), *q, 48, None).shape == (*rows, 48)
-    assert ops.nf4_linear_backward(torch.zeros(*rows, 48), *q, 64).shape == (*rows, 64)
+    assert ops.nf4_linear(torch.zeros(*leading, 64), *q, 48, None).shape == (*leading, 48)
+    assert ops.nf4_linear_backward(torch.zeros(*leading, 48), *q, 64).shape == (*leading, 64)
 
 
-def test_no_features(isa: str) -> None:
-    """No kernel sums over nothing; no outputs are fine."""
+def test_no_in_features_are_refused_and_no_out_features_are_not(isa: str) -> None:
+    """A kernel cannot sum over no columns, but a result may have no columns."""
     q = (torch.empty(0, dtype=torch.uint8), torch.empty(0), None, None, None, 64, 0)
     with pytest.raises(RuntimeError, match=r"x must have a column or more, got .* \[2, 3, 0\]"):
         ops.nf4_linear(torch.empty(2, 3, 0), *q, 48, None)
@@ -265,8 +266,8 @@ def test_no_features(isa: str) -> None:
     assert ops.nf4_linear_backward(torch.empty(2, 3, 48), *q, 0).shape == (2, 3, 0)
 
 
-def test_results_are_no_views() -> None:
-    """Autograd lets nobody change the view that a function returns in place."""
+def test_no_result_is_a_view() -> None:
+    """Autograd forbids changing a view in place if a custom function returned it."""
     x = torch.randn(2, 3, 64)
     y = ops.nf4_linear(x, *nf4(48, 64, 64, nested=False), 48, None)
     assert y._base is None and not y._is_view()
@@ -306,7 +307,7 @@ def test_errors_name_the_argument() -> None:
 
 
 def test_a_call_that_fails_keeps_none_of_its_arguments() -> None:
-    """All are read, and so released, before the first check."""
+    """All arguments are read, and so released, before the first check."""
     q = nf4(48, 64, 64, nested=True)
     forward, _ = lora(5, 48, 64, 4, BF16, q, dropout_p=0.5, biases=True)
     tensors = [argument for argument in forward if isinstance(argument, Tensor)]

@@ -1,4 +1,4 @@
-"""The cuda backend's limits in words, on fake tensors: no GPU is needed."""
+"""The cuda backend explains its limits. The tests use fake tensors, so they need no GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ bf16 = torch.bfloat16
 
 @pytest.fixture(autouse=True)
 def ampere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fake tensors of a fake GPU, whose memory is aligned."""
+    """Simulates a GPU of compute capability 8.0 with fake tensors whose memory is aligned."""
     monkeypatch.setattr(cuda, "_has_matrix_instructions", lambda device: True)
     monkeypatch.setattr(cuda, "_is_aligned", lambda tensor: True)
     monkeypatch.setattr(cuda, "_shared_memory", lambda device: 163 << 10)
@@ -37,14 +37,14 @@ def weight(out_features: int, in_features: int, blocksize: int, device: str) -> 
 
 
 def linear(
-    rows: int = 4,
+    tokens: int = 4,
     shape: tuple[int, int] = (96, 128),
     dtype: torch.dtype = bf16,
     blocksize: int = 64,
     device: str = "cuda",
     nested_blocksize: int | None = None,
 ) -> tuple[Any, ...]:
-    x = torch.empty(2, rows // 2, shape[1], dtype=dtype, device="cuda")
+    x = torch.empty(2, tokens // 2, shape[1], dtype=dtype, device="cuda")
     *q, _ = weight(*shape, blocksize, device)
     if nested_blocksize is not None:
         q[2] = torch.empty(1, device="cuda")
@@ -55,15 +55,15 @@ def linear(
     ("change", "reason"),
     [
         ({}, None),
-        ({"rows": 16, "dtype": torch.float16, "blocksize": 32}, None),
-        ({"rows": 64}, None),
-        ({"rows": 514, "blocksize": 32, "nested_blocksize": 100}, None),
-        ({"rows": 0}, None),
+        ({"tokens": 16, "dtype": torch.float16, "blocksize": 32}, None),
+        ({"tokens": 64}, None),
+        ({"tokens": 514, "blocksize": 32, "nested_blocksize": 100}, None),
+        ({"tokens": 0}, None),
         ({"nested_blocksize": 128}, None),
         ({"dtype": torch.float32}, "x is torch.float32; the kernel takes float16 and bfloat16"),
-        ({"rows": 66}, "x has 66 tokens; the small_m kernel takes up to 64"),
+        ({"tokens": 66}, "x has 66 tokens; the small_m kernel takes up to 64"),
         (
-            {"rows": 18, "blocksize": 32},
+            {"tokens": 18, "blocksize": 32},
             "x has 18 tokens; the small_m kernel takes up to 16 if the blocksize is 32",
         ),
         ({"shape": (96, 96)}, "in_features is 96, no multiple of the blocksize 64"),
@@ -72,7 +72,7 @@ def linear(
         ({"device": "cpu"}, "qweight is on cpu, not on a cuda device"),
     ],
 )
-def test_nf4_linear(change: dict[str, Any], reason: str | None):
+def test_nf4_linear_explains_its_limits(change: dict[str, Any], reason: str | None):
     assert refusal_of(cuda.BACKEND, "nf4_linear", *linear(**change)) == reason
 
 
@@ -80,16 +80,16 @@ def test_nf4_linear(change: dict[str, Any], reason: str | None):
     ("change", "reason"),
     [
         ({}, None),
-        ({"rows": 64, "dtype": torch.float16, "blocksize": 128}, None),
-        ({"rows": 514, "shape": (96, 96)}, None),
+        ({"tokens": 64, "dtype": torch.float16, "blocksize": 128}, None),
+        ({"tokens": 514, "shape": (96, 96)}, None),
         ({"dtype": torch.float32}, "grad is torch.float32; the kernel takes float16 and bfloat16"),
-        ({"rows": 66}, "grad has 66 tokens; the small_m kernel takes up to 64"),
+        ({"tokens": 66}, "grad has 66 tokens; the small_m kernel takes up to 64"),
         ({"blocksize": 32}, "the blocksize is 32; the kernel takes 64 or more"),
         ({"shape": (96, 96)}, "in_features is 96, no multiple of the blocksize 64"),
         ({"device": "cpu"}, "qweight is on cpu, not on a cuda device"),
     ],
 )
-def test_nf4_linear_backward(change: dict[str, Any], reason: str | None):
+def test_nf4_linear_backward_explains_its_limits(change: dict[str, Any], reason: str | None):
     x, *q, out_features, _ = linear(**change)
     grad = x.new_empty(*x.shape[:-1], out_features)
     why_not = partial(refusal_of, cuda.BACKEND, "nf4_linear_backward")
@@ -104,22 +104,22 @@ def test_nf4_linear_backward(change: dict[str, Any], reason: str | None):
         ({"lora_dtype": torch.float16}, "lora_A is torch.float16; the kernel takes torch.bfloat16"),
         ({"rank": 0}, "the rank is 0; the kernel takes 1 to 1024"),
         ({"dense": True}, "the base weight is dense"),
-        ({"rows": 80}, "x has 80 tokens"),
-        ({"rows": 514, "rank": 37, "blocksize": 128, "shape": (96, 192)}, None),
-        ({"rows": 514, "rank": 0}, "the rank is 0; the kernel takes 1 to 1024"),
+        ({"tokens": 80}, "x has 80 tokens"),
+        ({"tokens": 514, "rank": 37, "blocksize": 128, "shape": (96, 192)}, None),
+        ({"tokens": 514, "rank": 0}, "the rank is 0; the kernel takes 1 to 1024"),
         (
-            {"rows": 514, "lora_dtype": torch.float32},
+            {"tokens": 514, "lora_dtype": torch.float32},
             "lora_A is torch.float32; the many_rows kernel takes torch.bfloat16, as x has",
         ),
         (
-            {"rows": 514, "shape": (96, 96)},
+            {"tokens": 514, "shape": (96, 96)},
             "in_features is 96; the many_rows kernel needs a multiple of 64",
         ),
-        ({"rows": 2**19}, "x has 524288 tokens; the many_rows kernel takes up to 524280"),
+        ({"tokens": 2**19}, "x has 524288 tokens; the many_rows kernel takes up to 524280"),
         ({"lora_device": "cpu"}, "lora_A is on cpu, not on a cuda device"),
     ],
 )
-def test_lora_linear(change: dict[str, Any], reason: str | None):
+def test_lora_linear_explains_its_limits(change: dict[str, Any], reason: str | None):
     change = dict(change)
     rank, dense = change.pop("rank", 8), change.pop("dense", False)
     options = {
@@ -129,11 +129,11 @@ def test_lora_linear(change: dict[str, Any], reason: str | None):
     x, qweight, absmax, *q, out_features, bias = linear(**change)
     lora_A = torch.empty(rank, x.shape[-1], **options)
     lora_B = torch.empty(out_features, rank, **options)
-    last = (bias, None, None, 1.0, 0.0, None, "identity")
+    trailing = (bias, None, None, 1.0, 0.0, None, "identity")
     absmax = None if dense else absmax
-    args = (x, qweight, absmax, *q, out_features, lora_A, lora_B, *last)
-    got = refusal_of(cuda.BACKEND, "lora_linear", *args)
-    assert (got is None) == (reason is None) and (got or "").startswith(reason or "")
+    args = (x, qweight, absmax, *q, out_features, lora_A, lora_B, *trailing)
+    refusal = refusal_of(cuda.BACKEND, "lora_linear", *args)
+    assert (refusal is None) == (reason is None) and (refusal or "").startswith(reason or "")
 
 
 @pytest.mark.parametrize(
@@ -144,11 +144,11 @@ def test_lora_linear(change: dict[str, Any], reason: str | None):
         ({"lora_dtype": torch.float16}, "lora_A is torch.float16; the kernel takes torch.bfloat16"),
         ({"rank": 1025}, "the rank is 1025; the kernel takes 1 to 1024"),
         ({"dense": True}, "the base weight is dense"),
-        ({"rows": 80}, "x has 80 tokens"),
+        ({"tokens": 80}, "x has 80 tokens"),
         ({"ids_device": "cpu"}, "adapter_ids is on cpu, not on a cuda device"),
     ],
 )
-def test_multi_lora_linear(change: dict[str, Any], reason: str | None):
+def test_multi_lora_linear_explains_its_limits(change: dict[str, Any], reason: str | None):
     change = dict(change)
     rank, dense = change.pop("rank", 8), change.pop("dense", False)
     options = {"dtype": change.pop("lora_dtype", bf16), "device": "cuda"}
@@ -157,14 +157,14 @@ def test_multi_lora_linear(change: dict[str, Any], reason: str | None):
     lora_A = torch.empty(3, rank, x.shape[-1], **options)
     lora_B = torch.empty(3, out_features, rank, **options)
     ids = torch.empty(x.shape[:-1].numel(), dtype=torch.int64, device=ids_device)
-    last = (ids, torch.empty(3, device="cuda"), bias)
-    args = (x, qweight, None if dense else absmax, *q, out_features, lora_A, lora_B, *last)
-    got = refusal_of(cuda.BACKEND, "multi_lora_linear", *args)
-    assert (got is None) == (reason is None) and (got or "").startswith(reason or "")
+    trailing = (ids, torch.empty(3, device="cuda"), bias)
+    args = (x, qweight, None if dense else absmax, *q, out_features, lora_A, lora_B, *trailing)
+    refusal = refusal_of(cuda.BACKEND, "multi_lora_linear", *args)
+    assert (refusal is None) == (reason is None) and (refusal or "").startswith(reason or "")
 
 
 def projections(count: int = 3, **change: Any) -> tuple[Any, ...]:
-    """Arguments of lora_qkv: LoRA on all but the last projection."""
+    """Returns arguments of lora_qkv with LoRA on every projection but the last."""
     x, *q, out_features, _ = linear(**change)
     lora_A = torch.empty(8, x.shape[-1], dtype=x.dtype, device="cuda")
     lora_B = torch.empty(out_features, 8, dtype=x.dtype, device="cuda")
@@ -178,30 +178,30 @@ def projections(count: int = 3, **change: Any) -> tuple[Any, ...]:
     ("change", "reason"),
     [
         ({}, None),
-        ({"rows": 66}, "x has 66 tokens; the small_m kernel takes up to 64"),
-        ({"rows": 514}, "x has 514 tokens, and would be copied per projection"),
+        ({"tokens": 66}, "x has 66 tokens; the small_m kernel takes up to 64"),
+        ({"tokens": 514}, "x has 514 tokens, and would be copied per projection"),
         ({"device": "cpu"}, "qweight is on cpu, not on a cuda device"),
         ({"dense": True}, "of one projection the base weight is dense"),
     ],
 )
-def test_lora_qkv(change: dict[str, Any], reason: str | None):
+def test_lora_qkv_explains_its_limits(change: dict[str, Any], reason: str | None):
     change = dict(change)
     dense = change.pop("dense", False)
     args = projections(**change)
     if dense:
         args[2][1] = None
-    got = refusal_of(cuda.BACKEND, "lora_qkv", *args)
-    assert (got is None) == (reason is None) and (got or "").startswith(reason or "")
+    refusal = refusal_of(cuda.BACKEND, "lora_qkv", *args)
+    assert (refusal is None) == (reason is None) and (refusal or "").startswith(reason or "")
 
 
-def test_lora_qkv_runs_on_the_kernels_of_one_layer():
+def test_lora_qkv_runs_on_the_single_layer_kernels():
     called = []
 
     def lora_linear(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         called.append("lora_linear")
         out_features, lora_A = args[7:9]
-        rows = x.shape[:-1]
-        return x.new_empty(*rows, out_features), x.new_empty(*rows, lora_A.shape[0])
+        leading = x.shape[:-1]
+        return x.new_empty(*leading, out_features), x.new_empty(*leading, lora_A.shape[0])
 
     def nf4_linear(x: torch.Tensor, *args: Any) -> torch.Tensor:
         called.append("nf4_linear")
@@ -218,7 +218,7 @@ def test_lora_qkv_runs_on_the_kernels_of_one_layer():
     assert "lora_qkv_backward" not in cuda.BACKEND.ops
 
 
-def test_nf4_quantize():
+def test_nf4_quantize_explains_its_limits():
     why_not = partial(refusal_of, cuda.BACKEND, "nf4_quantize")
     assert why_not(torch.empty(64, device="cuda"), 64) is None
     assert why_not(torch.empty(64), 64) == "weight is on cpu, not on a cuda device"
@@ -226,15 +226,15 @@ def test_nf4_quantize():
     assert (why_not(double, 64) or "").startswith("weight is torch.float64")
 
 
-def test_a_gpu_with_little_shared_memory(monkeypatch: pytest.MonkeyPatch):
+def test_a_gpu_with_little_shared_memory_takes_fewer_tokens(monkeypatch: pytest.MonkeyPatch):
     why_not = partial(refusal_of, cuda.BACKEND, "nf4_linear")
     monkeypatch.setattr(cuda, "_shared_memory", lambda device: 99 << 10)
-    assert why_not(*linear(rows=32)) is None
-    refusal = why_not(*linear(rows=34)) or ""
+    assert why_not(*linear(tokens=32)) is None
+    refusal = why_not(*linear(tokens=34)) or ""
     assert refusal.startswith("x has 34 tokens; the small_m kernel takes up to 32 on this GPU")
 
 
-def test_an_old_gpu_and_an_odd_address(monkeypatch: pytest.MonkeyPatch):
+def test_an_old_gpu_and_an_unaligned_address_are_refused(monkeypatch: pytest.MonkeyPatch):
     why_not = partial(refusal_of, cuda.BACKEND, "nf4_linear")
     monkeypatch.setattr(cuda, "_is_aligned", lambda tensor: False)
     assert why_not(*linear()) == "qweight is not aligned to 16 bytes"

@@ -1,4 +1,4 @@
-"""The goals on a GPU: which cells each speaks of, and what it makes of their times."""
+"""The goals on a GPU: which cells a goal covers, and how their times decide it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ US = 1e-6
 
 
 def _cell(
-    rows: int,
+    tokens: int,
     shape: tuple[int, int] = (14336, 4096),
     timing: str = "graph",
     mode: str = FORWARD,
     **times: float | tuple[float, float],
 ) -> dict[str, Any]:
-    """A cell with these contenders' times in us, or (device, host) of an eager call."""
+    """Returns a cell with these times in us: the device's or, for an eager call, (device, host)."""
     names = {"ours": OURS, "peft": PEFT, "decoded": DECODED, "dense": DENSE, "base": BASE_ONLY}
     results = []
     for word, time in times.items():
@@ -33,7 +33,7 @@ def _cell(
         "mode": mode,
         "timing": timing,
         "dtype": "bfloat16",
-        "tokens": rows,
+        "tokens": tokens,
         "out_features": shape[0],
         "in_features": shape[1],
         "results": results,
@@ -45,15 +45,15 @@ def _run(*cells: dict[str, Any], device: str = "cuda", op: str = "lora_linear") 
 
 
 def _outcome(run: dict[str, Any], goal: CudaGoal) -> cuda_goals.CudaGoalOutcome:
-    return next(found for found in cuda_goals.goal_outcomes([run]) if found.goal == goal)
+    return next(outcome for outcome in cuda_goals.goal_outcomes([run]) if outcome.goal == goal)
 
 
 def _goal(**fields: Any) -> CudaGoal:
-    (found,) = (g for g in CUDA_GOALS if all(getattr(g, k) == v for k, v in fields.items()))
-    return found
+    (goal,) = (g for g in CUDA_GOALS if all(getattr(g, k) == v for k, v in fields.items()))
+    return goal
 
 
-def test_every_goal_names_contenders_that_there_are() -> None:
+def test_every_goal_names_contenders_that_exist() -> None:
     for goal in CUDA_GOALS:
         names = {contender.name for contender in BENCHES[goal.op].contenders}
         assert goal.measure == cuda_goals.LIMIT or goal.against in names, goal
@@ -63,21 +63,21 @@ def test_every_goal_names_contenders_that_there_are() -> None:
 
 def test_the_worst_cell_decides() -> None:
     goal = _goal(tokens=(512, 1024), against=PEFT)
-    cells = [_cell(rows, ours=10, peft=us) for rows, us in ((512, 20), (1024, 14), (2048, 10))]
-    found = _outcome(_run(*cells), goal)
-    assert found.met is True and found.worst == pytest.approx(1.4)
-    assert (found.where, found.cells) == ("14336x4096 M=1024", 2)
+    cells = [_cell(tokens, ours=10, peft=us) for tokens, us in ((512, 20), (1024, 14), (2048, 10))]
+    outcome = _outcome(_run(*cells), goal)
+    assert outcome.met is True and outcome.worst == pytest.approx(1.4)
+    assert (outcome.where, outcome.cells) == ("14336x4096 M=1024", 2)
     cells.append(_cell(512, (4096, 4096), ours=10, peft=12))
-    found = _outcome(_run(*cells), goal)
-    assert found.verdict == "MISSED" and found.where == "4096x4096 M=512"
-    # A smaller weight has no goal; an eager cell has another one.
+    outcome = _outcome(_run(*cells), goal)
+    assert outcome.verdict == "MISSED" and outcome.where == "4096x4096 M=512"
+    # A smaller weight has no goal, and an eager cell belongs to another goal.
     cells[-1:] = [_cell(512, (576, 576), ours=10, peft=1)]
     cells.append(_cell(512, timing="eager", ours=(10, 10), peft=(1, 1)))
     assert _outcome(_run(*cells), goal).met is True
 
 
 def test_an_eager_call_takes_the_slower_of_host_and_device() -> None:
-    """Three times as fast on the device, but the host of ours is slow."""
+    """pylora is three times as fast on the device, but its host time is long."""
     goal = _goal(tokens=(1, 4), timing="eager", mode=FORWARD)
     slow = _cell(1, timing="eager", ours=(10, 50), peft=(30, 70))
     assert _outcome(_run(slow), goal).worst == pytest.approx(1.4)
@@ -88,12 +88,14 @@ def test_an_eager_call_takes_the_slower_of_host_and_device() -> None:
 @pytest.mark.parametrize(
     ("shape", "targets"), [((8192, 8192), {4.0}), ((28672, 8192), {1.8}), ((8224, 4096), {1.8})]
 )
-def test_goals_of_narrow_and_wide_layers(shape: tuple[int, int], targets: set[float]) -> None:
-    found = cuda_goals.goal_outcomes([_run(_cell(16, shape, ours=10, peft=30))])
-    assert {o.goal.target for o in found if o.goal.against == PEFT and o.cells} == targets
+def test_goals_depend_on_the_shape_of_the_layer(
+    shape: tuple[int, int], targets: set[float]
+) -> None:
+    outcomes = cuda_goals.goal_outcomes([_run(_cell(16, shape, ours=10, peft=30))])
+    assert {o.goal.target for o in outcomes if o.goal.against == PEFT and o.cells} == targets
 
 
-def test_stretch_surcharge_and_limit() -> None:
+def test_stretch_surcharge_and_limit_decide_their_goals() -> None:
     goal = _goal(tokens=(2048, cuda_goals.MANY), against=DECODED, mode=FORWARD, op="lora_linear")
     for us, words in ((100, "MISSED"), (110, "not the stretch"), (120, "and the stretch")):
         assert words in _outcome(_run(_cell(4096, ours=100, decoded=us)), goal).verdict
@@ -106,7 +108,7 @@ def test_stretch_surcharge_and_limit() -> None:
     assert _outcome(_run(backward), _goal(mode=BACKWARD, against=DENSE)).met is True
 
 
-def test_tables_of_gpu_runs_name_every_goal_and_those_of_a_cpu_none() -> None:
+def test_tables_name_the_gpu_goals_for_gpu_runs_only() -> None:
     table = goals.goals_table([_run(_cell(64, ours=10, peft=30))])
     assert table.count("\n") == len(CUDA_GOALS) + 1
     assert f"goals on a GPU: 2 met, 0 missed, {len(CUDA_GOALS) - 2} not measured" in table

@@ -1,5 +1,6 @@
-"""The cuda backend's way for many rows, on a GPU and, with stand-ins for its two kernels, here.
+"""The cuda backend computes calls with many tokens by dense products.
 
+The tests run on a GPU and, with stand-ins for the two kernels, on the CPU.
 tests/test_host_cuda_many.py runs the kernels themselves on the CPU.
 """
 
@@ -19,7 +20,7 @@ from pylora.backends import cuda_many_rows, extension, limits
 from pylora.calls import Dropout
 from pylora.testing import assert_as_accurate_as_torch
 
-ROWS = limits.CUDA_MANY_ROWS_FROM
+TOKENS = limits.CUDA_MANY_ROWS_FROM
 ACTIVATION_NAMES = list(extension.ACTIVATION_CODES)
 
 NO_GPU = dispatch.BACKENDS["cuda"].unavailable()
@@ -41,7 +42,7 @@ def lora_extend(
     seed: Tensor | None,
     activation: int,
 ) -> tuple[Tensor, Tensor]:
-    """([x | scaling * act(h) | 0], h), with as many zeros as make whole 16 bytes."""
+    """Returns [x | scaling * act(h) | 0] and h. The zeros fill each row to whole 16 bytes."""
     drop = None if seed is None else Dropout(dropout_p, seed)
     dropped = reference.dropout.dropout(x, drop).float()
     h = torch.nn.functional.linear(dropped, lora_A.float(), None if bias is None else bias.float())
@@ -69,12 +70,12 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def by_products(op: str, *args: Any) -> Any:
-    """The backend's dense products, run past its planner, which refuses CPU tensors."""
+    """Runs the backend's dense products directly, because its planner refuses CPU tensors."""
     return getattr(cuda_many_rows, op)(call_of(op, *args))
 
 
 def check(op: str, args: tuple[Any, ...]) -> None:
-    """The result by the numerics rule; where there is a GPU, this backend is the one that runs."""
+    """Judges the op by the numerics rule. On a GPU the cuda backend must be the one chosen."""
     if args[0].is_cuda:
         assert chosen(op, *args) == "cuda"
     result = by_products(op, *args)
@@ -93,14 +94,14 @@ def weight(
     ("shape", "blocksize", "nested"),
     [((96, 192), 64, True), ((37, 45), 32, False), ((40, 192), 128, True)],
 )
-def test_nf4_linear(device, shape, blocksize, nested, dtype):
-    """The last two have blocks that straddle rows."""
+def test_nf4_linear_obeys_the_numerics_rule(device, shape, blocksize, nested, dtype):
+    """In the last two shapes, blocks straddle rows."""
     q = weight(shape, device, blocksize, nested)
-    x = torch.randn(3, ROWS // 3, shape[1], device=device).to(dtype)
+    x = torch.randn(3, TOKENS // 3, shape[1], device=device).to(dtype)
     bias = torch.randn(shape[0], device=device)
     check("nf4_linear", (x, *q, shape[0], bias))
     check("nf4_linear", (x, *q, shape[0], None))
-    grad = torch.randn(3, ROWS // 3, shape[0], device=device).to(dtype)
+    grad = torch.randn(3, TOKENS // 3, shape[0], device=device).to(dtype)
     check("nf4_linear_backward", (grad, *q, shape[1]))
 
 
@@ -114,12 +115,12 @@ def test_nf4_linear(device, shape, blocksize, nested, dtype):
         (1, 0.5, "silu", ("lora_B",)),
     ],
 )
-def test_lora_linear(device, rank, dropout_p, activation, biases, dtype):
+def test_lora_linear_obeys_the_numerics_rule(device, rank, dropout_p, activation, biases, dtype):
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, device=device).to(dtype)
 
     n, k = 104, 1088
-    x = normal(2, -(-ROWS // 2), k)
+    x = normal(2, -(-TOKENS // 2), k)
     sizes = {"bias": n, "lora_A": rank, "lora_B": n}
     bias, A_bias, B_bias = (normal(sizes[name]) if name in biases else None for name in sizes)
     seed = torch.tensor(-1234567890123, device=device) if dropout_p else None
@@ -128,8 +129,8 @@ def test_lora_linear(device, rank, dropout_p, activation, biases, dtype):
     check("lora_linear", (x, *q, n, *low_rank, 0.5, dropout_p, seed, activation))
 
 
-def test_autocast_does_not_reach_into_it(device):
-    x = torch.randn(ROWS, 64, device=device).to(torch.bfloat16)
+def test_autocast_changes_nothing(device):
+    x = torch.randn(TOKENS, 64, device=device).to(torch.bfloat16)
     args = (x, *weight((40, 64), device), 40, None)
     with torch.autocast(device, dtype=torch.float16):
         y = by_products("nf4_linear", *args)
@@ -137,8 +138,8 @@ def test_autocast_does_not_reach_into_it(device):
     assert torch.equal(y, by_products("nf4_linear", *args))
 
 
-def test_the_ops_refuse_a_cpu_tensor():
-    """Called past dispatch: there is no kernel to go to."""
+def test_the_compiled_ops_refuse_cpu_tensors():
+    """The ops are called directly here, and they have no CPU kernel."""
     if extension.load()[0] is None:
         pytest.skip("pylora was installed without its extension")
     out = torch.empty(40, 72, dtype=torch.bfloat16)[:, :64]
@@ -160,7 +161,7 @@ def test_the_ops_refuse_a_cpu_tensor():
         (torch.empty(40, 65), "qweight must have 1300 elements"),
     ],
 )
-def test_nf4_dequantize_into_says_what_is_wrong(out: Tensor, message: str):
+def test_nf4_dequantize_into_names_a_wrong_argument(out: Tensor, message: str):
     strided = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device="cuda")
     with pytest.raises(RuntimeError, match=message):
         torch.ops.pylora_C.nf4_dequantize_into(*weight((40, 64), "cuda"), strided)
@@ -169,8 +170,8 @@ def test_nf4_dequantize_into_says_what_is_wrong(out: Tensor, message: str):
 @on_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("shape", "columns"), [((300, 1096), 1112), ((37, 45), 64)])
-def test_nf4_dequantize_into(shape, columns, dtype):
-    """Bit for bit the reference; what stands beside it stays."""
+def test_nf4_dequantize_into_is_the_reference_bit_for_bit(shape, columns, dtype):
+    """The elements beside the weight in each row of `out` stay as they were."""
     q = weight(shape, "cuda", 32, nested=True)
     out = torch.full((shape[0], columns), -3.0, dtype=dtype, device="cuda")
     torch.ops.pylora_C.nf4_dequantize_into(*q, out[:, : shape[1]])
@@ -187,7 +188,7 @@ def test_nf4_dequantize_into(shape, columns, dtype):
         (64, torch.bfloat16, torch.float32, "lora_A must have dtype BFloat16, got Float"),
     ],
 )
-def test_lora_extend_says_what_is_wrong(columns, dtype, lora_dtype, message):
+def test_lora_extend_names_a_wrong_argument(columns, dtype, lora_dtype, message):
     x = torch.zeros(4, columns, device="cuda", dtype=dtype)
     lora_A = torch.zeros(8, columns, device="cuda", dtype=lora_dtype)
     with pytest.raises(RuntimeError, match=message):
@@ -195,10 +196,10 @@ def test_lora_extend_says_what_is_wrong(columns, dtype, lora_dtype, message):
 
 
 @on_gpu
-def test_training_and_cuda_graph():
-    """Forward here, backward wherever dispatch sends it; and the forward in a graph."""
+def test_training_gives_gradients_and_a_cuda_graph_the_same_result():
+    """The forward uses dense products. The backward runs on whichever backend is chosen for it."""
     q = weight((96, 128), "cuda")
-    x = torch.randn(ROWS, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(TOKENS, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     A = torch.randn(8, 128, device="cuda", dtype=torch.bfloat16) / 11
     B = torch.randn(96, 8, device="cuda", dtype=torch.bfloat16)
     A.requires_grad_(), B.requires_grad_()

@@ -1,6 +1,6 @@
 """The timers for CUDA on a simulated device: what they measure, and what they notice.
 
-The stand-in has one clock for host and device: the host's work moves it on, kernels queue up.
+The stand-in has one clock for host and device. The host's work advances it, and kernels queue up.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Device:
     """Stands in for torch.cuda."""
 
     def __init__(self) -> None:
-        self.now = 0.0  # on the host
-        self.idle_at = 0.0  # when the device has done all that is queued
-        self.waits: list[int] = []  # of _sleep
+        self.now = 0.0  # the host's time
+        self.idle_at = 0.0  # the time at which the device has finished all queued kernels
+        self.waits: list[int] = []  # the cycles of each call of _sleep
         self.capturing: Graph | None = None
 
     def clock(self) -> float:
@@ -42,8 +42,10 @@ class Device:
     def launch(
         self, device: float, host: float = 0.0, work: Callable[[], Any] = lambda: None
     ) -> None:
-        """A kernel of `device` seconds that takes the host `host` seconds to issue; what it does
-        is done at once, or whenever the graph that captures it is replayed."""
+        """Launches a kernel of `device` seconds that takes the host `host` seconds to issue.
+
+        `work` runs at once or, if a graph is being captured, at each replay of the graph.
+        """
         if self.capturing is not None:
             self.capturing.kernels.append((device, work))
             return
@@ -126,7 +128,7 @@ def _timer(device: Device, *calls: Call) -> EagerTimer:
 
 @pytest.mark.parametrize("host_us", [1, 40, 5000])
 def test_the_device_is_timed_without_the_host(device: Device, host_us: int) -> None:
-    """Three launches of 4 us each; the host needs less than that, more, and far more."""
+    """A call launches three kernels of 4 us. The host needs less than that, more, and far more."""
 
     def run(_: None) -> None:
         for _ in range(3):
@@ -138,13 +140,13 @@ def test_the_device_is_timed_without_the_host(device: Device, host_us: int) -> N
         assert sample.seconds == pytest.approx(12 * US)
         assert sample.host == pytest.approx(3 * host_us * US)
     assert timer.note == ""
-    # The wait grew until it covered the host, and stayed.
+    # The wait grew until it covered the host's time, and then stayed the same.
     assert device.waits[-3] == device.waits[-1] and device.waits[-1] * CYCLE > 3 * host_us * US
     assert (len(device.waits) > 3) == (host_us > 40)
 
 
-def test_a_call_that_waits_for_the_device_is_told(device: Device) -> None:
-    """No wait can be long enough. The time then has the host's gaps, and the note says so."""
+def test_a_call_that_waits_for_the_device_is_noted(device: Device) -> None:
+    """No wait is long enough, so the time includes the host's gaps, and the note says so."""
 
     def run(_: None) -> None:
         device.launch(4 * US, host=10 * US)
@@ -159,11 +161,11 @@ def test_a_call_that_waits_for_the_device_is_told(device: Device) -> None:
     assert device.waits == [cuda_timing.SHORTEST_WAIT << i for i in range(tried)]
     assert device.waits[-1] == cuda_timing.LONGEST_WAIT
     timer.sample(1)
-    assert len(device.waits) == tried, "the waits were tried once more"
+    assert len(device.waits) == tried, "the waits must not be tried again"
 
 
-def test_what_is_prepared_is_not_timed_and_prepared_anew(device: Device) -> None:
-    """A wait that was too short costs another preparation: a backward can run only once."""
+def test_preparation_is_not_timed_and_is_repeated(device: Device) -> None:
+    """If a wait was too short, the call is prepared again, because a backward can run only once."""
     prepared = []
 
     def prepare() -> int:
@@ -189,7 +191,7 @@ def test_calls_are_taken_in_turn(device: Device) -> None:
     assert taken == pytest.approx([1 * US, 2 * US, 3 * US, 1 * US])
 
 
-def test_a_graph_holds_the_rotation_several_times_over(device: Device) -> None:
+def test_a_graph_holds_several_passes_over_the_rotation(device: Device) -> None:
     ran = []
 
     def call(us: int) -> Call:
@@ -202,7 +204,7 @@ def test_a_graph_holds_the_rotation_several_times_over(device: Device) -> None:
 
     queue = BusyQueue(device, device.clock)
     timer = GraphTimer([call(us) for us in (2, 4, 6)], passes=5, cuda=device, queue=queue)
-    assert ran == [2, 2, 2, 4, 6] + 5 * [2, 4, 6], "warmed up, then captured"
+    assert ran == [2, 2, 2, 4, 6] + 5 * [2, 4, 6], "calls are warmed up before they are captured"
     assert timer.calls_a_sample == 15 and timer.replayed() == [2, 4, 6]
     sample = timer.sample(0)
     assert sample.seconds == pytest.approx(4 * US) and sample.host is None
@@ -211,14 +213,14 @@ def test_a_graph_holds_the_rotation_several_times_over(device: Device) -> None:
 @pytest.mark.parametrize(
     ("calls", "seconds", "passes"),
     [
-        (256, 1e-6, 1),  # the rotation alone is enough
+        (256, 1e-6, 1),  # one pass over the rotation is enough
         (20, 5e-6, 2),
         (2, 30e-6, 16),
         (2, 400e-6, 3),  # few long calls last as long as many short ones
         (2, 5e-3, 1),
     ],
 )
-def test_passes_of_a_graph(calls: int, seconds: float, passes: int) -> None:
+def test_a_graph_has_enough_passes(calls: int, seconds: float, passes: int) -> None:
     assert harness.passes_of(calls, seconds) == passes
 
 
@@ -232,7 +234,7 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_cache_is_flushed_by_one_reading_kernel() -> None:
+def test_the_cache_is_flushed_by_one_kernel_that_reads() -> None:
     cache_bytes = 5 << 20
     reader = CacheReader(cache_bytes, "cpu")
     assert reader.buffer.nbytes >= 2 * cache_bytes > 100 * reader.sums.nbytes
@@ -244,7 +246,7 @@ def test_the_cache_is_flushed_by_one_reading_kernel() -> None:
     assert torch.equal(reader.buffer, before) and torch.equal(reader.sums, before.sum(1))
 
 
-# The harness on the simulated device: CPU tensors, and timers that follow the stand-in.
+# The harness on the simulated device: it has CPU tensors, and timers that use the simulated clock.
 
 
 @pytest.fixture
@@ -269,8 +271,10 @@ def _launching(
     spoil: Callable[[torch.Tensor], Any] = lambda y: None,
     layer_number: int = 0,
 ) -> Contender:
-    """The contender as a kernel of 10 us that takes the host 25 us; `spoil` changes the results of
-    one layer of its rotation."""
+    """Returns the contender as a kernel of 10 us that takes the host 25 us.
+
+    `spoil` changes the results of one layer of its rotation.
+    """
     built = []
 
     def build(tensors: Any) -> BuiltLayer:
@@ -282,8 +286,8 @@ def _launching(
             y = right(x).clone()
 
             def work() -> None:
-                rows = y.shape[0] - (spoil is _leave_a_row and number == layer_number)
-                y[:rows] = right(x)[:rows]
+                written = y.shape[0] - (spoil is _leave_a_row and number == layer_number)
+                y[:written] = right(x)[:written]
                 if number == layer_number:
                     spoil(y)
 
@@ -317,11 +321,13 @@ def test_a_cell_has_device_host_and_graph_times(simulated: Device) -> None:
     ours = graph["results"][0]
     assert ours["status"] == "ok" and ours["median_s"] == pytest.approx(10 * US)
     assert ours["host_s"] is None and "as called" not in tables.cell_table("lora_linear", graph)
-    assert "less than 3 times the last-level cache" in ours["timing_note"], "two tiny layers"
+    assert "less than 3 times the last-level cache" in ours["timing_note"], (
+        "two tiny layers fit into the cache"
+    )
 
 
 def test_every_captured_call_is_checked(simulated: Device) -> None:
-    """The eager check sees the first layer alone; the second one's result is wrong."""
+    """The eager check sees only the first layer. The second layer gives a wrong result."""
     ours = bench_of("lora_linear").contenders[0]
     eager, graph = _reports(_launching(simulated, ours, lambda y: y.mul_(1.1), layer_number=1))
     assert eager["results"][0]["status"] == "ok"
@@ -329,8 +335,8 @@ def test_every_captured_call_is_checked(simulated: Device) -> None:
     assert graph["results"][0]["median_s"] is None and graph["results"][0]["samples"] == 0
 
 
-def test_what_a_captured_call_does_not_write_shows(simulated: Device) -> None:
-    """Even if the memory held the right result before."""
+def test_a_row_that_a_captured_call_does_not_write_is_noticed(simulated: Device) -> None:
+    """It is noticed even if the memory held the right result before."""
     ours = bench_of("lora_linear").contenders[0]
     eager, graph = _reports(_launching(simulated, ours, _leave_a_row, layer_number=1))
     assert eager["results"][0]["status"] == "ok"

@@ -1,4 +1,4 @@
-"""Fragments, swizzles and descriptors of the CUDA kernels against CUTLASS's own definitions.
+"""Fragments, swizzles and descriptors of the CUDA kernels agree with CUTLASS's definitions.
 
 data/cutlass_layouts.json has CUTLASS's numbers and says how to print them again. The program
 host_cuda/layouts.cpp prints ours: the maps that the kernels use, and what the executor's twins of
@@ -30,7 +30,7 @@ def ours(compiled) -> Tables:
 
 
 def fragment(cutlass: Tables, name: str) -> Tensor:
-    """[threads, values]: the number of the element that a thread has as one of its values."""
+    """Returns [threads, values]: the number of the element that each thread holds as each value."""
     table = cutlass["fragments"][name]
     return torch.tensor(table["thread"])[:, None] + torch.tensor(table["value"])
 
@@ -40,20 +40,20 @@ def same(got: Any, expected: Tensor) -> None:
 
 
 def weights(ours: Tables, cutlass: Tables) -> None:
-    """The fragments of W that the Hopper kernel decodes, in each of its steps along k."""
+    """Compares the fragments of W that the Hopper kernel decodes in each step along k."""
     for name in ("wgmma A fp16", "wgmma A bf16"):
         for step in ours["weights"]:
             same(step, fragment(cutlass, name))
 
 
 def lora_b(ours: Tables, cutlass: Tables) -> None:
-    """The fragments of lora_B in TF32."""
+    """Compares the TF32 fragments of lora_B."""
     for step in ours["lora_B"]:
         same(step, fragment(cutlass, "wgmma A tf32"))
 
 
 def accumulators(ours: Tables, cutlass: Tables) -> None:
-    """Which row and token each sum belongs to: a tile of fewer tokens has the first sums."""
+    """Compares the row and token of each sum. A tile with fewer tokens holds the first sums."""
     sums = torch.tensor(ours["sums"])
     for tokens in (16, 32, 64, 128, 256):
         table = fragment(cutlass, f"wgmma D {tokens}")
@@ -62,7 +62,7 @@ def accumulators(ours: Tables, cutlass: Tables) -> None:
 
 
 def staged_outputs(ours: Tables, cutlass: Tables) -> None:
-    """stmatrix puts every sum where the tile's row and token of its accumulator belong."""
+    """Compares the places of stmatrix: each sum must land at its row and token of the tile."""
     stored = fragment(cutlass, "stmatrix transposed")  # [lane, element]: 8 * (lane of row) + column
     sums = fragment(cutlass, "wgmma D 256")
     rows, tokens = sums % 64, sums // 64
@@ -80,26 +80,26 @@ def staged_outputs(ours: Tables, cutlass: Tables) -> None:
 
 
 def packed_tile(ours: Tables, cutlass: Tables) -> None:
-    """Where the kernel reads the units of qweight's tile, and where the copy's twin puts them."""
+    """Compares where the kernel reads qweight's units, and where the copy's twin puts them."""
     offsets = torch.tensor(cutlass["tiles"]["32 bytes, bytes"]["offset"]).view(-1, 2)
     same(ours["packed tile"], offsets)
     same(ours["copy, 32 bytes"], offsets)
 
 
 def token_tile(ours: Tables, cutlass: Tables) -> None:
-    """Where the copy's twin puts the units of the tiles of x and low."""
+    """Compares where the copy's twin puts the units of the tiles of x and low."""
     for name in ("128 bytes, 16-bit elements", "128 bytes, tf32"):
         same(ours["copy, 128 bytes"], torch.tensor(cutlass["tiles"][name]["offset"]).view(-1, 8))
 
 
 def descriptors(ours: Tables, cutlass: Tables) -> None:
-    """shared_operand() at several addresses, in each step along k."""
+    """Compares shared_operand() at several addresses in each step along k."""
     for name in ("fp16", "bf16", "tf32"):
         assert ours["descriptors"] == cutlass["descriptors"][name]["by_start"]
 
 
 def descriptor_fields(ours: Tables, cutlass: Tables) -> None:
-    """Each field of our descriptors by itself: a wrong one is named."""
+    """Compares each field of our descriptors by itself, so that a wrong field is named."""
 
     def fields(descriptor: str) -> dict[str, int]:
         bits = int(descriptor, 16)
@@ -118,20 +118,20 @@ def descriptor_fields(ours: Tables, cutlass: Tables) -> None:
 
 
 def moved_matrices(ours: Tables, cutlass: Tables) -> None:
-    """The twins of ldmatrix and stmatrix."""
+    """Compares the twins of ldmatrix and stmatrix."""
     for name in ("ldmatrix", "ldmatrix transposed", "stmatrix transposed"):
         same(ours[name], fragment(cutlass, name))
 
 
 def matrix(values: Tensor, table: Tensor, shape: list[int]) -> Tensor:
-    """[rows, columns] out of each thread's values."""
+    """Assembles a matrix [rows, columns] from each thread's values."""
     flat = torch.zeros(shape[0] * shape[1], dtype=torch.int64)
     flat[table.flatten()] = values.flatten()
     return flat.view(shape[1], shape[0]).t()
 
 
 def warp_products(ours: Tables, cutlass: Tables) -> None:
-    """The twin of mma.sync: D is A B if each lane's values are where CUTLASS has them."""
+    """Compares the twin of mma.sync: D is A B if each lane's values are where CUTLASS has them."""
     for name in ("mma fp16", "mma bf16"):
         A, B, D = (
             matrix(
@@ -145,7 +145,7 @@ def warp_products(ours: Tables, cutlass: Tables) -> None:
 
 
 def group_products(ours: Tables, cutlass: Tables) -> None:
-    """The twin of wgmma over four steps along k, with B's words as they lie in shared memory."""
+    """Compares the twin of wgmma over four steps along k. B's words are in memory order."""
     for dtype, tokens, tile in (
         ("fp16", 128, "128 bytes, 16-bit elements"),
         ("bf16", 256, "128 bytes, 16-bit elements"),
@@ -156,7 +156,7 @@ def group_products(ours: Tables, cutlass: Tables) -> None:
         shape = cutlass["fragments"][f"wgmma A {dtype}"]["shape"]
         fragments = product["A"].view(128, ours["steps"], -1)
         A = torch.cat([matrix(step, table, shape) for step in fragments.unbind(1)], dim=1)
-        # The table has 64 tokens, of which every 8 are a pattern of 1024 bytes.
+        # The table has 64 tokens. Every 8 of them take up a pattern of 1024 bytes.
         offsets = torch.tensor(cutlass["tiles"][tile]["offset"]).view(-1, 8)
         pattern = 128 * len(offsets)
         more = torch.arange(tokens // len(offsets)) * pattern
@@ -167,7 +167,7 @@ def group_products(ours: Tables, cutlass: Tables) -> None:
         assert torch.equal(D, A @ B.t())
 
 
-# Each comparison and the tables that it must not agree with if one of them is another.
+# Each comparison, and the tables that it reads: if one of them is permuted, it must fail.
 COMPARISONS: list[tuple[Callable[[Tables, Tables], None], list[tuple[str, str]]]] = [
     (weights, [("fragments", "wgmma A fp16"), ("fragments", "wgmma A bf16")]),
     (lora_b, [("fragments", "wgmma A tf32")]),
@@ -193,7 +193,7 @@ COMPARISONS: list[tuple[Callable[[Tables, Tables], None], list[tuple[str, str]]]
 
 
 def permuted(table: Any) -> list[Any]:
-    """The same table with each of its lists turned by one place, one list at a time."""
+    """Returns copies of the table; in each copy one of the lists is rotated by one place."""
     if isinstance(table, list):
         return [[*table[1:], table[0]]]
     results = []

@@ -1,4 +1,4 @@
-"""The cycle model: main loops are found in machine code, and each part of the SM is counted."""
+"""The cycle model finds the main loop in machine code and counts the work of each SM part."""
 
 from __future__ import annotations
 
@@ -12,53 +12,53 @@ HOPPER = ARCHS["sm_90a"]
 
 
 def code(*lines: str) -> Code:
-    """Instructions, 16 bytes each, in cuobjdump's form."""
-    rows = [f"        /*{16 * i:04x}*/   {line} ;  /* 0x00 */" for i, line in enumerate(lines)]
-    return sass.parse("\n".join(["Function : kernel", *rows]))["kernel"]
+    """Parses instructions of 16 bytes each, written in the form that cuobjdump prints."""
+    listing = [f"        /*{16 * i:04x}*/   {line} ;  /* 0x00 */" for i, line in enumerate(lines)]
+    return sass.parse("\n".join(["Function : kernel", *listing]))["kernel"]
 
 
-def one(line: str) -> Instruction:
+def instruction(line: str) -> Instruction:
     return code(line)[0]
 
 
 def test_listing_is_parsed() -> None:
     jump = code("NOP", "@!UP0 BRA.U P1, 0x20")[1]
     assert jump == Instruction(16, "BRA.U", "P1, 0x20", "@!UP0", 32)
-    assert one("HGMMA.64x128x16.F32.BF16 R24, R120, gdesc[UR16], R24").name == "HGMMA"
-    assert one("@!PT LDS RZ, [RZ]").never_runs
+    assert instruction("HGMMA.64x128x16.F32.BF16 R24, R120, gdesc[UR16], R24").name == "HGMMA"
+    assert instruction("@!PT LDS RZ, [RZ]").never_runs
 
 
 LOOP = (
     "MOV R0, R1",  # 00
     "LDG.E R2, [R0]",  # 10: the loop over tiles begins
     "LDSM.16.M88.4 R4, [R0]",  # 20: the main loop begins
-    "@P0 BRA 0x60",  # 30: what only the last turn leaves out
+    "@P0 BRA 0x60",  # 30: the last turn skips 40 and 50
     "LDGSTS.E.128 [R0], [R2]",  # 40
     "BSSY B0, 0x90",  # 50
-    "@!P1 BRA 0x90",  # 60: what only some turns do
+    "@!P1 BRA 0x90",  # 60: some turns skip 70 and 80
     "IMAD R9, R9, R9, R9",  # 70
     "BSYNC B0",  # 80
     "HMMA.16816.F32.BF16 R4, R8, R12, R4",  # 90
-    "@!P2 BRA 0xf0",  # a0: a wait that failed
+    "@!P2 BRA 0xf0",  # a0: jumps away if the wait failed
     "@P3 BRA 0x20",  # b0
     "STG.E [R0], R4",  # c0
     "@P4 BRA 0x10",  # d0
     "EXIT",  # e0
-    "SYNCS.PHASECHK.TRANS64.TRYWAIT P2, [UR4], R5",  # f0: waits again, and goes on in the loop
+    "SYNCS.PHASECHK.TRANS64.TRYWAIT P2, [UR4], R5",  # f0: waits again, and returns to the loop
     "@!P2 BRA 0xf0",  # 100
     "BRA 0xb0",  # 110
     "BRA 0x120",  # 120
 )
 
 
-def test_main_loop_is_the_innermost_one_on_its_hot_path() -> None:
+def test_main_loop_is_the_hot_path_of_the_innermost_loop() -> None:
     (loop,) = sass.matrix_loops(code(*LOOP))
     assert [i.address for i in loop] == [0x20, 0x30, 0x40, 0x50, 0x60, 0x90, 0xA0, 0xB0]
     assert sass.matrix_loops(code("MOV R0, R1", "EXIT")) == []
 
 
-def test_main_loop_is_the_one_that_decodes_most() -> None:
-    """The rank's loop has more products here, and decodes nothing."""
+def test_main_loop_is_the_loop_that_decodes_most() -> None:
+    """The loop over the rank has more products here, but decodes nothing."""
     lines = (
         "PRMT R0, R0, R0, R0",
         "HMMA.16816.F32 R0, R0, R0, R0",
@@ -89,27 +89,27 @@ def test_main_loop_is_the_one_that_decodes_most() -> None:
         ("SHFL.IDX PT, R0, R1, R2, 0x1f", 1),
         ("@!PT LDS RZ, [RZ]", 0),
         ("IADD3 R0, R1, R2, R3", 0),
-        # B: 16 x 256 elements of 2 bytes, a quarter for each warp; and A: 64 x 16.
+        # B has 16 x 256 elements of 2 bytes, a quarter for each warp. A has 64 x 16 elements.
         ("HGMMA.64x256x16.F32.BF16 R24, R120, gdesc[UR16], R24", 16),
         ("HGMMA.64x256x16.F32.BF16 R24, gdesc[UR16], R24", 20),
     ],
 )
-def test_passes_over_shared_memory(line: str, passes: float) -> None:
-    assert cycle_model.passes(one(line), {}) == passes
-    assert cycle_model.passes(one("LDS.128 R0, [R1]"), {"LDS.128": 2.0}) == 2
+def test_passes_over_shared_memory_follow_the_access_size(line: str, passes: float) -> None:
+    assert cycle_model.passes(instruction(line), {}) == passes
+    assert cycle_model.passes(instruction("LDS.128 R0, [R1]"), {"LDS.128": 2.0}) == 2
 
 
 def test_tensor_cycles_follow_the_data_sheets() -> None:
-    """128 x 64 weights times 128 tokens in 512 cycles on Hopper; mma.sync slower by its share."""
-    product = one("HGMMA.64x128x16.F32.BF16 R24, R120, gdesc[UR16], R24")
+    """Hopper multiplies 128 x 64 weights with 128 tokens in 512 cycles; mma.sync takes longer."""
+    product = instruction("HGMMA.64x128x16.F32.BF16 R24, R120, gdesc[UR16], R24")
     assert 8 * 4 * cycle_model.tensor_cycles(product, HOPPER) == 512
-    mma = one("HMMA.16816.F32.BF16 R4, R8, R12, R4")
+    mma = instruction("HMMA.16816.F32.BF16 R4, R8, R12, R4")
     assert cycle_model.tensor_cycles(mma, ARCHS["sm_80"]) == 2
     assert cycle_model.tensor_cycles(mma, HOPPER) == pytest.approx(1 / 0.62)
-    tf32 = one("HMMA.1688.F32.TF32 R4, R8, R12, R4")
+    tf32 = instruction("HMMA.1688.F32.TF32 R4, R8, R12, R4")
     assert cycle_model.tensor_cycles(tf32, ARCHS["sm_80"]) == 2
     with pytest.raises(ValueError, match="no shape"):
-        cycle_model.tensor_cycles(one("HMMA.884.F32 R4, R8, R12, R4"), HOPPER)
+        cycle_model.tensor_cycles(instruction("HMMA.884.F32 R4, R8, R12, R4"), HOPPER)
 
 
 @pytest.mark.parametrize(
@@ -123,21 +123,21 @@ def test_tensor_cycles_follow_the_data_sheets() -> None:
     ],
 )
 def test_each_column_can_bind(line: str, column: str, cycles: float) -> None:
-    """Sixteen instructions for 1,024 weights, twice that for 2,048."""
+    """The loop has sixteen instructions for 1,024 weights; the cycles are counted for 2,048."""
     columns = cycle_model.cycles(Loop(code(*[line] * 16), 1024), HOPPER)
     assert columns[column] == cycles
     assert cycle_model.slowest_on_chip(columns) == column
     assert cycle_model.binds(columns) == (column if cycles > columns["memory"] else "memory")
 
 
-def test_copies_and_products_of_others_take_shared_memory_and_tensor_cores() -> None:
+def test_work_of_other_warps_takes_shared_memory_and_tensor_cores() -> None:
     columns = cycle_model.cycles(Loop([], 1, copied=2.5, read=1.0, macs=128.0), HOPPER)
     assert columns["shared"] == 2048 * 3.5 / 128
     assert columns["tensor"] == 2048 * 128 / 2048
 
 
 def test_memory_follows_clock_and_bandwidth() -> None:
-    """1,152 bytes an SM at 90 % of 4.8 TB/s, shared by 132 SMs of 1.83 GHz."""
+    """Each of 132 SMs at 1.83 GHz reads 1,152 bytes. Together they get 90 % of 4.8 TB/s."""
     assert HOPPER.memory_cycles() == pytest.approx(1152 * 132 * 1.83 / 4320)
 
 

@@ -1,4 +1,4 @@
-"""Choosing a backend: by name, by environment, and explained."""
+"""A backend is chosen by name or by the environment, and the choice is explained."""
 
 from __future__ import annotations
 
@@ -72,13 +72,13 @@ def test_triton_runs_on_the_cpu_only_when_asked_for() -> None:
 
 
 def test_importing_pylora_imports_no_triton() -> None:
-    """It costs a second, and a CPU without the interpreter never needs it."""
+    """Importing Triton takes a second, and a CPU without the interpreter never needs it."""
     code = EXPLAIN_NF4_LINEAR + "; import sys; print('triton' in sys.modules)"
     result = python("-c", code, TRITON_INTERPRET="0")
     assert result.stdout.rstrip().endswith("False"), result.stdout + result.stderr
 
 
-def test_explain_gives_reasons() -> None:
+def test_explain_says_why_each_other_backend_was_rejected() -> None:
     w = pylora.quantize_nf4(torch.randn(48, 128))
     x = torch.randn(2, 128)
     explanation = pylora.explain("nf4_linear", x, w)
@@ -107,7 +107,7 @@ def test_forced_backend_falls_back_to_the_reference_visibly() -> None:
     assert explanation.backend == "reference" and explanation.forced == "cpu"
 
 
-def test_info_and_check() -> None:
+def test_info_and_check_run_from_the_command_line() -> None:
     result = python("-m", "pylora", "info")
     assert result.returncode == 0, result.stderr
     assert "backends, fastest first:" in result.stdout and "nf4_linear:" in result.stdout
@@ -121,7 +121,7 @@ def test_info_and_check() -> None:
 
 
 def test_check_fails_on_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check must be able to fail: one weight in a thousand off by one percent is seen."""
+    """The check notices a kernel that gets one output in a thousand wrong by one percent."""
     from pylora import selfcheck
     from pylora.backends.backend import Backend, Plan
     from pylora.calls import Nf4LinearCall

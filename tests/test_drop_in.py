@@ -1,5 +1,8 @@
-"""What nn.Linear lets its users do, our ops do: outputs changed in place, no features, gradients of
-gradients (or a clear refusal), any default dtype."""
+"""Our ops allow what nn.Linear allows its users.
+
+They may change outputs in place, use layers without features, take gradients of gradients (or get a
+clear refusal), and set any default dtype.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ Call = Callable[[Tensor], Tensor]
 
 
 def calls(make: Callable[..., Projection], device: str) -> dict[str, Call]:
-    """Every op that has a backward, as a function of x [..., 64] -> [..., 64]."""
+    """Returns every op that has a backward as a function of x, [..., 64] -> [..., 64]."""
     q, k, v = (make(64, 64, 4, device=device) for _ in range(3))
     assert q.lora_A is not None and q.lora_B is not None
     many = (q.lora_A.detach()[None], q.lora_B.detach()[None])
@@ -61,7 +64,7 @@ def test_output_can_be_changed_in_place(
     assert torch.equal(got, expected)
 
 
-def test_gradient_of_a_gradient(backend: str, device: str) -> None:
+def test_gradient_of_a_gradient_is_that_of_torch(backend: str, device: str) -> None:
     w = pylora.quantize_nf4(torch.randn(32, 64, device=device))
     x = torch.randn(5, 64, device=device)
 
@@ -77,7 +80,7 @@ def test_gradient_of_a_gradient(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("op", OPS[1:])
-def test_gradient_of_a_gradient_is_refused_where_there_is_none(
+def test_gradient_of_a_gradient_is_refused_if_there_is_none(
     backend: str, device: str, make_projection: Any, op: str
 ) -> None:
     call = calls(make_projection, device)[op]
@@ -89,7 +92,7 @@ def test_gradient_of_a_gradient_is_refused_where_there_is_none(
 
 @pytest.mark.parametrize("leading", [(), (0,), (2, 3)], ids=str)
 @pytest.mark.parametrize("in_features, out_features", [(0, 5), (5, 0)])
-def test_no_features(
+def test_layers_without_features_give_the_bias(
     backend: str, device: str, in_features: int, out_features: int, leading: tuple[int, ...]
 ) -> None:
     layer = NF4Linear(in_features, out_features, device=device)
@@ -127,10 +130,12 @@ def test_scales_are_fp32_under_any_default_dtype(
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
-@pytest.mark.parametrize("kind", ["dense", "nf4"])
-def test_forward_without_numbers_and_numbers_later(kind: str, use_dora: bool) -> None:
+@pytest.mark.parametrize("base_format", ["dense", "nf4"])
+def test_a_layer_on_meta_can_be_filled_after_its_first_forward(
+    base_format: str, use_dora: bool
+) -> None:
     def layer(device: str) -> LoRALinear:
-        linear = nn.Linear if kind == "dense" else NF4Linear
+        linear = nn.Linear if base_format == "dense" else NF4Linear
         return LoRALinear(linear(64, 32, device=device), r=4, use_dora=use_dora)
 
     source, empty = layer("cpu"), layer("meta")
@@ -143,7 +148,7 @@ def test_forward_without_numbers_and_numbers_later(kind: str, use_dora: bool) ->
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
-def test_fake_tensors(double_quant: bool) -> None:
+def test_fake_tensors_pass_forward_and_backward(double_quant: bool) -> None:
     with FakeTensorMode():
         layer = LoRALinear(NF4Linear(64, 32, double_quant=double_quant), r=4)
         y = layer(torch.randn(5, 64, requires_grad=True))

@@ -1,4 +1,4 @@
-"""The seeded dropout: Philox4x32-10 by its published vectors, the rate, and independence."""
+"""The seeded dropout: Philox4x32-10 gives its published numbers, and masks have the right rate."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from pylora.reference.dropout import dropout, dropout_mask, philox
 @pytest.mark.parametrize(
     ("seed", "counter", "expected"),
     [
-        # Key and counter 0, from the known-answer tests of Random123 (philox4x32, 10 rounds).
+        # Key 0 and counter 0, from the known-answer tests of Random123 (philox4x32,
+        # 10 rounds).
         (0, 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ],
 )
-def test_known_answer(seed: int, counter: int, expected: tuple[int, ...]) -> None:
+def test_philox_gives_the_published_words(
+    seed: int, counter: int, expected: tuple[int, ...]
+) -> None:
     words = philox(torch.tensor(seed), torch.tensor([counter]))
     assert tuple(words[0].tolist()) == expected
 
 
-def test_words_equal_tritons() -> None:
-    """Triton's own philox, in numpy integers, over a 64-bit seed and a counter beyond 2^32."""
+def test_philox_words_equal_those_of_triton() -> None:
+    """Triton's philox is written here in Python, for a 64-bit seed and counters beyond 2^32."""
     import numpy as np
 
     def rounds(c: list[int], k: list[int]) -> list[int]:
@@ -39,7 +42,7 @@ def test_words_equal_tritons() -> None:
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
-def test_rate(p: float) -> None:
+def test_masks_have_the_rate_and_are_uncorrelated(p: float) -> None:
     mask = dropout_mask(torch.Size((1000, 1001)), p, torch.tensor(42))
     deviation = (p * (1 - p) / mask.numel()) ** 0.5
     assert abs(1 - mask.double().mean().item() - p) < 5 * deviation

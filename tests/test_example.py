@@ -1,4 +1,4 @@
-"""The main job end to end on a tiny random Llama: every method, resuming, Ctrl-C, bad input."""
+"""The demo runs from end to end on a tiny Llama: every method, resuming, Ctrl-C, bad input."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A two-layer Llama with random weights and a tokenizer of single bytes."""
+    """The folder of a two-layer Llama with random weights and a tokenizer of single bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -83,7 +83,7 @@ def summary(out: Path) -> dict[str, Any]:
 
 
 def assert_no_leftovers(out: Path) -> None:
-    assert not [path for path in out.rglob(".*")], "a temporary name was left behind"
+    assert not [path for path in out.rglob(".*")], "a temporary file was left behind"
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -113,7 +113,7 @@ def test_every_method_learns_and_writes_what_it_promises(
     assert_no_leftovers(out)
 
 
-def test_hybrid_trains_whole_modules_too(arguments: list[str], tmp_path: Path) -> None:
+def test_hybrid_also_trains_whole_modules(arguments: list[str], tmp_path: Path) -> None:
     name = "model.layers.0.mlp.down_proj"
     options = ["--method", "hybrid", "--steps", "2", "--samples", "0", "--full-modules", name]
     assert finetune_qlora.main([*arguments, *options]) == 0
@@ -131,7 +131,7 @@ def test_a_resumed_run_gives_the_losses_of_an_uninterrupted_one(
 ) -> None:
     common = [*arguments, "--method", method, "--steps", str(STEPS), "--samples", "0", "--no-check"]
     if method == "qlora":
-        common += ["--dropout", "0.3"]  # so that the random state matters
+        common += ["--dropout", "0.3"]  # dropout makes the losses depend on the random state
     assert finetune_qlora.main(common) == 0
     whole = summary(tmp_path / "out")
 
@@ -140,21 +140,21 @@ def test_a_resumed_run_gives_the_losses_of_an_uninterrupted_one(
     assert finetune_qlora.main(parts) == 130
     assert len(summary(tmp_path / "parts")["losses"]) == 3
     monkeypatch.undo()
-    # Everything but the places comes from the checkpoint.
-    places = [*arguments[:4], "--out", str(tmp_path / "parts")]
-    assert finetune_qlora.main([*places, "--resume", "--no-check", "--samples", "0"]) == 0
+    # All options but the folders come from the checkpoint.
+    folders = [*arguments[:4], "--out", str(tmp_path / "parts")]
+    assert finetune_qlora.main([*folders, "--resume", "--no-check", "--samples", "0"]) == 0
     resumed = summary(tmp_path / "parts")
     assert resumed["losses"] == whole["losses"]
     assert resumed["after"]["loss"] == whole["after"]["loss"]
     assert resumed["before"] == whole["before"]
-    # A finished run trains no further.
-    assert finetune_qlora.main([*places, "--resume", "--no-check", "--samples", "0"]) == 0
+    # A finished run does not train any further.
+    assert finetune_qlora.main([*folders, "--resume", "--no-check", "--samples", "0"]) == 0
     assert summary(tmp_path / "parts")["losses"] == whole["losses"]
     assert summary(tmp_path / "parts")["after"]["loss"] == whole["after"]["loss"]
 
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sends this process SIGINT in the course of that step."""
+    """Makes the Trainer send this process SIGINT during step `step`."""
     from transformers import Trainer
 
     training_step = Trainer.training_step
@@ -213,7 +213,7 @@ def test_ctrl_c_leaves_an_adapter_that_peft_loads(
         deadline = time.monotonic() + 90
         while not list(out.glob("checkpoints/*/trainer_state.json")):
             assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline, "no checkpoint after 90 s"
+            assert time.monotonic() < deadline, "there was no checkpoint after 90 s"
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         printed, complaints = process.communicate(timeout=60)
@@ -243,7 +243,7 @@ def test_ctrl_c_leaves_an_adapter_that_peft_loads(
         (["--method", "hybrid", "--full-modules", "down"], "such as model, embed_tokens"),
     ],
 )
-def test_bad_options_are_one_line(
+def test_a_bad_option_gives_a_message_of_one_line(
     words: list[str],
     complaint: str,
     arguments: list[str],
@@ -264,22 +264,24 @@ def test_an_unknown_method_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
     assert "choose from" in capsys.readouterr().err
 
 
-def test_logits_are_computed_where_they_are_learnt_only(model_folder: Path) -> None:
+def test_logits_are_computed_only_where_they_are_learnt(model_folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     collate = completion_collator(AutoTokenizer.from_pretrained(model_folder, pad_token="</s>"))
-    rows = [torch.randint(2, 200, (length,)) for length in (9, 6)]
+    sequences = [torch.randint(2, 200, (length,)) for length in (9, 6)]
     items = [
-        {"input_ids": row.tolist(), "labels": [IGNORED] * start + row[start:].tolist()}
-        for row, start in zip(rows, (5, 4), strict=True)
+        {"input_ids": sequence.tolist(), "labels": [IGNORED] * start + sequence[start:].tolist()}
+        for sequence, start in zip(sequences, (5, 4), strict=True)
     ]
     output = model(**collate(items))
     assert output.logits.shape == (2, 4 + 1, model.config.vocab_size)
-    # Each example without padding, with all of its logits.
+    # The same losses from each example without padding, with all of its logits.
     losses = [
-        torch.nn.functional.cross_entropy(model(row[None]).logits[0, start - 1 : -1], row[start:])
-        for row, start in zip(rows, (5, 4), strict=True)
+        torch.nn.functional.cross_entropy(
+            model(sequence[None]).logits[0, start - 1 : -1], sequence[start:]
+        )
+        for sequence, start in zip(sequences, (5, 4), strict=True)
     ]
     torch.testing.assert_close(output.loss, (4 * losses[0] + 2 * losses[1]) / 6)
 

@@ -1,4 +1,4 @@
-"""The demo's data: file kinds, bad lines, the split, the standard library's docstrings, batches."""
+"""The demo's data: file formats, bad lines, the split, docstrings as examples, and batches."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write(folder: Path, name: str, *lines: str) -> Path:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def test_every_kind_of_jsonl_line(tmp_path: Path) -> None:
+def test_every_form_of_jsonl_line_is_read(tmp_path: Path) -> None:
     path = write(
         tmp_path,
         "data.jsonl",
@@ -97,14 +97,14 @@ def test_bytes_that_are_not_utf8_are_named_by_their_line(tmp_path: Path) -> None
     ("content", "complaint"),
     [("", "is empty"), ("\n \n", "is empty"), ("one paragraph\n", r"has 1 distinct example")],
 )
-def test_too_little_data(tmp_path: Path, content: str, complaint: str) -> None:
+def test_too_little_data_is_refused(tmp_path: Path, content: str, complaint: str) -> None:
     path = tmp_path / "data.txt"
     path.write_text(content)
     with pytest.raises(UserError, match=complaint):
         load_examples(path)
 
 
-def test_missing_file_and_folder(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         load_examples(tmp_path / "absent.jsonl")
     with pytest.raises(UserError, match="is a folder"):
@@ -119,7 +119,7 @@ MANY = [Example(f"prompt {i}", f"completion {i}") for i in range(2000)]
 def test_split_is_a_partition_of_the_promised_size() -> None:
     train, validation = split_examples(MANY)
     assert sorted([*train, *validation], key=str) == sorted(MANY, key=str)
-    assert 60 <= len(validation) <= 140  # 5 % of 2000, give or take four standard deviations
+    assert 60 <= len(validation) <= 140  # 5 % of 2000, within four standard deviations
 
 
 def test_split_depends_on_each_example_alone() -> None:
@@ -144,7 +144,7 @@ def test_neither_side_of_a_tiny_split_is_empty() -> None:
 # --- the standard library -------------------------------------------------------------------------
 
 
-def test_stdlib_docstrings_of_a_small_tree(tmp_path: Path) -> None:
+def test_public_docstrings_of_a_tree_become_examples(tmp_path: Path) -> None:
     (tmp_path / "pack").mkdir()
     (tmp_path / "test").mkdir()
     write(tmp_path / "test", "skipped.py", 'def f():\n    """Return what is never seen."""')
@@ -169,7 +169,7 @@ def test_stdlib_docstrings_of_a_small_tree(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_stdlib_of_this_python_is_plentiful_and_reproducible() -> None:
+def test_the_standard_library_gives_many_examples_and_always_the_same() -> None:
     examples = load_examples(None)
     assert len(examples) > 1000
     assert len({e.completion for e in examples}) == len(examples)
@@ -190,7 +190,7 @@ def test_stdlib_of_this_python_is_plentiful_and_reproducible() -> None:
         ("", None),
     ],
 )
-def test_first_sentence(docstring: str, sentence: str | None) -> None:
+def test_first_sentence_is_prose_or_none(docstring: str, sentence: str | None) -> None:
     assert first_sentence(docstring) == sentence
 
 
@@ -198,13 +198,13 @@ def test_first_sentence(docstring: str, sentence: str | None) -> None:
 
 
 def items(count: int) -> list[dict[str, list[int]]]:
-    """Items of many lengths, each of which begins with its own number."""
-    rows = [[i, *range(1, 2 + i % 17)] for i in range(count)]
-    return [{"input_ids": row, "labels": [IGNORED, *row[1:]]} for row in rows]
+    """Returns items of many lengths. Each begins with its own number."""
+    sequences = [[i, *range(1, 2 + i % 17)] for i in range(count)]
+    return [{"input_ids": sequence, "labels": [IGNORED, *sequence[1:]]} for sequence in sequences]
 
 
 class Tokenizer:
-    """One token for each letter, 0 to pad with, 1 at the end."""
+    """Makes one token of each letter, and ends a text with token 1."""
 
     chat_template, bos_token, bos_token_id, eos_token_id = None, None, None, 1
 
@@ -227,7 +227,7 @@ def test_a_long_example_is_left_out_and_a_long_text_is_cut() -> None:
         encode(Tokenizer(), examples[:1], max_length=4)
 
 
-def test_collator_learns_the_completion_only() -> None:
+def test_collator_keeps_only_the_labels_of_completions() -> None:
     tokenizers = pytest.importorskip("tokenizers")
     PreTrainedTokenizerFast = pytest.importorskip("transformers").PreTrainedTokenizerFast
     tokenizer = PreTrainedTokenizerFast(
@@ -243,7 +243,7 @@ def test_collator_learns_the_completion_only() -> None:
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [0, 0, 9, 4]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
-    # Of each row the last two positions are learnt; the one before predicts the first of them.
+    # The last two positions are learnt. The position before them predicts the first.
     assert batch["logits_to_keep"] == 3
     assert batch["labels"].tolist() == [[IGNORED, 7, 8], [IGNORED, IGNORED, 4]]
 
@@ -262,7 +262,7 @@ def test_an_epoch_has_every_example_once() -> None:
     assert sorted(numbers(grouped_by_length(items(50), 4, seed=3))) == list(range(50))
 
 
-def test_batches_of_like_length_waste_little() -> None:
+def test_batches_of_similar_length_need_little_padding() -> None:
     order = grouped_by_length(items(200), 8, seed=0)
     lengths = [len(item["input_ids"]) for item in order]
     padded = sum(8 * max(lengths[i : i + 8]) for i in range(0, 200, 8))

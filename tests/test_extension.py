@@ -40,7 +40,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def bits(x: Tensor) -> Tensor:
-    """Tells -0 from 0, and calls a NaN equal to itself."""
+    """Returns the bits as integers, which tell -0 from 0 and make a NaN equal to itself."""
     return x.view({4: torch.int32, 2: torch.int16, 1: torch.uint8}[x.element_size()])
 
 
@@ -58,15 +58,21 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-# How it was built
+# The build
 
 
-def test_build_info():
+def test_build_info_agrees_with_the_package():
     info = _C.build_info()
     assert info["version"] == pylora.__version__
     assert info["torch_target"] == "2.10"
     assert info["compiler"].startswith(("gcc", "clang"))
     assert info["cuda"] == bool(info["cuda_archs"]) == (info["cuda_version"] is not None)
+
+
+def test_plans_change_at_every_hard_limit_of_tokens():
+    hard = _C.build_info()["limits"]["cuda"]
+    counts = {hard[name] for name in ("max_small_m", "max_small_m_of_block_32", "max_m")}
+    assert counts < set(token_steps()) and token_steps() == sorted(token_steps())
 
 
 def cuobjdump(*options: str) -> str:
@@ -96,7 +102,7 @@ def test_gpu_code_moves_16_bytes_at_a_time_and_does_not_spill(arch: str):
     assert not [kernel.split()[0] for kernel in kernels if "STL" in kernel or "LDL" in kernel]
     forward = [kernel for kernel in kernels if "lora_linear_small_m" in kernel.split()[0]]
     backward = [kernel for kernel in kernels if "nf4_linear_backward_small_m" in kernel.split()[0]]
-    # fp16 and bf16, six counts of token tiles; two of them for blocks of 32 as well.
+    # fp16 and bf16 for six counts of token tiles. Two counts also have a kernel for blocks of 32.
     assert len(forward) == 16 and len(backward) == 12
     for kernel in forward + backward:
         copies = set(re.findall(r"LDGSTS\S*", kernel))
@@ -107,17 +113,17 @@ def test_gpu_code_moves_16_bytes_at_a_time_and_does_not_spill(arch: str):
         assert "HMUL2" in kernel or "HFMA2" in kernel
         assert set(re.findall(r"STG\S*", kernel)) >= {"STG.E.128"}
     tiles = [k for k in kernels if re.search("nf4_(de)?quantize_tiles", k.split()[0])]
-    assert len(tiles) == 3 * len(DTYPES)  # dequantize has those of rows with gaps as well
+    assert len(tiles) == 3 * len(DTYPES)  # dequantize also has kernels for rows with gaps
     for kernel in tiles:
         loads, stores = set(re.findall(r"LDG\S*", kernel)), set(re.findall(r"STG\S*", kernel))
         assert any("128" in load for load in loads)
-        # Beside its 16 bytes of codes, quantize stores an absmax.
+        # quantize also stores an absmax beside its 16 bytes of codes.
         assert stores - {"STG.E"} == {"STG.E.128"}
         assert "STG.E" not in stores or "nf4_quantize" in kernel.split()[0]
 
 
-def test_hopper_code_overlaps_its_products():
-    """Four products a group, W from registers: ptxas had no reason to wait after each one."""
+def test_hopper_code_waits_once_for_four_products():
+    """W comes from registers, and ptxas did not make each product wait for the last."""
     if "90a" not in _C.build_info()["cuda_archs"]:
         pytest.skip("built without sm_90a")
     kernels = cuobjdump("-sass", "-arch", "sm_90a").split("Function : ")[1:]
@@ -146,9 +152,9 @@ def test_loads_without_a_gpu_or_a_cuda_library():
     "nf4_quantize nf4_dequantize nf4_linear nf4_linear_backward "
     "lora_linear lora_linear_backward".split(),
 )
-def test_takes_the_arguments_of_the_public_op(op: str):
+def test_a_compiled_op_takes_the_arguments_of_the_public_op(op: str):
     public = str(getattr(torch.ops.pylora, op).default._schema).replace("SymInt", "int")
-    # The compiled ops take NF4 weights alone, and an activation by its number.
+    # The compiled ops take only NF4 weights, and an activation by its number.
     public = public.replace("Tensor weight, Tensor? absmax", "Tensor qweight, Tensor absmax")
     public = public.replace("str activation", "int activation")
     compiled = str(getattr(ops, op).default._schema).replace("pylora_C::", "pylora::")
@@ -211,13 +217,13 @@ def test_an_instruction_set_that_cannot_run_is_an_error():
 
 
 def adversarial(numel: int, blocksize: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Weights on which a shortcut in the scaling or the rounding would show."""
+    """Returns weights that reveal a shortcut in the scaling or the rounding."""
     code = nf4.nf4_code(torch.device("cpu"), torch.float32)
     midpoints = (code[1:] + code[:-1]) / 2
     ties = midpoints[torch.randint(15, (numel,))]
     above, below = (torch.nextafter(ties, torch.tensor(x)) for x in (2.0, -2.0))
     around = torch.stack([below, ties, above])[torch.randint(3, (numel,)), torch.arange(numel)]
-    ties[::blocksize] = around[::blocksize] = 1.0  # absmax 1, then one that rounds
+    ties[::blocksize] = around[::blocksize] = 1.0  # absmax is 1; the factors below scale it
     scattered = torch.randn(numel)
     scattered[torch.rand(numel) < 0.5] = 0.0
     scattered[: numel // 2] = 0.0
@@ -237,7 +243,7 @@ def adversarial(numel: int, blocksize: int, dtype: torch.dtype) -> dict[str, Ten
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
-def test_quantize_is_that_of_bitsandbytes(isa: str, blocksize: int, dtype: torch.dtype):
+def test_quantize_equals_bitsandbytes_bit_for_bit(isa: str, blocksize: int, dtype: torch.dtype):
     for numel in (4 * blocksize, 2 * blocksize + 1, 3 * blocksize - 7, blocksize // 2 - 2, 1):
         for name, weight in adversarial(numel, blocksize, dtype).items():
             expected, state = bnb.quantize_4bit(weight, blocksize=blocksize, quant_type="nf4")
@@ -273,7 +279,7 @@ def test_quantize_takes_strides():
         assert all(map(torch.equal, ops.nf4_quantize(strided, 64), expected))
 
 
-def test_quantize_nothing():
+def test_quantize_gives_empty_results_for_an_empty_weight():
     qweight, absmax = ops.nf4_quantize(torch.empty(0, 64), 64)
     assert qweight.shape == absmax.shape == (0,)
     assert (qweight.dtype, absmax.dtype) == (torch.uint8, torch.float32)
@@ -289,7 +295,7 @@ def test_quantize_nothing():
         (torch.zeros(64), -64, "blocksize must be 32, .* or 4096, got -64"),
     ],
 )
-def test_quantize_errors(weight: Tensor, blocksize: int, message: str):
+def test_quantize_names_a_wrong_argument(weight: Tensor, blocksize: int, message: str):
     with pytest.raises(RuntimeError, match=message):
         ops.nf4_quantize(weight, blocksize)
 
@@ -299,13 +305,15 @@ def test_quantize_errors(weight: Tensor, blocksize: int, message: str):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
-def test_dequantize_is_that_of_bitsandbytes(isa: str, blocksize: int, dtype: torch.dtype):
+def test_dequantize_equals_bitsandbytes_bit_for_bit(isa: str, blocksize: int, dtype: torch.dtype):
     for shape in ((4, blocksize), (3, blocksize + 22), (1, 30)):
         weight = torch.randn(shape)
         qweight, state = bnb.quantize_4bit(weight, blocksize=blocksize, quant_type="nf4")
         absmax = state.absmax
         got = ops.nf4_dequantize(qweight, absmax, None, None, None, blocksize, 256, shape, dtype)
-        with torch.compiler.set_stance("force_eager"):  # its path for large blocks compiles
+        with torch.compiler.set_stance(
+            "force_eager"
+        ):  # bitsandbytes would use torch.compile for large blocks
             expected = torch.ops.bitsandbytes.dequantize_4bit(
                 qweight, absmax, blocksize, "nf4", shape, dtype
             )
@@ -327,9 +335,13 @@ def test_dequantize_decodes_a_nested_absmax(isa: str, dtype: torch.dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dequantize_rounds_ties_and_denormals(isa: str, dtype: torch.dtype):
-    """bitsandbytes flushes bf16 denormals on some processors; the rule is to round, once."""
-    every_code = torch.arange(256, dtype=torch.uint8)  # a block has each code in its low nibbles
-    ties = [1 + odd * 2.0**-power for power in (8, 11) for odd in (1, 3)]  # of bf16, of fp16
+    """bitsandbytes flushes bf16 denormals on some processors. The rule is to round once."""
+    every_code = torch.arange(
+        256, dtype=torch.uint8
+    )  # each block has every code in its low nibbles
+    ties = [
+        1 + odd * 2.0**-power for power in (8, 11) for odd in (1, 3)
+    ]  # ties of bf16 and of fp16
     denormal = [1e-45, 1e-39, 1.5e-38, 6e-8, 3 * 2.0**-25, 3e-5]
     absmax = torch.tensor([*ties, *denormal, 0.0, 1.0, 65504.0, 65519.0, 65520.0, 3e38])
     got = ops.nf4_dequantize(every_code, absmax, None, None, None, 32, 256, (512,), dtype)
@@ -339,7 +351,7 @@ def test_dequantize_rounds_ties_and_denormals(isa: str, dtype: torch.dtype):
     assert dtype == torch.float16 or (got.abs().float() < SMALLEST_NORMAL).any()
 
 
-def test_dequantize_odd_counts_and_unaligned_bytes(isa: str):
+def test_dequantize_takes_odd_counts_and_unaligned_bytes(isa: str):
     for numel in (1, 33, 64 * 5 + 1, 64 * 3 - 1):
         qweight, absmax = ops.nf4_quantize(torch.randn(numel), 64)
         moved = torch.cat([qweight[:1], qweight])[1:]
@@ -359,7 +371,7 @@ def test_dequantize_takes_strides():
     assert torch.equal(ops.nf4_dequantize(*strided, (96, 520), torch.float32), expected)
 
 
-def test_dequantize_nothing():
+def test_dequantize_gives_an_empty_result_for_an_empty_weight():
     nothing = torch.empty(0, dtype=torch.uint8)
     arguments = (nothing, torch.empty(0), None, None, None, 64, 256)
     got = ops.nf4_dequantize(*arguments, (0, 7), torch.bfloat16)
@@ -386,7 +398,7 @@ def test_dequantize_nothing():
         ({"nested": True, "offset": torch.ones((), dtype=torch.float64)}, "offset must have dtype"),
     ],
 )
-def test_dequantize_errors(change: dict, message: str):
+def test_dequantize_names_a_wrong_argument(change: dict, message: str):
     change = dict(change)
     nested = change.pop("nested", False)
     arguments = {

@@ -1,4 +1,4 @@
-"""The references against golden vectors of bitsandbytes and PEFT (tests/data/export_golden.py)."""
+"""The references equal stored results of bitsandbytes and PEFT (tests/data/export_golden.py)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NF4 = sorted(
 
 
 @pytest.mark.parametrize("prefix", NF4)
-def test_nf4(prefix: str) -> None:
+def test_nf4_equals_bitsandbytes_bit_for_bit(prefix: str) -> None:
     weight = GOLDEN[prefix + "weight"]
     qweight, absmax = reference_op("nf4_quantize")(weight, 32)
     assert torch.equal(qweight, GOLDEN[prefix + "packed"])
@@ -39,8 +39,8 @@ def test_nf4(prefix: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["plain", "rslora", "bias"])
-def test_lora(name: str) -> None:
-    """In float64, where two correct programs agree to a few units of 1e-16."""
+def test_lora_equals_peft(name: str) -> None:
+    """The numbers are float64, in which two correct programs agree to a few units of 1e-16."""
     g = {k.removeprefix(f"lora.{name}."): v for k, v in GOLDEN.items() if f"lora.{name}." in k}
     base = (g["weight"], None, None, None, None, 0, 0)
     scaling = g["scaling"].item()

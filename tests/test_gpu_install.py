@@ -1,4 +1,4 @@
-"""The step of `make gpu` that installs pylora: what it keeps and reuses, without a network."""
+"""The step of `make gpu` that installs pylora keeps and reuses what it can, without a network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def info(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {"sources": "0123", "cuda_archs": ["80", "90a", "100+PTX"]}
 
 
-def test_which_extension_is_good_enough(info: dict[str, Any]):
+def test_an_extension_is_kept_if_its_sources_and_arch_fit(info: dict[str, Any]):
     assert install.why_not(info, "90a") is None
     assert install.why_not(info, "100") is None
     assert install.why_not(info, None) is None
@@ -35,28 +35,30 @@ def test_which_extension_is_good_enough(info: dict[str, Any]):
     assert install.why_not("it crashed", "80") == "it crashed"
 
 
-def test_a_carried_extension(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
+def test_a_carried_extension_is_reused_if_it_fits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
+):
     module = pytest.importorskip("pylora._C", reason="pylora was installed without its extension")
     monkeypatch.setattr(install, "ROOT", tmp_path)
     (tmp_path / "pylora").mkdir()
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    mine = tmp_path / "pylora" / f"_C{suffix}"
+    carried_file = tmp_path / "pylora" / f"_C{suffix}"
     monkeypatch.setattr(install, "source_digest", lambda: module.build_info()["sources"])
     assert install.carried(None) is None
     (tmp_path / "pylora" / "_C.other.so").touch()
     assert install.carried(None) is None
     assert "pylora/_C.other.so is not reused: it is not for this Python" in capsys.readouterr().out
-    mine.write_bytes(b"no library")
+    carried_file.write_bytes(b"no library")
     assert install.carried(None) is None
-    assert f"pylora/{mine.name} is not reused: ImportError" in capsys.readouterr().out
-    shutil.copy(module.__file__, mine)
-    assert install.carried(None) == mine
+    assert f"pylora/{carried_file.name} is not reused: ImportError" in capsys.readouterr().out
+    shutil.copy(module.__file__, carried_file)
+    assert install.carried(None) == carried_file
     assert install.carried("999") is None
     assert "and 999 is wanted" in capsys.readouterr().out
 
 
 def test_the_installation_needs_no_network(tmp_path: Path):
-    """A copy of the sources, with the extension carried in, into an environment of its own."""
+    """A copy of the sources, with the built extension, is installed into a new environment."""
     module = pytest.importorskip("pylora._C", reason="pylora was installed without its extension")
     if module.build_info()["sources"] != install.source_digest():
         pytest.fail("pylora._C is older than its sources: install pylora again")
@@ -69,7 +71,7 @@ def test_the_installation_needs_no_network(tmp_path: Path):
         shutil.copy(ROOT / file, checkout / file)
     carried = Path(module.__file__)
     shutil.copy(carried, checkout / "pylora" / carried.name)
-    # An environment that finds the packages of this one, except for its pylora.
+    # The new environment finds the packages of this one, except pylora.
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     python = str(environment / "bin" / "python")

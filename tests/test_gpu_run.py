@@ -1,7 +1,7 @@
 """`make gpu` without a GPU: its steps, their limits, the budget, and what a call leaves.
 
-Commands of one line stand in for the steps. Nothing is measured: the limits that must not be
-reached are generous, and those that must be belong to commands that never end by themselves.
+Commands of one line stand in for the steps. No test measures time. Limits that must not be reached
+are generous, and limits that must be reached belong to commands that never end by themselves.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def step(name: str, code: str, seconds: int = 120, **options: Any) -> Step:
 
 
 def run(tmp_path: Path, *steps_: Step, budget: float = 1000.0) -> tuple[bool, dict[str, Any]]:
-    """(whether all went well, the summary)."""
+    """Returns whether all steps succeeded, and the summary."""
     runner = Runner(steps_, tmp_path / "out", tmp_path / "work", budget, ENVIRONMENT, FACTS)
     succeeded = runner.run()
     return succeeded, json.loads((tmp_path / "out" / archive.SUMMARY).read_text())
@@ -61,7 +61,7 @@ def archived(tmp_path: Path) -> dict[str, bytes]:
 
 
 def alive(pid: int) -> bool:
-    """False also for a process that has ended and that nobody has waited for."""
+    """Returns False also for a process that has ended and that nobody has waited for."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
@@ -81,24 +81,24 @@ def test_the_limits_of_a_call_fit_its_budget(target: Target):
     known = steps(target)
     assert set(known) >= {name for call in CALLS.values() for name in (*FIRST, *call)}
     for call in CALLS:
-        limits = [each.seconds for each in chosen(target, call, [])]
-        # A build that was kept takes seconds; the first call is the one that has to compile.
+        limits = [planned.seconds for planned in chosen(target, call, [])]
+        # Only the first call has to compile. Later calls keep the build, which takes seconds.
         slack = 0 if call == "1" else known["build"].seconds - 30
         assert sum(limits) - slack < BUDGET_S - 10
 
 
-def test_what_is_chosen(target: Target, tmp_path: Path):
-    names = [each.name for each in chosen(target, "1", [])]
+def test_a_call_or_names_choose_the_steps(target: Target, tmp_path: Path):
+    names = [planned.name for planned in chosen(target, "1", [])]
     assert names == ["build", "machine", "info", "check", "tests"]
-    everything = [each.name for each in chosen(target, None, [])]
+    everything = [planned.name for planned in chosen(target, None, [])]
     assert everything == ["build", *(name for call in CALLS.values() for name in call)]
     picked = chosen(target, None, ["tests=400", "racecheck-cuda"])
-    assert [(each.name, each.seconds) for each in picked][1:] == [
+    assert [(planned.name, planned.seconds) for planned in picked][1:] == [
         ("tests", 400),
         ("racecheck-cuda", 300),
     ]
     wheel = Target("python", "90a", target.work, target.site, 16, wheels=(tmp_path / "a.whl",))
-    assert [each.name for each in chosen(wheel, "3", [])] == [
+    assert [planned.name for planned in chosen(wheel, "3", [])] == [
         "wheels",
         "build",
         "sweep",
@@ -121,7 +121,7 @@ def test_unknown_names_are_refused(target: Target, call, names, message: str):
         chosen(target, call, names)
 
 
-def test_commands(target: Target):
+def test_commands_have_the_options_of_their_tools(target: Target):
     known = steps(target)
     tests = " ".join(known["tests"].command)
     assert "-m gpu -n 12" in tests
@@ -134,18 +134,18 @@ def test_commands(target: Target):
 
 def test_a_dry_run_has_the_same_steps_and_more_patience(target: Target, tmp_path: Path):
     dry = Target("python", "", target.work, target.site, 16, is_dry=True)
-    real = {name: each.seconds * DRY_PATIENCE for name, each in steps(target).items()}
-    assert real == {name: each.seconds for name, each in steps(dry).items()}
-    for each in steps(dry).values():
-        assert "cuda" not in each.command
+    real = {name: planned.seconds * DRY_PATIENCE for name, planned in steps(target).items()}
+    assert real == {name: planned.seconds for name, planned in steps(dry).items()}
+    for planned in steps(dry).values():
+        assert "cuda" not in planned.command
 
 
-def test_the_check_reaches_the_kernels_for_many_rows():
+def test_the_check_reaches_the_kernels_for_many_tokens():
     if extension.load()[0] is None:
         pytest.skip("pylora was installed without its extension")
     hard = extension.hard_limits("cuda")
-    rows = [int(word) for word in HOPPER_ROWS.split(",")]
-    shapes = [shape for shape in selfcheck.SHAPES if shape[0] in rows]
+    token_counts = [int(word) for word in HOPPER_ROWS.split(",")]
+    shapes = [shape for shape in selfcheck.SHAPES if shape[0] in token_counts]
     assert len(shapes) == 3
     for m, _, in_features, blocksize in shapes:
         assert limits.CUDA_HOPPER_FROM <= m < limits.CUDA_MANY_ROWS_FROM
@@ -161,7 +161,7 @@ def test_the_check_reaches_the_kernels_for_many_rows():
 
 
 def test_benchmarks_save_each_cell(tmp_path: Path):
-    """Cut off in the second of three cells, a run has kept the first."""
+    """A run that is cut off in the second of three cells has kept the first."""
     committed = results.load(ROOT / "benchmarks/results/amd-epyc-zen5/lora_linear.json")
 
     class Harness:
@@ -204,7 +204,7 @@ def test_benchmarks_save_each_cell(tmp_path: Path):
 # One call
 
 
-def test_what_a_call_leaves(tmp_path: Path):
+def test_a_call_leaves_a_summary_and_an_archive(tmp_path: Path):
     result = tmp_path / "work" / "results" / "lora_linear.json"
     write = f"import pathlib; p = pathlib.Path({str(result)!r}); p.parent.mkdir(); "
     write += """p.write_text('{"cells": [1, 2], "cells_left": 3}'); print("hello")"""
@@ -272,8 +272,10 @@ def test_what_cannot_run_here_is_listed(tmp_path: Path):
     assert summary["steps"][1]["last_lines"][-1] == "no-such-program was not found on PATH"
 
 
-def test_over_its_limit_the_whole_group_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A grandchild that ignores the request to end is killed; what was printed before is kept."""
+def test_a_step_over_its_limit_is_ended_with_its_whole_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A grandchild that ignores SIGTERM is killed, and what was printed before is kept."""
     monkeypatch.setattr("benchmarks.gpu.run.GRACE_S", 0.2)
     monkeypatch.setattr("benchmarks.gpu.run.SAVE_EVERY_S", 0.5)
     pids = tmp_path / "pids"
@@ -290,7 +292,7 @@ time.sleep(1000)
     log = tmp_path / "log"
     kept: list[str] = []
     command = [sys.executable, "-c", child]
-    # Twice as long, until a slow machine has got as far as starting both.
+    # The limit doubles until a slow machine has started both processes in time.
     for seconds in (2, 4, 8, 16, 32):
         kept.clear()
         keep = lambda: kept.append(log.read_text())  # noqa: E731
@@ -298,14 +300,14 @@ time.sleep(1000)
         assert status == f"over its limit of {seconds} s" and code is None
         if pids.exists():
             break
-    # What the step had printed could be saved while it was running.
+    # The step's output was saved while the step was running.
     assert len(kept) > 1 and "started" in kept[-1]
     both = [int(word) for word in pids.read_text().split()]
     assert len(both) == 2 and not any(map(alive, both))
 
 
-def test_what_a_step_leaves_running_is_ended(tmp_path: Path):
-    """The leader ends at once and well; the process that it started does not outlive it."""
+def test_a_process_that_a_step_leaves_running_is_ended(tmp_path: Path):
+    """The step itself succeeds at once, and the process that it started must not outlive it."""
     code = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', "
     code += "'import time; time.sleep(1000)']); print(p.pid)"
     log = tmp_path / "log"
@@ -313,8 +315,8 @@ def test_what_a_step_leaves_running_is_ended(tmp_path: Path):
     assert not alive(int(log.read_text().splitlines()[-1]))
 
 
-def test_an_ended_runner_leaves_what_it_has(tmp_path: Path):
-    """SIGTERM to the process that watches: the step is ended and named in the summary."""
+def test_a_runner_that_is_ended_leaves_a_summary(tmp_path: Path):
+    """SIGTERM ends the runner and the step in progress, and the summary names the step."""
     begun = tmp_path / "begun"
     code = f"""
 import signal, sys
@@ -378,8 +380,8 @@ def make(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
-def test_make_gpu_dry(tmp_path: Path):
-    """The installation, a stand-in and a sanitizer's stand-in, through the command a user types."""
+def test_make_gpu_runs_dry(tmp_path: Path):
+    """The command runs the installation, a stand-in, and a stand-in for a sanitizer."""
     pytest.importorskip("pylora._C", reason="pylora was installed without its extension")
     words = ["DRY=1", "STEPS=machine hopper-racecheck", "BUDGET=5000"]
     words.append(f"WORK={tmp_path / 'work'}")
@@ -399,7 +401,7 @@ def test_make_gpu_dry(tmp_path: Path):
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
-def test_make_gpu_says_what_is_wrong(tmp_path: Path):
+def test_make_gpu_names_a_wrong_argument(tmp_path: Path):
     done = make("DRY=1", "STEPS=nonsense", OUT=str(tmp_path))
     assert done.returncode != 0 and "the step is 'nonsense'; it must be one of" in done.stderr
     done = make("DRY=1", f"WHEELS={tmp_path}", OUT=str(tmp_path))

@@ -1,4 +1,4 @@
-"""`make gpu-wheels`: a stripped wheel is still a wheel, and what is taken or left out."""
+"""`make gpu-wheels`: a stripped wheel can be installed, and what is left out is reported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def make_wheel(tmp_path: Path) -> Callable[..., Path]:
     def make(name: str, files: dict[str, bytes], requires: tuple[str, ...] = ()) -> Path:
         info = f"{name}-1.0.dist-info"
         metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
-        metadata += "".join(f"Requires-Dist: {each}\n" for each in requires)
+        metadata += "".join(f"Requires-Dist: {requirement}\n" for requirement in requires)
         tag = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         whole = {
             **files,
@@ -69,8 +69,10 @@ def test_a_wheel_without_the_library_is_refused(make_wheel: Callable[..., Path],
     assert not (tmp_path / "out").exists()
 
 
-def test_which_wheels_are_fetched(make_wheel: Callable[..., Path], tmp_path: Path, monkeypatch):
-    """bitsandbytes is stripped, tqdm and what it needs are taken, what is not pure is reported."""
+def test_only_wheels_that_are_needed_are_fetched(
+    make_wheel: Callable[..., Path], tmp_path: Path, monkeypatch
+):
+    """bitsandbytes is stripped, tqdm brings its dependencies, and wheels not found are reported."""
     made = {
         "bitsandbytes": make_wheel("bitsandbytes", BITSANDBYTES, ("torch", "numpy")),
         "tqdm": make_wheel("tqdm", {}, ("rich>1", "colorama; extra == 'all'")),
@@ -96,12 +98,12 @@ def test_which_wheels_are_fetched(make_wheel: Callable[..., Path], tmp_path: Pat
     assert asked["tqdm"][-4:] == ["--platform", "any", "--abi", "none"]
 
 
-def test_what_the_benchmarks_import():
+def test_imported_names_are_those_of_other_packages():
     assert wheels.imported() >= {"torch", "tqdm", "matplotlib", "bitsandbytes", "peft"}
     assert not wheels.imported() & {"json", "benchmarks", "pylora"}
 
 
-def test_names_come_from_the_machine(tmp_path: Path):
+def test_names_are_read_from_the_facts_of_a_machine(tmp_path: Path):
     facts = tmp_path / "machine.json"
     facts.write_text('{"packages": ["peft", "tqdm"]}')
     assert wheels.names_of(["torch", str(facts)]) == ["torch", "peft", "tqdm"]

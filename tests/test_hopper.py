@@ -1,4 +1,4 @@
-"""The Hopper kernel for many rows, off by default: its limits in words, and on a GPU its results.
+"""The Hopper kernel for many tokens, which is off by default: its limits, and its results on a GPU.
 
 tests/test_host_cuda_many.py runs the same kernel on the CPU.
 """
@@ -21,7 +21,7 @@ from pylora.testing import assert_as_accurate_as_torch
 
 
 def unavailable() -> str | None:
-    """None where the kernel can run here, else the reason."""
+    """Returns why the kernel cannot run here, or None if it can."""
     reason = dispatch.BACKENDS["cuda"].unavailable()
     if reason is not None:
         return reason
@@ -46,46 +46,46 @@ def turned_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def run(op: str, args: tuple[Any, ...]) -> Any:
-    """The op's result from the kernel, judged by the numerics rule; again, it is the same."""
+    """Runs the op on the kernel twice, judges the result, and checks that both are equal."""
     assert chosen(op, *args) == "cuda"
     result = getattr(torch.ops.pylora, op)(*args)
     assert_as_accurate_as_torch(result, reference_op(op), *args)
     again = getattr(torch.ops.pylora, op)(*args)
-    results, others = ((r if isinstance(r, tuple) else (r,)) for r in (result, again))
-    assert all(map(torch.equal, results, others))
+    results, results_again = ((r if isinstance(r, tuple) else (r,)) for r in (result, again))
+    assert all(map(torch.equal, results, results_again))
     return result
 
 
 def arguments(
-    rows: int,
+    tokens: int,
     shape: tuple[int, int],
     dtype: torch.dtype,
     blocksize: int = 64,
     nested: bool = False,
 ) -> tuple[Any, ...]:
-    """Of nf4_linear, on the GPU."""
+    """Returns arguments of nf4_linear on the GPU."""
     weight = torch.randn(shape, device="cuda") / shape[1] ** 0.5
     w = pylora.quantize_nf4(weight, blocksize, nested)
-    x = torch.randn(rows, shape[1], device="cuda").to(dtype)
+    x = torch.randn(tokens, shape[1], device="cuda").to(dtype)
     bias = torch.randn(shape[0], device="cuda").to(dtype)
     return (x, *w.op_arguments(), shape[0], bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("rows", "shape", "blocksize", "nested"),
+    ("tokens", "shape", "blocksize", "nested"),
     [
         (128, (128, 64), 64, False),
         (300, (200, 640), 64, True),
-        (131, (133, 576), 128, False),  # blocks straddle rows, outputs end at odd addresses
+        (131, (133, 576), 128, False),  # blocks straddle rows, and outputs end at odd addresses
         (256, (1024, 4096), 4096, True),
-        (2048, (4096, 4096), 64, False),  # both tile sizes, several tiles an SM
+        (2048, (4096, 4096), 64, False),  # both tile sizes, and several tiles for each SM
         (4096, (1024, 1024), 64, False),
     ],
 )
 @on_hopper
-def test_nf4_linear(turned_on, rows, shape, blocksize, nested, dtype):
-    run("nf4_linear", arguments(rows, shape, dtype, blocksize, nested))
+def test_nf4_linear_obeys_the_numerics_rule(turned_on, tokens, shape, blocksize, nested, dtype):
+    run("nf4_linear", arguments(tokens, shape, dtype, blocksize, nested))
 
 
 @pytest.mark.parametrize(
@@ -98,34 +98,36 @@ def test_nf4_linear(turned_on, rows, shape, blocksize, nested, dtype):
     ],
 )
 @on_hopper
-def test_lora_linear(turned_on, dtype, lora_dtype, rank, dropout_p, activation):
-    for rows in (129, 1024):
-        x, *q, out_features, bias = arguments(rows, (720, 1024), dtype, nested=True)
+def test_lora_linear_obeys_the_numerics_rule(
+    turned_on, dtype, lora_dtype, rank, dropout_p, activation
+):
+    for tokens in (129, 1024):
+        x, *q, out_features, bias = arguments(tokens, (720, 1024), dtype, nested=True)
         factors = [torch.randn(rank, 1024) / 32, torch.randn(out_features, rank)]
         biases = [torch.randn(rank), torch.randn(out_features)]
         A, B, A_bias, B_bias = (t.to("cuda", lora_dtype) for t in (*factors, *biases))
         seed = torch.tensor(-1234567890123, device="cuda") if dropout_p else None
-        last = (0.5, dropout_p, seed, activation)
-        run("lora_linear", (x, *q, out_features, A, B, bias, A_bias, B_bias, *last))
+        trailing = (0.5, dropout_p, seed, activation)
+        run("lora_linear", (x, *q, out_features, A, B, bias, A_bias, B_bias, *trailing))
 
 
 @on_hopper
-def test_in_a_cuda_graph(turned_on):
-    x, *rest = arguments(256, (512, 512), torch.bfloat16)
-    expected = torch.ops.pylora.nf4_linear(x, *rest)
+def test_a_cuda_graph_gives_the_same_result(turned_on):
+    x, *weight_and_bias = arguments(256, (512, 512), torch.bfloat16)
+    expected = torch.ops.pylora.nf4_linear(x, *weight_and_bias)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = torch.ops.pylora.nf4_linear(x, *rest)
+        y = torch.ops.pylora.nf4_linear(x, *weight_and_bias)
     y.fill_(float("nan"))
     graph.replay()
     assert torch.equal(y, expected)
 
 
-# In words, on fake tensors: no GPU is needed.
+# The limits, on fake tensors: these tests need no GPU.
 
 
 class Calls:
-    """The cuda backend's answers about calls on a GPU whose capability a test sets."""
+    """Asks the cuda backend about calls on a GPU whose capability a test sets."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         if extension.load()[0] is None:
@@ -141,12 +143,12 @@ class Calls:
         self._monkeypatch.setattr(cuda_hopper, "_is_compiled", lambda: compiled)
 
     def ask(
-        self, rows: int = 128, columns: int = 192, blocksize: int = 64, has_lora: bool = False
+        self, tokens: int = 128, columns: int = 192, blocksize: int = 64, has_lora: bool = False
     ) -> Plan | Refusal:
         numel = 96 * columns
         qweight = torch.empty(numel // 2, dtype=torch.uint8, device="cuda")
         absmax = torch.empty(-(-numel // blocksize), device="cuda")
-        x = torch.empty(rows, columns, dtype=torch.bfloat16, device="cuda")
+        x = torch.empty(tokens, columns, dtype=torch.bfloat16, device="cuda")
         weight = Weight(qweight, absmax, None, None, None, blocksize, 256, (96, columns))
         if not has_lora:
             return cuda.BACKEND.plan(Nf4LinearCall(x, Layer(weight)))
@@ -154,14 +156,14 @@ class Calls:
         return cuda.BACKEND.plan(LoraLinearCall(x, Layer(weight, None, low)))
 
     def plan(self, **options: Any) -> Plan:
-        found = self.ask(**options)
-        assert isinstance(found, Plan), found.reason
-        return found
+        reply = self.ask(**options)
+        assert isinstance(reply, Plan), reply.reason
+        return reply
 
     def refusal(self, **options: Any) -> str:
-        found = self.ask(**options)
-        assert isinstance(found, Refusal), found.variant
-        return found.reason
+        reply = self.ask(**options)
+        assert isinstance(reply, Refusal), reply.variant
+        return reply.reason
 
 
 @pytest.fixture
@@ -176,10 +178,10 @@ NEEDS = "the hopper kernel needs a multiple of 64"
 
 
 @pytest.mark.parametrize("has_lora", [False, True])
-@pytest.mark.parametrize("rows", [128, 512, 513, 4096])
-def test_it_is_preferred_if_it_can_run(calls: Calls, rows: int, has_lora: bool):
-    assert calls.plan(rows=rows, has_lora=has_lora).variant == cuda.HOPPER
-    straddling = calls.plan(rows=rows, blocksize=128, has_lora=has_lora)
+@pytest.mark.parametrize("tokens", [128, 512, 513, 4096])
+def test_the_hopper_kernel_is_preferred_if_it_can_run(calls: Calls, tokens: int, has_lora: bool):
+    assert calls.plan(tokens=tokens, has_lora=has_lora).variant == cuda.HOPPER
+    straddling = calls.plan(tokens=tokens, blocksize=128, has_lora=has_lora)
     assert straddling.variant == cuda.HOPPER
 
 
@@ -193,22 +195,22 @@ CANNOT_RUN = [
 
 
 @pytest.mark.parametrize(("capability", "compiled", "options", "reason"), CANNOT_RUN)
-@pytest.mark.parametrize("rows", [513, 4096])
-def test_many_rows_take_the_dense_product_if_it_cannot_run(
+@pytest.mark.parametrize("tokens", [513, 4096])
+def test_many_tokens_take_the_dense_product_if_the_kernel_cannot_run(
     calls: Calls,
-    rows: int,
+    tokens: int,
     capability: tuple[int, int],
     compiled: bool,
     options: dict[str, int],
     reason: str,
 ):
     calls.on(*capability, compiled=compiled)
-    plan = calls.plan(rows=rows, **options)
+    plan = calls.plan(tokens=tokens, **options)
     assert plan.variant == cuda.MANY_ROWS and plan.note == f"not the hopper kernel: {reason}"
 
 
 @pytest.mark.parametrize(("capability", "compiled", "options", "reason"), CANNOT_RUN)
-def test_a_middle_number_of_rows_is_refused_with_its_reason(
+def test_a_middle_number_of_tokens_is_refused_with_the_reason(
     calls: Calls,
     capability: tuple[int, int],
     compiled: bool,
@@ -216,32 +218,34 @@ def test_a_middle_number_of_rows_is_refused_with_its_reason(
     reason: str,
 ):
     calls.on(*capability, compiled=compiled)
-    assert calls.refusal(rows=128, **options).endswith(f"not the hopper kernel: {reason}")
+    assert calls.refusal(tokens=128, **options).endswith(f"not the hopper kernel: {reason}")
 
 
-def test_the_most_rows(calls: Calls):
-    plan = calls.plan(rows=8 * 65536)
+def test_the_kernel_has_a_largest_number_of_tokens(calls: Calls):
+    plan = calls.plan(tokens=8 * 65536)
     assert plan.variant == cuda.MANY_ROWS
     reason = "x has 524288 tokens; the hopper kernel takes up to 524280"
     assert plan.note == f"not the hopper kernel: {reason}"
-    assert calls.refusal(rows=127) == "x has 127 tokens; the small_m kernel takes up to 64"
+    assert calls.refusal(tokens=127) == "x has 127 tokens; the small_m kernel takes up to 64"
 
 
 @pytest.mark.parametrize("value", [None, "", "0"])
-def test_off_by_default(calls: Calls, monkeypatch: pytest.MonkeyPatch, value: str | None):
+def test_the_kernel_is_off_by_default(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch, value: str | None
+):
     if value is None:
         monkeypatch.delenv("PYLORA_HOPPER")
     else:
         monkeypatch.setenv("PYLORA_HOPPER", value)
     pylora.refresh()
-    plan, reason = calls.plan(rows=513), calls.refusal(rows=128)
+    plan, reason = calls.plan(tokens=513), calls.refusal(tokens=128)
     assert plan.variant == cuda.MANY_ROWS
     for text in (plan.note, reason):
         assert "has not been measured" in text and "PYLORA_HOPPER=1" in text
 
 
-def test_the_op_refuses_what_it_cannot_run():
-    """Called past dispatch: without a CUDA tensor there is no kernel to go to."""
+def test_the_compiled_op_refuses_cpu_tensors():
+    """The op is called directly here, and it has no CPU kernel."""
     if extension.load()[0] is None:
         pytest.skip("pylora was installed without its extension")
     w = pylora.quantize_nf4(torch.randn(64, 64))

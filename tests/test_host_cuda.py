@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU, under sanitizers: see host_cuda/README.md."""
+"""The CUDA kernels run on the CPU under sanitizers: see host_cuda/README.md."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ def nf4_dequantize(compiled) -> Path:
     ("shape", "blocksize", "gap", "misalign"),
     [
         ((1, DEQUANTIZE_CTA + 3 * 1024), 64, 0, 0),  # the last CTA is not full
-        ((1, 1024 + 8), 32, 0, 0),  # whole tiles and a rest
+        ((1, 1024 + 8), 32, 0, 0),  # whole tiles and a remainder
         ((1, 2 * 1024 + 333), 64, 0, 0),  # an odd count
-        ((2, 4 * 1024), 4096, 0, 0),  # a block over several tiles
+        ((2, 4 * 1024), 4096, 0, 0),  # a block that covers several tiles
         ((7, 11), 32, 0, 0),  # less than a tile
-        ((1, 1024 + 64), 64, 0, 1),  # no 16-byte loads possible
-        ((3, 1024), 64, 16, 0),  # a row of a tile
-        ((5, 1024 + 128 + 8), 64, 8, 0),  # tiles of two rows, blocks of two rows, a rest
+        ((1, 1024 + 64), 64, 0, 1),  # 16-byte loads are impossible
+        ((3, 1024), 64, 16, 0),  # each tile is one row
+        ((5, 1024 + 128 + 8), 64, 8, 0),  # tiles of two rows, blocks of two rows, a remainder
         ((2, 3 * 1024 + 320), 128, 40, 0),
-        ((5, 1024 + 128), 64, 2, 0),  # no 16-byte stores possible,
+        ((5, 1024 + 128), 64, 2, 0),  # 16-byte stores are impossible
         ((5, 1024 + 129), 64, 7, 0),
-        ((9, 320), 32, 16, 0),  # nor tiles of two rows at most
+        ((9, 320), 32, 16, 0),  # a tile would cover more than two rows
     ],
 )
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dequantize_is_the_reference(
+def test_dequantize_equals_the_reference_bit_for_bit(
     nf4_dequantize, dtype, nested, shape, blocksize, gap, misalign
 ):
-    """What lies between the rows stays as it was."""
+    """The memory between the rows stays as it was."""
     rows, cols = shape
     stride, numel = cols + gap, rows * cols
     generator = torch.Generator().manual_seed(numel + blocksize)
@@ -86,7 +86,7 @@ def nf4_quantize(compiled) -> Path:
 
 
 def assert_quantizes(program: Path, weight: Tensor, blocksize: int, misalign: int = 0) -> None:
-    """Bit for bit the reference, which is bit for bit bitsandbytes (tests/test_nf4_quantize.py)."""
+    """Compares with the reference, which test_nf4_quantize.py compares with bitsandbytes."""
     header = [weight.numel(), blocksize, DTYPES.index(weight.dtype), misalign]
     codes, absmax = reference_op("nf4_quantize")(weight, blocksize)
     for seed in SEEDS:
@@ -98,23 +98,29 @@ def assert_quantizes(program: Path, weight: Tensor, blocksize: int, misalign: in
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("blocksize", nf4.BLOCKSIZES)
-def test_quantize_is_the_reference(nf4_quantize, blocksize: int, dtype: torch.dtype):
-    rest = blocksize + blocksize // 2 + 1  # a whole block, and an odd part of one
-    assert_quantizes(nf4_quantize, torch.randn(2 * QUANTIZE_TILE + rest).to(dtype), blocksize)
+def test_quantize_equals_the_reference_bit_for_bit(
+    nf4_quantize, blocksize: int, dtype: torch.dtype
+):
+    remainder = blocksize + blocksize // 2 + 1  # a whole block, and an odd part of a block
+    assert_quantizes(nf4_quantize, torch.randn(2 * QUANTIZE_TILE + remainder).to(dtype), blocksize)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("numel", "misalign"), [(1, 0), (62, 0), (96, 0), (QUANTIZE_TILE + 7, 1)])
-def test_quantize_block_by_block(nf4_quantize, numel: int, misalign: int, dtype: torch.dtype):
+def test_quantize_takes_short_and_unaligned_weights(
+    nf4_quantize, numel: int, misalign: int, dtype: torch.dtype
+):
     assert_quantizes(nf4_quantize, torch.randn(numel).to(dtype), 64, misalign)
 
 
 @pytest.mark.parametrize("short", [False, True])
 def test_quantize_rounds_ties_down_and_keeps_denormals(nf4_quantize, short: bool):
-    """Every midpoint and its neighbours, in whole tiles and in a short last block."""
+    """The weights are every midpoint and its neighbours, in whole tiles and short last blocks."""
     midpoints = nf4.nf4_midpoints(torch.device("cpu"))
     up, down = (torch.nextafter(midpoints, torch.tensor(x)) for x in (2.0, -2.0))
-    around = torch.cat([torch.ones(1), midpoints, up, down, torch.zeros(18)])  # a block, absmax 1
+    around = torch.cat(
+        [torch.ones(1), midpoints, up, down, torch.zeros(18)]
+    )  # a block whose absmax is 1
     scales = torch.exp2(torch.linspace(-149, 124, QUANTIZE_TILE // 64).round())[:, None]
     weight = torch.cat([around * scales, -around * scales, torch.randn(64, 64) * scales])
     weight = torch.cat([weight, torch.zeros(64, 64), torch.full((64, 64), 1e-39)])
@@ -126,8 +132,8 @@ def test_quantize_rounds_ties_down_and_keeps_denormals(nf4_quantize, short: bool
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_quantize_every_16_bit_value(nf4_quantize, dtype: torch.dtype):
-    """All finite fp16 or bf16 values as s, behind an absmax of 1 (fp32: those of fp16)."""
+def test_quantize_equals_the_reference_on_every_16_bit_value(nf4_quantize, dtype: torch.dtype):
+    """Blocks with absmax 1 hold every fp16 or bf16 value up to 1; for fp32, every fp16 value."""
     half = torch.arange(2**16).to(torch.int16)
     values = half.view(torch.float16 if dtype == torch.float32 else dtype).to(dtype)
     values = values[values.abs() <= 1]
@@ -147,12 +153,12 @@ def lora_linear(compiled) -> Path:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 70, 576), (3, 1, 64), (8, 70, 576), (16, 33, 320)])
-def test_linear_without_lora(lora_linear, shape, dtype: torch.dtype):
+def test_linear_obeys_the_numerics_rule(lora_linear, shape, dtype: torch.dtype):
     check_linear(lora_linear, shape, dtype)
 
 
-@pytest.mark.parametrize("M", [17, 24, 25, 33, 45, 56, 63, 64])  # each number of token tiles
-def test_linear_of_more_tokens(lora_linear, M: int):
+@pytest.mark.parametrize("M", [17, 24, 25, 33, 45, 56, 63, 64])
+def test_linear_takes_every_number_of_token_tiles(lora_linear, M: int):
     dtype = (torch.float16, torch.bfloat16)[M % 2]
     check_linear(lora_linear, (M, 70, 576), dtype, nested=M > 32, rank=12 if M < 50 else 8)
 
@@ -168,19 +174,21 @@ def test_linear_of_more_tokens(lora_linear, M: int):
         (4096, False, 4096),
     ],
 )
-def test_linear_block_sizes(lora_linear, blocksize: int, nested: bool, K: int):
+def test_linear_takes_every_kind_of_block(lora_linear, blocksize: int, nested: bool, K: int):
     for M in (2, 9):
         check_linear(lora_linear, (M, 40, K), blocksize=blocksize, nested=nested, biases=False)
 
 
 @pytest.mark.parametrize(("M", "rank"), [(1, 16), (2, 37), (5, 1), (16, 16)])
 @pytest.mark.parametrize("lora_dtype", [torch.float32, torch.float16])
-def test_lora(lora_linear, lora_dtype: torch.dtype, M: int, rank: int):
+def test_lora_linear_obeys_the_numerics_rule(
+    lora_linear, lora_dtype: torch.dtype, M: int, rank: int
+):
     check_linear(lora_linear, (M, 70, 576), torch.float16, rank=rank, lora_dtype=lora_dtype)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_lora_dropout_and_activation(lora_linear, activation: str):
+def test_dropout_and_activation_obey_the_numerics_rule(lora_linear, activation: str):
     check_linear(
         lora_linear, (3, 50, 192), rank=8, activation=activation, dropout_p=0.3, nested=True
     )
@@ -188,8 +196,8 @@ def test_lora_dropout_and_activation(lora_linear, activation: str):
 
 @pytest.mark.parametrize(("M", "rank"), [(1, 16), (3, 37), (7, 8), (21, 16), (33, 5)])
 @pytest.mark.parametrize("lora_dtype", [torch.float32, torch.bfloat16])
-def test_many_adapters(lora_linear, lora_dtype: torch.dtype, M: int, rank: int):
-    """Ids in any order, some of no adapter and some out of bounds."""
+def test_each_token_gets_its_adapter(lora_linear, lora_dtype: torch.dtype, M: int, rank: int):
+    """The ids are in any order. Some select no adapter, and some are out of bounds."""
     ids = torch.tensor([2, 0, 1, -1, 2, ADAPTERS, 0, -(2**40), 1, 2**40]).repeat(4)[:M]
     options = {"rank": rank, "lora_dtype": lora_dtype, "adapter_ids": ids}
     check_linear(lora_linear, (M, 70, 576), **options)
@@ -198,15 +206,15 @@ def test_many_adapters(lora_linear, lora_dtype: torch.dtype, M: int, rank: int):
 @pytest.mark.parametrize(
     ("M", "plan"),
     [
-        (3, (4, 1, 1)),  # one CTA does it all
-        (3, (1, 5, 25)),  # a chunk and 16 rows for each CTA
-        (3, (2, 3, 1)),  # one CTA takes all splits; the last has a chunk less
+        (3, (4, 1, 1)),  # one CTA does all the work
+        (3, (1, 5, 25)),  # each CTA has a chunk of K and 16 rows of W
+        (3, (2, 3, 1)),  # one CTA takes all splits; the last split has one chunk less
         (64, (1, 5, 7)),
         (64, (4, 2, 3)),
     ],
 )
-def test_a_chosen_plan_is_right(lora_linear, M: int, plan: tuple[int, int, int]):
-    """The extremes of the plans that a sweep measures, with 5 chunks of columns."""
+def test_a_chosen_plan_gives_the_right_result(lora_linear, M: int, plan: tuple[int, int, int]):
+    """These plans are the extremes that a sweep measures. K has 5 chunks."""
     results = []
     for seed in SEEDS:
         y, ran = check_linear(lora_linear, (M, 70, 576), rank=8, plan=plan, seed=seed)
@@ -229,7 +237,7 @@ def test_a_chosen_plan_is_right(lora_linear, M: int, plan: tuple[int, int, int])
     ],
 )
 def test_a_plan_that_cannot_run_is_refused(lora_linear, plan, message: str):
-    """64 tokens of 16 chunks are more than shared memory holds; 70 rows are 2 tiles of 64."""
+    """Shared memory cannot hold 64 tokens of 16 chunks. The 70 rows of W are 2 tiles of 64."""
     with pytest.raises(AssertionError, match=message):
         check_linear(lora_linear, (64, 70, 2048), plan=plan)
 
@@ -238,17 +246,19 @@ def test_a_plan_that_cannot_run_is_refused(lora_linear, plan, message: str):
     ("shape", "gpu", "processors", "splits"),
     [
         ((1, 16, 4096), "H200", 8, 4),  # fewer tiles than CTAs
-        ((2, 144, 1152), "H200", 2, 1),  # several tiles a CTA
-        ((4, 32, 4096), "A100", 1, 4),  # x does not fit beside the table
-        ((16, 80, 2048), "L4", 1, 4),  # one CTA, which changes the split
+        ((2, 144, 1152), "H200", 2, 1),  # several tiles for each CTA
+        ((4, 32, 4096), "A100", 1, 4),  # x does not fit into shared memory beside the table
+        ((16, 80, 2048), "L4", 1, 4),  # one CTA, which goes on from one split to the next
         ((12, 70, 1024), "A100", 30, 4),
-        ((33, 130, 512), "A100", 2, 1),  # several tiles a CTA, in passes of tokens
-        ((64, 70, 384), "L4", 1, 3),  # a chunk of x is all that fits
+        ((33, 130, 512), "A100", 2, 1),  # several tiles for each CTA, in passes over the tokens
+        ((64, 70, 384), "L4", 1, 3),  # only one chunk of x fits into shared memory
         ((48, 16, 768), "L4", 4, 3),
     ],
 )
-def test_linear_plans(lora_linear, shape, gpu: str, processors: int, splits: int):
-    """Ways to cut the work; the result of each does not depend on the order of threads."""
+def test_linear_does_not_depend_on_the_order_of_threads(
+    lora_linear, shape, gpu: str, processors: int, splits: int
+):
+    """The plans cut the work in different ways."""
     results = []
     for seed in SEEDS:
         options = {"rank": 4, "processors": processors, "gpu": gpu, "seed": seed}
@@ -270,12 +280,12 @@ def nf4_linear_backward(compiled) -> Path:
 @pytest.mark.parametrize(
     "shape", [(1, 70, 576), (3, 1, 64), (8, 96, 320), (16, 104, 192), (17, 33, 320)]
 )
-def test_linear_backward(nf4_linear_backward, shape, dtype: torch.dtype):
+def test_linear_backward_obeys_the_numerics_rule(nf4_linear_backward, shape, dtype: torch.dtype):
     check_linear_backward(nf4_linear_backward, shape, dtype)
 
 
 @pytest.mark.parametrize("M", [25, 33, 45, 49, 56, 63, 64])
-def test_linear_backward_of_more_tokens(nf4_linear_backward, M: int):
+def test_linear_backward_takes_every_number_of_token_tiles(nf4_linear_backward, M: int):
     dtype = (torch.float16, torch.bfloat16)[M % 2]
     check_linear_backward(nf4_linear_backward, (M, 136, 320), dtype, nested=M > 50)
 
@@ -284,13 +294,15 @@ def test_linear_backward_of_more_tokens(nf4_linear_backward, M: int):
     ("blocksize", "nested", "K"),
     [(64, True, 576), (128, False, 384), (256, True, 512), (4096, False, 4096)],
 )
-def test_linear_backward_block_sizes(nf4_linear_backward, blocksize: int, nested: bool, K: int):
+def test_linear_backward_takes_every_kind_of_block(
+    nf4_linear_backward, blocksize: int, nested: bool, K: int
+):
     options = {"blocksize": blocksize, "nested": nested, "misalign": 1}
     check_linear_backward(nf4_linear_backward, (9, 40, K), **options)
 
 
-def test_linear_backward_of_small_gradients(nf4_linear_backward):
-    """Near the end of fp16's range: times absmax they would leave it."""
+def test_linear_backward_keeps_small_gradients(nf4_linear_backward):
+    """These gradients are so small that fp16 could not hold them after a product with absmax."""
     for M in (5, 24):
         check_linear_backward(nf4_linear_backward, (M, 520, 512), torch.float16, scale=1e-5)
 
@@ -299,14 +311,16 @@ def test_linear_backward_of_small_gradients(nf4_linear_backward):
     ("shape", "gpu", "processors", "splits"),
     [
         ((1, 2048, 192), "H200", 8, 16),  # fewer tiles than CTAs
-        ((2, 136, 1152), "H200", 1, 1),  # several tiles a CTA
-        ((20, 1024, 320), "L4", 1, 2),  # grad does not fit beside the table
+        ((2, 136, 1152), "H200", 1, 1),  # several tiles for each CTA
+        ((20, 1024, 320), "L4", 1, 2),  # grad does not fit into shared memory beside the table
         ((64, 520, 256), "L4", 1, 3),
         ((12, 1000, 576), "A100", 6, 4),
     ],
 )
-def test_linear_backward_plans(nf4_linear_backward, shape, gpu: str, processors: int, splits: int):
-    """Ways to cut the work; the result of each does not depend on the order of threads."""
+def test_linear_backward_does_not_depend_on_the_order_of_threads(
+    nf4_linear_backward, shape, gpu: str, processors: int, splits: int
+):
+    """The plans cut the work in different ways."""
     results = []
     for seed in SEEDS:
         options = {"processors": processors, "gpu": gpu, "seed": seed}

@@ -1,4 +1,4 @@
-"""The executor of host_cuda/ sees a bug of each kind: it can fail."""
+"""The executor of host_cuda/ notices a bug of each kind, so the tests that use it can fail."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BUGS = {
 
 
 @pytest.mark.parametrize("bug", ["none", *BUGS])
-def test_the_executor_sees_a_bug_of_each_kind(mutants: Path, bug: str):
+def test_the_executor_notices_every_bug(mutants: Path, bug: str):
     for seed in SEEDS:
         ran = start(mutants, bug, seed=seed)
         stderr = ran.stderr.decode()
@@ -50,7 +50,7 @@ DEADLOCK = "deadlock: threads wait for others that do not come"
 HOPPER_BUGS = {
     "missing wait for a copy": "host_cuda: ",
     "missing wait before a stage is filled again": DEADLOCK,
-    "stage left before its products are done": "",  # wrong, or a deadlock
+    "stage left before its products are done": "",  # a wrong result or a deadlock
     "sums read before they are waited for": WRONG,
     "fragments overwritten under way": WRONG,
     "missing fence before a product": "wgmma without a fence",
@@ -66,7 +66,7 @@ HOPPER_BUGS = {
 
 
 @pytest.mark.parametrize("bug", ["none", *HOPPER_BUGS])
-def test_the_executor_sees_a_bug_of_each_kind_on_hopper(mutants_hopper: Path, bug: str):
+def test_the_executor_notices_every_bug_on_hopper(mutants_hopper: Path, bug: str):
     for seed in SEEDS:
         ran = start(mutants_hopper, bug, seed=seed)
         stderr = ran.stderr.decode()
@@ -96,7 +96,7 @@ PROXY_BUGS = {
 
 
 @pytest.mark.parametrize("bug", ["none", *PROXY_BUGS])
-def test_the_async_proxy_sees_no_store_without_a_fence(mutants_proxy: Path, bug: str):
+def test_the_executor_notices_every_missing_proxy_fence(mutants_proxy: Path, bug: str):
     for seed in SEEDS:
         ran = start(mutants_proxy, bug, seed=seed)
         stderr = ran.stderr.decode()

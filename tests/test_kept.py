@@ -1,4 +1,4 @@
-"""What layers keep between calls: the short way gives what the long way gives, bit for bit."""
+"""Layers keep calls: a kept call gives the same bits as a call that keeps nothing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def layer(request: pytest.FixtureRequest) -> Iterator[nn.Module]:
         yield request.param()
 
 
-def by_the_long_way(layer: nn.Module, x: Tensor) -> Tensor:
+def without_kept_call(layer: nn.Module, x: Tensor) -> Tensor:
     for module in layer.modules():
         if hasattr(module, "_kept"):
             module._kept = None
@@ -48,15 +48,15 @@ def gradients(y: Tensor, layer: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("shape", [(1, IN), (IN,), (2, 3, IN), (0, IN)])
-def test_short_and_long_way_agree_in_every_bit(layer: nn.Module, shape: tuple[int, ...]) -> None:
+def test_a_kept_call_gives_the_same_bits(layer: nn.Module, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, requires_grad=True)
-    expected = by_the_long_way(layer, x)
+    expected = without_kept_call(layer, x)
     layer(x)
     y = layer(x)
     assert layer._kept.call_with(x) is not None
     assert torch.equal(y, expected)
-    for short, long in zip(gradients(y, layer, x), gradients(expected, layer, x), strict=True):
-        assert torch.equal(short, long)
+    for kept, fresh in zip(gradients(y, layer, x), gradients(expected, layer, x), strict=True):
+        assert torch.equal(kept, fresh)
     with torch.no_grad():
         assert torch.equal(layer(x), expected)
 
@@ -65,25 +65,28 @@ def test_short_and_long_way_agree_in_every_bit(layer: nn.Module, shape: tuple[in
 @pytest.mark.skipif(NO_GPU is not None, reason=NO_GPU or "")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [1, 3, 40, 600])
-def test_short_and_long_way_agree_on_a_gpu(tokens: int, dtype: torch.dtype) -> None:
+def test_a_kept_call_gives_the_same_bits_on_a_gpu(tokens: int, dtype: torch.dtype) -> None:
     for layer in (nf4_layer().cuda(), lora_layer().cuda()):
         memory = torch.randn(tokens * IN + 1, device="cuda", dtype=dtype)
-        for x in (memory[:-1].view(tokens, IN), memory[1:].view(tokens, IN)):  # not aligned
-            expected = by_the_long_way(layer, x)
+        for x in (
+            memory[:-1].view(tokens, IN),
+            memory[1:].view(tokens, IN),
+        ):  # the second is not aligned
+            expected = without_kept_call(layer, x)
             layer(x)
             assert torch.equal(layer(x), expected)
             with torch.no_grad():
                 assert torch.equal(layer(x), expected)
 
 
-def test_each_call_has_results_of_its_own(layer: nn.Module) -> None:
+def test_each_call_has_its_own_results(layer: nn.Module) -> None:
     first_x, second_x = torch.randn(2, 3, IN).unbind()
     first_x.requires_grad_(), second_x.requires_grad_()
     layer(first_x)
     first, second = layer(first_x), layer(second_x)
-    assert torch.equal(first, by_the_long_way(layer, first_x))
+    assert torch.equal(first, without_kept_call(layer, first_x))
     (dx,) = torch.autograd.grad(first.sum(), first_x)
-    (expected,) = torch.autograd.grad(by_the_long_way(layer, first_x).sum(), first_x)
+    (expected,) = torch.autograd.grad(without_kept_call(layer, first_x).sum(), first_x)
     assert torch.equal(dx, expected) and not torch.equal(first, second)
 
 
@@ -100,11 +103,11 @@ def test_memory_given_to_a_parameter_in_place_is_used(layer: nn.Module) -> None:
     layer(x)
     changed = layer.lora_A if isinstance(layer, LoRALinear) else layer.bias
     changed.data = torch.randn_like(changed)
-    short = layer(x)
-    assert torch.equal(short, by_the_long_way(layer, x))
+    y = layer(x)
+    assert torch.equal(y, without_kept_call(layer, x))
     transposed = torch.randn(*reversed(changed.shape))
     changed.data = transposed.t() if transposed.dim() == 2 else transposed[:]
-    assert torch.equal(layer(x), by_the_long_way(layer, x))
+    assert torch.equal(layer(x), without_kept_call(layer, x))
 
 
 def test_memory_taken_from_a_parameter_is_an_error() -> None:
@@ -127,18 +130,18 @@ def test_a_weight_changed_before_the_backward_is_an_error() -> None:
         y.sum().backward()
 
 
-def test_an_x_with_its_sign_pending(layer: nn.Module) -> None:
+def test_an_x_with_a_pending_negation_is_read_right(layer: nn.Module) -> None:
     x = torch.imag(torch.conj(torch.randn(1, IN, dtype=torch.complex64)))
     x = torch._neg_view(torch.randn(3, IN)) if not x.is_neg() else x
     assert x.is_neg()
     layer(torch.randn_like(x))
-    assert torch.equal(layer(x), by_the_long_way(layer, x.resolve_neg()))
+    assert torch.equal(layer(x), without_kept_call(layer, x.resolve_neg()))
 
 
-def test_an_x_without_memory(layer: nn.Module) -> None:
+def test_an_x_without_memory_is_read_as_zeros(layer: nn.Module) -> None:
     x = torch._efficientzerotensor(3, IN)
     layer(torch.randn(3, IN))
-    assert torch.equal(layer(x), by_the_long_way(layer, torch.zeros(3, IN)))
+    assert torch.equal(layer(x), without_kept_call(layer, torch.zeros(3, IN)))
 
 
 def test_the_memory_of_a_call_is_not_kept() -> None:
@@ -155,7 +158,7 @@ def test_old_plans_are_forgotten(layer: nn.Module, monkeypatch: pytest.MonkeyPat
     for tokens in range(1, 8):
         x = torch.randn(tokens, IN)
         layer(x)
-        assert torch.equal(layer(x), by_the_long_way(layer, x))
+        assert torch.equal(layer(x), without_kept_call(layer, x))
         layer(x)
         assert len(layer._kept._calls) <= 2
 
@@ -164,7 +167,7 @@ def test_old_plans_are_forgotten(layer: nn.Module, monkeypatch: pytest.MonkeyPat
 def test_a_replaced_tensor_is_seen(name: str) -> None:
     layer, x = nf4_layer(), torch.randn(3, IN)
     layer(x)
-    other = nf4_layer()
-    layer._parameters[name] = getattr(other, name)
+    other_layer = nf4_layer()
+    layer._parameters[name] = getattr(other_layer, name)
     assert layer._kept.call_with(x) is None
-    assert torch.equal(layer(x), by_the_long_way(layer, x))
+    assert torch.equal(layer(x), without_kept_call(layer, x))

@@ -1,4 +1,4 @@
-"""The report of the compiled CUDA kernels: its committed table holds no spill, and it can fail."""
+"""The report of the compiled CUDA kernels: its committed table has no spill, and it can fail."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_committed_table_holds_no_spill() -> None:
 
 
 def test_committed_table_says_what_binds() -> None:
-    """Of every kernel that decodes weights for products, with the slowest column as its word."""
+    """Every kernel that decodes weights for products has a row, and its slowest column binds."""
     table = json.loads(resources.TABLE.read_text())["kernels"]
     for arch, kernels in table.items():
         loops = {name: numbers for name, numbers in kernels.items() if "cycles" in numbers}
@@ -60,26 +60,26 @@ def test_committed_table_says_what_binds() -> None:
         ("matrix", 15),
     ],
 )
-def test_worse_than_the_table_is_told(key: str, value: int) -> None:
+def test_numbers_worse_than_the_table_are_reported(key: str, value: int) -> None:
     assert problems(BEFORE | {key: value}) == [f"sm_90a kernel: {key} {BEFORE[key]} -> {value}"]
 
 
 @pytest.mark.parametrize("column", ["issue", "arithmetic", "shared", "tensor"])
-def test_more_cycles_of_the_slowest_part_are_told(column: str) -> None:
+def test_more_cycles_of_the_slowest_part_are_reported(column: str) -> None:
     before = BEFORE | {"cycles": CYCLES | {column: 50.0}}
     after = BEFORE | {"cycles": CYCLES | {column: 51.0}}
-    told = f"sm_90a kernel: {column} 50 -> {column} 51 cycles for 2048 weights"
-    assert problems(after, before) == [told]
+    expected = f"sm_90a kernel: {column} 50 -> {column} 51 cycles for 2048 weights"
+    assert problems(after, before) == [expected]
     assert problems(before, after) == problems(before, before) == []
 
 
 def test_work_may_move_to_a_part_that_has_time() -> None:
     assert problems(BEFORE | {"cycles": CYCLES | {"shared": 41.5}}) == []
-    told = ["sm_90a kernel: issue 41.5 -> shared 43 cycles for 2048 weights"]
-    assert problems(BEFORE | {"cycles": CYCLES | {"issue": 20.0, "shared": 43.0}}) == told
+    expected = ["sm_90a kernel: issue 41.5 -> shared 43 cycles for 2048 weights"]
+    assert problems(BEFORE | {"cycles": CYCLES | {"issue": 20.0, "shared": 43.0}}) == expected
 
 
-def test_kernel_whose_main_loop_is_not_found_is_told() -> None:
+def test_a_kernel_whose_main_loop_is_not_found_is_reported() -> None:
     without = {key: value for key, value in BEFORE.items() if key not in ("cycles", "binds")}
     assert problems(without) == ["sm_90a kernel: no main loop found, see DECODERS"]
     table = {"sm_90a": {"lora_shrink_many_rows<bf16, 16, true>": without}}
@@ -87,26 +87,26 @@ def test_kernel_whose_main_loop_is_not_found_is_told() -> None:
 
 
 @pytest.mark.parametrize("key", ["local", "stack"])
-def test_spill_is_told(key: str) -> None:
+def test_a_spill_is_reported(key: str) -> None:
     assert any("spills" in problem for problem in problems(BEFORE | {key: 8}))
 
 
-def test_kernel_that_is_gone_is_told() -> None:
-    found = resources.problems({"sm_90a": {}}, {"sm_90a": {"kernel": BEFORE}})
-    assert found == ["sm_90a kernel is gone"]
+def test_a_kernel_that_is_gone_is_reported() -> None:
+    reported = resources.problems({"sm_90a": {}}, {"sm_90a": {"kernel": BEFORE}})
+    assert reported == ["sm_90a kernel is gone"]
 
 
-def test_registers_within_one_unit_of_allocation_are_the_same() -> None:
+def test_registers_within_one_allocation_unit_are_the_same() -> None:
     assert problems(BEFORE | {"registers": 123}) == problems(BEFORE | {"registers": 128}) == []
 
 
-def test_better_is_no_problem() -> None:
+def test_better_numbers_are_no_problem() -> None:
     better = {"registers": 96, "shared": 0, "loads_16": 16, "cycles": CYCLES | {"issue": 35.0}}
     assert problems(BEFORE | better) == []
 
 
 def test_decoder_counts_the_weights_of_a_warp() -> None:
-    """Eight products of a fragment of 8 weights a lane, for two tiles of tokens: 1,024 weights."""
+    """Eight products read 8 weights in each lane, for two tiles of tokens: 1,024 weights."""
     listing = "\n".join(
         [
             "Function : kernel",
@@ -127,7 +127,10 @@ ROW = BEFORE | {"instructions": 100}
 
 @pytest.fixture
 def toolkit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
-    """Two CUDA files, of which b.cu changed after the table was made; gives what is compiled."""
+    """Simulates two CUDA files, and returns the lists of files that are compiled.
+
+    b.cu has changed since the table was made.
+    """
     compiled: list[list[str]] = []
 
     class Files:
@@ -177,7 +180,7 @@ def test_a_changed_file_is_compared_with_its_rows(toolkit, monkeypatch, capsys) 
     assert "kernel of b.cu is gone" in printed and "kernel of a.cu" not in printed
 
 
-def test_a_table_that_is_written_holds_what_it_was_made_from(toolkit, monkeypatch) -> None:
+def test_a_written_table_holds_the_keys_of_its_sources(toolkit, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["cuda", "--write"])
     assert resources.main() == 0
     assert toolkit == [["a.cu", "b.cu"]]
@@ -188,14 +191,14 @@ def test_a_table_that_is_written_holds_what_it_was_made_from(toolkit, monkeypatc
     assert resources.main() == 0 and len(toolkit) == 1
 
 
-def test_without_a_toolkit_the_reason_is_told(monkeypatch, capsys) -> None:
+def test_a_missing_toolkit_is_reported(monkeypatch, capsys) -> None:
     monkeypatch.setenv("CUDA_HOME", "")
     monkeypatch.setattr(sys, "argv", ["cuda"])
     assert resources.main() == 0
     assert capsys.readouterr().out == "no CUDA kernel was checked: CUDA_HOME is empty\n"
 
 
-def test_a_key_is_of_the_source_its_headers_and_the_compiler(monkeypatch) -> None:
+def test_a_key_depends_on_the_source_and_the_compiler(monkeypatch) -> None:
     files = sources.CudaFiles()
     files.toolkit = SimpleNamespace(flags=lambda: ["-O3"], nvcc="nvcc")
     monkeypatch.setattr(files.setup, "tool_version", lambda tool: "release 13.0")

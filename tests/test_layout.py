@@ -1,4 +1,4 @@
-"""The architecture as rules: imports point downward, one NF4 table a language, one stem per op."""
+"""Rules of the architecture: imports point downward, one NF4 table a language, one stem an op."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "pylora"
-# Layers from the bottom up; a module imports from its own layer or from below, also inside
+# The layers from the bottom up. A module imports only from its own layer or from below, also inside
 # functions.
 LAYERS = [
     ("pylora.nf4", "pylora.files", "pylora.calls", "pylora.settings", "pylora.backends.limits"),
@@ -25,7 +25,7 @@ LAYERS = [
     ("pylora.models", "pylora.selfcheck"),
     ("pylora", "pylora.__main__"),
 ]
-# Arguments by position: `args[6]`, `inputs[9:14]`, `[None] * 18`.
+# Arguments found by position: `args[6]`, `inputs[9:14]`, `[None] * 18`.
 POSITIONS = re.compile(
     r"\b(args|arguments|inputs|others|flat|needs_input_grad)\[-?\d*:?-?\d*\]|\[None\] \* \d"
 )
@@ -38,7 +38,7 @@ OPS = (
     "lora_mlp",
     "multi_lora_linear",
 )
-# Bench files that are not named after an op, and why they exist.
+# The bench files that are not named after an op, and why they exist.
 BENCHES_BEYOND_OPS = {
     "host": "times the layers of pylora above the kernels, which is not the work of a single op",
 }
@@ -55,20 +55,20 @@ def layer(module: str) -> int:
 
 
 def imports(path: Path) -> set[str]:
-    found = set()
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
+            modules.add(node.module)
             if node.module == "pylora":
-                found.discard("pylora")
-                found |= {
+                modules.discard("pylora")
+                modules |= {
                     f"pylora.{alias.name}"
                     for alias in node.names
                     if (PACKAGE / f"{alias.name}.py").exists() or (PACKAGE / alias.name).is_dir()
                 }
-    return {name for name in found if name.split(".")[0] == "pylora"}
+    return {name for name in modules if name.split(".")[0] == "pylora"}
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_imports_point_downward(path: Path) -> None:
 
 
 def test_no_import_circle() -> None:
-    """Within a layer too: a module that (indirectly) imports itself cannot be read alone."""
+    """A module that imports itself, even indirectly and within a layer, cannot be read alone."""
     files = [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
     graph: dict[str, set[str]] = {}
     for path in files:
@@ -108,12 +108,12 @@ def test_no_import_circle() -> None:
     "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT))
 )
 def test_no_argument_is_found_by_its_position(path: Path) -> None:
-    found = [line for line in path.read_text().splitlines() if POSITIONS.search(line)]
-    assert not found, found
+    offending = [line for line in path.read_text().splitlines() if POSITIONS.search(line)]
+    assert not offending, offending
 
 
 @pytest.mark.parametrize("line", ["x = args[6]", "inputs[9:14]", "g = [None] * 18", "flat[-1]"])
-def test_positions_are_seen(line: str) -> None:
+def test_the_pattern_matches_arguments_found_by_position(line: str) -> None:
     assert POSITIONS.search(line)
 
 
@@ -140,7 +140,7 @@ def test_one_nf4_table_per_language() -> None:
     ]
 
 
-def test_inline_ptx_has_its_files() -> None:
+def test_inline_ptx_is_only_in_the_ptx_headers() -> None:
     cuda = ROOT / "csrc/cuda"
     files = [f for f in cuda.rglob("*") if f.is_file() and re.search(r"\basm\b", f.read_text())]
     assert {str(f.relative_to(cuda)) for f in files} == {"common/ptx.cuh", "hopper/ptx.cuh"}
@@ -169,13 +169,13 @@ def test_one_bench_per_op() -> None:
 
 
 def test_wheel_lists_every_package() -> None:
-    """The list in pyproject.toml is explicit: a folder left out of it is missing from the wheel."""
+    """pyproject.toml lists the packages by hand. The wheel lacks a folder that is not listed."""
     text = (ROOT / "pyproject.toml").read_text()
     listed = set(re.findall(r'"(pylora[a-z_.]*)",', text.split("packages = [")[1].split("]")[0]))
-    found = {".".join(p.parent.relative_to(ROOT).parts) for p in PACKAGE.rglob("__init__.py")} | {
-        "pylora.kernels"
-    }
-    assert listed == found
+    packages = {
+        ".".join(p.parent.relative_to(ROOT).parts) for p in PACKAGE.rglob("__init__.py")
+    } | {"pylora.kernels"}
+    assert listed == packages
     assert not [p for p in (ROOT / "kernels").iterdir() if p.is_dir() and p.name != "__pycache__"]
 
 
@@ -193,8 +193,8 @@ def test_files_are_short() -> None:
     assert sorted(lengths.values())[len(lengths) // 2] <= 250
 
 
-def test_kernels_folder_refuses_another_name() -> None:
-    """A Python started in the repository root must not mistake it for Hugging Face's `kernels`."""
+def test_kernels_folder_cannot_be_imported_as_kernels() -> None:
+    """A Python started in the repository root must not take it for Hugging Face's `kernels`."""
     import importlib.util
 
     spec = importlib.util.spec_from_file_location("kernels", ROOT / "kernels" / "__init__.py")

@@ -20,7 +20,7 @@ NAMES = ("x", "lora_A", "lora_B", "bias", "lora_A_bias", "lora_B_bias")
 
 
 def inputs(
-    rows: int,
+    tokens: int,
     out_features: int,
     in_features: int,
     rank: int,
@@ -32,7 +32,7 @@ def inputs(
         return (torch.randn(*shape, device=device) * scale).to(dtype).requires_grad_()
 
     return {
-        "x": normal(rows, in_features),
+        "x": normal(tokens, in_features),
         "lora_A": normal(rank, in_features, scale=in_features**-0.5, dtype=lora_dtype),
         "lora_B": normal(out_features, rank, dtype=lora_dtype),
         "bias": normal(out_features),
@@ -53,7 +53,7 @@ def plain_torch(
     mask: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """What PEFT computes over a dequantized base, with the mask given."""
+    """Computes what PEFT computes over a dequantized base, with a given dropout mask."""
     if isinstance(weight, pylora.NF4Weight):
         weight = reference.dense(weight.record, x.dtype)
     linear = torch.nn.functional.linear
@@ -67,7 +67,7 @@ def plain_torch(
 def check(
     tensors: dict[str, Tensor], weight: Any, scaling: float, p: float, activation: str
 ) -> None:
-    """Forward and every gradient under the numerics rule against autograd through `plain_torch`."""
+    """Judges the output and every gradient against autograd through `plain_torch`."""
     x = tensors["x"]
     seed = torch.tensor(987654321098765)
     mask = None
@@ -103,7 +103,7 @@ def check(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lora_dtype", [None, torch.float32])
 @pytest.mark.parametrize(
-    ("rows", "out_features", "in_features", "blocksize", "rank"),
+    ("tokens", "out_features", "in_features", "blocksize", "rank"),
     [
         (16, 96, 256, 64, 32),
         (1, 128, 128, 32, 40),
@@ -112,10 +112,10 @@ def check(
         (70, 65, 576, 64, 64),
     ],
 )
-def test_forward_and_backward(
+def test_forward_and_backward_equal_the_reference(
     backend: str,
     device: str,
-    rows: int,
+    tokens: int,
     out_features: int,
     in_features: int,
     blocksize: int,
@@ -124,44 +124,48 @@ def test_forward_and_backward(
     lora_dtype: torch.dtype | None,
 ) -> None:
     weight = torch.randn(out_features, in_features, device=device)
-    w = pylora.quantize_nf4(weight, blocksize, double_quant=rows % 2 == 0)
-    tensors = inputs(rows, out_features, in_features, rank, dtype, lora_dtype or dtype, device)
+    w = pylora.quantize_nf4(weight, blocksize, double_quant=tokens % 2 == 0)
+    tensors = inputs(tokens, out_features, in_features, rank, dtype, lora_dtype or dtype, device)
     check(tensors, w, 0.5, 0.0, "identity")
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8, 300, 1100])
-def test_rank(backend: str, device: str, rank: int) -> None:
-    """Any rank; without biases, in whose few elements torch's largest error is a matter of luck."""
+def test_every_rank_obeys_the_numerics_rule(backend: str, device: str, rank: int) -> None:
+    """The test has no biases: they have few elements, so torch's largest error in them is luck."""
     w = pylora.quantize_nf4(torch.randn(80, 192, device=device))
     t = inputs(30, 80, 192, rank, torch.bfloat16, torch.float32, device)
     tensors = (t["x"], t["lora_A"], t["lora_B"])
-    rest = (None, None, None, w, 0.5, None, "identity")
+    trailing = (None, None, None, w, 0.5, None, "identity")
     y = F.lora_linear(t["x"], w, t["lora_A"], t["lora_B"], 0.5)
-    assert_as_accurate_as_torch(y, plain_torch, *tensors, *rest)
+    assert_as_accurate_as_torch(y, plain_torch, *tensors, *trailing)
     grad = torch.randn_like(y)
 
     def gradients(grad: Tensor, *values: Tensor) -> Any:
         leaves = [value.detach().requires_grad_() for value in values]
-        return torch.autograd.grad(plain_torch(*leaves, *rest), leaves, grad)
+        return torch.autograd.grad(plain_torch(*leaves, *trailing), leaves, grad)
 
     assert_as_accurate_as_torch(torch.autograd.grad(y, tensors, grad), gradients, grad, *tensors)
 
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_activation_and_dropout(backend: str, device: str, p: float, activation: str) -> None:
+def test_activation_and_dropout_obey_the_numerics_rule(
+    backend: str, device: str, p: float, activation: str
+) -> None:
     w = pylora.quantize_nf4(torch.randn(48, 192, device=device))
     for dtype in DTYPES:
         check(inputs(9, 48, 192, 40, dtype, dtype, device), w, 1.5, p, activation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dense_base(backend: str, device: str, dtype: torch.dtype) -> None:
+def test_a_dense_base_obeys_the_numerics_rule(
+    backend: str, device: str, dtype: torch.dtype
+) -> None:
     weight = torch.randn(48, 192, device=device).to(dtype)
     check(inputs(9, 48, 192, 40, dtype, dtype, device), weight, 1.5, 0.3, "identity")
 
 
-def test_gradient_of_a_dense_base(backend: str, device: str) -> None:
+def test_a_dense_base_has_a_gradient(backend: str, device: str) -> None:
     """The hybrid method may train the base itself."""
     weight = torch.randn(48, 192, device=device, requires_grad=True)
     t = inputs(9, 48, 192, 6, torch.float32, torch.float32, device)
@@ -171,8 +175,8 @@ def test_gradient_of_a_dense_base(backend: str, device: str) -> None:
     assert_as_accurate_as_torch(actual, lambda g, x: g.t() @ x, grad, t["x"])
 
 
-def test_without_dx(backend: str, device: str) -> None:
-    """The first layer of a frozen model: x needs no gradient, LoRA does."""
+def test_x_needs_no_gradient(backend: str, device: str) -> None:
+    """In the first layer of a frozen model only LoRA needs gradients."""
     w = pylora.quantize_nf4(torch.randn(48, 192, device=device))
     t = inputs(9, 48, 192, 6, torch.float32, torch.float32, device)
     x = t["x"].detach()
@@ -181,7 +185,9 @@ def test_without_dx(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 192), (2, 0, 192)])
-def test_empty_batch(backend: str, device: str, shape: tuple[int, ...]) -> None:
+def test_an_empty_batch_gives_empty_results(
+    backend: str, device: str, shape: tuple[int, ...]
+) -> None:
     w = pylora.quantize_nf4(torch.randn(48, 192, device=device))
     t = inputs(1, 48, 192, 6, torch.float32, torch.float32, device)
     x = torch.zeros(shape, device=device, requires_grad=True)
@@ -191,7 +197,7 @@ def test_empty_batch(backend: str, device: str, shape: tuple[int, ...]) -> None:
     assert t["lora_A"].grad is not None and not t["lora_A"].grad.any()
 
 
-def test_leading_dimensions_and_strides(backend: str, device: str) -> None:
+def test_leading_dimensions_and_strides_change_no_value(backend: str, device: str) -> None:
     w = pylora.quantize_nf4(torch.randn(48, 192, device=device))
     t = inputs(1, 48, 192, 6, torch.float32, torch.float32, device)
     x = torch.randn(192, 3, 5, device=device).permute(2, 1, 0).requires_grad_()
@@ -199,8 +205,8 @@ def test_leading_dimensions_and_strides(backend: str, device: str) -> None:
     y = F.lora_linear(x, w, lora_A, lora_B, 2.0, dropout_p=0.2, seed=3)
     assert y.shape == (5, 3, 48)
     mask = dropout_mask(x.shape, 0.2, torch.tensor(3)).to(x.device) / 0.8
-    last = (w, 2.0, mask, "identity")
-    assert_as_accurate_as_torch(y, plain_torch, x, lora_A, lora_B, None, None, None, *last)
+    trailing = (w, 2.0, mask, "identity")
+    assert_as_accurate_as_torch(y, plain_torch, x, lora_A, lora_B, None, None, None, *trailing)
     y.sum().backward()
     assert x.grad is not None and x.grad.shape == x.shape
 
@@ -236,8 +242,8 @@ def test_saves_only_x_and_small_factors(backend: str, device: str) -> None:
     assert sum(saved.values()) <= t["x"].nbytes + w.nbytes + small
 
 
-def test_gradcheck() -> None:
-    """In float64, which only the reference takes: every formula of the explicit backward."""
+def test_gradients_pass_gradcheck() -> None:
+    """Only the reference takes float64. Every formula of the explicit backward is checked."""
     w = pylora.quantize_nf4(torch.randn(4, 18), 32, double_quant=True)
     t = inputs(2, 4, 18, 2, torch.float64, torch.float64)
     dense = torch.randn(4, 18, dtype=torch.float64, requires_grad=True)
@@ -258,7 +264,7 @@ def test_gradcheck() -> None:
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_opcheck(backend: str, device: str, dense: bool) -> None:
+def test_op_passes_opcheck(backend: str, device: str, dense: bool) -> None:
     t = inputs(3, 48, 192, 6, torch.float32, torch.float32, device)
     weight = torch.randn(48, 192, device=device)
     w = pylora.quantize_nf4(weight, double_quant=True)
@@ -277,13 +283,13 @@ def test_opcheck(backend: str, device: str, dense: bool) -> None:
         )
 
 
-def test_direct_op_call_has_gradients(backend: str, device: str) -> None:
-    """Other frameworks call torch.ops.pylora and get autograd for free."""
+def test_a_direct_call_of_the_op_has_gradients(backend: str, device: str) -> None:
+    """Other frameworks call torch.ops.pylora, and autograd works without further code."""
     w = pylora.quantize_nf4(torch.randn(48, 192, device=device))
     t = inputs(3, 48, 192, 6, torch.float32, torch.float32, device)
-    last = (None, None, None, 0.7, 0.0, None, "identity")
+    trailing = (None, None, None, 0.7, 0.0, None, "identity")
     y, h = torch.ops.pylora.lora_linear(
-        t["x"], *w.op_arguments(), 48, t["lora_A"], t["lora_B"], *last
+        t["x"], *w.op_arguments(), 48, t["lora_A"], t["lora_B"], *trailing
     )
     assert y.requires_grad and not h.requires_grad and h.dtype == torch.float32
     y.sum().backward()
@@ -291,7 +297,7 @@ def test_direct_op_call_has_gradients(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("p", [0.0, 0.25])
-def test_compile(backend: str, device: str, p: float) -> None:
+def test_a_compiled_function_gives_the_same_bits(backend: str, device: str, p: float) -> None:
     w = pylora.quantize_nf4(torch.randn(48, 192, device=device))
     t = inputs(9, 48, 192, 6, torch.float32, torch.float32, device)
     seed = torch.tensor(11, device=device)
@@ -310,7 +316,7 @@ def test_compile(backend: str, device: str, p: float) -> None:
         assert torch.equal(a, b)
 
 
-def test_autocast(backend: str, device: str) -> None:
+def test_autocast_computes_in_its_dtype(backend: str, device: str) -> None:
     t = inputs(9, 48, 192, 6, torch.float32, torch.float32, device)
     weight = torch.randn(48, 192, device=device)
     for base in (weight, pylora.quantize_nf4(weight)):
@@ -323,7 +329,7 @@ def test_autocast(backend: str, device: str) -> None:
         assert t["lora_A"].grad is not None and t["lora_A"].grad.dtype == torch.float32
 
 
-def test_errors() -> None:
+def test_errors_name_the_argument() -> None:
     w = pylora.quantize_nf4(torch.randn(48, 192))
     x, A, B = torch.zeros(2, 192), torch.zeros(4, 192), torch.zeros(48, 4)
     cases: list[tuple[tuple[Any, ...], dict[str, Any], type, str]] = [
@@ -366,8 +372,8 @@ def test_errors() -> None:
             F.lora_linear(*args, **kwargs)
 
 
-def test_meta() -> None:
-    """Shapes without memory: what a model built on the meta device needs."""
+def test_meta_tensors_give_the_shapes() -> None:
+    """A model that is built on the meta device needs shapes without memory."""
     w = pylora.quantize_nf4(torch.randn(48, 192), double_quant=True).to("meta")
     x, A, B = (torch.empty(shape, device="meta") for shape in ((2, 5, 192), (4, 192), (48, 4)))
     assert F.lora_linear(x, w, A, B, 1.0, dropout_p=0.1).shape == (2, 5, 48)

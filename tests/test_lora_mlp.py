@@ -1,4 +1,4 @@
-"""The gated MLP as one op: numerics, gradients, what it saves, compile, on every backend."""
+"""The gated MLP as one op: numerics, gradients, saved tensors, compile, on every backend."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pylora.testing import assert_as_accurate_as_torch
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BF16, FP32 = torch.bfloat16, torch.float32
-# rows, in_features, intermediate, out_features, ranks (None: no LoRA), kinds of weight, blocksize
+# tokens, in_features, intermediate, out_features, ranks (None: no LoRA), weight kinds, blocksize
 CASES = {
     "llama": (16, 96, 128, 96, (32, 33, 34), ("nf4", "nf4", "nf4"), 32),
     "odd": (9, 64, 70, 41, (33, None, 32), ("nested", "nf4", "nested"), 64),
@@ -59,7 +59,7 @@ def check(plain_projection: Callable[..., Tensor], check_projections: Check) -> 
 
 @pytest.fixture
 def small(make_projection: Make, device: str) -> tuple[Tensor, list[Projection]]:
-    """x [9, 96] and projections of three kinds: nested with bias, dense, NF4."""
+    """Returns x [9, 96] and three projections: nested with bias, dense, and NF4 with bias."""
     x = torch.randn(9, 96, device=device, requires_grad=True)
     gate = make_projection(70, 96, 6, "nested", device=device, has_bias=True)
     up = make_projection(70, 96, 3, "dense", device=device, scaling=2.0)
@@ -68,23 +68,25 @@ def small(make_projection: Make, device: str) -> tuple[Tensor, list[Projection]]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", list(CASES))
-def test_forward_and_backward(
+def test_forward_and_backward_equal_the_reference(
     backend: str, device: str, make_projection: Make, check: Check, case: str, dtype: torch.dtype
 ) -> None:
-    rows, in_features, intermediate, out_features, ranks, kinds, blocksize = CASES[case]
-    x = torch.randn(rows, in_features, device=device).to(dtype).requires_grad_()
+    tokens, in_features, intermediate, out_features, ranks, weight_kinds, blocksize = CASES[case]
+    x = torch.randn(tokens, in_features, device=device).to(dtype).requires_grad_()
     sizes = ((intermediate, in_features), (intermediate, in_features), (out_features, intermediate))
     options = {"dtype": dtype, "device": device, "blocksize": blocksize}
     mlp = [
-        make_projection(*size, rank, kind, has_bias=index != 1, **options)
-        for index, (size, rank, kind) in enumerate(zip(sizes, ranks, kinds, strict=True))
+        make_projection(*size, rank, weight_kind, has_bias=index != 1, **options)
+        for index, (size, rank, weight_kind) in enumerate(
+            zip(sizes, ranks, weight_kinds, strict=True)
+        )
     ]
     check(x, mlp)
 
 
 @pytest.mark.parametrize("activation", list(GATED_ACTIVATIONS))
 @pytest.mark.parametrize("lora_dtype", [FP32, BF16])
-def test_activation_dropout_and_lora_dtypes(
+def test_activation_dropout_and_lora_dtypes_obey_the_numerics_rule(
     backend: str,
     device: str,
     make_projection: Make,
@@ -92,7 +94,7 @@ def test_activation_dropout_and_lora_dtypes(
     activation: str,
     lora_dtype: torch.dtype,
 ) -> None:
-    """fp32 LoRA over bf16, each projection with a LoRA dtype and a block size of its own."""
+    """LoRA is fp32 over bf16, or each projection has its own LoRA dtype and block size."""
     x = torch.randn(17, 96, device=device).to(BF16).requires_grad_()
     gate = make_projection(64, 96, 40, "nested", BF16, FP32, device)
     up = make_projection(64, 96, 33, "nf4", BF16, lora_dtype, device, blocksize=32)
@@ -100,31 +102,35 @@ def test_activation_dropout_and_lora_dtypes(
     check(x, [gate, up, down], activation, p=0.3)
 
 
-def test_equals_lora_linear_of_each(backend: str, small: Any, tensors_of: TensorsOf) -> None:
-    """Bit for bit, gradients too, with the documented seeds; in Triton's kernels act(gate) * up has
-    one rounding instead of two, and no bit is promised."""
+def test_equals_the_composition_of_lora_linear(
+    backend: str, small: Any, tensors_of: TensorsOf
+) -> None:
+    """With the documented seeds, the output and the gradients are equal bit for bit.
+
+    Triton's kernels round act(gate) * up once instead of twice, so they promise no equal bits.
+    """
     x, mlp = small
     seed = torch.tensor(2**62 + 5, device=x.device)
     leaves = [x, *tensors_of(*mlp)]
 
-    def one(x: Tensor, p: Projection, index: int) -> Tensor:
+    def one_layer(x: Tensor, p: Projection, index: int) -> Tensor:
         return F.lora_linear(x, *p[:4], p.bias, dropout_p=0.5, seed=seed + index)
 
-    def each(x: Tensor, gate: Projection, up: Projection, down: Projection) -> Tensor:
-        return one(nn.functional.silu(one(x, gate, 0)) * one(x, up, 1), down, 2)
+    def composition(x: Tensor, gate: Projection, up: Projection, down: Projection) -> Tensor:
+        return one_layer(nn.functional.silu(one_layer(x, gate, 0)) * one_layer(x, up, 1), down, 2)
 
     y = F.lora_mlp(x, *mlp, dropout_p=0.5, seed=seed)
     if backend == "triton":
-        assert_as_accurate_as_torch(y, each, x, *mlp)
+        assert_as_accurate_as_torch(y, composition, x, *mlp)
         return
-    expected = each(x, *mlp)
+    expected = composition(x, *mlp)
     assert torch.equal(y, expected)
-    found = torch.autograd.grad(y.sum(), leaves)
-    assert all(map(torch.equal, found, torch.autograd.grad(expected.sum(), leaves)))
+    gradients = torch.autograd.grad(y.sum(), leaves)
+    assert all(map(torch.equal, gradients, torch.autograd.grad(expected.sum(), leaves)))
 
 
-def test_against_peft(backend: str, device: str, check_against_peft: Check) -> None:
-    """transformers' LlamaMLP with PEFT's LoRA on its three projections, in bf16 with fp32 LoRA."""
+def test_equals_peft(backend: str, device: str, check_against_peft: Check) -> None:
+    """PEFT puts fp32 LoRA on the three projections of transformers' LlamaMLP in bf16."""
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     config = llama.LlamaConfig(hidden_size=96, intermediate_size=128)
     targets = ["gate_proj", "up_proj", "down_proj"]
@@ -133,7 +139,7 @@ def test_against_peft(backend: str, device: str, check_against_peft: Check) -> N
 
 
 @pytest.mark.parametrize("shape", [(0, 96), (2, 0, 96)])
-def test_empty_batch(
+def test_an_empty_batch_gives_empty_results(
     backend: str, device: str, small: Any, tensors_of: TensorsOf, shape: tuple[int, ...]
 ) -> None:
     _, mlp = small
@@ -144,7 +150,7 @@ def test_empty_batch(
         assert not gradient.any()
 
 
-def test_leading_dimensions_and_strides(
+def test_leading_dimensions_and_strides_change_no_value(
     backend: str, device: str, small: Any, check: Check
 ) -> None:
     _, mlp = small
@@ -156,8 +162,8 @@ def test_leading_dimensions_and_strides(
 
 
 @pytest.mark.parametrize("trained", [0, 1, 2])
-def test_only_what_needs_gradients(backend: str, small: Any, trained: int) -> None:
-    """One trained projection at a time, x without gradient: the same gradients as with all."""
+def test_only_the_gradients_asked_for_are_computed(backend: str, small: Any, trained: int) -> None:
+    """A projection that is trained alone gets the same gradients as if all were trained."""
     x, mlp = small
     frozen = [
         p
@@ -166,13 +172,13 @@ def test_only_what_needs_gradients(backend: str, small: Any, trained: int) -> No
         for index, p in enumerate(mlp)
     ]
     wanted = [mlp[trained].lora_A, mlp[trained].lora_B]
-    found = torch.autograd.grad(F.lora_mlp(x.detach(), *frozen, "gelu", 0.1, 5).sum(), wanted)
+    gradients = torch.autograd.grad(F.lora_mlp(x.detach(), *frozen, "gelu", 0.1, 5).sum(), wanted)
     expected = torch.autograd.grad(F.lora_mlp(x, *mlp, "gelu", 0.1, 5).sum(), wanted)
-    assert all(map(torch.equal, found, expected))
+    assert all(map(torch.equal, gradients, expected))
 
 
-def test_saves_gate_and_up_alone(backend: str, device: str, make_projection: Make) -> None:
-    """Of what is as large as the intermediate: two tensors, not the four of the composition."""
+def test_saves_only_gate_and_up(backend: str, device: str, make_projection: Make) -> None:
+    """The op saves two tensors as large as the intermediate. The composition would save four."""
     x = torch.randn(64, 96, device=device, requires_grad=True)
     sizes = ((512, 96), (512, 96), (96, 512))
     mlp = [make_projection(*size, 4, "nested", device=device) for size in sizes]
@@ -189,7 +195,7 @@ def test_saves_gate_and_up_alone(backend: str, device: str, make_projection: Mak
     assert sum(saved.values()) <= x.nbytes + 2 * 64 * 512 * 4 + lora + weights + 8
 
 
-def test_deterministic(backend: str, small: Any, tensors_of: TensorsOf) -> None:
+def test_results_repeat_bit_for_bit(backend: str, small: Any, tensors_of: TensorsOf) -> None:
     x, mlp = small
 
     def run() -> list[Tensor]:
@@ -200,8 +206,8 @@ def test_deterministic(backend: str, small: Any, tensors_of: TensorsOf) -> None:
 
 
 @pytest.mark.parametrize("activation", list(GATED_ACTIVATIONS))
-def test_gradcheck(make_projection: Make, activation: str) -> None:
-    """In float64, which only the reference takes."""
+def test_gradients_pass_gradcheck(make_projection: Make, activation: str) -> None:
+    """Only the reference takes float64."""
     x = torch.randn(2, 18, dtype=torch.float64, requires_grad=True)
     options = {"dtype": torch.float64, "blocksize": 32}
     gate = make_projection(5, 18, 2, "nested", has_bias=True, **options)
@@ -220,7 +226,7 @@ def test_gradcheck(make_projection: Make, activation: str) -> None:
     assert torch.autograd.gradcheck(function, (x, *parts, down.bias))
 
 
-def test_opcheck(backend: str, small: Any) -> None:
+def test_op_passes_opcheck(backend: str, small: Any) -> None:
     x, mlp = small
     args = flat_of(F.CALLS["lora_mlp"](x, *mlp, "gelu_tanh", 0.25, 5))
     torch.library.opcheck(torch.ops.pylora.lora_mlp.default, args)
@@ -233,13 +239,15 @@ def test_opcheck(backend: str, small: Any) -> None:
     assert gate.shape == up.shape == (9, 70) and h[2].shape == (9, 4)
     backward = torch.ops.pylora.lora_mlp_backward.default
     args = (torch.randn_like(y), detached[0], gate, up, h, *detached[1:])
-    # In turn x, weights, lora_A, lora_B and biases, three of each.
+    # The mask has x, and then three of each: weights, lora_A, lora_B and biases.
     mask = [True, *[False, True, False], *[True, True, False] * 2, *[True, False, True]]
     for wanted in (mask, [False] * 13):
         torch.library.opcheck(backward, (*args, wanted))
 
 
-def test_compile(backend: str, small: Any, tensors_of: TensorsOf) -> None:
+def test_a_compiled_function_gives_the_same_bits(
+    backend: str, small: Any, tensors_of: TensorsOf
+) -> None:
     x, mlp = small
     seed = torch.tensor(11, device=x.device)
     leaves = [x, *tensors_of(*mlp)]
@@ -257,7 +265,7 @@ def test_compile(backend: str, small: Any, tensors_of: TensorsOf) -> None:
         assert torch.equal(a, b)
 
 
-def test_autocast(backend: str, device: str, small: Any) -> None:
+def test_autocast_computes_in_its_dtype(backend: str, device: str, small: Any) -> None:
     x, mlp = small
     with torch.autocast(device, dtype=BF16):
         y = F.lora_mlp(x, *mlp)
@@ -267,7 +275,7 @@ def test_autocast(backend: str, device: str, small: Any) -> None:
     assert mlp[0].lora_A.grad.dtype == FP32 and mlp[1].weight.grad.dtype == FP32
 
 
-def test_explain_and_meta(small: Any) -> None:
+def test_explain_and_meta_tensors_need_no_kernel(small: Any) -> None:
     x, mlp = small
     assert pylora.explain("lora_mlp", x, *mlp).op == "lora_mlp"
     with pytest.raises(ValueError, match="activation is 'relu'"):
@@ -276,7 +284,7 @@ def test_explain_and_meta(small: Any) -> None:
     assert F.lora_mlp(torch.empty(2, 5, 96, device="meta"), *on_meta).shape == (2, 5, 32)
 
 
-def test_errors(make_projection: Make) -> None:
+def test_errors_name_the_argument(make_projection: Make) -> None:
     gate, up, down = (make_projection(*size, 4) for size in ((48, 96), (48, 96), (32, 48)))
     x = torch.zeros(2, 96)
     cases: list[tuple[tuple[Any, ...], type, str]] = [

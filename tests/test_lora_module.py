@@ -1,4 +1,4 @@
-"""LoRALinear: output and gradients are those of PEFT's layers over dense and NF4 bases."""
+"""LoRALinear: its output and gradients are those of PEFT's layers over dense and NF4 bases."""
 
 from __future__ import annotations
 
@@ -27,15 +27,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 BASES = ["dense", "nf4", "nf4-double"]
 
 
-def base_layer(kind: str, dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Module:
+def base_layer(
+    base_format: str, dtype: torch.dtype = torch.float32, bias: bool = True
+) -> nn.Module:
     dense = nn.Linear(IN, OUT, bias=bias, dtype=dtype)
-    if kind == "dense":
+    if base_format == "dense":
         return dense
-    return NF4Linear.from_linear(dense, blocksize=32, double_quant=kind == "nf4-double")
+    return NF4Linear.from_linear(dense, blocksize=32, double_quant=base_format == "nf4-double")
 
 
 def trained(layer: LoRALinear) -> LoRALinear:
-    """Moves every LoRA parameter away from its start, as training does."""
+    """Moves every LoRA parameter away from its initial value, as training does."""
     with torch.no_grad():
         layer.lora_B.normal_(0, 0.05)
         for parameter in (layer.lora_B_bias, layer.lora_magnitude):
@@ -54,7 +56,7 @@ def dense_weight(layer: LoRALinear, dtype: torch.dtype) -> Tensor:
 def under_peft(
     x: Tensor, weight: Tensor, parameters: dict[str, Tensor], layer: LoRALinear
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Output and gradients of PEFT's LoRA over a dense base, with the numbers of `layer`."""
+    """Returns the output and gradients of PEFT's LoRA over a dense base, with `layer`'s numbers."""
     dense = nn.Linear(IN, OUT, bias="bias" in parameters, device="meta")
     dense.weight = nn.Parameter(weight.clone())
     if "bias" in parameters:
@@ -97,19 +99,19 @@ def ours(x: Tensor, layer: LoRALinear) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def parameters_of(layer: LoRALinear) -> dict[str, Tensor]:
-    found = {n: p.detach() for n, p in layer.named_parameters() if n.startswith("lora_")}
+    parameters = {n: p.detach() for n, p in layer.named_parameters() if n.startswith("lora_")}
     if layer.bias is not None:
-        found["bias"] = layer.bias.detach()
-    return found
+        parameters["bias"] = layer.bias.detach()
+    return parameters
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("kind", BASES)
-def test_equals_peft(kind: str, variant: str) -> None:
-    layer = trained(LoRALinear(base_layer(kind), r=5, lora_alpha=12, **VARIANTS[variant]))
+@pytest.mark.parametrize("base_format", BASES)
+def test_equals_peft(base_format: str, variant: str) -> None:
+    layer = trained(LoRALinear(base_layer(base_format), r=5, lora_alpha=12, **VARIANTS[variant]))
     x = torch.randn(3, 7, IN)
     weight = dense_weight(layer, torch.float32)
-    if kind != "dense":  # exact in float64, where the float32 product of code and absmax is not
+    if base_format != "dense":  # the float64 weights are exact; float32 rounds code * absmax
         exact = dense_weight(layer, torch.float64)
 
         def function(x: Tensor, weight: Tensor, *rest: Any) -> Any:
@@ -119,11 +121,11 @@ def test_equals_peft(kind: str, variant: str) -> None:
     assert_as_accurate_as_torch(ours(x, layer), function, x, weight, parameters_of(layer), layer)
 
 
-@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("base_format", BASES)
 @pytest.mark.parametrize("variant", ["plain", "bias", "dora"])
-def test_bf16_base_under_fp32_lora(kind: str, variant: str) -> None:
-    """PEFT's own default: LoRA parameters in float32 whatever the base has."""
-    layer = trained(LoRALinear(base_layer(kind, torch.bfloat16), r=4, **VARIANTS[variant]))
+def test_lora_over_a_bf16_base_is_fp32(base_format: str, variant: str) -> None:
+    """As in PEFT, LoRA parameters are float32 by default, whatever dtype the base has."""
+    layer = trained(LoRALinear(base_layer(base_format, torch.bfloat16), r=4, **VARIANTS[variant]))
     assert layer.lora_A.dtype == torch.float32
     x = torch.randn(6, IN, dtype=torch.bfloat16)
     exact = dense_weight(layer, torch.float64)
@@ -138,14 +140,14 @@ def test_bf16_base_under_fp32_lora(kind: str, variant: str) -> None:
 def test_starts_as_its_base() -> None:
     x = torch.randn(4, IN)
     for variant in VARIANTS.values():
-        for kind in BASES:
-            base = base_layer(kind)
+        for base_format in BASES:
+            base = base_layer(base_format)
             expected = base(x)
             actual = LoRALinear(base, r=3, **variant)(x)
             assert_as_accurate_as_torch(actual, lambda y: y * 1.0, expected)
 
 
-def test_scaling() -> None:
+def test_scaling_follows_alpha_and_rank() -> None:
     assert LoRALinear(nn.Linear(8, 8), r=4, lora_alpha=6).scaling == 1.5
     assert LoRALinear(nn.Linear(8, 8), r=4, lora_alpha=6, use_rslora=True).scaling == 3.0
     layer = LoRALinear(nn.Linear(8, 8), r=4)
@@ -154,14 +156,14 @@ def test_scaling() -> None:
 
 
 def test_only_lora_is_trainable() -> None:
-    for kind in BASES:
-        layer = LoRALinear(base_layer(kind), r=4, use_dora=True)
+    for base_format in BASES:
+        layer = LoRALinear(base_layer(base_format), r=4, use_dora=True)
         trainable = sorted(n for n, p in layer.named_parameters() if p.requires_grad)
         assert trainable == ["lora_A", "lora_B", "lora_magnitude"]
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_dropout_only_while_training_and_right_on_average(use_dora: bool) -> None:
+def test_dropout_acts_only_in_training_and_is_right_on_average(use_dora: bool) -> None:
     layer = trained(LoRALinear(base_layer("nf4"), r=4, lora_dropout=0.5, use_dora=use_dora))
     x = torch.randn(1, IN)
     expected = layer.eval()(x).detach()
@@ -178,7 +180,7 @@ def test_a_first_call_with_dropout_leaves_none_in_eval_mode() -> None:
     x = torch.randn(4, IN, requires_grad=True)
     expected = copy.deepcopy(layer).eval()(x)
     (expected_gradient,) = torch.autograd.grad(expected.sum(), x)
-    layer.train()(x)  # the first call, whose checked record the layer keeps
+    layer.train()(x)  # the layer keeps the record of its first call
     y = layer.eval()(x)
     (gradient,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(y, expected) and torch.equal(gradient, expected_gradient)
@@ -199,11 +201,11 @@ def test_dropout_obeys_the_seed() -> None:
     assert torch.equal(layer(x), first) and not torch.equal(second, first)
 
 
-@pytest.mark.parametrize("kind", ["dense", "nf4-double"])
+@pytest.mark.parametrize("base_format", ["dense", "nf4-double"])
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_state_dict_round_trip(kind: str, use_dora: bool) -> None:
-    layer = trained(LoRALinear(base_layer(kind), r=4, use_dora=use_dora))
-    twin = LoRALinear(base_layer(kind), r=4, use_dora=use_dora)
+def test_a_state_dict_restores_the_layer(base_format: str, use_dora: bool) -> None:
+    layer = trained(LoRALinear(base_layer(base_format), r=4, use_dora=use_dora))
+    twin = LoRALinear(base_layer(base_format), r=4, use_dora=use_dora)
     twin.load_state_dict(layer.state_dict())
     x = torch.randn(3, IN)
     assert torch.equal(twin(x), layer(x))
@@ -211,10 +213,10 @@ def test_state_dict_round_trip(kind: str, use_dora: bool) -> None:
 
 
 def test_dora_norm_follows_a_new_base() -> None:
-    """The row norms of W are kept, so they must be taken anew when a state dict replaces W."""
+    """The row norms of W are kept, so they must be computed anew if a state dict replaces W."""
     layer = trained(LoRALinear(base_layer("nf4"), r=4, use_dora=True))
-    other = trained(LoRALinear(base_layer("nf4"), r=4, use_dora=True))
-    layer.load_state_dict(other.state_dict())
+    other_layer = trained(LoRALinear(base_layer("nf4"), r=4, use_dora=True))
+    layer.load_state_dict(other_layer.state_dict())
     exact = dense_weight(layer, torch.float64) + layer.scaling * (
         layer.lora_B.detach().double() @ layer.lora_A.detach().double()
     )
@@ -225,22 +227,22 @@ def test_dora_norm_follows_a_new_base() -> None:
     )
 
 
-@pytest.mark.parametrize("kind", BASES)
-def test_dora_norm_survives_casts_and_moves(kind: str) -> None:
-    layer = trained(LoRALinear(base_layer(kind, torch.bfloat16), r=4, use_dora=True))
+@pytest.mark.parametrize("base_format", BASES)
+def test_dora_norm_survives_casts_and_moves(base_format: str) -> None:
+    layer = trained(LoRALinear(base_layer(base_format, torch.bfloat16), r=4, use_dora=True))
     before = layer.base_norm.clone()
     layer.bfloat16().float()
     assert layer.base_norm.dtype == before.dtype and torch.equal(layer.base_norm, before)
-    twin = LoRALinear(base_layer(kind, torch.bfloat16), r=4, use_dora=True).to("meta")
+    twin = LoRALinear(base_layer(base_format, torch.bfloat16), r=4, use_dora=True).to("meta")
     assert twin.lora_A.is_meta
     twin.to_empty(device="cpu").load_state_dict(layer.state_dict())
     assert torch.equal(twin.base_norm, before)
 
 
-@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("base_format", BASES)
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_merged_weight(kind: str, use_dora: bool) -> None:
-    layer = trained(LoRALinear(base_layer(kind), r=4, use_dora=use_dora))
+def test_merged_weight_is_base_plus_lora(base_format: str, use_dora: bool) -> None:
+    layer = trained(LoRALinear(base_layer(base_format), r=4, use_dora=use_dora))
 
     def merged(weight: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         weight = weight + layer.scaling * (parameters["lora_B"] @ parameters["lora_A"])
@@ -261,7 +263,7 @@ def test_takes_over_a_bitsandbytes_layer() -> None:
     assert layer.base_layer.weight.data_ptr() == linear.weight.data_ptr()
 
 
-def test_asks_like_a_linear_layer() -> None:
+def test_has_the_attributes_of_a_linear_layer() -> None:
     base = base_layer("nf4")
     layer = LoRALinear(base, r=4)
     assert layer.weight is base.weight and layer.bias is base.bias
@@ -269,7 +271,7 @@ def test_asks_like_a_linear_layer() -> None:
     assert "r=4" in repr(layer) and "use_dora" not in repr(layer)
 
 
-# With inductor, DoRA's rescaling is fused into one rounding less, so that its bits may differ.
+# Inductor fuses DoRA's rescaling and rounds once less, so its bits may differ.
 @pytest.mark.parametrize(
     ("use_dora", "compiler"), [(False, "inductor"), (False, "aot_eager"), (True, "aot_eager")]
 )
@@ -290,13 +292,13 @@ def test_compiles_as_one_graph(use_dora: bool, compiler: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", ["plain", "bias", "dora"])
-@pytest.mark.parametrize("kind", ["dense", "nf4-double"])
-def test_compiled_gradients_are_right(kind: str, variant: str, dtype: torch.dtype) -> None:
-    """All of them, those of a dense base as well: torch 2.10's Inductor got some of them wrong."""
+@pytest.mark.parametrize("base_format", ["dense", "nf4-double"])
+def test_compiled_gradients_are_right(base_format: str, variant: str, dtype: torch.dtype) -> None:
+    """All gradients are checked, also a dense base's: Inductor of torch 2.10 got some wrong."""
     torch.compiler.reset()
-    base = base_layer(kind, dtype)
+    base = base_layer(base_format, dtype)
     layer = trained(LoRALinear(base, r=4, dtype=dtype, **VARIANTS[variant]))
-    if kind == "dense":
+    if base_format == "dense":
         base.requires_grad_()
     grad = torch.randn(6, OUT, dtype=dtype)
     eager = dense_weight(layer, dtype)
@@ -306,13 +308,13 @@ def test_compiled_gradients_are_right(kind: str, variant: str, dtype: torch.dtyp
         module.zero_grad()
         x = x.clone().requires_grad_()
         run(x).backward(grad)
-        found = {n: p.grad for n, p in module.named_parameters() if p.requires_grad}
-        assert all(value is not None for value in found.values())
-        return {"x": x.grad, **found}
+        grads = {n: p.grad for n, p in module.named_parameters() if p.requires_grad}
+        assert all(value is not None for value in grads.values())
+        return {"x": x.grad, **grads}
 
     def plain(x: Tensor, grad: Tensor) -> dict[str, Tensor]:
         module = copy.deepcopy(layer).to(x.dtype)
-        if kind != "dense":
+        if base_format != "dense":
             weight = exact if x.dtype == torch.float64 else eager
             module.base_layer = nn.Linear(IN, OUT, dtype=x.dtype).requires_grad_(False)
             module.base_layer.load_state_dict({"weight": weight, "bias": layer.bias})
@@ -325,7 +327,7 @@ def test_compiled_gradients_are_right(kind: str, variant: str, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_autocast(variant: str) -> None:
+def test_autocast_gives_the_accuracy_of_peft(variant: str) -> None:
     layer = trained(LoRALinear(base_layer("nf4"), r=4, **VARIANTS[variant]))
     x = torch.randn(5, IN)
     exact = dense_weight(layer, torch.float64)
@@ -355,14 +357,16 @@ def test_autocast(variant: str) -> None:
         ({"dtype": torch.int8}, TypeError, "dtype is torch.int8"),
     ],
 )
-def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_arguments_are_named(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
     base = nn.Linear(8, 8)
     with pytest.raises(error, match=message):
         LoRALinear(base, **arguments)
     assert base.weight.requires_grad
 
 
-def test_bad_base() -> None:
+def test_a_bad_base_is_refused() -> None:
     with pytest.raises(TypeError, match="base is Conv1d"):
         LoRALinear(nn.Conv1d(1, 1, 1))
     with pytest.raises(ValueError, match="must not be wrapped already"):

@@ -17,7 +17,7 @@ from pylora.reference.dropout import dropout_mask
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BF16, FP32 = torch.bfloat16, torch.float32
-# rows, in_features, out_features, ranks (None: no LoRA), kinds of weight, blocksize
+# tokens, in_features, out_features, ranks (None: no LoRA), weight kinds, blocksize
 CASES = {
     "grouped-query": (16, 128, (96, 32, 32), (32, 33, 40), ("nf4", "nf4", "nf4"), 64),
     "odd": (9, 96, (70, 37, 41), (33, None, 35), ("nested", "nf4", "nested"), 64),
@@ -31,7 +31,7 @@ Check = Callable[..., None]
 
 
 def masks_of(x: Tensor, p: float, seed: int) -> list[Tensor | None]:
-    """One mask a projection, from the seeds seed, seed + 1 and seed + 2."""
+    """Returns a mask for each projection, from the seeds seed, seed + 1 and seed + 2."""
     if p == 0.0:
         return [None] * 3
     masks = (dropout_mask(x.shape, p, torch.tensor(seed + i)) for i in range(3))
@@ -44,7 +44,7 @@ def check(plain_projection: Callable[..., Tensor], check_projections: Callable[.
         masks = masks_of(x, p, seed)
 
         def plain_torch(x: Tensor, *qkv: Projection) -> tuple[Tensor, ...]:
-            return tuple(plain_projection(x, *each) for each in zip(qkv, masks, strict=True))
+            return tuple(plain_projection(x, *pair) for pair in zip(qkv, masks, strict=True))
 
         check_projections(lambda x, *qkv: F.lora_qkv(x, *qkv, p, seed), plain_torch, x, *qkv)
 
@@ -53,7 +53,7 @@ def check(plain_projection: Callable[..., Tensor], check_projections: Callable[.
 
 @pytest.fixture
 def grouped(make_projection: Make, device: str) -> tuple[Tensor, list[Projection]]:
-    """x [9, 96] and projections of three kinds: nested with bias, dense, NF4 without LoRA."""
+    """Returns x [9, 96] and three projections: nested with bias, dense, and NF4 without LoRA."""
     x = torch.randn(9, 96, device=device, requires_grad=True)
     q = make_projection(70, 96, 6, "nested", device=device, has_bias=True)
     k = make_projection(32, 96, 3, "dense", device=device, scaling=2.0)
@@ -62,7 +62,7 @@ def grouped(make_projection: Make, device: str) -> tuple[Tensor, list[Projection
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", list(CASES))
-def test_forward_and_backward(
+def test_forward_and_backward_equal_the_reference(
     backend: str,
     device: str,
     make_projection: Make,
@@ -70,25 +70,27 @@ def test_forward_and_backward(
     case: str,
     dtype: torch.dtype,
 ) -> None:
-    rows, in_features, sizes, ranks, kinds, blocksize = CASES[case]
-    x = torch.randn(rows, in_features, device=device).to(dtype).requires_grad_()
+    tokens, in_features, sizes, ranks, weight_kinds, blocksize = CASES[case]
+    x = torch.randn(tokens, in_features, device=device).to(dtype).requires_grad_()
     options = {"dtype": dtype, "device": device, "blocksize": blocksize}
     qkv = [
-        make_projection(size, in_features, rank, kind, has_bias=index != 1, **options)
-        for index, (size, rank, kind) in enumerate(zip(sizes, ranks, kinds, strict=True))
+        make_projection(size, in_features, rank, weight_kind, has_bias=index != 1, **options)
+        for index, (size, rank, weight_kind) in enumerate(
+            zip(sizes, ranks, weight_kinds, strict=True)
+        )
     ]
     check(x, qkv)
 
 
 @pytest.mark.parametrize("lora_dtype", [FP32, BF16])
-def test_dropout_and_lora_dtypes(
+def test_dropout_and_lora_dtypes_obey_the_numerics_rule(
     backend: str,
     device: str,
     make_projection: Make,
     check: Check,
     lora_dtype: torch.dtype,
 ) -> None:
-    """fp32 LoRA over bf16, each projection with a LoRA dtype and a block size of its own."""
+    """LoRA is fp32 over bf16, or each projection has its own LoRA dtype and block size."""
     x = torch.randn(17, 96, device=device).to(BF16).requires_grad_()
     q = make_projection(64, 96, 40, "nested", BF16, FP32, device)
     k = make_projection(32, 96, 33, "nf4", BF16, lora_dtype, device, blocksize=32)
@@ -96,8 +98,8 @@ def test_dropout_and_lora_dtypes(
     check(x, [q, k, v], p=0.3)
 
 
-def test_equals_lora_linear_of_each(backend: str, grouped: Any) -> None:
-    """Bit for bit, with the documented seeds: the masks of q, k and v are independent."""
+def test_equals_lora_linear_of_each_projection(backend: str, grouped: Any) -> None:
+    """With the documented seeds the outputs are equal bit for bit. The masks are independent."""
     x, qkv = grouped
     seed = torch.tensor(2**62 + 5, device=x.device)
     outputs = F.lora_qkv(x, *qkv, 0.5, seed)
@@ -112,8 +114,8 @@ def test_equals_lora_linear_of_each(backend: str, grouped: Any) -> None:
     assert not torch.equal(first, second) and not torch.equal(second, third)
 
 
-def test_against_peft(backend: str, device: str, check_against_peft: Callable[..., None]) -> None:
-    """The projections of transformers' grouped-query LlamaAttention with PEFT's LoRA."""
+def test_equals_peft(backend: str, device: str, check_against_peft: Callable[..., None]) -> None:
+    """PEFT puts LoRA on the projections of transformers' grouped-query LlamaAttention."""
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     config = llama.LlamaConfig(hidden_size=96, num_attention_heads=3, num_key_value_heads=1)
     attention = llama.LlamaAttention(config, layer_idx=0)
@@ -132,7 +134,7 @@ def test_against_peft(backend: str, device: str, check_against_peft: Callable[..
     check_against_peft(module, [f"attention.{name}" for name in targets], F.lora_qkv, x)
 
 
-def test_seed(backend: str, grouped: Any) -> None:
+def test_dropout_is_a_function_of_the_seed(backend: str, grouped: Any) -> None:
     x, qkv = grouped
     assert torch.equal(F.lora_qkv(x, *qkv, 0.5, 3)[0], F.lora_qkv(x, *qkv, 0.5, torch.tensor(3))[0])
     torch.manual_seed(0)
@@ -140,14 +142,14 @@ def test_seed(backend: str, grouped: Any) -> None:
     assert not torch.equal(first, F.lora_qkv(x, *qkv, 0.5)[0])
     torch.manual_seed(0)
     assert torch.equal(first, F.lora_qkv(x, *qkv, 0.5)[0])
-    # The last of the seeds wraps around, as int64 does everywhere.
+    # Adding to the largest seed wraps around, as int64 always does.
     largest = torch.tensor(2**63 - 1)
     expected = F.lora_linear(x, *qkv[1][:4], dropout_p=0.5, seed=largest + 1)
     assert torch.equal(F.lora_qkv(x, *qkv, 0.5, largest)[1], expected)
 
 
 @pytest.mark.parametrize("shape", [(0, 96), (2, 0, 96)])
-def test_empty_batch(
+def test_an_empty_batch_gives_empty_results(
     backend: str, device: str, grouped: Any, tensors_of: TensorsOf, shape: tuple[int, ...]
 ) -> None:
     _, qkv = grouped
@@ -158,7 +160,7 @@ def test_empty_batch(
         assert not gradient.any()
 
 
-def test_leading_dimensions_and_strides(
+def test_leading_dimensions_and_strides_change_no_value(
     backend: str, device: str, grouped: Any, check: Check
 ) -> None:
     _, qkv = grouped
@@ -170,8 +172,8 @@ def test_leading_dimensions_and_strides(
     check(x, qkv, p=0.2)
 
 
-def test_only_what_needs_gradients(backend: str, grouped: Any) -> None:
-    """Frozen biases and dense weights, an x without gradient, a projection that is not used."""
+def test_only_the_gradients_asked_for_are_computed(backend: str, grouped: Any) -> None:
+    """Biases and dense weights are frozen, x needs no gradient, or a projection is not used."""
     x, qkv = grouped
     frozen = [
         p._replace(
@@ -183,14 +185,14 @@ def test_only_what_needs_gradients(backend: str, grouped: Any) -> None:
     wanted = [frozen[0].lora_A, frozen[0].lora_B, frozen[1].lora_A, frozen[1].lora_B]
     outputs = F.lora_qkv(x.detach(), *frozen, 0.1, 5)
     grads = [torch.randn_like(y) for y in outputs]
-    found = torch.autograd.grad(outputs, wanted, grads)
+    gradients = torch.autograd.grad(outputs, wanted, grads)
     expected = torch.autograd.grad(F.lora_qkv(x, *qkv, 0.1, 5), wanted, grads)
-    assert all(map(torch.equal, found, expected))
+    assert all(map(torch.equal, gradients, expected))
     (only_q,) = torch.autograd.grad(F.lora_qkv(x, *qkv, 0.1, 5)[0].sum(), [qkv[1].lora_A])
     assert not only_q.any()
 
 
-def test_deterministic(backend: str, grouped: Any, tensors_of: TensorsOf) -> None:
+def test_results_repeat_bit_for_bit(backend: str, grouped: Any, tensors_of: TensorsOf) -> None:
     x, qkv = grouped
 
     def run() -> list[Tensor]:
@@ -201,8 +203,8 @@ def test_deterministic(backend: str, grouped: Any, tensors_of: TensorsOf) -> Non
     assert all(map(torch.equal, run(), run()))
 
 
-def test_gradcheck(make_projection: Make) -> None:
-    """In float64, which only the reference takes."""
+def test_gradients_pass_gradcheck(make_projection: Make) -> None:
+    """Only the reference takes float64."""
     x = torch.randn(2, 18, dtype=torch.float64, requires_grad=True)
     options = {"dtype": torch.float64, "blocksize": 32}
     q = make_projection(4, 18, 2, "nested", has_bias=True, **options)
@@ -221,7 +223,7 @@ def test_gradcheck(make_projection: Make) -> None:
     assert torch.autograd.gradcheck(function, (x, *parts))
 
 
-def test_opcheck(backend: str, grouped: Any) -> None:
+def test_op_passes_opcheck(backend: str, grouped: Any) -> None:
     x, qkv = grouped
     args = flat_of(F.CALLS["lora_qkv"](x, *qkv, 0.25, 5))
     torch.library.opcheck(torch.ops.pylora.lora_qkv.default, args)
@@ -234,13 +236,15 @@ def test_opcheck(backend: str, grouped: Any) -> None:
     assert h[0].dtype == FP32 and h[2].shape == (0,)
     backward = torch.ops.pylora.lora_qkv_backward.default
     grads = [torch.randn_like(t) for t in y]
-    # In turn x, weights, lora_A, lora_B and biases, three of each.
+    # The mask has x, and then three of each: weights, lora_A, lora_B and biases.
     mask = [True, *[False, True, False], *[True, True, False] * 2, *[True, False, True]]
     for wanted in (mask, [False] * 13):
         torch.library.opcheck(backward, (grads, detached[0], h, *detached[1:], wanted))
 
 
-def test_direct_op_call_has_gradients(backend: str, grouped: Any, tensors_of: TensorsOf) -> None:
+def test_a_direct_call_of_the_op_has_gradients(
+    backend: str, grouped: Any, tensors_of: TensorsOf
+) -> None:
     x, qkv = grouped
     args = flat_of(F.CALLS["lora_qkv"](x, *qkv))
     y, h = torch.ops.pylora.lora_qkv(*args)
@@ -249,12 +253,15 @@ def test_direct_op_call_has_gradients(backend: str, grouped: Any, tensors_of: Te
     assert all(t.grad is not None for t in [x, *tensors_of(*qkv)])
 
 
-def test_compile(backend: str, grouped: Any, tensors_of: TensorsOf) -> None:
+def test_a_compiled_function_gives_the_same_bits(
+    backend: str, grouped: Any, tensors_of: TensorsOf
+) -> None:
     x, qkv = grouped
     seed = torch.tensor(11, device=x.device)
     leaves = [x, *tensors_of(*qkv)]
 
-    # The sums stay outside: Inductor adds in another order than eager torch, and rounds otherwise.
+    # The sums are not compiled: Inductor adds in another order than eager torch, and rounds
+    # differently.
     def function(x: Tensor, *qkv: Projection) -> tuple[Tensor, Tensor]:
         q, k, v = F.lora_qkv(x, *qkv, 0.25, seed)
         return q.relu(), k * v
@@ -269,7 +276,7 @@ def test_compile(backend: str, grouped: Any, tensors_of: TensorsOf) -> None:
         assert torch.equal(a, b)
 
 
-def test_autocast(backend: str, device: str, grouped: Any) -> None:
+def test_autocast_computes_in_its_dtype(backend: str, device: str, grouped: Any) -> None:
     x, qkv = grouped
     with torch.autocast(device, dtype=BF16):
         outputs = F.lora_qkv(x, *qkv)
@@ -279,7 +286,7 @@ def test_autocast(backend: str, device: str, grouped: Any) -> None:
     assert qkv[0].lora_A.grad.dtype == FP32 and qkv[1].weight.grad.dtype == FP32
 
 
-def test_explain(grouped: Any) -> None:
+def test_explain_says_why_a_dense_base_is_rejected(grouped: Any) -> None:
     x, qkv = grouped
     dense = [qkv[1]] * 3
     assert "dense" in pylora.explain("lora_qkv", x, *dense).rejected.get("cpu", "dense")
@@ -287,14 +294,14 @@ def test_explain(grouped: Any) -> None:
         assert pylora.explain("lora_qkv", x, *qkv).backend == "reference"
 
 
-def test_meta(make_projection: Make) -> None:
+def test_meta_tensors_give_the_shapes(make_projection: Make) -> None:
     q = make_projection(70, 96, 6, "nested")
     q = Projection(q.weight.to("meta"), q.lora_A.to("meta"), q.lora_B.to("meta"))
     x = torch.empty(2, 5, 96, device="meta")
     assert [y.shape for y in F.lora_qkv(x, q, q, q, 0.1)] == [(2, 5, 70)] * 3
 
 
-def test_errors(make_projection: Make) -> None:
+def test_errors_name_the_argument(make_projection: Make) -> None:
     q, k, v = (make_projection(size, 96, 4, has_bias=True) for size in (48, 32, 32))
     x = torch.zeros(2, 96)
     dense = torch.zeros(32, 96)

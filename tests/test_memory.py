@@ -1,6 +1,6 @@
 """Memory of training one layer: no dequantized copy of the weight, nothing kept between steps.
 
-Measured in a process of its own: the peak resident size, which Linux resets on request.
+The peak resident size is measured in a separate process. Linux resets it on request.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SCRIPT = """
 import json, sys
 import torch, pylora, pylora.functional as F
 
-OUT, IN, ROWS, RANK = 4096, 4096, 256, 16
+OUT, IN, TOKENS, RANK = 4096, 4096, 256, 16
 
 def peak_kib():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])
@@ -32,9 +32,9 @@ w = pylora.quantize_nf4(torch.randn(OUT, IN), double_quant=True)
 A = torch.randn(RANK, IN).requires_grad_()
 B = torch.randn(OUT, RANK).requires_grad_()
 
-def step(rows):
-    x = torch.randn(rows, IN, dtype=torch.bfloat16).requires_grad_()
-    grad = torch.randn(rows, OUT, dtype=torch.bfloat16)
+def step(tokens):
+    x = torch.randn(tokens, IN, dtype=torch.bfloat16).requires_grad_()
+    grad = torch.randn(tokens, OUT, dtype=torch.bfloat16)
     reset_peak()
     before = peak_kib()
     y = F.lora_linear(x, w, A, B, 0.5, dropout_p=float(sys.argv[2]))
@@ -42,12 +42,12 @@ def step(rows):
     return (peak_kib() - before) * 1024
 
 with pylora.use_backend(sys.argv[1]):
-    step(ROWS)  # what the first call allocates for good, such as the pages of libraries
-    used = min(step(ROWS) for _ in range(3))
-small = 4 * (A.numel() + B.numel()) + ROWS * RANK * 4
+    step(TOKENS)  # the first call also loads pages of libraries, which stay
+    used = min(step(TOKENS) for _ in range(3))
+small = 4 * (A.numel() + B.numel()) + TOKENS * RANK * 4
 print(json.dumps({
     "used": used,
-    "y_and_dx": 2 * ROWS * (OUT + IN),
+    "y_and_dx": 2 * TOKENS * (OUT + IN),
     "small": small,
     "dense": 2 * OUT * IN,
 }))
@@ -56,7 +56,7 @@ print(json.dumps({
 
 def measure(backend: str, dropout_p: float) -> dict[str, int]:
     if not Path("/proc/self/clear_refs").exists():
-        pytest.skip("the peak resident size can be reset on Linux alone")
+        pytest.skip("the peak resident size can be reset only on Linux")
     result = subprocess.run(
         [sys.executable, "-c", SCRIPT, backend, str(dropout_p)],
         env={**os.environ, "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536"},
@@ -69,16 +69,16 @@ def measure(backend: str, dropout_p: float) -> dict[str, int]:
     return numbers
 
 
-def test_training_step_of_the_cpu_kernels() -> None:
-    """Beyond x and grad: y, dx, the small factors and 2 MiB a thread."""
+def test_training_step_of_the_cpu_kernels_keeps_no_dense_weight() -> None:
+    """Beside x and grad, a step needs y, dx, the small factors and 2 MiB for each thread."""
     if extension.load()[0] is None:
         pytest.skip("the extension is not built")
     n = measure("cpu", 0.1)
     assert n["used"] <= n["y_and_dx"] + 3 * n["small"] + 2 * 2 * 2**20, n
 
 
-def test_training_step_of_the_reference() -> None:
-    """Less thrifty (its dropout alone draws int64 words), but less than a dense bf16 weight."""
+def test_training_step_of_the_reference_keeps_no_dense_weight() -> None:
+    """The reference needs more than the kernels, but less than a dense bf16 weight."""
     n = measure("reference", 0.0)
     assert n["used"] - n["y_and_dx"] - 3 * n["small"] <= n["dense"], n
 
@@ -106,8 +106,8 @@ print((resident() - before) / 10000)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident size comes from /proc")
 def test_steps_keep_no_memory() -> None:
-    """A string that leaks in forward and backward is 96 bytes a step."""
+    """A string that leaked in each forward and backward would be 96 bytes a step."""
     result = subprocess.run(
         [sys.executable, "-c", STEPS], capture_output=True, text=True, check=True
     )
-    assert float(result.stdout) < 64  # bytes a step
+    assert float(result.stdout) < 64  # bytes kept in each step

@@ -18,13 +18,13 @@ BASES = ["dense", "bf16", "nf4", "nf4-double"]
 VARIANTS: list[dict[str, Any]] = [{}, {"use_dora": True}, {"lora_bias": True, "use_rslora": True}]
 
 
-def model_of(kind: str, scale: float = 0.05, **lora: Any) -> nn.Sequential:
-    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+def model_of(base_format: str, scale: float = 0.05, **lora: Any) -> nn.Sequential:
+    dtype = torch.bfloat16 if base_format == "bf16" else torch.float32
     model = nn.Sequential(
         nn.Linear(64, 96, bias=False, dtype=dtype), nn.ReLU(), nn.Linear(96, 64, dtype=dtype)
     )
-    if kind.startswith("nf4"):
-        pylora.quantize_model(model, blocksize=32, double_quant=kind == "nf4-double")
+    if base_format.startswith("nf4"):
+        pylora.quantize_model(model, blocksize=32, double_quant=base_format == "nf4-double")
     pylora.add_lora(model, r=4, lora_alpha=8, **lora)
     with torch.no_grad():
         for layer in (model[0], model[2]):
@@ -47,10 +47,10 @@ def assert_state(model: nn.Module, expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=["plain", "dora", "bias-rslora"])
-@pytest.mark.parametrize("kind", BASES)
-def test_merged_function(kind: str, variant: dict[str, Any]) -> None:
-    """After the merge the layer is its base, and the base is what the report says it is."""
-    model = model_of(kind, **variant)
+@pytest.mark.parametrize("base_format", BASES)
+def test_a_merged_layer_is_its_base(base_format: str, variant: dict[str, Any]) -> None:
+    """The merged base has the error that the report gives."""
+    model = model_of(base_format, **variant)
     layer = model[2]
     target = layer.merged_weight()
     target_bias = layer.bias.detach().float()
@@ -61,7 +61,7 @@ def test_merged_function(kind: str, variant: dict[str, Any]) -> None:
     report = pylora.merge(model)
     assert layer.merged and "merged" in repr(layer)
     merged = layer.base_weight
-    merged = merged.dequantize(torch.float32) if kind.startswith("nf4") else merged.float()
+    merged = merged.dequantize(torch.float32) if base_format.startswith("nf4") else merged.float()
     row = report.layers[1]
     assert row.name == "2"
     error = (merged - target).double().norm()
@@ -72,20 +72,22 @@ def test_merged_function(kind: str, variant: dict[str, Any]) -> None:
     bias = layer.bias.detach()
     assert torch.equal(bias, target_bias.to(bias.dtype))
     assert_as_accurate_as_torch(actual, nn.functional.linear, x, merged.to(x.dtype), bias)
-    if kind == "dense":
+    if base_format == "dense":
         assert row.error_of_weight < 1e-7
         torch.testing.assert_close(actual, unmerged)
-    # Rounding of the base is all that separates the merged from the unmerged function.
-    allowed = float(error) * x.double().norm(dim=1).max() + 0.1 * (kind == "bf16") + 1e-3
+    # The merged and the unmerged function differ only by the rounding of the base.
+    allowed = float(error) * x.double().norm(dim=1).max() + 0.1 * (base_format == "bf16") + 1e-3
     assert (actual - unmerged).double().norm(dim=1).max() <= allowed
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=["plain", "dora", "bias-rslora"])
-@pytest.mark.parametrize("kind", BASES)
-def test_unmerge_restores_the_same_bytes_over_cycles(kind: str, variant: dict[str, Any]) -> None:
-    model = model_of(kind, **variant)
+@pytest.mark.parametrize("base_format", BASES)
+def test_unmerge_restores_the_same_bytes_over_cycles(
+    base_format: str, variant: dict[str, Any]
+) -> None:
+    model = model_of(base_format, **variant)
     before = base_state(model)
-    x = torch.randn(3, 64, dtype=torch.bfloat16 if kind == "bf16" else torch.float32)
+    x = torch.randn(3, 64, dtype=torch.bfloat16 if base_format == "bf16" else torch.float32)
     expected = model(x)
     merged_states = []
     for _ in range(3):
@@ -112,17 +114,17 @@ def test_the_report_adds_up() -> None:
 
 
 def test_a_small_delta_is_reported_as_lost() -> None:
-    """NF4 steps swallow a delta far below them, which the report must say."""
+    """NF4 rounds a delta away if it is far smaller than the steps, and the report must say so."""
     report = pylora.merge(model_of("nf4", scale=1e-5))
     assert report.total.error_of_delta > 0.5
     assert pylora.merge(model_of("dense", scale=1e-5)).total.error_of_delta < 0.01
 
 
 def test_an_untrained_adapter_changes_nothing() -> None:
-    for kind in BASES:
+    for base_format in BASES:
         model = nn.Sequential(nn.Linear(64, 96))
-        if kind.startswith("nf4"):
-            pylora.quantize_model(model, double_quant=kind == "nf4-double")
+        if base_format.startswith("nf4"):
+            pylora.quantize_model(model, double_quant=base_format == "nf4-double")
         pylora.add_lora(model, r=4, use_dora=True)
         before = base_state(model)
         report = pylora.merge(model)
@@ -131,7 +133,7 @@ def test_an_untrained_adapter_changes_nothing() -> None:
         assert report.total.error_of_weight == 0.0
 
 
-def test_quantization_settings_survive() -> None:
+def test_a_merge_keeps_the_quantization_settings() -> None:
     model = model_of("nf4-double")
     model.bfloat16()
     pylora.merge(model)
@@ -161,10 +163,10 @@ def test_tied_weights_are_not_written_to() -> None:
     assert model["head"].base_layer.weight is model["embed"].weight
 
 
-@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("base_format", BASES)
 @pytest.mark.parametrize("attribute", ["lora_A", "lora_B", "lora_B_bias"])
-def test_a_failure_half_way_undoes_everything(kind: str, attribute: str) -> None:
-    model = model_of(kind, lora_bias=True)
+def test_a_failure_half_way_undoes_everything(base_format: str, attribute: str) -> None:
+    model = model_of(base_format, lora_bias=True)
     with torch.no_grad():
         getattr(model[2], attribute).view(-1)[0] = float("nan")
     before = base_state(model[0])
@@ -186,7 +188,7 @@ def test_overflow_of_a_half_precision_base_is_refused() -> None:
     assert torch.equal(model[0].weight, before) and not model[0].merged
 
 
-def test_bad_calls() -> None:
+def test_bad_calls_are_refused() -> None:
     with pytest.raises(ValueError, match="no LoRALinear"):
         pylora.merge(nn.Linear(4, 4))
     with pytest.raises(ValueError, match="no LoRALinear"):
@@ -222,14 +224,14 @@ def test_a_cast_while_merged_is_followed() -> None:
     assert torch.equal(model[0].weight, expected)
 
 
-def test_a_single_layer() -> None:
+def test_a_single_layer_can_be_merged() -> None:
     layer = LoRALinear(nn.Linear(8, 8), r=2)
     nn.init.normal_(layer.lora_B)
     assert repr(pylora.merge(layer)).count("(the model)") == 1
     pylora.unmerge(layer)
 
 
-def test_under_autocast_nothing_is_rounded() -> None:
+def test_autocast_does_not_round_a_merge() -> None:
     model = model_of("dense")
     twin = copy.deepcopy(model)
     pylora.merge(twin)

@@ -1,4 +1,4 @@
-"""NF4 dequantization: one fp32 product, one rounding, on every backend and in every layout."""
+"""NF4 dequantization: one fp32 product and one rounding, on every backend and in every layout."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 @pytest.mark.parametrize(
     ("shape", "blocksize"), [((96, 256), 64), ((33, 70), 32), ((7, 13), 64), ((40, 4096), 4096)]
 )
-def test_equals_reference(
+def test_equals_the_reference_bit_for_bit(
     backend: str,
     device: str,
     shape: tuple[int, int],
@@ -58,7 +58,7 @@ def test_row_panels_cover_the_weight(
     assert torch.equal(torch.cat([panel for _, panel in panels]), w.dequantize())
 
 
-def test_to_and_clone_share_nothing_else(device: str) -> None:
+def test_to_keeps_shape_and_blocksize(device: str) -> None:
     w = pylora.quantize_nf4(torch.randn(8, 128), double_quant=True)
     moved = w.to("meta")
     assert moved.device.type == "meta" and moved.shape == w.shape and moved.blocksize == 64
@@ -74,7 +74,7 @@ def test_weight_checks_its_parts() -> None:
         NF4Weight(w.qweight, w.absmax, w.shape, nested_absmax=torch.zeros(1))
 
 
-def test_errors() -> None:
+def test_errors_name_the_argument() -> None:
     with pytest.raises(TypeError, match="w is Tensor; it must be an NF4Weight"):
         pylora.dequantize_nf4(torch.zeros(2, 2))  # type: ignore[arg-type]
     w = pylora.quantize_nf4(torch.randn(2, 64))
@@ -82,7 +82,7 @@ def test_errors() -> None:
         pylora.dequantize_nf4(w, torch.int8)
 
 
-def test_compile_and_opcheck(backend: str, device: str) -> None:
+def test_op_passes_opcheck_and_compiles_to_the_same_bits(backend: str, device: str) -> None:
     w = pylora.quantize_nf4(torch.randn(6, 70), double_quant=True).to(device)
     args = (*w.op_arguments(), [6, 70], torch.float32)
     torch.library.opcheck(torch.ops.pylora.nf4_dequantize.default, args)

@@ -12,7 +12,7 @@ from pylora import reference
 from pylora.testing import assert_as_accurate_as_torch
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# rows, out_features, in_features, blocksize
+# tokens, out_features, in_features, blocksize
 SHAPES = [
     (16, 96, 256, 64),
     (1, 128, 128, 32),
@@ -23,18 +23,18 @@ SHAPES = [
 
 
 def plain_torch(x: Tensor, w: pylora.NF4Weight, bias: Tensor | None) -> Tensor:
-    """The same without pylora: the weight dequantized to x's dtype, then torch's matmul."""
+    """Computes the same without pylora, by torch's matmul with the dequantized weight."""
     dense = reference.dense(w.record, x.dtype)
     return torch.nn.functional.linear(x, dense, bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize(("rows", "out_features", "in_features", "blocksize"), SHAPES)
-def test_forward_and_backward(
+@pytest.mark.parametrize(("tokens", "out_features", "in_features", "blocksize"), SHAPES)
+def test_forward_and_backward_equal_the_reference(
     backend: str,
     device: str,
-    rows: int,
+    tokens: int,
     out_features: int,
     in_features: int,
     blocksize: int,
@@ -43,9 +43,9 @@ def test_forward_and_backward(
 ) -> None:
     weight = torch.randn(out_features, in_features, device=device)
     w = pylora.quantize_nf4(weight, blocksize, double_quant)
-    x = torch.randn(rows, in_features, device=device).to(dtype).requires_grad_()
+    x = torch.randn(tokens, in_features, device=device).to(dtype).requires_grad_()
     bias = torch.randn(out_features, device=device).to(dtype).requires_grad_()
-    grad = torch.randn(rows, out_features, device=device).to(dtype)
+    grad = torch.randn(tokens, out_features, device=device).to(dtype)
     y = F.nf4_linear(x, w, bias)
     y.backward(grad)
 
@@ -58,7 +58,7 @@ def test_forward_and_backward(
     assert_as_accurate_as_torch((x.grad, bias.grad), gradients, x, bias, grad)
 
 
-def test_leading_dimensions_and_strides(backend: str, device: str) -> None:
+def test_leading_dimensions_and_strides_change_no_value(backend: str, device: str) -> None:
     w = pylora.quantize_nf4(torch.randn(48, 128, device=device))
     x = torch.randn(128, 3, 5, device=device).permute(2, 1, 0)
     assert not x.is_contiguous()
@@ -69,7 +69,9 @@ def test_leading_dimensions_and_strides(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 128), (2, 0, 128)])
-def test_empty_batch(backend: str, device: str, shape: tuple[int, ...]) -> None:
+def test_an_empty_batch_gives_empty_results(
+    backend: str, device: str, shape: tuple[int, ...]
+) -> None:
     w = pylora.quantize_nf4(torch.randn(48, 128, device=device))
     x = torch.zeros(shape, device=device, requires_grad=True)
     y = F.nf4_linear(x, w)
@@ -77,15 +79,15 @@ def test_empty_batch(backend: str, device: str, shape: tuple[int, ...]) -> None:
     assert y.shape == (*shape[:-1], 48) and x.grad is not None and x.grad.shape == shape
 
 
-def test_gradcheck() -> None:
-    """In float64, which only the reference takes: the formula, through the registered autograd."""
+def test_gradients_pass_gradcheck() -> None:
+    """Only the reference takes float64. The gradient goes through the registered autograd."""
     w = pylora.quantize_nf4(torch.randn(6, 70), double_quant=True)
     x = torch.randn(3, 70, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, bias: F.nf4_linear(x, w, bias), (x, bias))
 
 
-def test_opcheck(backend: str, device: str) -> None:
+def test_op_passes_opcheck(backend: str, device: str) -> None:
     w = pylora.quantize_nf4(torch.randn(6, 128, device=device), double_quant=True)
     x = torch.randn(2, 3, 128, device=device, requires_grad=True)
     bias = torch.randn(6, device=device, requires_grad=True)
@@ -96,7 +98,7 @@ def test_opcheck(backend: str, device: str) -> None:
     )
 
 
-def test_compile(backend: str, device: str) -> None:
+def test_a_compiled_function_gives_the_same_bits(backend: str, device: str) -> None:
     w = pylora.quantize_nf4(torch.randn(48, 128, device=device))
     compiled = torch.compile(lambda x: F.nf4_linear(x, w).relu(), fullgraph=True)
     x = torch.randn(4, 128, device=device, requires_grad=True)
@@ -108,7 +110,7 @@ def test_compile(backend: str, device: str) -> None:
     assert torch.equal(y, expected) and torch.equal(grad, x.grad)
 
 
-def test_autocast(backend: str, device: str) -> None:
+def test_autocast_computes_in_its_dtype(backend: str, device: str) -> None:
     w = pylora.quantize_nf4(torch.randn(48, 128, device=device))
     x = torch.randn(4, 128, device=device)
     with torch.autocast(device, dtype=torch.bfloat16):
@@ -117,7 +119,7 @@ def test_autocast(backend: str, device: str) -> None:
     assert torch.equal(y, F.nf4_linear(x.bfloat16(), w))
 
 
-def test_deterministic(backend: str, device: str) -> None:
+def test_results_repeat_bit_for_bit(backend: str, device: str) -> None:
     w = pylora.quantize_nf4(torch.randn(130, 576, device=device))
     x = torch.randn(37, 576, device=device)
     assert torch.equal(F.nf4_linear(x, w), F.nf4_linear(x, w))
@@ -143,7 +145,9 @@ def test_deterministic(backend: str, device: str) -> None:
         ("x", None, TypeError, "x is str; it must be a Tensor"),
     ],
 )
-def test_errors(x: Tensor, bias: Tensor | None, error: type, message: str) -> None:
+def test_errors_name_the_argument(
+    x: Tensor, bias: Tensor | None, error: type, message: str
+) -> None:
     w = pylora.quantize_nf4(torch.randn(48, 128))
     with pytest.raises(error, match=message):
         F.nf4_linear(x, w, bias)

@@ -21,7 +21,7 @@ SHAPES = [
     (128, 64),
     (96, 40),
     (7, 33),
-]  # rows of whole blocks; blocks that straddle rows; an odd count
+]  # whole blocks in each row; blocks that straddle rows; an odd number of elements
 
 
 def bnb_linear(out_features: int, in_features: int, double_quant: bool = True) -> nn.Module:
@@ -30,7 +30,7 @@ def bnb_linear(out_features: int, in_features: int, double_quant: bool = True) -
         in_features, out_features, quant_type="nf4", compress_statistics=double_quant
     )
     layer.load_state_dict(dense.state_dict())
-    return layer.to("cpu").train()  # .to() quantizes; eval mode would repack the bytes
+    return layer.to("cpu").train()  # .to() quantizes, and eval mode would repack the bytes
 
 
 def stored(module: nn.Module) -> dict[str, Tensor]:
@@ -103,7 +103,7 @@ def test_fp4_is_refused() -> None:
         NF4Linear.from_bitsandbytes(layer)
 
 
-def test_another_blocksize_and_bf16_storage_load() -> None:
+def test_another_blocksize_and_bf16_storage_can_be_loaded() -> None:
     source = NF4Linear(256, 32, blocksize=128, double_quant=True, dtype=torch.bfloat16)
     state = stored(source)
     state["weight"] = state["weight"].view(-1).view(torch.bfloat16).view(-1, 1)
@@ -148,7 +148,7 @@ def test_nothing_but_the_bias_is_trainable() -> None:
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
-def test_meta_device(double_quant: bool) -> None:
+def test_a_layer_on_meta_can_be_loaded(double_quant: bool) -> None:
     source = NF4Linear(64, 32, double_quant=double_quant)
     layer = NF4Linear(64, 32, double_quant=double_quant, device="meta")
     assert all(p.is_meta for p in layer.parameters())
@@ -160,7 +160,7 @@ def test_meta_device(double_quant: bool) -> None:
     assert_same(stored(moved), stored(source))
 
 
-def test_safetensors_round_trip(tmp_path: Path) -> None:
+def test_safetensors_restore_every_tensor(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     model = nn.ModuleDict(
         {"a": NF4Linear(64, 32, double_quant=True), "b": NF4Linear(40, 7, False, 32)}
@@ -279,12 +279,12 @@ def test_missing_and_unexpected_keys_are_named() -> None:
         ({"in_features": 4, "out_features": 2, "blocksize": 48}, "blocksize is 48"),
     ],
 )
-def test_bad_arguments(arguments: dict, message: str) -> None:
+def test_bad_arguments_are_named(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         NF4Linear(**arguments)
 
 
-def test_from_linear_takes_dense_layers_only() -> None:
+def test_from_linear_takes_only_dense_layers() -> None:
     with pytest.raises(TypeError, match="linear is Conv1d"):
         NF4Linear.from_linear(nn.Conv1d(1, 1, 1))
     with pytest.raises(TypeError, match=r"dense nn.Linear"):
@@ -301,7 +301,7 @@ def test_from_linear_takes_dense_layers_only() -> None:
         (lambda t: torch.cat([t, t[:1]]), "holds 513 bytes"),
     ],
 )
-def test_packed_bytes_that_are_refused(change: Callable[[Tensor], Tensor], message: str) -> None:
+def test_wrong_packed_bytes_are_refused(change: Callable[[Tensor], Tensor], message: str) -> None:
     layer = NF4Linear(64, 16, bias=False)
     before, state = layer.weight.clone(), layer.state_dict()
     with pytest.raises(RuntimeError, match=message):
@@ -310,11 +310,11 @@ def test_packed_bytes_that_are_refused(change: Callable[[Tensor], Tensor], messa
 
 
 @pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_packed_bytes_in_the_storage_dtypes_of_bitsandbytes(storage: torch.dtype) -> None:
-    layer, other = NF4Linear(64, 16, bias=False), NF4Linear(64, 16, bias=False)
+def test_packed_bytes_may_have_any_storage_dtype_of_bitsandbytes(storage: torch.dtype) -> None:
+    layer, loaded = NF4Linear(64, 16, bias=False), NF4Linear(64, 16, bias=False)
     state = layer.state_dict()
-    other.load_state_dict(state | {"weight": state["weight"].view(-1).view(storage).view(-1, 1)})
-    assert torch.equal(other.weight, layer.weight)
+    loaded.load_state_dict(state | {"weight": state["weight"].view(-1).view(storage).view(-1, 1)})
+    assert torch.equal(loaded.weight, layer.weight)
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,7 @@ def test_packed_bytes_in_the_storage_dtypes_of_bitsandbytes(storage: torch.dtype
     ],
     ids=str,
 )
-def test_descriptions_that_are_refused(facts: dict[str, Any]) -> None:
+def test_wrong_descriptions_are_refused(facts: dict[str, Any]) -> None:
     layer = NF4Linear(64, 16, double_quant=True)
     state, key = layer.state_dict(), "weight.quant_state.bitsandbytes__nf4"
     blob = json.dumps(json.loads(bytes(state[key].tolist())) | facts).encode()

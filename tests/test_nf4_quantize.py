@@ -1,4 +1,4 @@
-"""NF4 quantization: bit for bit what bitsandbytes writes, on every backend."""
+"""NF4 quantization: the same bits as bitsandbytes, on every backend."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from pylora.nf4 import BLOCKSIZES, NF4_CODE, dynamic_code, nf4_midpoints
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def adversarial(kind: str, count: int) -> torch.Tensor:
-    """Tensors that decide roundings: ties, denormals, huge ranges, zero blocks, single outliers."""
+def adversarial(pattern: str, count: int) -> torch.Tensor:
+    """Returns values that test rounding: ties, denormals, huge ranges, zero blocks, outliers."""
     values = torch.randn(count)
     code = torch.tensor(NF4_CODE)
-    if kind == "ties":
+    if pattern == "ties":
         values = nf4_midpoints(torch.device("cpu"))[torch.randint(15, (count,))]
         values[:: max(count // 7, 1)] = 1.0
-    elif kind == "codes":
+    elif pattern == "codes":
         values = code[torch.randint(16, (count,))] * 3.7
-    elif kind == "denormal":
+    elif pattern == "denormal":
         values = values * 1e-40
-    elif kind == "tiny":
+    elif pattern == "tiny":
         values = values * 1.2e-38
-    elif kind == "huge":
+    elif pattern == "huge":
         values = values * torch.exp(40 * torch.randn(count)).clamp(1e-30, 1e30)
-    elif kind == "zeros":
+    elif pattern == "zeros":
         values = torch.where(torch.rand(count) < 0.9, torch.zeros(count), values)
         values[: count // 2] = 0.0
-    elif kind == "outlier":
+    elif pattern == "outlier":
         values = values * 1e-3
         values[:: max(count // 3, 1)] = -1e4
     return values
 
 
 def dequantized_by_bitsandbytes(packed: torch.Tensor, state: bnb.QuantState) -> torch.Tensor:
-    """By its CPU kernel, or by its PyTorch code where blocks straddle rows: the kernel is wrong
-    there.
+    """Uses bitsandbytes' CPU kernel or, if blocks straddle rows, its PyTorch code.
 
-    bitsandbytes 0.50.2 on AVX-512, blocksize 64: [3, 96] comes back with another block's absmax.
+    Its kernel is wrong if blocks straddle rows: bitsandbytes 0.50.2 on AVX-512 with blocksize 64
+    returns [3, 96] with another block's absmax.
     """
     if state.shape[-1] % state.blocksize == 0:
         return bnb.dequantize_4bit(packed, state)
@@ -86,7 +86,7 @@ def assert_same_as_bitsandbytes(weight: torch.Tensor, blocksize: int, double_qua
     columns=st.integers(1, 300),
     blocksize=st.sampled_from(BLOCKSIZES),
     dtype=st.sampled_from(DTYPES),
-    kind=st.sampled_from(
+    pattern=st.sampled_from(
         ["normal", "ties", "codes", "denormal", "tiny", "huge", "zeros", "outlier"]
     ),
     double_quant=st.booleans(),
@@ -98,13 +98,13 @@ def test_bits_equal_bitsandbytes(
     columns: int,
     blocksize: int,
     dtype: torch.dtype,
-    kind: str,
+    pattern: str,
     double_quant: bool,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
     limit = 6e4 if dtype == torch.float16 else 1e38
-    weight = adversarial(kind, rows * columns).clamp(-limit, limit).to(dtype).view(rows, columns)
+    weight = adversarial(pattern, rows * columns).clamp(-limit, limit).to(dtype).view(rows, columns)
     assert_same_as_bitsandbytes(weight, blocksize, double_quant)
 
 
@@ -118,13 +118,15 @@ def test_large_weight_equals_bitsandbytes(
 
 @pytest.mark.parametrize("shape", [(0, 64), (64, 0), (0,)])
 @pytest.mark.parametrize("double_quant", [False, True])
-def test_empty(backend: str, shape: tuple[int, ...], double_quant: bool) -> None:
+def test_an_empty_weight_gives_empty_results(
+    backend: str, shape: tuple[int, ...], double_quant: bool
+) -> None:
     w = pylora.quantize_nf4(torch.empty(shape), double_quant=double_quant)
     assert w.qweight.numel() == 0 and w.absmax.numel() == 0
     assert w.dequantize().shape == shape
 
 
-def test_non_contiguous(backend: str) -> None:
+def test_a_non_contiguous_weight_gives_the_same_bits(backend: str) -> None:
     weight = torch.randn(256, 96).t()
     assert not weight.is_contiguous()
     assert torch.equal(
@@ -132,8 +134,8 @@ def test_non_contiguous(backend: str) -> None:
     )
 
 
-def test_three_dimensions(backend: str) -> None:
-    """Stacked experts: rows are kept as dimensions where blocks do not straddle them."""
+def test_rows_of_a_three_dimensional_weight_stay_dimensions(backend: str) -> None:
+    """Stacked experts keep their dimensions if no block straddles a row."""
     weight = torch.randn(3, 8, 128)
     w = pylora.quantize_nf4(weight)
     assert w.qweight.shape == (3, 8, 64) and w.absmax.shape == (3, 8, 2)
@@ -149,14 +151,14 @@ def test_dynamic_code_is_bitsandbytes_code() -> None:
     assert torch.equal(code, bnb.create_dynamic_map())
 
 
-@pytest.mark.parametrize("kind", ["uniform", "constant", "two values", "tiny"])
-def test_absmax_codes_equal_bitsandbytes(kind: str) -> None:
+@pytest.mark.parametrize("pattern", ["uniform", "constant", "two values", "tiny"])
+def test_absmax_codes_equal_bitsandbytes(pattern: str) -> None:
     absmax = torch.rand(70_000) * 3
-    if kind == "constant":
+    if pattern == "constant":
         absmax = torch.full((700,), 0.7)
-    elif kind == "two values":
+    elif pattern == "two values":
         absmax = torch.tensor([0.5, 1.5]).repeat(500)
-    elif kind == "tiny":
+    elif pattern == "tiny":
         absmax = torch.rand(1000) * 1e-39
     codes, nested_absmax, _, offset = reference.quantize_absmax(absmax)
     expected, state = bnb.quantize_blockwise(absmax - absmax.mean(), blocksize=256)
@@ -165,8 +167,8 @@ def test_absmax_codes_equal_bitsandbytes(kind: str) -> None:
     assert torch.equal(offset, absmax.mean())
 
 
-def test_bits_a_weight() -> None:
-    """4.5 bit plain and 4.127 bit double quantized at a blocksize of 64, as QLoRA counts them."""
+def test_bits_for_each_weight_are_those_of_qlora() -> None:
+    """At blocksize 64, QLoRA counts 4.5 bits a weight, or 4.127 with double quantization."""
     weight = torch.randn(1024, 1024)
     plain, double = pylora.quantize_nf4(weight), pylora.quantize_nf4(weight, double_quant=True)
     assert 8 * plain.nbytes / weight.numel() == 4.5
@@ -183,17 +185,19 @@ def test_bits_a_weight() -> None:
         (torch.zeros(4, 4), {"blocksize": 48}, ValueError, "blocksize is 48; it must be one of 32"),
     ],
 )
-def test_errors(weight: object, kwargs: dict[str, int], error: type, message: str) -> None:
+def test_errors_name_the_argument(
+    weight: object, kwargs: dict[str, int], error: type, message: str
+) -> None:
     with pytest.raises(error, match=message):
         pylora.quantize_nf4(weight, **kwargs)  # type: ignore[arg-type]
 
 
-def test_non_finite_weight_says_how_many_and_where() -> None:
+def test_non_finite_elements_are_counted_and_located() -> None:
     weight = torch.zeros(8, 64)
     weight[3, 5], weight[7, 1] = float("nan"), float("inf")
     with pytest.raises(ValueError, match=r"2 non-finite elements, the first at index \(3, 5\)"):
         pylora.quantize_nf4(weight)
 
 
-def test_opcheck(backend: str) -> None:
+def test_op_passes_opcheck(backend: str) -> None:
     torch.library.opcheck(torch.ops.pylora.nf4_quantize.default, (torch.randn(6, 70), 64))

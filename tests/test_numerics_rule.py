@@ -1,4 +1,4 @@
-"""The numerics rule itself: what it accepts, what it refuses."""
+"""The numerics rule itself: the results that it accepts and those that it refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The runner of the microbenchmarks: what a program that fails, dies or hangs leaves behind."""
+"""The runner of the microbenchmarks keeps every other result if a program fails, dies or hangs."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_one_failure_does_not_lose_the_others(stand_in: runner.Program):
         "derived": {"per_cycle": 0.5},
         "note": "a note",
     }
-    # A wrong result keeps its samples: they may still tell what happened.
+    # A wrong result keeps its samples, which may show what happened.
     assert records["wrong"]["samples"] and records["wrong"]["reason"] == "wrong result"
     assert "cudaErrorMemoryAllocation" in records["error"]["reason"]
     assert records["dies"]["reason"] == "the program was ended by SIGABRT: what it said last"
@@ -102,7 +102,7 @@ def test_one_failure_does_not_lose_the_others(stand_in: runner.Program):
     assert [start.split()[0] for start in starts] == ["good", "dies", "hangs", "quiet", "skipped"]
 
 
-def test_when_the_time_is_over_the_rest_is_skipped(stand_in: runner.Program):
+def test_experiments_are_skipped_once_the_time_is_over(stand_in: runner.Program):
     times = iter([60.0, 60.0, 60.0, 60.0, 60.0])
     records = run(stand_in, time_left=lambda: next(times, 0.0))
     assert records["good"]["status"] == "ok"
@@ -110,7 +110,7 @@ def test_when_the_time_is_over_the_rest_is_skipped(stand_in: runner.Program):
     assert records["last"]["reason"] == "the time for the whole run was over"
 
 
-def test_a_program_that_is_not_there(stand_in: runner.Program, tmp_path: Path):
+def test_a_missing_program_is_reported(stand_in: runner.Program, tmp_path: Path):
     absent = runner.Program("absent", [str(tmp_path / "absent")])
     with pytest.raises(RuntimeError, match="absent does not list its experiments"):
         runner.describe(absent, 60)
@@ -123,7 +123,7 @@ def test_a_program_that_is_not_there(stand_in: runner.Program, tmp_path: Path):
 def test_the_file_is_whole_after_each_experiment(
     stand_in: runner.Program, tmp_path: Path, monkeypatch, capsys
 ):
-    """What is on disk when the run is cut off behind the second experiment."""
+    """The run is cut off after the second experiment, and the file on disk is read."""
     monkeypatch.setattr(
         command_line, "_programs", lambda *_: ({"host": stand_in}, {"dram": "none"})
     )
@@ -151,7 +151,7 @@ def test_the_file_is_whole_after_each_experiment(
     assert "dram: none" in capsys.readouterr().out
 
 
-def test_table(stand_in: runner.Program):
+def test_the_table_has_results_and_errors(stand_in: runner.Program):
     table = results_table(list(run(stand_in).values()))
     [good] = [line for line in table.splitlines() if line.startswith("good")]
     assert good.split() == ["good", "2", "60.0%", "2", "cycles", "(per_cycle", "0.5)"]
@@ -160,8 +160,8 @@ def test_table(stand_in: runner.Program):
     assert table.endswith("2 ok, 5 error, 1 skipped")
 
 
-def test_a_compiled_program_tells_cuda_s_errors(tmp_path: Path):
-    """Without a GPU each experiment of a real program ends with an error that CUDA names."""
+def test_a_compiled_program_reports_cuda_errors(tmp_path: Path):
+    """Without a GPU, each experiment of a real program ends with an error that CUDA names."""
     if build.find_nvcc() is None:
         pytest.skip("there is no nvcc")
     program = runner.Program(
@@ -176,12 +176,12 @@ def test_a_compiled_program_tells_cuda_s_errors(tmp_path: Path):
     else:
         assert {record["status"] for record in records} == {"error"}
         assert all("cudaError" in record["reason"] for record in records)
-    # A second build takes what the first one made.
+    # A second build reuses what the first build made.
     made = build.built(build.PROGRAMS["launches"], "90a", tmp_path)
     assert str(made) == program.command[0] and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_build_that_fails_is_told(tmp_path: Path, monkeypatch):
+def test_a_failed_build_is_reported(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(build, "find_nvcc", lambda: None)
     with pytest.raises(build.BuildError, match="dram: there is no nvcc, and no dram-sm_90a-"):
         build.built(build.PROGRAMS["dram"], "90a", tmp_path)
@@ -193,8 +193,8 @@ def test_a_build_that_fails_is_told(tmp_path: Path, monkeypatch):
         build.built(build.PROGRAMS["dram"], "90a", tmp_path)
 
 
-def test_products_on_small_shapes():
-    """The calls are the real ones; the clock is a stand-in that runs them."""
+def test_products_run_on_small_shapes():
+    """The calls are real. The clock is a stand-in that runs them."""
     taken = iter(range(1, 1000))
 
     def seconds(calls) -> float:
@@ -211,15 +211,15 @@ def test_products_on_small_shapes():
         "linear_m4_n24_k16",
     ]
     assert [len(e.run().samples) for e in small] == [7, 7, 7, 7]
-    # Seconds 3, 5, ... for it and 4, 6, ... for the first K: 2 M N K / s.
+    # The clock gives this K 3, 5, ... seconds and the first K 4, 6, ... seconds.
     taken = iter(range(1, 1000))
     measured = small[3].run()
     assert measured.samples[0] == pytest.approx(2e-12 * 4 * 24 * 16 / 3)
     assert measured.derived["time_over_first_k"] == pytest.approx(9 / 10)
 
 
-def test_host_calls_through_the_command_line():
-    """Two of the real experiments, served by a process as the runner asks for them."""
+def test_host_calls_run_in_a_process_of_the_runner():
+    """Two real experiments run in a process that the runner starts."""
     command = [sys.executable, "-m", "benchmarks.primitives", "serve", "host", ""]
     names = [e.name for e in host_calls.experiments(torch.device("cpu"), None)]
     assert len(set(names)) == len(names) == 9

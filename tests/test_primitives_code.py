@@ -1,6 +1,7 @@
-"""The loops of the microbenchmarks hold the instructions that they are to measure, and no others.
+"""The timed loops of the microbenchmarks hold the instructions that they must measure, and no
+others.
 
-Compiled for sm_90a; the machine code is read by nvdisasm, which comes with the Triton wheel.
+The programs are compiled for sm_90a. nvdisasm, which comes with the Triton wheel, reads the code.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import pytest
 from benchmarks.primitives import build
 from benchmarks.resources.sass import find_cuobjdump
 
-LOOP = 5  # instructions of the loop itself: counter, comparison, branch
-ADDRESSES = 20  # and of addresses that move
-PRODUCTS = 36  # descriptors, fences, additions of look-ups, a NOP behind each wide product
+LOOP = 5  # instructions for the loop itself: counter, comparison, branch
+ADDRESSES = 20  # instructions for addresses that change
+PRODUCTS = 36  # descriptors, fences, additions of look-ups, a NOP after each wide product
 
-# Kernel, without names of namespaces -> (instructions in its timed loop, how many others at most).
+# Kernel without namespaces -> (instructions in its timed loop, the most others that it may have).
 TIMED: dict[str, dict[str, tuple[dict[str, int], int]]] = {
     "arithmetic": {
         "Chains<Prmt>": ({"PRMT": 64}, LOOP),
@@ -54,7 +55,7 @@ TIMED: dict[str, dict[str, tuple[dict[str, int], int]]] = {
     },
     "tensor_cores": {
         "Mma<8>": ({"HMMA.16816.F32.BF16": 64}, LOOP),
-        # Alone, beside look-ups of the same warps, beside those of others (0, 1 and 2).
+        # The last number: no look-ups (0), look-ups by the same warps (1) or by others (2).
         **{
             f"wgmma {n}, {chains}, 0": ({f"HGMMA.64x{n}x16.F32.BF16": 16 * chains}, PRODUCTS)
             for n in (16, 32, 64, 128, 256)
@@ -79,7 +80,7 @@ TIMED: dict[str, dict[str, tuple[dict[str, int], int]]] = {
     },
 }
 
-Instructions = list[tuple[str, str]]  # opcode or "label", operands or its name
+Instructions = list[tuple[str, str]]  # (opcode, operands) or ("label", its name)
 
 
 @pytest.fixture(scope="module")
@@ -94,19 +95,19 @@ def compile_cubin(tmp_path_factory):
         target = build.PROGRAMS[name]
         command = build.command(nvcc, target, "90a", output, "-cubin", "-Xptxas", "-v")
         done = subprocess.run(command, capture_output=True, text=True)
-        told = done.stdout + done.stderr
-        assert done.returncode == 0, told
-        # ptxas says so if it makes products wait for each other.
-        assert "Performance Loss" not in told and "warning" not in told, told
-        spilled = re.findall(r"[1-9]\d* bytes spill", told)
-        assert not spilled, told
+        output_text = done.stdout + done.stderr
+        assert done.returncode == 0, output_text
+        # ptxas warns if it makes products wait for each other.
+        assert "Performance Loss" not in output_text and "warning" not in output_text, output_text
+        spilled = re.findall(r"[1-9]\d* bytes spill", output_text)
+        assert not spilled, output_text
         return output
 
     return compile_one
 
 
 def disassembled(cubin: Path) -> dict[str, Instructions]:
-    """By the readable name of the kernel."""
+    """Returns the instructions of each kernel by its readable name."""
     tool = find_cuobjdump().with_name("nvdisasm")
     text = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
     mangled = re.findall(r"\.section\s+\.text\.([^,\s]+)", text)
@@ -127,9 +128,9 @@ def disassembled(cubin: Path) -> dict[str, Instructions]:
 
 
 def readable(name: str) -> str:
-    """The template arguments of a kernel that times a Body, or the name and arguments of others."""
+    """Shortens a kernel's name. For a timed template it returns the template's arguments."""
     name = re.sub(r"primitives::|\(anonymous namespace\)::", "", name)
-    name = re.sub(r"\(\w+\)(?=\d)", "", name)  # the type of an enumerator
+    name = re.sub(r"\(\w+\)(?=\d)", "", name)  # the type in front of an enumerator's number
     name = name.split("(")[0].removeprefix("void ").strip().replace(" >", ">")
     for kernel, short in (("timed", ""), ("wgmma_loop", "wgmma "), ("copy_from_l2", "copy ")):
         if match := re.fullmatch(rf"{kernel}<(.*)>", name):
@@ -138,13 +139,15 @@ def readable(name: str) -> str:
 
 
 def timed_loops(instructions: Instructions) -> list[Counter[str]]:
-    """The opcodes of each loop between the first and the last reading of the clock."""
-    clocks = [i for i, (op, rest) in enumerate(instructions) if op == "CS2R" and "CLOCK" in rest]
+    """Counts the opcodes of each loop between the first and the last reading of the clock."""
+    clocks = [
+        i for i, (op, operands) in enumerate(instructions) if op == "CS2R" and "CLOCK" in operands
+    ]
     between = instructions[clocks[0] : clocks[-1]]
-    places = {rest: i for i, (op, rest) in enumerate(between) if op == "label"}
+    places = {operands: i for i, (op, operands) in enumerate(between) if op == "label"}
     loops = []
-    for i, (op, rest) in enumerate(between):
-        target = re.search(r"\.L_x_\d+", rest)
+    for i, (op, operands) in enumerate(between):
+        target = re.search(r"\.L_x_\d+", operands)
         if op == "BRA" and target and places.get(target[0], i) < i:
             body = between[places[target[0]] : i + 1]
             loops.append(Counter(op for op, _ in body if op != "label"))
@@ -152,29 +155,29 @@ def timed_loops(instructions: Instructions) -> list[Counter[str]]:
 
 
 def count(loop: Counter[str], opcode: str) -> int:
-    """Of the opcode with all that may follow it: LDS.128 is an LDS."""
+    """Counts an opcode with any suffix: LDS.128 is an LDS."""
     return sum(n for op, n in loop.items() if op == opcode or op.startswith(opcode + "."))
 
 
 @pytest.mark.parametrize("program", TIMED)
-def test_timed_loops(compile_cubin, program: str):
+def test_timed_loops_hold_only_what_they_measure(compile_cubin, program: str):
     kernels = disassembled(compile_cubin(program))
     timed = {name for name, code in kernels.items() if any(op == "CS2R" for op, _ in code)}
     assert timed - {"measure_clock"} == TIMED[program].keys()
     for name, (expected, others) in TIMED[program].items():
         loops = timed_loops(kernels[name])
-        found = [
+        matching = [
             loop
             for loop in loops
             if all(count(loop, opcode) == times for opcode, times in expected.items())
         ]
-        assert found, f"{name} has no loop with {expected} among {loops}"
-        least = min(loop.total() for loop in found)
-        assert least <= sum(expected.values()) + others, f"{name}: {found}"
+        assert matching, f"{name} has no loop with {expected} among {loops}"
+        least = min(loop.total() for loop in matching)
+        assert least <= sum(expected.values()) + others, f"{name}: {matching}"
 
 
-def test_loops_over_dram(compile_cubin):
-    """All loads of a turn are under way together, whatever else the loop holds."""
+def test_loads_of_a_turn_over_dram_are_under_way_together(compile_cubin):
+    """The loop may hold other instructions too."""
     kernels = disassembled(compile_cubin("dram"))
     opcodes = {name: Counter(op for op, _ in code) for name, code in kernels.items()}
     for depth in (1, 2, 4, 8):
@@ -182,7 +185,7 @@ def test_loops_over_dram(compile_cubin):
             plain = opcodes[f"read_plain<{depth}, {order}>"]
             assert count(plain, "LDG.E.NA.128") == depth
             ring = opcodes[f"read_async<{depth}, {order}>"]
-            # Those before the loop, and those in it.
+            # Half of the copies stand before the loop, and half in it.
             assert count(ring, "LDGSTS.E.BYPASS") == 2 * depth and count(ring, "LDS.128") == depth
     assert count(opcodes["read_bulk<true>"], "UTMALDG.2D") >= 2
     assert count(opcodes["read_bulk<false>"], "UBLKCP") >= 2

@@ -15,7 +15,7 @@ import pylora
 from pylora.nn import NF4Linear
 
 
-class Block(nn.Module):
+class TinyModel(nn.Module):
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.embed = nn.Embedding(11, 64, dtype=dtype)
@@ -28,13 +28,13 @@ class Block(nn.Module):
         return self.lm_head(x + self.down(torch.relu(self.up(x))))
 
 
-def kinds(model: nn.Module) -> dict[str, str]:
+def class_names(model: nn.Module) -> dict[str, str]:
     return {name: type(module).__name__ for name, module in model.named_modules()}
 
 
 def snapshot(model: nn.Module) -> tuple[dict[str, str], dict[str, Tensor], dict[str, bool]]:
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    return kinds(model), state, {n: p.requires_grad for n, p in model.named_parameters()}
+    return class_names(model), state, {n: p.requires_grad for n, p in model.named_parameters()}
 
 
 def assert_unchanged(model: nn.Module, before: tuple) -> None:
@@ -48,7 +48,7 @@ def assert_unchanged(model: nn.Module, before: tuple) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_quantizes_every_linear_layer_but_the_head(dtype: torch.dtype, double_quant: bool) -> None:
-    model = Block(dtype).eval()
+    model = TinyModel(dtype).eval()
     expected = {
         name: pylora.quantize_nf4(getattr(model, name).weight, 32, double_quant)
         for name in ("up", "down")
@@ -56,7 +56,7 @@ def test_quantizes_every_linear_layer_but_the_head(dtype: torch.dtype, double_qu
     bias = model.up.bias
     result = pylora.quantize_model(model, blocksize=32, double_quant=double_quant)
     assert result is model
-    assert kinds(model)["lm_head"] == "Linear" and kinds(model)["embed"] == "Embedding"
+    assert class_names(model)["lm_head"] == "Linear" and class_names(model)["embed"] == "Embedding"
     for name, w in expected.items():
         layer = getattr(model, name)
         assert isinstance(layer, NF4Linear) and not layer.training
@@ -77,14 +77,16 @@ def test_quantizes_every_linear_layer_but_the_head(dtype: torch.dtype, double_qu
         ((), set()),
     ],
 )
-def test_skips_by_name_or_last_components(skip: tuple[str, ...], dense: set[str]) -> None:
-    model = nn.ModuleDict({"layers": nn.ModuleList([Block(), Block()])})
+def test_skips_modules_by_name_or_last_components(skip: tuple[str, ...], dense: set[str]) -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList([TinyModel(), TinyModel()])})
     pylora.quantize_model(model, skip_modules=skip)
-    assert {name for name, kind in kinds(model).items() if kind == "Linear"} == dense
+    assert {
+        name for name, class_name in class_names(model).items() if class_name == "Linear"
+    } == dense
 
 
 def test_a_head_tied_to_the_embeddings_stays_dense(caplog: pytest.LogCaptureFixture) -> None:
-    model = Block()
+    model = TinyModel()
     model.lm_head.weight = model.embed.weight
     with caplog.at_level(logging.INFO, "pylora"):
         pylora.quantize_model(model, skip_modules=())
@@ -97,7 +99,7 @@ def test_a_weight_tied_to_a_skipped_layer_stays_dense() -> None:
     model = nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64), "c": nn.Linear(64, 64)})
     model["a"].weight = model["b"].weight
     pylora.quantize_model(model, skip_modules=("b",))
-    assert kinds(model) == {"": "ModuleDict", "a": "Linear", "b": "Linear", "c": "NF4Linear"}
+    assert class_names(model) == {"": "ModuleDict", "a": "Linear", "b": "Linear", "c": "NF4Linear"}
 
 
 def test_layers_that_share_a_weight_share_its_bytes() -> None:
@@ -106,9 +108,9 @@ def test_layers_that_share_a_weight_share_its_bytes() -> None:
     biases = [model["a"].bias, model["b"].bias]
     pylora.quantize_model(model)
     assert [model["a"].bias, model["b"].bias] == biases
-    for each in (model, copy.deepcopy(model), copy.deepcopy(model).bfloat16()):
-        assert each["a"].weight is each["b"].weight and each["a"].absmax is each["b"].absmax
-        assert sum(p.numel() for p in each.parameters()) == 64 * 64 // 2 + 64 + 2 * 64
+    for twin in (model, copy.deepcopy(model), copy.deepcopy(model).bfloat16()):
+        assert twin["a"].weight is twin["b"].weight and twin["a"].absmax is twin["b"].absmax
+        assert sum(p.numel() for p in twin.parameters()) == 64 * 64 // 2 + 64 + 2 * 64
 
 
 def test_a_layer_at_two_places_is_one_layer() -> None:
@@ -119,26 +121,26 @@ def test_a_layer_at_two_places_is_one_layer() -> None:
 
 
 def test_subclasses_stay_dense(caplog: pytest.LogCaptureFixture) -> None:
-    """A subclass may use its weight in another way; MultiheadAttention reads it directly."""
+    """A subclass may use its weight differently. MultiheadAttention reads it directly."""
     model = nn.ModuleDict(
         {"attention": nn.MultiheadAttention(64, 2, batch_first=True), "up": nn.Linear(64, 64)}
     )
     pylora.quantize_model(model)
-    assert kinds(model)["up"] == "NF4Linear"
+    assert class_names(model)["up"] == "NF4Linear"
     assert "attention.out_proj stays dense" in caplog.text
     x = torch.randn(1, 3, 64)
     assert model["attention"](x, x, x)[0].shape == x.shape
 
 
-def test_what_the_model_declares_float32_only_stays_dense() -> None:
-    model = Block()
+def test_modules_that_must_be_float32_stay_dense() -> None:
+    model = TinyModel()
     model._keep_in_fp32_modules = ["down"]
     pylora.quantize_model(model)
-    assert kinds(model)["down"] == "Linear" and kinds(model)["up"] == "NF4Linear"
+    assert class_names(model)["down"] == "Linear" and class_names(model)["up"] == "NF4Linear"
 
 
-def test_hooks_move_along() -> None:
-    model = Block()
+def test_hooks_are_kept() -> None:
+    model = TinyModel()
     seen = []
     model.up.register_forward_hook(lambda module, args, output: seen.append(type(module)))
     pylora.quantize_model(model)
@@ -146,8 +148,8 @@ def test_hooks_move_along() -> None:
     assert seen == [NF4Linear]
 
 
-def test_dense_weights_are_freed_as_it_goes() -> None:
-    model = Block()
+def test_each_dense_weight_is_freed_before_the_next_is_quantized() -> None:
+    model = TinyModel()
     weights = [weakref.ref(model.up.weight), weakref.ref(model.down.weight)]
     alive: list[int] = []
 
@@ -168,9 +170,9 @@ def test_dense_weights_are_freed_as_it_goes() -> None:
 
 
 def test_meta_model_is_quantized_when_its_checkpoint_loads() -> None:
-    source = Block(torch.bfloat16)
+    source = TinyModel(torch.bfloat16)
     with torch.device("meta"):
-        model = Block(torch.bfloat16)
+        model = TinyModel(torch.bfloat16)
     pylora.quantize_model(model, double_quant=True)
     assert all(p.is_meta for p in model.parameters())
     model.load_state_dict(source.state_dict(), assign=True)
@@ -181,7 +183,7 @@ def test_meta_model_is_quantized_when_its_checkpoint_loads() -> None:
 
 def test_takes_over_bitsandbytes_layers() -> None:
     bnb = pytest.importorskip("bitsandbytes")
-    model = Block()
+    model = TinyModel()
     model.up = bnb.nn.Linear4bit(64, 96, quant_type="nf4").to("cpu").train()
     pointer = model.up.weight.data_ptr()
     pylora.quantize_model(model)
@@ -191,16 +193,16 @@ def test_takes_over_bitsandbytes_layers() -> None:
 
 def test_fp4_layers_are_refused_by_name() -> None:
     bnb = pytest.importorskip("bitsandbytes")
-    model = Block()
+    model = TinyModel()
     model.down = bnb.nn.Linear4bit(96, 64, bias=False, quant_type="fp4").to("cpu").train()
-    before = kinds(model)
+    before = class_names(model)
     with pytest.raises(ValueError, match=r"down: .*'fp4'; it must be 'nf4'"):
         pylora.quantize_model(model)
-    assert kinds(model) == before
+    assert class_names(model) == before
 
 
 def test_non_finite_weight_is_named_and_nothing_changes() -> None:
-    model = Block()
+    model = TinyModel()
     with torch.no_grad():
         model.down.weight[3, 5] = float("inf")
     before = snapshot(model)
@@ -211,7 +213,7 @@ def test_non_finite_weight_is_named_and_nothing_changes() -> None:
 
 
 def test_unsuitable_dtype_is_named_and_nothing_changes() -> None:
-    model = Block()
+    model = TinyModel()
     model.down.double()
     before = snapshot(model)
     with pytest.raises(TypeError, match=r"down.weight has dtype torch.float64"):
@@ -229,18 +231,18 @@ def test_unsuitable_dtype_is_named_and_nothing_changes() -> None:
         (lambda m: pylora.quantize_model(pylora.add_lora(m, r=2)), "before pylora.add_lora"),
     ],
 )
-def test_bad_calls(change: object, message: str) -> None:
+def test_bad_calls_are_refused(change: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        change(Block())  # type: ignore[operator]
+        change(TinyModel())  # type: ignore[operator]
 
 
-def test_again_does_nothing() -> None:
-    model = pylora.quantize_model(Block())
+def test_a_second_call_does_nothing() -> None:
+    model = pylora.quantize_model(TinyModel())
     layer = model.up
     assert pylora.quantize_model(model).up is layer
 
 
-def test_tiny_llama_generates() -> None:
+def test_a_quantized_llama_generates() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=97,

@@ -1,5 +1,7 @@
-"""The sweep of plans: its order, its file, what it refuses, and how it goes on. No GPU is needed:
-kernels and clocks are stand-ins."""
+"""The sweep of plans: its order, its file, what it refuses, and how it goes on.
+
+No GPU is needed, because kernels and clocks are stand-ins.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,7 @@ def planned() -> list[Point]:
 
 
 class Measure:
-    """Measures in no time; `answers` are what to do at a point instead, by its number."""
+    """Measures nothing. `answers` maps the number of a point to the answer or error for it."""
 
     def __init__(self, answers: dict[int, Any] | None = None, works: bool = True) -> None:
         self.answers, self.works, self.seen = answers or {}, works, list[Point]()
@@ -68,7 +70,7 @@ def _file(path: Path, **changed: Any) -> SweepFile:
 
 
 def test_points_are_ordered_from_coarse_to_fine(planned: list[Point]) -> None:
-    """The rule's plans of every kernel, shape and M come first; no plan comes twice."""
+    """The rule's plans for every kernel, shape and M come first, and no plan comes twice."""
     assert coarse_to_fine([1, 2, 4, 8, 16]) == [1, 16, 4, 2, 8]
     assert coarse_to_fine([7]) == [7]
     assert [point.level for point in planned] == sorted(point.level for point in planned)
@@ -92,10 +94,10 @@ def test_a_sweep_that_is_cut_off_goes_on(planned: list[Point], tmp_path: Path) -
     second = Measure()
     assert sweep(planned, second, _file(path), 1e9)
     assert first.seen + second.seen == planned
-    found = load(path)
-    assert found["left_out"] == {"hopper": "needs another GPU"}
-    assert [p["median_s"] for p in found["points"]] == [2.0] * len(planned)
-    assert [p["level"] for p in found["points"]] == [p.level for p in planned]
+    file = load(path)
+    assert file["left_out"] == {"hopper": "needs another GPU"}
+    assert [p["median_s"] for p in file["points"]] == [2.0] * len(planned)
+    assert [p["level"] for p in file["points"]] == [p.level for p in planned]
     assert not list(tmp_path.glob(".*")), "a temporary file was left behind"
 
 
@@ -104,10 +106,14 @@ def test_every_point_is_kept_with_its_status(planned: list[Point], tmp_path: Pat
     answers = {0: Refused("slices must"), 1: RuntimeError("out of memory"), 2: wrong}
     file, measure = _file(tmp_path / "sweep.json"), Measure(answers)
     assert not sweep(planned, measure, file, 1e9), "a wrong result must fail the sweep"
-    found = load(tmp_path / "sweep.json")["points"]
-    assert [p["status"] for p in found[:4]] == ["refused", "error", "fails the rule", "ok"]
-    assert [p["note"] for p in found[:3]] == ["slices must", "out of memory", "error is 3 times"]
-    assert all(p["median_s"] is None for p in found[:3]) and len(found) == len(planned)
+    kept_points = load(tmp_path / "sweep.json")["points"]
+    assert [p["status"] for p in kept_points[:4]] == ["refused", "error", "fails the rule", "ok"]
+    assert [p["note"] for p in kept_points[:3]] == [
+        "slices must",
+        "out of memory",
+        "error is 3 times",
+    ]
+    assert all(p["median_s"] is None for p in kept_points[:3]) and len(kept_points) == len(planned)
     assert file.summary() == f"{len(planned) - 3} ok, 1 refused, 1 error, 1 fails the rule"
 
 
@@ -117,9 +123,9 @@ def test_a_lost_device_ends_the_sweep(planned: list[Point], tmp_path: Path) -> N
     file = _file(tmp_path / "sweep.json")
     assert not sweep(planned, measure, file, 1e9, say=said.append)
     assert len(measure.seen) == 4 and "illegal address" in said[0]
-    behind = Measure()
-    assert sweep(planned, behind, _file(tmp_path / "sweep.json"), 1e9)
-    assert behind.seen == planned[4:], "the plan that lost the device is not tried again"
+    resumed = Measure()
+    assert sweep(planned, resumed, _file(tmp_path / "sweep.json"), 1e9)
+    assert resumed.seen == planned[4:], "the plan that lost the device must not be tried again"
 
 
 def test_a_point_that_ends_the_process_is_given_up(planned: list[Point], tmp_path: Path) -> None:
@@ -128,9 +134,9 @@ def test_a_point_that_ends_the_process_is_given_up(planned: list[Point], tmp_pat
         with pytest.raises(KeyboardInterrupt):
             sweep(planned, Measure({0: KeyboardInterrupt()}), _file(path), 1e9)
         assert load(path)["points"][0]["status"] == "started"
-    last = Measure()
-    assert sweep(planned, last, _file(path), 1e9)
-    assert last.seen == planned[1:]
+    resumed = Measure()
+    assert sweep(planned, resumed, _file(path), 1e9)
+    assert resumed.seen == planned[1:]
     assert load(path)["points"][0]["status"] == "did not finish"
     assert load(path)["points"][0]["note"] == "2 processes ended while it ran"
 
@@ -160,7 +166,9 @@ def test_points_of_two_machines_do_not_mix(
         (lambda file: file["points"][0].update(median_s="fast"), "median_s = 'fast'"),
     ],
 )
-def test_invalid_files(planned: list[Point], tmp_path: Path, change: Any, message: str) -> None:
+def test_invalid_files_are_refused(
+    planned: list[Point], tmp_path: Path, change: Any, message: str
+) -> None:
     path = tmp_path / "sweep.json"
     sweep(planned, Measure(), _file(path), 1e9)
     file = json.loads(path.read_text())
@@ -176,7 +184,7 @@ def test_the_command_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "torch finds no CUDA device" in capsys.readouterr().err
 
 
-# Plans of the kernels
+# The plans of the kernels
 
 
 def test_cuts_leave_no_slice_empty() -> None:
@@ -190,7 +198,7 @@ def test_cuts_leave_no_slice_empty() -> None:
 
 @pytest.mark.parametrize("name", ["small", "hopper"])
 def test_compiled_plans_keep_to_the_limits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of them would be taken, but for shared memory; the rule's comes first."""
+    """A kernel would take each plan if it had enough shared memory. The rule's plan comes first."""
     first, tile, parts = ("output_warps", 16, 32) if name == "small" else ("tile_tokens", 128, 64)
     choices = (1, 2, 4) if name == "small" else (128, 256)
     M, N, K = 64, 14336, 4096
@@ -222,7 +230,7 @@ def test_triton_plans_cover_the_sum() -> None:
         assert (plan["splits"] - 1) * plan["per_split"] < 1088 <= plan["splits"] * plan["per_split"]
 
 
-def test_only_a_refusal_of_the_plan_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_refused_plan_raises_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = _operand()
 
     class Ops:
@@ -245,8 +253,8 @@ def test_only_a_refusal_of_the_plan_is_one(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("op", "first"), [("lora_linear", "output_warps"), ("lora_linear_hopper", "tile_tokens")]
 )
-def test_ops_with_a_chosen_plan_take_the_arguments_of_lora_linear(op: str, first: str) -> None:
-    """And the plan behind them, in the order of the numbers that the rule's plan comes in."""
+def test_planned_ops_take_the_plan_after_the_arguments_of_the_op(op: str, first: str) -> None:
+    """The numbers of the plan come in the same order as those that the rule returns."""
     from pylora.backends import extension
 
     if extension.load()[0] is None:
@@ -266,7 +274,7 @@ def test_ops_with_a_chosen_plan_take_the_arguments_of_lora_linear(op: str, first
         getattr(ops, f"{op}_planned")(torch.randn(1, 64), *layer.arguments(), 1, 1, 1)
 
 
-# What is measured
+# The measurement
 
 
 def _operand() -> SweptLayer:
@@ -277,7 +285,7 @@ def _operand() -> SweptLayer:
 
 
 class Graph(ClockTimer):
-    """Runs every call in each sample, as a graph does."""
+    """Runs every call in each sample, as a CUDA graph does."""
 
     def __init__(self, calls: list[Call], passes: int) -> None:
         super().__init__(calls)
@@ -295,15 +303,15 @@ def _reference(x: Tensor, layer: SweptLayer, plan: KernelPlan) -> Tensor:
 
 
 def test_points_are_checked_before_they_are_timed(tmp_path: Path) -> None:
-    """Three slices give a wrong result, which is not timed."""
+    """A plan with three slices gives a wrong result, which is not timed."""
     kernel = _kernel("stand-in", _reference)
     measure = SweepMeasurer(CPU, 3, {"stand-in": kernel}, ClockTimer, Graph)
     file = _file(tmp_path / "sweep.json")
     to_measure = points([kernel], [(32, 64)], [1, 3], CPU)
     assert not sweep(to_measure, measure, file, 1e9)
-    found = load(tmp_path / "sweep.json")["points"]
+    kept_points = load(tmp_path / "sweep.json")["points"]
     by_slices = {
-        slices: [p for p in found if p["plan"]["slices"] == slices] for slices in (1, 2, 3)
+        slices: [p for p in kept_points if p["plan"]["slices"] == slices] for slices in (1, 2, 3)
     }
     for point in by_slices[1]:
         assert point["status"] == "ok" and 0 < point["p20_s"] <= point["median_s"]

@@ -1,4 +1,4 @@
-"""What csrc/cuda/hopper/tensor_map.cu asks cuTensorMapEncodeTiled for, and what it may ask for.
+"""csrc/cuda/hopper/tensor_map.cu asks cuTensorMapEncodeTiled only for what it allows.
 
 The driver's stand-in, host_cuda/driver.cpp, makes the demands of the documentation of CUDA 13.0.
 """
@@ -14,7 +14,7 @@ import torch
 from host_cuda import DRIVER, HOPPER_KERNELS, start
 from host_cuda.linear import check_linear
 
-# Enumerators of cuda.h.
+# The enumerators of cuda.h.
 UINT8, UINT16, FLOAT32 = 0, 1, 7
 SWIZZLE_32B, SWIZZLE_128B = 1, 3
 L2_PROMOTION_128B = 2
@@ -22,7 +22,7 @@ L2_PROMOTION_128B = 2
 ALIGNED = "globalAddress must be aligned to 16 bytes"
 SIZES = "globalDim must be from 1 to 2^32"
 BOX = "boxDim must be from 1 to 256"
-DEMANDS = {  # that a wrong matrix of host_cuda/tensor_maps.cpp does not meet
+DEMANDS = {  # each wrong matrix of host_cuda/tensor_maps.cpp, and the demand that it does not meet
     "odd address": ALIGNED,
     "no rows": SIZES,
     "no columns": SIZES,
@@ -38,7 +38,8 @@ DEMANDS = {  # that a wrong matrix of host_cuda/tensor_maps.cpp does not meet
 def encoded(
     dtype: int, swizzle: int, cols: int, rows: int, stride: int, box: list[int]
 ) -> dict[str, Any]:
-    """The arguments for a row-major matrix of which a copy brings `box` elements, inner first."""
+    """Returns the arguments for a row-major matrix and tiles of `box` elements, inner size
+    first."""
     return {
         "type": dtype,
         "swizzle": swizzle,
@@ -52,14 +53,14 @@ def encoded(
 
 @pytest.fixture
 def report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Where the programs of the test write what they have counted."""
+    """The file into which the programs of a test write their counts."""
     path = tmp_path / "report.json"
     monkeypatch.setenv("HOST_CUDA_REPORT", str(path))
     return path
 
 
-def test_matrices_that_the_documentation_allows(compiled, report: Path):
-    """A tile's rows are as long as its swizzle: 128 or 32 bytes."""
+def test_only_matrices_that_the_documentation_allows_are_encoded(compiled, report: Path):
+    """The rows of a tile are as long as its swizzle: 128 or 32 bytes."""
     ran = start(compiled("tensor_maps", "hopper/tensor_map", twins=DRIVER))
     assert ran.returncode == 0, ran.stderr.decode()
     answers = dict(line.split(": ") for line in ran.stdout.decode().splitlines())
@@ -78,8 +79,10 @@ def test_matrices_that_the_documentation_allows(compiled, report: Path):
 
 
 @pytest.mark.parametrize(("M", "tile_tokens"), [(250, 256), (120, 128)])
-def test_the_matrices_of_the_hopper_kernel(compiled, report: Path, M: int, tile_tokens: int):
-    """x [M, K] and low [M, rank] by tiles of tokens, qweight [N, K / 2] by 128 rows."""
+def test_the_hopper_kernel_encodes_its_three_matrices(
+    compiled, report: Path, M: int, tile_tokens: int
+):
+    """x [M, K] and low [M, rank] have tiles of tokens. qweight [N, K / 2] has tiles of 128 rows."""
     N, K, rank = 70, 192, 5
     program = compiled("lora_linear_hopper", *HOPPER_KERNELS, twins=DRIVER)
     _, plan = check_linear(program, (M, N, K), torch.bfloat16, rank=rank, processors=1)

@@ -1,4 +1,4 @@
-"""`make headers`: which releases of torch it takes, and that an error in a file is found."""
+"""`make headers` takes the right releases of torch, and finds an error in a file."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def torch_headers(monkeypatch: pytest.MonkeyPatch):
     return torch_headers
 
 
-def test_one_oldest_torch(torch_headers):
-    """setup.py says it for the build; pip and the readers are told the same."""
+def test_the_oldest_torch_is_the_same_everywhere(torch_headers):
+    """setup.py sets it for the build. pyproject.toml and README.md must name the same release."""
     oldest = "{}.{}".format(*torch_headers.setup.TORCH_TARGET)
     dependencies = (ROOT / "pyproject.toml").read_text().split("\ndependencies = ")[1]
     assert re.match(r'\["torch>=(.*?)"', dependencies)[1] == oldest

@@ -1,4 +1,4 @@
-"""Beside transformers: models it loaded in 4 bits train, cast and save; its names are known."""
+"""Models that transformers loaded in 4 bits train, cast and save; its names are known."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ def load(folder: Path, quantized: bool = True) -> Any:
         arguments["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4"
         )
-    # In eval mode bitsandbytes repacks its weights in the first forward.
+    # In eval mode bitsandbytes would repack its weights in the first forward.
     return transformers.AutoModelForCausalLM.from_pretrained(folder, **arguments).train()
 
 
 @pytest.mark.parametrize(
     "name", ["relu", "gelu", "gelu_pytorch_tanh", "gelu_new", "silu", "swish", "tanh", "sigmoid"]
 )
-def test_activations_go_by_the_names_of_configurations(name: str) -> None:
+def test_activations_have_the_names_of_transformers(name: str) -> None:
     function = transformers.activations.ACT2FN[name]
     x, weight = torch.randn(5, 64), torch.randn(32, 64)
     A, B = torch.randn(4, 64), torch.randn(32, 4)
     expected = linear(x, weight) + linear(function(linear(x, A)), B)
     torch.testing.assert_close(F.lora_linear(x, weight, A, B, 1.0, activation=name), expected)
     if name in ("relu", "tanh", "sigmoid"):
-        return  # no model gates with them
+        return  # no model uses these as the activation of a gate
     gate, up = (Projection(torch.randn(48, 64) / 8) for _ in range(2))
     down = Projection(torch.randn(64, 48) / 8)
     hidden = function(linear(x, gate.weight)) * linear(x, up.weight)
@@ -63,7 +63,9 @@ def test_activations_go_by_the_names_of_configurations(name: str) -> None:
 
 
 @pytest.mark.parametrize("target_modules", ["all-linear", ["q_proj"]], ids=str)
-def test_trainer_trains_the_adapters(folder: Path, tmp_path: Path, target_modules: Any) -> None:
+def test_trainer_changes_only_the_adapters(
+    folder: Path, tmp_path: Path, target_modules: Any
+) -> None:
     model = pylora.add_lora(load(folder), r=4, target_modules=target_modules)
     before = {name: value.clone() for name, value in model.named_parameters()}
     tokens = torch.randint(64, (8, 16))

@@ -1,6 +1,6 @@
-"""The Triton NF4 decoder without a GPU: its PTX run by a few lines of Python, its table, its code.
+"""The Triton NF4 decoder without a GPU: Python runs its PTX and checks its table and its code.
 
-The interpreter takes the plain branch of the decoder, so the instructions of the other branch are
+The interpreter takes the plain branch of the decoder. The instructions of the other branch are
 executed here, over every word of codes that can tell two of them apart.
 """
 
@@ -19,7 +19,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def run_ptx(text: str, word: int) -> list[int]:
-    """The output registers of a decoder for one input word."""
+    """Runs a decoder's PTX for one input word and returns the output registers."""
     outputs = len(set(re.findall(r"\$\d+", text))) - 1
     registers = {f"${outputs}": word}
 
@@ -37,12 +37,12 @@ def run_ptx(text: str, word: int) -> list[int]:
         elif opcode == "shr.u32":
             registers[target] = a >> b
         elif opcode == "lop3.b32":
-            assert rest[1] == 0xEA  # (a & b) | c
+            assert rest[1] == 0xEA  # the table of (a & b) | c
             registers[target] = a & b | rest[0]
         else:
             assert opcode == "prmt.b32"
             pool = (a | b << 32).to_bytes(8, "little")
-            # No selector may ask for a sign instead of a byte.
+            # A selector above 7 would copy a sign instead of a byte.
             chosen = [rest[0] >> 4 * i & 0xF for i in range(4)]
             assert max(chosen) < 8
             registers[target] = int.from_bytes(bytes(pool[i] for i in chosen), "little")
@@ -58,7 +58,7 @@ def test_instructions_decode_every_code_in_every_place(dtype: torch.dtype) -> No
     words = [torch.randint(16, (8,), generator=generator).tolist() for _ in range(64)]
     words += [[(code + place) % 16 for place in range(8)] for code in range(16)]
     for codes in words:
-        # Element 2j sits in the high nibble of byte j.
+        # Element 2j is in the high nibble of byte j.
         pairs = zip(codes[::2], codes[1::2], strict=True)
         packed = bytes(high << 4 | low for high, low in pairs)
         registers = run_ptx(text, int.from_bytes(packed, "little"))
@@ -78,7 +78,7 @@ def test_fp32_and_fp16_tables_are_the_table_rounded_once() -> None:
 
 
 def test_bf16_factor_rounds_the_table_best() -> None:
-    """The claim beside the constant, over a grid of factors in [1, 2)."""
+    """The comment at the constant claims this. It is checked for a grid of factors in [1, 2)."""
 
     def error(factor: float) -> float:
         code = torch.tensor(NF4_CODE, dtype=torch.float64) * factor
@@ -90,7 +90,7 @@ def test_bf16_factor_rounds_the_table_best() -> None:
 
 
 def test_absmax_is_decoded_with_two_roundings() -> None:
-    """The product and the sum of double quantization must not become one FMA."""
+    """The product and the sum of double quantization must not be fused into one FMA."""
     if decode.INTERPRETED.value:
         pytest.skip("the interpreter compiles nothing")
     from benchmarks.resources.triton import compile_variant

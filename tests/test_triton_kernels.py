@@ -1,8 +1,8 @@
-"""The Triton kernels where they take another path than in the tests of the ops: regimes, splits,
-masks, weights that are not aligned, activations.
+"""The Triton kernels in cases where they take other branches than in the tests of the ops.
 
-Run in Triton's interpreter (TRITON_INTERPRET=1) or on a GPU; the tests of the ops run there as
-well, on the variant "triton" of their backend.
+The cases are the regimes, split sums, masks, unaligned weights and activations. The tests run in
+Triton's interpreter (TRITON_INTERPRET=1) or on a GPU. There the tests of the ops run too, with the
+variant "triton" of their backend.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def quantized(out_features: int, in_features: int, blocksize: int, nested: bool)
 
 
 def check_lora(
-    rows: int,
+    tokens: int,
     out_features: int,
     in_features: int,
     rank: int,
@@ -69,9 +69,9 @@ def check_lora(
     activation: str = "identity",
     biases: bool = True,
 ) -> None:
-    """Forward and backward of lora_linear on triton against the reference."""
+    """Judges the forward and backward of lora_linear on Triton by the numerics rule."""
     lora_dtype = lora_dtype or dtype
-    x, grad = normal(rows, in_features, dtype=dtype), normal(rows, out_features, dtype=dtype)
+    x, grad = normal(tokens, in_features, dtype=dtype), normal(tokens, out_features, dtype=dtype)
     A = normal(rank, in_features, dtype=lora_dtype, scale=in_features**-0.5)
     B = normal(out_features, rank, dtype=lora_dtype)
     vectors: tuple[Tensor | None, ...] = (None, None, None)
@@ -82,14 +82,14 @@ def check_lora(
             normal(out_features, dtype=lora_dtype),
         )
     seed = torch.tensor(2**40 + 12345, device=DEVICE) if p else None
-    last = (0.75, p, seed, activation)
-    forward = (x, *base, out_features, A, B, *vectors, *last)
+    trailing = (0.75, p, seed, activation)
+    forward = (x, *base, out_features, A, B, *vectors, *trailing)
     backend = chosen("lora_linear", *forward)
     assert backend == "triton"
     assert_as_accurate_as_torch(ops.lora_linear(*forward), reference_op("lora_linear"), *forward)
     h = reference_op("lora_linear")(*forward)[1]
     mask = [True, False, True, True, biases, biases, biases]
-    backward = (grad, x, h, *base, A, B, *last, mask)
+    backward = (grad, x, h, *base, A, B, *trailing, mask)
     assert_as_accurate_as_torch(
         ops.lora_linear_backward(*backward), reference_op("lora_linear_backward"), *backward
     )
@@ -99,41 +99,41 @@ def check_lora(
 @pytest.mark.parametrize(
     ("p", "lora_dtype", "biases"), [(0.0, None, True), (0.3, None, False), (0.0, FP32, True)]
 )
-def test_large_m(
+def test_large_m_obeys_the_numerics_rule(
     dtype: torch.dtype, p: float, lora_dtype: torch.dtype | None, biases: bool
 ) -> None:
-    """The regime of the dense product: extended by LoRA's columns, or finished by the expand."""
-    rows = 530 if dtype.itemsize == 2 else 70
-    assert configs.is_large(rows, dtype.itemsize)
+    """The dense product is extended by LoRA's columns, or the expand kernel finishes it."""
+    tokens = 530 if dtype.itemsize == 2 else 70
+    assert configs.is_large(tokens, dtype.itemsize)
     base = quantized(48, 128, 64, True)
-    check_lora(rows, 48, 128, 20, dtype, base, lora_dtype, p, "silu", biases)
-    x = normal(rows, 128, dtype=dtype)
+    check_lora(tokens, 48, 128, 20, dtype, base, lora_dtype, p, "silu", biases)
+    x = normal(tokens, 128, dtype=dtype)
     args = (x, *base, 48, normal(48, dtype=dtype))
     assert_as_accurate_as_torch(ops.nf4_linear(*args), reference_op("nf4_linear"), *args)
-    args = (normal(rows, 48, dtype=dtype), *base, 128)
+    args = (normal(tokens, 48, dtype=dtype), *base, 128)
     assert_as_accurate_as_torch(
         ops.nf4_linear_backward(*args), reference_op("nf4_linear_backward"), *args
     )
 
 
-def test_large_m_over_a_dense_and_a_straddling_weight() -> None:
+def test_large_m_takes_dense_and_straddling_weights() -> None:
     dense = (normal(40, 100, dtype=BF16, scale=0.1), None, None, None, None, 0, 0)
     for base in (dense, quantized(40, 100, 64, False)):
         check_lora(530, 40, 100, 9, BF16, base, p=0.25, activation="relu")
 
 
 @pytest.mark.parametrize("dtype", [FP16, FP32])
-@pytest.mark.parametrize(("rows", "nested"), [(1, True), (20, False)])
-def test_split_sums(rows: int, nested: bool, dtype: torch.dtype) -> None:
-    """Few tiles over a long K or N: partial sums in a workspace, added up in order."""
+@pytest.mark.parametrize(("tokens", "nested"), [(1, True), (20, False)])
+def test_split_sums_obey_the_numerics_rule(tokens: int, nested: bool, dtype: torch.dtype) -> None:
+    """Few tiles have a long K or N, so partial sums go into a workspace and are added in order."""
     long = 1088
     q = quantized(40, long, 64, nested)
     size = dtype.itemsize
     facts = launch.facts(normal(1))
-    assert configs.forward_plan(rows, [40], long, size, 64, facts).splits > 1
-    assert configs.backward_plan(rows, [long], 64, size, 64, facts).splits > 1
-    check_lora(rows, 40, long, 17, dtype, q, p=0.2, activation="gelu")
-    check_lora(rows, long, 64, 17, dtype, quantized(long, 64, 64, nested), p=0.2)
+    assert configs.forward_plan(tokens, [40], long, size, 64, facts).splits > 1
+    assert configs.backward_plan(tokens, [long], 64, size, 64, facts).splits > 1
+    check_lora(tokens, 40, long, 17, dtype, q, p=0.2, activation="gelu")
+    check_lora(tokens, long, 64, 17, dtype, quantized(long, 64, 64, nested), p=0.2)
 
 
 @pytest.mark.parametrize(
@@ -142,32 +142,36 @@ def test_split_sums(rows: int, nested: bool, dtype: torch.dtype) -> None:
         (65, 576, 64, True),
         (1, 192, 32, False),
         (33, 512, 256, True),
-        (3, 4096, 4096, False),  # one block a row
+        (3, 4096, 4096, False),  # one block in each row
         (20, 3420, 64, False),  # blocks that straddle rows
         (7, 45, 32, True),  # an odd width
     ],
 )
-def test_weight_shapes(out_features: int, in_features: int, blocksize: int, nested: bool) -> None:
+def test_every_weight_shape_obeys_the_numerics_rule(
+    out_features: int, in_features: int, blocksize: int, nested: bool
+) -> None:
     q = quantized(out_features, in_features, blocksize, nested)
-    for rows in (1, 37):
-        x = normal(rows, in_features, dtype=FP16)
+    for tokens in (1, 37):
+        x = normal(tokens, in_features, dtype=FP16)
         forward = (x, *q, out_features, normal(out_features, dtype=FP16))
         assert_as_accurate_as_torch(ops.nf4_linear(*forward), reference_op("nf4_linear"), *forward)
-        backward = (normal(rows, out_features, dtype=FP16), *q, in_features)
+        backward = (normal(tokens, out_features, dtype=FP16), *q, in_features)
         assert_as_accurate_as_torch(
             ops.nf4_linear_backward(*backward), reference_op("nf4_linear_backward"), *backward
         )
 
 
-def test_no_rows() -> None:
-    """All that `python -m pylora check` asks without rows."""
+def test_no_tokens_give_empty_results() -> None:
+    """The cases are those of `python -m pylora check` that have no tokens."""
     outcomes = list(selfcheck.run(chosen=lambda case: case.description.startswith("0x")))
-    assert {each.case.op for each in outcomes if each.backend == "triton"} == set(BACKEND.ops)
-    assert [each.failure for each in outcomes if each.failure] == []
+    assert {outcome.case.op for outcome in outcomes if outcome.backend == "triton"} == set(
+        BACKEND.ops
+    )
+    assert [outcome.failure for outcome in outcomes if outcome.failure] == []
 
 
-def test_other_nested_blocksize_and_unaligned_bytes() -> None:
-    """Double quantization in groups of 32; bytes that begin inside an allocation."""
+def test_other_nested_blocksizes_and_unaligned_bytes_are_taken() -> None:
+    """absmax is quantized in groups of 32, and the bytes begin inside an allocation."""
     with pylora.use_backend("reference"):
         qweight, absmax = ops.nf4_quantize(torch.randn(24, 256), 64)
     codes, *nested = reference.quantize_absmax(absmax, 32)
@@ -184,8 +188,8 @@ def test_other_nested_blocksize_and_unaligned_bytes() -> None:
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_strided_rows(dtype: torch.dtype) -> None:
-    """Rows that are slices of a wider tensor are read in place; other layouts are copied."""
+def test_strided_x_is_taken(dtype: torch.dtype) -> None:
+    """If each row of x is contiguous, x is read in place. Other layouts are copied."""
     q = quantized(24, 128, 64, False)
     wide = normal(5, 7, 300, dtype=dtype)
     for x in (wide[..., 100:228], wide[:, ::2, :128], wide.transpose(0, 1)[..., :128]):
@@ -201,17 +205,17 @@ def test_strided_rows(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("columns", [64, 52, 45])
 def test_mask_is_the_references_bit_for_bit(columns: int) -> None:
-    """Each kernel that regenerates the mask, as the identity: what it keeps is what is kept."""
-    rows, p = 21, 0.4
+    """Each kernel that regenerates the mask multiplies by the identity, which leaves the mask."""
+    tokens, p = 21, 0.4
     seed = torch.tensor(2**61 + 98765, device=DEVICE)
-    keep = dropout_mask(torch.Size((rows, columns)), p, seed)
+    keep = dropout_mask(torch.Size((tokens, columns)), p, seed)
     mask = mask_of(Dropout(p, seed))
     operands = lora_operands(FP32, FP32)
-    ones = torch.ones(rows, columns, device=DEVICE)
+    ones = torch.ones(tokens, columns, device=DEVICE)
     eye = torch.eye(columns, device=DEVICE)
     (shrunk,) = lora_shrink(ones, [eye], operands, masks=[mask])
     assert torch.equal(shrunk.sum(0), keep.float())
-    eye = torch.eye(rows, device=DEVICE)
+    eye = torch.eye(tokens, device=DEVICE)
     (gradient,) = lora_weight_grad(ones, [eye], operands, [mask])
     assert torch.equal(gradient != 0, keep)
     out = torch.zeros_like(ones)
@@ -219,15 +223,15 @@ def test_mask_is_the_references_bit_for_bit(columns: int) -> None:
     linear_expand(out[None], out, epilogue)
     assert torch.equal(out != 0, keep)
     assert torch.equal(out[keep], gradient[keep])
-    # The tile kernel of the backward pass, over a weight of zeros.
-    base = (torch.zeros(rows, columns, device=DEVICE), None, None, None, None, 0, 0)
+    # The tile kernel of the backward pass has a weight of zeros here.
+    base = (torch.zeros(tokens, columns, device=DEVICE), None, None, None, None, 0, 0)
     dx = ops.lora_linear_backward(
-        torch.eye(rows, device=DEVICE),
+        torch.eye(tokens, device=DEVICE),
         ones,
-        torch.zeros(rows, rows, device=DEVICE),
+        torch.zeros(tokens, tokens, device=DEVICE),
         *base,
-        torch.ones(rows, columns, device=DEVICE),
-        torch.eye(rows, device=DEVICE),
+        torch.ones(tokens, columns, device=DEVICE),
+        torch.eye(tokens, device=DEVICE),
         *(1.0, p, seed, "identity"),
         [True] + [False] * 6,
     )[0]
@@ -235,8 +239,8 @@ def test_mask_is_the_references_bit_for_bit(columns: int) -> None:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations(activation: str) -> None:
-    """Over the whole range that matters, beyond what random hidden values reach."""
+def test_activations_obey_the_numerics_rule(activation: str) -> None:
+    """The inputs cover the whole range that matters, which random hidden values do not reach."""
     h = torch.linspace(-30, 30, 4096, device=DEVICE).view(64, 64)
     h = torch.cat([h, h / 100])
     out = torch.empty(128, 80, device=DEVICE)
@@ -251,7 +255,7 @@ def test_activations(activation: str) -> None:
 
 
 def test_repeats_are_equal() -> None:
-    """Splits are added up in order: no float atomics."""
+    """Splits are added in order, without float atomics."""
     q = quantized(40, 1088, 64, True)
     x, grad = normal(37, 1088, dtype=FP16), normal(37, 40, dtype=FP16)
     A, B = normal(8, 1088), normal(40, 8)
@@ -266,10 +270,10 @@ def test_repeats_are_equal() -> None:
 
 
 def test_fp16_keeps_the_range_of_fp32_lora_weights() -> None:
-    """Hidden values beyond 65504, whose products are small again."""
+    """Hidden values are above 65504, but their products are small again."""
     q = quantized(16, 64, 64, False)
-    for rows in (9, 530):
-        x = torch.full((rows, 64), 8.0, dtype=FP16, device=DEVICE)
+    for tokens in (9, 530):
+        x = torch.full((tokens, 64), 8.0, dtype=FP16, device=DEVICE)
         A = torch.full((4, 64), 1e4, device=DEVICE)
         B = normal(16, 4, scale=1e-6)
         args = (x, *q, 16, A, B, None, None, None, 1.0, 0.0, None, "identity")
@@ -279,7 +283,7 @@ def test_fp16_keeps_the_range_of_fp32_lora_weights() -> None:
 
 
 def test_autocast_changes_nothing_inside_an_op() -> None:
-    """The dense product of large M is torch's, which autocast would cast."""
+    """torch computes the dense product of large M, and autocast would cast it."""
     q, x = quantized(48, 128, 64, False), normal(70, 128)
     assert configs.is_large(70, 4)
     A, B = normal(4, 128), normal(48, 4)
@@ -306,7 +310,7 @@ def test_precision_follows_torchs_switch() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
-def test_cuda_graph() -> None:
+def test_a_cuda_graph_gives_the_same_result() -> None:
     q = quantized(256, 512, 64, True)
     A, B = normal(16, 512, dtype=BF16), normal(256, 16, dtype=BF16)
     x, seed = normal(8, 512, dtype=BF16), torch.tensor(3, device=DEVICE)
@@ -322,7 +326,7 @@ def test_cuda_graph() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_second_device() -> None:
+def test_the_second_device_obeys_the_numerics_rule() -> None:
     q = [t.to("cuda:1") if isinstance(t, Tensor) else t for t in quantized(64, 128, 64, True)]
     x = normal(5, 128).to("cuda:1")
     args = (x, *q, 64, None)

@@ -1,4 +1,4 @@
-"""A training step of a Llama from transformers on the Triton kernels has the reference's losses."""
+"""A training step of a transformers Llama on the Triton kernels has the losses of the reference."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def qlora_llama() -> nn.Module:
 
 
 def losses_of_two_steps(dtype: torch.dtype, model: nn.Module, tokens: Tensor) -> Tensor:
-    """The loss of each token before and after one optimizer step, all in `dtype`: [2, tokens].
+    """Returns each token's loss before and after one optimizer step in `dtype`: [2, tokens].
 
-    The seeds of dropout come from torch's generator, the same on every backend.
+    The dropout seeds come from torch's generator, so they are the same on every backend.
     """
     torch.manual_seed(7)
     model = copy.deepcopy(model).to(dtype)

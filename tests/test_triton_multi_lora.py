@@ -1,5 +1,8 @@
-"""The Triton kernels of multi_lora_linear where they take another path than in the op's tests:
-regimes, split sums, several tiles and pieces of an adapter, ids that only a device may hold.
+"""The Triton kernels of multi_lora_linear in cases where they take other branches than in the op's
+tests.
+
+The cases are the regimes, split sums, several tiles and pieces of an adapter, and ids that only a
+device may hold.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ def arguments(
     nested: bool = False,
     dense: bool = False,
 ) -> tuple[Any, ...]:
-    """Those of the op, with a bias."""
+    """Returns the arguments of the op, with a bias."""
     scale, lora_dtype = in_features**-0.5, lora_dtype or dtype
     weight: Any = normal(out_features, in_features, dtype=dtype, scale=scale)
     if not dense:
@@ -91,67 +94,69 @@ def check(forward: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.parametrize("most_counted", [10**6, 0])
-@pytest.mark.parametrize(("rows", "adapters"), [(1, 1), (5, 40), (300, 3), (130, 60), (33, 300)])
-def test_every_row_is_in_one_tile_of_its_adapter(
-    rows: int, adapters: int, most_counted: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("tokens", "adapters"), [(1, 1), (5, 40), (300, 3), (130, 60), (33, 300)])
+def test_every_token_is_in_one_tile_of_its_adapter(
+    tokens: int, adapters: int, most_counted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counted and sorted; the numbering of tiles is that of `tile_of`, in Python."""
+    """Ids are grouped by counting or by sorting. Python numbers the tiles as `tile_of` does."""
     monkeypatch.setattr(
         adapter_tokens, "ADAPTER_TOKENS", replace(configs.ADAPTER_TOKENS, most_counted=most_counted)
     )
     for low in (-2, adapters - 1):
-        ids = torch.randint(low, adapters + 2, (rows,))
+        ids = torch.randint(low, adapters + 2, (tokens,))
         ids[0] = 2**40
-        found = adapter_tokens.adapter_tokens(ids.to(DEVICE), adapters)
+        grouped = adapter_tokens.adapter_tokens(ids.to(DEVICE), adapters)
         group = torch.where((ids >= 0) & (ids < adapters), ids, adapters)
-        assert torch.equal(found.order.cpu(), group.sort(stable=True).indices)
+        assert torch.equal(grouped.order.cpu(), group.sort(stable=True).indices)
         sizes = group.bincount(minlength=adapters + 1)
-        assert found.begin.diff().tolist() == sizes.tolist() and found.begin[0] == 0
+        assert grouped.begin.diff().tolist() == sizes.tolist() and grouped.begin[0] == 0
         for size in (4, 16, 64):
-            by_place = found.arguments(size)["by_place"]
+            by_place = grouped.arguments(size)["by_place"]
             taken = [
                 (begin if by_place else begin // size + index) + tile
-                for index, begin in enumerate(found.begin[:-1].tolist())
+                for index, begin in enumerate(grouped.begin[:-1].tolist())
                 for tile in range(-(-int(sizes[index]) // size))
             ]
-            assert len(set(taken)) == len(taken) and max(taken) < found.tiles(size)
+            assert len(set(taken)) == len(taken) and max(taken) < grouped.tiles(size)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 @pytest.mark.parametrize("lora_dtype", [None, FP32])
-def test_large_m(dtype: torch.dtype, lora_dtype: torch.dtype | None) -> None:
-    """The dense product, finished in place; adapters of several tiles, one without rows."""
-    rows = 530 if dtype.itemsize == 2 else 170
-    assert configs.is_large(rows, dtype.itemsize)
-    ids = torch.randint(-1, 3, (rows,))
+def test_large_m_obeys_the_numerics_rule(
+    dtype: torch.dtype, lora_dtype: torch.dtype | None
+) -> None:
+    """The dense product is finished in place. Some adapters have several tiles, one has none."""
+    tokens = 530 if dtype.itemsize == 2 else 170
+    assert configs.is_large(tokens, dtype.itemsize)
+    ids = torch.randint(-1, 3, (tokens,))
     ids[ids == 1] = 3
     check(arguments(ids, 40, 128, 5, 20, dtype, lora_dtype, nested=True))
 
 
-@pytest.mark.parametrize("rows", [1, 6, 37])
+@pytest.mark.parametrize("tokens", [1, 6, 37])
 @pytest.mark.parametrize("dtype", [FP16, FP32])
-def test_split_sums(rows: int, dtype: torch.dtype) -> None:
-    """A long K or N is split: the base's parts and the projection's are added up in order."""
+def test_split_sums_obey_the_numerics_rule(tokens: int, dtype: torch.dtype) -> None:
+    """A long K or N is split. The parts of the base and of the projection are added in order."""
     facts, long = launch.facts(normal(1)), 1088
-    ids = torch.arange(rows) % 4 - 1
+    ids = torch.arange(tokens) % 4 - 1
     ids[0] = 2
-    assert configs.forward_plan(rows, [40], long, dtype.itemsize, 64, facts).splits > 1
-    assert configs.backward_plan(rows, [long], 64, dtype.itemsize, 64, facts).splits > 1
+    assert configs.forward_plan(tokens, [40], long, dtype.itemsize, 64, facts).splits > 1
+    assert configs.backward_plan(tokens, [long], 64, dtype.itemsize, 64, facts).splits > 1
     check(arguments(ids, 40, long, 3, 17, dtype, nested=True))
     check(arguments(ids, long, 64, 3, 17, dtype))
 
 
 @pytest.mark.parametrize("dense", [True, False])
-def test_pieces_of_an_adapter(dense: bool) -> None:
-    """Weight gradients of adapters with several pieces, one, and none; straddling blocks."""
-    rows, columns = 900, 45 if dense else 70
-    config = configs.weight_grad_config(rows, columns, 9, False, launch.facts(normal(1)))
+def test_weight_gradients_add_up_the_pieces_of_an_adapter(dense: bool) -> None:
+    """Adapters have several pieces, one piece, or none. Blocks of the NF4 weight straddle rows."""
+    tokens, columns = 900, 45 if dense else 70
+    config = configs.weight_grad_config(tokens, columns, 9, False, launch.facts(normal(1)))
     assert config[1] > 1 and config[2] < 500
     ids = torch.cat([torch.full((700,), 1), torch.full((90,), 0), torch.full((110,), 3)])
-    check(arguments(ids[torch.randperm(rows)], 33, columns, 4, 9, BF16, dense=dense))
+    check(arguments(ids[torch.randperm(tokens)], 33, columns, 4, 9, BF16, dense=dense))
 
 
-def test_more_adapters_than_rows_and_the_largest_rank() -> None:
+def test_more_adapters_than_tokens_and_a_large_rank_are_taken() -> None:
     check(arguments(torch.tensor([69, 3, -1, 69, 0]), 40, 96, 70, 8, BF16, FP32))
     check(arguments(torch.tensor([1, 1, -1, 0] * 5), 24, 128, 2, 512, FP16))
 
@@ -160,8 +165,8 @@ def lora_of(forward: tuple[Any, ...], ids: Tensor) -> Adapters:
     return Adapters(forward[9], forward[10], ids.to(DEVICE), forward[12])
 
 
-def test_ids_out_of_range_are_the_base_alone() -> None:
-    """On a device they are not checked: nothing beyond the adapters is read."""
+def test_ids_out_of_range_use_only_the_base() -> None:
+    """Ids on a device are not checked, so the kernels must read nothing beyond the adapters."""
     wild = torch.tensor([3, -(2**33), 0, 2**32 + 1, -1, 2, 4, 2**62] * 3)
     kept = torch.where((wild >= 0) & (wild < 3), wild, -1)
     forward = arguments(kept, 40, 128, 3, 8, FP32, dense=True)
@@ -174,42 +179,44 @@ def test_ids_out_of_range_are_the_base_alone() -> None:
         y, h = multi_lora_linear(x, layer, lora)
         assert not h[(kept < 0).to(DEVICE)].any()
         wanted = Wanted(x=True, A=True, B=True)
-        found = multi_lora_linear_backward(grad, x, h, layer, lora, wanted)
-        results.append([y, h, found.x, found.A, found.B])
+        gradients = multi_lora_linear_backward(grad, x, h, layer, lora, wanted)
+        results.append([y, h, gradients.x, gradients.A, gradients.B])
     assert all(map(torch.equal, *results))
     check(forward)
 
 
-@pytest.mark.parametrize("rows", [40, 700])
-def test_nothing_of_an_adapter_reaches_another(rows: int) -> None:
-    """A NaN in the last row of an adapter, next to the first row of another in a tile."""
-    ids = torch.arange(rows) * 4 // rows - 1
-    forward = arguments(ids, 40, 1088 if rows < 100 else 96, 3, 17, BF16)
-    others = (ids != 1).to(DEVICE)
+@pytest.mark.parametrize("tokens", [40, 700])
+def test_a_nan_of_an_adapter_reaches_no_other(tokens: int) -> None:
+    """The NaN is in an adapter's last token, beside the first token of another adapter."""
+    ids = torch.arange(tokens) * 4 // tokens - 1
+    forward = arguments(ids, 40, 1088 if tokens < 100 else 96, 3, 17, BF16)
+    other_tokens = (ids != 1).to(DEVICE)
     results = []
     for poison in (False, True):
         args = list(forward)
         h = ops.multi_lora_linear(*args)[1]
         backward = list(backward_arguments(tuple(args), h))
         torch.manual_seed(5)
-        backward[0] = normal(rows, 40, dtype=BF16)
+        backward[0] = normal(tokens, 40, dtype=BF16)
         if poison:
-            last = int((ids == 1).nonzero()[-1])
+            last_token = int((ids == 1).nonzero()[-1])
             for tensors, index in ((args, 0), (backward, 0), (backward, 1), (backward, 2)):
                 tensors[index] = tensors[index].clone()
-                tensors[index][last] = torch.nan
+                tensors[index][last_token] = torch.nan
             args[9], args[10] = args[9].clone(), args[10].clone()
             args[9][1], args[10][1] = torch.inf, torch.nan
         y, h = ops.multi_lora_linear(*args)
         dx, _, dlora_A, dlora_B, _ = ops.multi_lora_linear_backward(*backward)
         if poison:
-            assert y[~others].isnan().all() and dlora_A[1].isnan().any()
+            assert y[~other_tokens].isnan().all() and dlora_A[1].isnan().any()
             assert dlora_B[1].isnan().any()
-        results.append([y[others], h[others], dx[others], dlora_A[[0, 2]], dlora_B[[0, 2]]])
+        results.append(
+            [y[other_tokens], h[other_tokens], dx[other_tokens], dlora_A[[0, 2]], dlora_B[[0, 2]]]
+        )
     assert all(map(torch.equal, *results))
 
 
-def test_only_some_gradients_strided_rows_and_repeats() -> None:
+def test_only_wanted_gradients_are_computed_and_strided_x_is_taken() -> None:
     forward = arguments(torch.randint(-1, 3, (300,)), 40, 128, 3, 8, FP32)
     x = normal(300, 200)[:, 8:136]
     assert not x.is_contiguous()
@@ -220,11 +227,11 @@ def test_only_some_gradients_strided_rows_and_repeats() -> None:
     for wanted in range(5):
         mask = [position == wanted and wanted != 1 for position in range(5)]
         some = ops.multi_lora_linear_backward(*backward[:-1], mask)
-        for found, expected, is_wanted in zip(some, everything, mask, strict=True):
-            assert torch.equal(found, expected) if is_wanted else found.shape == (0,)
+        for gradient, expected, is_wanted in zip(some, everything, mask, strict=True):
+            assert torch.equal(gradient, expected) if is_wanted else gradient.shape == (0,)
 
 
-def test_what_the_kernels_do_not_take_is_said() -> None:
+def test_a_refusal_says_why() -> None:
     forward = arguments(torch.tensor([0, 1]), 40, 128, 2, 8, FP32)
     why_not = partial(refusal_of, BACKEND, "multi_lora_linear")
     assert why_not(*forward) is None
@@ -235,8 +242,8 @@ def test_what_the_kernels_do_not_take_is_said() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
-def test_cuda_graph() -> None:
-    """Captured once, replayed on other ids."""
+def test_a_cuda_graph_can_be_replayed_on_other_ids() -> None:
+    """The graph is captured once, and then the ids change."""
     forward = arguments(torch.randint(-1, 4, (24,)), 256, 512, 4, 16, BF16, nested=True)
     ops.multi_lora_linear(*forward)
     graph = torch.cuda.CUDAGraph()

@@ -1,5 +1,7 @@
-"""lora_qkv and lora_mlp on the Triton kernels, where they take another path than in the tests of
-the ops: what shares a launch, regimes, splits that cross from one weight to the next."""
+"""lora_qkv and lora_mlp on Triton in cases where they take other branches than in the ops' tests.
+
+The cases are shared launches, the regimes, and splits that cross from one weight to the next.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ def on_triton(poisoned_buffers: None) -> Iterator[None]:
 
 @pytest.fixture
 def counts(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How often the host code launches each of the kernels that layers may share."""
+    """Counts how often the host code launches each kernel that layers may share."""
     calls: dict[str, int] = {}
 
     def counted(module: Any, name: str) -> None:
@@ -61,7 +63,7 @@ def check_qkv(plain_projection: Any, check_projections: Any) -> Callable[..., No
         masks = [mask_of(x.shape, p, index) for index in range(3)]
 
         def plain_torch(x: Tensor, *qkv: Projection) -> tuple[Tensor, ...]:
-            return tuple(plain_projection(x, *each) for each in zip(qkv, masks, strict=True))
+            return tuple(plain_projection(x, *pair) for pair in zip(qkv, masks, strict=True))
 
         check_projections(lambda x, *qkv: F.lora_qkv(x, *qkv, p, SEED), plain_torch, x, *qkv)
 
@@ -96,14 +98,14 @@ def mask_of(shape: tuple[int, ...], p: float, index: int) -> Tensor | None:
     return mask.to(DEVICE, torch.float64) / (1 - p)
 
 
-def input_of(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(rows, columns).to(DEVICE, dtype).requires_grad_()
+def input_of(tokens: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(tokens, columns).to(DEVICE, dtype).requires_grad_()
 
 
 def test_layers_that_are_alike_share_their_launches(
     make_projection: Make, check_qkv: Any, counts: dict[str, int]
 ) -> None:
-    """x is read once for all low-rank projections and once by the tiles, whatever the ranks."""
+    """All low-rank projections read x once, and the tiles read it once, whatever the ranks are."""
     x = input_of(40, 128, FP16)
     sizes_and_ranks = ((96, 36), (40, 33), (70, 60))
     qkv = [make_projection(*(n, 128, r), "nested", FP16, FP32, DEVICE) for n, r in sizes_and_ranks]
@@ -111,29 +113,34 @@ def test_layers_that_are_alike_share_their_launches(
     assert counts == {"lora_shrink": 1, "launch_linear_tiles": 1}
     torch.autograd.grad(sum(y.float().sum() for y in outputs), [x, *[p.lora_A for p in qkv]])
     assert counts["launch_linear_tiles_backward"] == 1
-    # dlora_A of all in one pass over x, dlora_B of each in one over its grad.
+    # One pass over x gives every dlora_A, and one pass over each grad gives a dlora_B.
     assert counts["lora_weight_grad"] == 1 + 3
     check_qkv(x, qkv, 0.3)
 
 
-def test_layers_that_are_not_alike_do_not(
+def test_layers_that_differ_share_no_launch(
     make_projection: Make, check_qkv: Any, counts: dict[str, int]
 ) -> None:
-    """Block sizes, dtypes of LoRA and biases differ: tensors of one kind only share a launch."""
+    """Block sizes, LoRA dtypes and biases differ. Only LoRA factors of one dtype share a launch."""
     x = input_of(33, 128, BF16)
     q = make_projection(48, 128, 36, "nf4", BF16, FP32, DEVICE, blocksize=32, has_bias=True)
     k = make_projection(40, 128, 34, "nf4", BF16, BF16, DEVICE, blocksize=32)
     v = make_projection(33, 128, 35, "dense", BF16, FP32, DEVICE)
     F.lora_qkv(x, q, k, v)
-    # q and v have LoRA factors of one dtype.
+    # q and v have LoRA factors of the same dtype.
     assert counts == {"lora_shrink": 2, "launch_linear_tiles": 3}
     check_qkv(x, [q, k, v])
 
 
 @pytest.mark.parametrize("p", [0.0, 0.25])
-def test_split_sums_of_several_weights(make_projection: Make, check_qkv: Any, p: float) -> None:
-    """Few tiles: K is split in the forward pass, and in the backward pass the rows of all weights,
-    one behind the other, where a split begins inside one and ends inside the next."""
+def test_split_sums_of_several_weights_obey_the_numerics_rule(
+    make_projection: Make, check_qkv: Any, p: float
+) -> None:
+    """There are few tiles, so sums are split: the forward pass splits K.
+
+    The backward pass splits the rows of all weights, one after the other. A split may begin inside
+    one weight and end inside the next.
+    """
     x, long = input_of(5, 1088, FP32), (500, 333, 460)
     facts = launch.facts(x)
     assert configs.forward_plan(5, (40, 24, 32), 1088, 4, 64, facts).splits > 1
@@ -149,7 +156,7 @@ def test_split_sums_of_several_weights(make_projection: Make, check_qkv: Any, p:
     ("dtype", "lora_dtype", "p"),
     [(BF16, FP32, 0.0), (BF16, FP32, 0.3), (FP16, FP16, 0.0), (FP16, FP32, 0.3)],
 )
-def test_large_m(
+def test_large_m_obeys_the_numerics_rule(
     make_projection: Make,
     check_qkv: Any,
     check_mlp: Any,
@@ -157,10 +164,10 @@ def test_large_m(
     lora_dtype: torch.dtype,
     p: float,
 ) -> None:
-    """The regime of dense products, extended by the columns of every LoRA or finished later."""
-    rows = 520
-    assert configs.is_large(rows, 2)
-    x = input_of(rows, 64, dtype)
+    """The dense product is extended by the columns of every LoRA, or finished later."""
+    tokens = 520
+    assert configs.is_large(tokens, 2)
+    x = input_of(tokens, 64, dtype)
     options = {"dtype": dtype, "lora_dtype": lora_dtype, "device": DEVICE, "has_bias": True}
     q = make_projection(48, 64, 20, "nested", **options)
     k = make_projection(40, 64, 5, "nf4", **options)
@@ -170,10 +177,10 @@ def test_large_m(
 
 
 @pytest.mark.parametrize("activation", GATED_ACTIVATIONS)
-def test_mlp_without_lora_on_one_side(
+def test_mlp_without_lora_on_gate_and_down_obeys_the_numerics_rule(
     make_projection: Make, check_mlp: Any, counts: dict[str, int], activation: str
 ) -> None:
-    """No factor for gate, none for down: act(gate) * up has no projection to ride on."""
+    """down has no LoRA, so the kernel that computes act(gate) * up does no projection."""
     x = input_of(9, 64, FP32)
     gate = make_projection(96, 64, None, "nf4", device=DEVICE)
     up = make_projection(96, 64, 33, "nf4", device=DEVICE)

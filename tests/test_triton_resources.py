@@ -1,4 +1,4 @@
-"""The ahead-of-time report of the Triton kernels: its table is whole, and it can fail."""
+"""The ahead-of-time report of the Triton kernels: its table is complete, and it can fail."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_table_has_every_variant_that_is_launched(capability: int) -> None:
 
 
 def test_hopper_multiplies_on_its_matrix_unit_without_spills() -> None:
-    """One tile of 64 rows and more, compiled here and now."""
+    """The test compiles one variant with tiles of 64 tokens."""
     tiles = [v for v in launches(90) if v.kernel == "linear_tiles" and v.blocks["BLOCK_M"] == 64]
     numbers = resources.measure(tiles[0], 90)
     assert numbers["matrix"] > 0 and numbers["spills"] == 0
@@ -42,7 +42,7 @@ def test_hopper_multiplies_on_its_matrix_unit_without_spills() -> None:
 
 
 def test_only_a_changed_variant_is_compiled(monkeypatch, tmp_path, capsys) -> None:
-    """With the Triton of the table, and with another one, of which the limits alone are kept."""
+    """It runs with the table's Triton, and with another Triton for which only limits are kept."""
     variants = launches(90)[:2]
     names = list(resources.named(variants))
     keys = [resources.variant_key(variant, 90) for variant in variants]
@@ -86,7 +86,7 @@ def test_only_a_changed_variant_is_compiled(monkeypatch, tmp_path, capsys) -> No
 CYCLES = {"issue": 90.0, "arithmetic": 80.0, "shared": 40.0, "tensor": 20.0, "memory": 64.4}
 
 
-def test_worse_than_the_table_is_told() -> None:
+def test_numbers_worse_than_the_table_are_reported() -> None:
     before = {"registers": 100, "shared": 1024, "matrix": 4, "cycles": CYCLES}
     assert resources.relative_problems(before, before) == []
     assert resources.relative_problems(before, None) == ["is not in the table"]
@@ -100,8 +100,8 @@ def test_worse_than_the_table_is_told() -> None:
     assert resources.relative_problems(before | {"cycles": CYCLES | {"issue": 91.0}}, before) == []
 
 
-def test_main_loop_decodes_one_tile_a_turn() -> None:
-    """The loop that decodes is meant, not the one of the low rank; four warps share the tile."""
+def test_main_loop_decodes_one_tile_in_each_turn() -> None:
+    """The main loop decodes; the loop over the rank does not. Four warps share the tile."""
     variant = next(
         v
         for v in launches(100)
@@ -119,7 +119,7 @@ def test_main_loop_decodes_one_tile_a_turn() -> None:
     assert loop is not None and [i.name for i in loop.code] == ["PRMT", *["UTCHMMA"] * 4, "BRA"]
     columns = variant.blocks["BLOCK_N"]
     assert loop.weights == columns * 64 / 4
-    # x times each weight, for 64 tokens; both operands are read from shared memory once.
+    # Each weight is multiplied for 64 tokens, and both operands are read from shared memory once.
     assert loop.macs == 64
     assert loop.read == 2 * (64 * 64 + columns * 64) / (columns * 64)
     assert resources.decoding_loop(variant, code[:9]) is None

@@ -39,7 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[TilePlan]:
-    """The plans that a clock is asked for; it takes the one with the most splits for the best."""
+    """Returns the plans that are timed. The plan with the most splits is made the fastest."""
     plans: list[TilePlan] = []
 
     def milliseconds(run: Any, plan: TilePlan) -> float:
@@ -58,8 +58,8 @@ def call() -> tuple[Any, ...]:
     return (torch.randn(20, 512, device=DEVICE), *q, 40, None)
 
 
-def test_fastest_goes_from_parameter_to_parameter() -> None:
-    """The times of two parameters add up: both optima are found, what cannot run is passed over."""
+def test_fastest_finds_the_best_value_of_each_parameter() -> None:
+    """The time is a sum over two parameters. Plans that cannot run are passed over."""
 
     def milliseconds(plan: TilePlan) -> float:
         if plan.tile.block_m == 64:
@@ -75,15 +75,15 @@ def test_fastest_goes_from_parameter_to_parameter() -> None:
 def test_every_plan_around_a_rule_covers_the_sum() -> None:
     for length in (64, 1088, 4096):
         rule = TilePlan(RULE.tile, *configs._split(length, 64, 4, configs.Facts(90, 132), 2, 512))
-        found: list[TilePlan] = []
+        tried: list[TilePlan] = []
 
-        def milliseconds(plan: TilePlan, found: list[TilePlan] = found) -> float:
-            found.append(plan)
+        def milliseconds(plan: TilePlan, tried: list[TilePlan] = tried) -> float:
+            tried.append(plan)
             return 1.0
 
         tuning.fastest(rule, length, milliseconds)
-        assert len(found) == len(set(found)) > 5
-        for plan in found:
+        assert len(tried) == len(set(tried)) > 5
+        for plan in tried:
             assert plan.per_split % plan.tile.block_k == 0
             assert (plan.splits - 1) * plan.per_split < length <= plan.splits * plan.per_split
 
@@ -109,8 +109,8 @@ def test_neighbours_change_one_parameter() -> None:
         TilePlan(TileConfig(32, 128, 64, 8, 3), splits=4, per_split=128),
     ],
 )
-def test_a_chosen_plan_is_right(plan: TilePlan) -> None:
-    """Two plans that the rule takes for no such call, with LoRA."""
+def test_a_chosen_plan_gives_the_right_result(plan: TilePlan) -> None:
+    """The rule would not choose these two plans for this call. The call has LoRA."""
     from pylora.kernels.lora_linear import lora_linear_by_tiles
 
     x, *q, out_features, bias = call()
@@ -120,8 +120,8 @@ def test_a_chosen_plan_is_right(plan: TilePlan) -> None:
     layer = Layer(weight, bias, LowRank(A, B, scaling=0.5))
 
     def expected(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-        last = (bias, None, None, 0.5, 0.0, None, "identity")
-        return reference_op("lora_linear")(x, *q, out_features, A, B, *last)[0]
+        trailing = (bias, None, None, 0.5, 0.0, None, "identity")
+        return reference_op("lora_linear")(x, *q, out_features, A, B, *trailing)[0]
 
     assert_as_accurate_as_torch(lora_linear_by_tiles(x, layer, plan), expected, x, A, B)
 
@@ -144,7 +144,7 @@ def test_a_plan_is_measured_once_and_read_by_later_processes(
     count = len(measured)
     assert count > 5
     torch.ops.pylora.nf4_linear(*args)
-    # Rows share a plan up to the next power of two.
+    # Numbers of tokens share a plan up to the next power of two.
     torch.ops.pylora.nf4_linear(args[0][:17], *args[1:])
     assert len(measured) == count
     torch.ops.pylora.nf4_linear(args[0][:16], *args[1:])
@@ -153,13 +153,14 @@ def test_a_plan_is_measured_once_and_read_by_later_processes(
     pylora.refresh()
     tuning.forget()
     del measured[:]
-    # The order of a sum tells the plan: neither measured again nor the rule's.
+    # The bits depend on the order of the sum, so y shows that the plan was read: it was not
+    # measured again, and it is not the rule's.
     assert torch.equal(torch.ops.pylora.nf4_linear(*args), y)
     assert not measured and not torch.equal(y, plain)
     assert [path.name for path in folder.iterdir()] == ["tuning.json"]
 
 
-def test_plans_of_another_gpu_are_kept_and_not_used(
+def test_plans_of_another_gpu_are_kept_but_not_used(
     measured: list[TilePlan], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYLORA_AUTOTUNE", "1")
@@ -177,7 +178,7 @@ def test_plans_of_another_gpu_are_kept_and_not_used(
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"a GPU": {"a key": {"tile": {}}}}'])
-def test_a_file_that_holds_something_else_is_named(folder: Path, text: str) -> None:
+def test_a_file_without_tile_plans_is_named(folder: Path, text: str) -> None:
     folder.mkdir()
     (folder / "tuning.json").write_text(text)
     with pytest.raises(ValueError, match=r"tuning\.json must hold tile plans"):

@@ -19,7 +19,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def nf4_vectors() -> dict[str, torch.Tensor]:
-    """Weights with an outlier and a block of zeros, and what bitsandbytes makes of them."""
+    """Makes weights with an outlier and a block of zeros, and quantizes them with bitsandbytes."""
     entries = {}
     for shape_name, shape in SHAPES.items():
         for dtype_name, dtype in DTYPES.items():

@@ -1,4 +1,4 @@
-"""Builds and runs the programs of this folder, under sanitizers."""
+"""Builds the programs of this folder and runs them under sanitizers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # in the order of the C++ enum
-# The .cu files of a program, by their names below csrc/cuda.
+# The .cu files of each program, by their paths below csrc/cuda.
 SMALL_M_KERNELS = ("small_m/lora_linear", "small_m/plan", "small_m/lora_shrink")
 BACKWARD_KERNELS = ("small_m/nf4_linear_backward", "small_m/plan")
 HOPPER_KERNELS = (
@@ -25,8 +25,8 @@ HOPPER_KERNELS = (
     "hopper/tensor_map",
     "many_rows/lora_shrink",
 )
-DRIVER = ("tests/host_cuda/driver.cpp",)  # stands in for it, where there are tensor maps
-SEEDS = range(2)  # of the order in which threads run
+DRIVER = ("tests/host_cuda/driver.cpp",)  # the driver's stand-in, for programs with tensor maps
+SEEDS = range(2)  # each draws another order of threads
 
 
 FLAGS = """-std=c++20 -O1 -Wall -Wextra -Werror -ffp-contract=off -Wno-unknown-pragmas
@@ -35,7 +35,10 @@ FLAGS = """-std=c++20 -O1 -Wall -Wextra -Werror -ffp-contract=off -Wno-unknown-p
 
 
 def compiled(stem: str, *kernels: str, twins: tuple[str, ...] = ()) -> Path:
-    """The program of this folder with the kernels it runs; each file is compiled once for all."""
+    """Builds a program of this folder with the kernels that it runs.
+
+    Each file is compiled once for all programs.
+    """
     name = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if name is None:
         pytest.skip("no C++ compiler")
@@ -61,7 +64,10 @@ def start(
 
 
 def run(program: Path, arrays: list[Tensor], seed: int = 0) -> tuple[bytearray, str]:
-    """Standard output and error of `program`; `seed` decides the order of its threads."""
+    """Runs `program` and returns its standard output and error.
+
+    `seed` decides the order of its threads.
+    """
     stdin = b"".join(bytes(x.contiguous().view(-1).view(torch.uint8).numpy()) for x in arrays)
     ran = start(program, stdin=stdin, seed=seed)
     assert ran.returncode == 0, ran.stderr.decode()

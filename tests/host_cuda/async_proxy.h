@@ -1,11 +1,13 @@
-// What the async proxy of sm_90 (copies by TMA, operands of wgmma) sees of a CTA's shared memory.
+// Tracks what the async proxy of sm_90 (copies by TMA, operands of wgmma) sees of a CTA's shared
+// memory.
 //
-// It has a path of its own to shared memory. What a thread writes with an ordinary store becomes
-// visible there if the thread executes fence.proxy.async after the store, and a barrier then orders
-// the two. Here every byte has the value that the async proxy sees and, if an ordinary store has
-// replaced it, the thread whose fence is missing. Stores are known from the wrappers of ptx.cuh
-// (store_shared, stmatrix, cp.async). A plain store is invisible until its bytes differ from those
-// that the async proxy sees: then nobody knows who must fence, and that is an error of its own.
+// The async proxy reaches shared memory by its own path. It sees what a thread has written with an
+// ordinary store only if the thread then executes fence.proxy.async and a barrier follows. Here
+// every byte has the value that the async proxy sees. If an ordinary store has replaced that value,
+// the byte also has the number of the thread whose fence is missing. The wrappers of ptx.cuh
+// (store_shared, stmatrix, cp.async) report their stores. A plain store is not reported and is only
+// noticed if its bytes differ from those that the async proxy sees. Which thread must fence is then
+// unknown, so the error is another one.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +25,7 @@ class AsyncProxy {
   AsyncProxy(const uint8_t* memory, size_t bytes)
       : memory_(memory), seen_(memory, memory + bytes), unfenced_(bytes, kNobody) {}
 
-  // An ordinary store of a thread, after it. One to static shared memory does not matter here.
+  // Called after an ordinary store of a thread. A store to static shared memory does not matter.
   void store(unsigned thread, const void* pointer, size_t bytes) {
     if (!contains(pointer, bytes)) return;
     const size_t first = offset_of(pointer);
@@ -32,13 +34,13 @@ class AsyncProxy {
     stores_[thread].push_back({first, bytes});
   }
 
-  // fence.proxy.async of a thread.
+  // Called for a thread's fence.proxy.async.
   void fence(unsigned thread) {
     ++report.async_fences;
     if (stores_.size() <= thread) return;
     for (const Range& range : stores_[thread]) {
       for (size_t i = range.first; i < range.first + range.bytes; ++i) {
-        if (unfenced_[i] != thread) continue;  // another has written there since
+        if (unfenced_[i] != thread) continue;  // another thread has written there since
         unfenced_[i] = kNobody;
         seen_[i] = memory_[i];
       }
@@ -46,20 +48,20 @@ class AsyncProxy {
     stores_[thread].clear();
   }
 
-  // The async proxy is about to read.
+  // Called before the async proxy reads.
   void read(const char* operation, const void* pointer, size_t bytes) {
     ++report.async_reads;
     require(pointer, bytes);
     check(operation, "reads", offset_of(pointer), bytes);
   }
-  // It may write from now on. Two stores to one place through different proxies need the fence as
-  // well.
+  // Called before the async proxy may write. A fence is also needed between two stores to one place
+  // through different proxies.
   void start_write(const char* operation, const void* pointer, size_t bytes) {
     ++report.async_writes;
     require(pointer, bytes);
     check(operation, "writes over", offset_of(pointer), bytes);
   }
-  // It has written.
+  // Called after the async proxy has written.
   void written(const void* pointer, size_t bytes) {
     require(pointer, bytes);
     const size_t first = offset_of(pointer);
@@ -104,7 +106,7 @@ class AsyncProxy {
   const uint8_t* memory_;
   std::vector<uint8_t> seen_;
   std::vector<uint16_t> unfenced_;          // the thread whose fence is missing
-  std::vector<std::vector<Range>> stores_;  // of a thread since its last fence
+  std::vector<std::vector<Range>> stores_;  // each thread's stores since its last fence
 };
 
 }  // namespace host_cuda

@@ -1,15 +1,15 @@
 // Counts the wavefronts of a warp's accesses to shared memory from the addresses of its lanes.
 //
-// Shared memory has 32 banks of 4 bytes, and a wavefront brings one word of each. Lanes that want
-// the same word share it. Lanes of 8 bytes go by halves of the warp, and lanes of 16 bytes by
-// quarters: each is a wavefront of its own at least.
+// Shared memory has 32 banks of 4 bytes, and a wavefront brings one word of each bank. Lanes that
+// want the same word share it. If each lane accesses 8 bytes, the halves of the warp take at least
+// one wavefront each; if each lane accesses 16 bytes, the quarters do.
 //
-// Lanes are separate fibers here, so the accesses of a warp must be put together again: what one
-// place in the source does for the k-th time since the last operation in which the whole warp met is
-// one access. That is what a GPU does unless lanes left each other in between: if one lane skips an
-// access in a loop that the others make, its later ones are counted with those one before, up to the
-// next meeting. That a GPU may serve several quarters in one wavefront if they want the same words
-// is not counted either.
+// Lanes are separate fibers here, so the accesses of a warp must be put together again. The lanes'
+// k-th accesses at one place in the source, since the whole warp last met in an operation, count as
+// one access. A GPU does the same unless the lanes diverged in between: if a lane skips an access
+// that the others make in a loop, its later accesses are counted with the earlier ones of the
+// others, up to the next meeting. A GPU may serve several quarters in one wavefront if they want
+// the same words; that is not counted either.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +23,7 @@ namespace host_cuda {
 inline constexpr unsigned kBanks = 32;
 inline constexpr unsigned kBankBytes = 4;
 
-// Wavefronts of lanes that are served together.
+// Returns the wavefronts of lanes that are served together.
 inline unsigned wavefronts(const std::vector<uintptr_t>& addresses, unsigned bytes) {
   std::vector<uintptr_t> words;
   for (const uintptr_t address : addresses) {

@@ -1,5 +1,5 @@
-// Stands in for the driver's header: what csrc/cuda/hopper/tensor_map.cu uses of it. Enumerators have the
-// values that cuda.h gives them.
+// Stands in for the driver's header, with only what csrc/cuda/hopper/tensor_map.cu uses. The
+// enumerators have the values that they have in the real cuda.h.
 #pragma once
 
 #include <cstdint>

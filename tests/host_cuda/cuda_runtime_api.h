@@ -1,5 +1,6 @@
-// Stands in for the toolkit's header, whose place on the include path this folder takes: CUDA C++
-// as plain C++ on the executor. It has what the kernels use, no more.
+// Stands in for the toolkit's header, so that CUDA C++ compiles as plain C++ and runs on the
+// executor. This folder takes the toolkit's place on the include path. The header has only what the
+// kernels use.
 #pragma once
 
 #include <algorithm>
@@ -73,7 +74,7 @@ inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaSt
   return cudaSuccess;
 }
 
-// The one device cannot be asked: the programs here bring their own limits.
+// The simulated device does not tell its attributes: each program here gets its limits as input.
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,

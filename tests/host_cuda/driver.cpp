@@ -1,5 +1,6 @@
-// Stands in for the driver: cuTensorMapEncodeTiled with what its documentation demands (CUDA 13.0),
-// and the way to find it. A refusal names the demand; what is accepted goes into the report.
+// Stands in for the driver: cuTensorMapEncodeTiled, and the function that finds it. It makes the
+// demands of its documentation (CUDA 13.0). A refusal names the demand that is not met, and
+// accepted arguments go into the report.
 #include <cuda.h>
 
 #include <cstring>
@@ -38,7 +39,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
     bool met;
     const char* demand;
   } demands[] = {
-      {rank == 2, "matrices are all that is described here"},
+      {rank == 2, "tensorRank must be 2: only matrices are described here"},
       {is_multiple(map, 64), "tensorMap must be aligned to 64 bytes"},
       {is_multiple(address, 16), "globalAddress must be aligned to 16 bytes"},
       {both(sizes, kLargestSize), "globalDim must be from 1 to 2^32"},
@@ -49,9 +50,11 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
       {box[0] * item % 16 == 0, "boxDim[0] must be a multiple of 16 bytes"},
       {both(element_strides, 8), "elementStrides must be from 1 to 8"},
       {interleave == CU_TENSOR_MAP_INTERLEAVE_NONE, "interleave must be none for a matrix"},
-      {swizzle != CU_TENSOR_MAP_SWIZZLE_NONE, "a swizzle is what the kernels' tiles have"},
+      {swizzle != CU_TENSOR_MAP_SWIZZLE_NONE,
+       "swizzle must not be none, since the kernels' tiles have one"},
       {box[0] * item <= swizzle_bytes, "boxDim[0] must be no longer than the swizzle"},
-      {out_of_bounds == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE, "what is outside must be 0"},
+      {out_of_bounds == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+       "oobFill must be none, which fills with 0"},
   };
   for (const auto& demand : demands) {
     if (demand.met) continue;
@@ -77,7 +80,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
 cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned version,
                                              unsigned long long /*flags*/,
                                              cudaDriverEntryPointQueryResult* found) {
-  constexpr unsigned kFirst = 12000;  // that has the copy engine
+  constexpr unsigned kFirst = 12000;  // the first CUDA version with the copy engine
   const bool is_known = std::strcmp(name, "cuTensorMapEncodeTiled") == 0 && version >= kFirst;
   *function = is_known ? reinterpret_cast<void*>(&cuTensorMapEncodeTiled) : nullptr;
   *found = is_known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;

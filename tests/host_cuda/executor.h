@@ -1,11 +1,11 @@
 // Runs CUDA threads as fibers on one thread of the CPU, in an order drawn from a seed.
 //
-// A fiber runs until it waits at a barrier, of its warp or of its CTA; then another that can run
-// goes on: any of the warp that has the highest priority. Priorities are drawn anew now and then,
-// so that warps run far ahead of each other, as far as barriers let them, and so do the few CTAs
-// that are resident together. A result that depends on the order changes with the seed. What a
-// barrier is for is part of it: lanes of a warp that meet in different operations, or wait for ones
-// that will not come, end the program.
+// A fiber runs until it waits at a barrier of its warp or of its CTA. Then another fiber runs: any
+// that can, from the warp with the highest priority. Priorities are drawn anew now and then, so
+// that warps and the few CTAs that are resident together run as far ahead of each other as barriers
+// let them. A result that depends on the order therefore changes with the seed. A barrier knows its
+// operation: the program ends with an error if lanes of a warp meet in different operations, or if
+// threads wait for others that never come.
 #pragma once
 
 #include <ucontext.h>
@@ -34,45 +34,45 @@ struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
 
-inline dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the fiber that runs
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;  // those of the fiber that runs
 
 namespace host_cuda {
 
 inline constexpr unsigned kLanes = 32;
 inline constexpr size_t kStackBytes = 256 << 10;
 inline constexpr size_t kResidentCtas = 3;
-inline constexpr unsigned kTurnsOfAPriority = 256;  // on average
+inline constexpr unsigned kTurnsOfAPriority = 256;  // the average until it is drawn anew
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "host_cuda: %s\n", what);
   std::abort();
 }
 
-// Threads that wait for each other: a warp, or a CTA.
+// A barrier of threads that wait for each other: those of a warp or of a CTA.
 struct Barrier {
   unsigned live = 0;                // threads that have not returned
   std::vector<unsigned> waiting;    // fibers
-  const char* operation = nullptr;  // what they wait in
+  const char* operation = nullptr;  // the operation in which they wait
 };
 
 struct Warp {
   Barrier barrier;
   std::vector<unsigned> ready;  // fibers
   uint32_t priority = 0;
-  WarpAccesses accesses;  // to shared memory
-  // What each lane shows the others in an operation of the whole warp.
+  WarpAccesses accesses;  // accesses to shared memory
+  // What each lane shows the other lanes in an operation of the whole warp.
   struct Lane {
     uint64_t value;
-    uint16_t row[8];   // of ldmatrix
-    float a[8], b[4];  // fragments of mma
+    uint16_t row[8];   // the lane's row in ldmatrix
+    float a[8], b[4];  // the lane's fragments in mma
   } lanes[kLanes];
 };
 
 struct Grid;
 
-// A copy of sm_90's copy engine that has been issued and has not landed: `land` moves the bytes.
+// A copy by sm_90's copy engine that has been issued and has not landed. `land` moves the bytes.
 struct BulkCopy {
-  void* barrier;  // that counts its bytes
+  void* barrier;  // the mbarrier that counts its bytes
   std::function<void()> land;
 };
 
@@ -81,14 +81,14 @@ struct Cta {
   dim3 index;
   Barrier barrier;
   std::map<unsigned, Barrier> named_barriers;
-  std::map<const void*, std::vector<unsigned>> waiting_at;  // fibers, by mbarrier
+  std::map<const void*, std::vector<unsigned>> waiting_at;  // waiting fibers of each mbarrier
   std::vector<BulkCopy> bulk_copies;
   std::vector<Warp> warps;
   std::vector<unsigned> fibers;
   std::unique_ptr<uint8_t, void (*)(void*)> static_memory{nullptr, std::free};
   std::unique_ptr<uint8_t, void (*)(void*)> dynamic_memory{nullptr, std::free};
   size_t static_bytes = 0;
-  std::unique_ptr<AsyncProxy> async_proxy;  // of kernels that ask for tiled_shared_memory()
+  std::unique_ptr<AsyncProxy> async_proxy;  // null until a kernel calls tiled_shared_memory()
 };
 
 // A launched kernel.
@@ -97,15 +97,15 @@ struct Grid {
   unsigned threads = 0;
   size_t dynamic_bytes = 0;
   std::function<void()> kernel;
-  Grid* previous = nullptr;    // that need not have ended before this one starts
+  Grid* previous = nullptr;    // the grid before, which may still run when this one starts
   std::vector<dim3> to_start;  // CTAs, in random order
   std::vector<std::unique_ptr<Cta>> resident;
-  std::vector<unsigned> waiting;  // fibers of the next grid, for the end of this one
+  std::vector<unsigned> waiting;  // fibers of the next grid that wait for the end of this one
 
   bool done() const { return to_start.empty() && resident.empty(); }
 };
 
-// A copy that has been issued and has not landed.
+// A cp.async copy that has been issued and has not landed.
 struct AsyncCopy {
   void* shared;
   const void* global;
@@ -114,11 +114,11 @@ struct AsyncCopy {
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<uint8_t[]> stack;
-  void* fake_stack = nullptr;  // the address sanitizer's
+  void* fake_stack = nullptr;  // belongs to the address sanitizer
   Cta* cta = nullptr;
   unsigned thread = 0;
   std::vector<std::vector<AsyncCopy>> groups;  // the last one is still open
-  // The same of wgmma: each entry multiplies when it is waited for, with its whole warp.
+  // The groups of wgmma. Each entry multiplies, together with its warp, when it is waited for.
   std::vector<std::vector<std::function<void()>>> multiplies;
   bool multiply_fenced = false;
 };
@@ -126,9 +126,9 @@ struct Fiber {
 struct Executor {
   std::mt19937 random;
   std::vector<std::unique_ptr<Fiber>> fibers;  // reused from CTA to CTA
-  std::vector<unsigned> idle;                  // of them
-  std::vector<std::unique_ptr<Grid>> grids;    // launched and not waited for
-  std::vector<Warp*> ready;                    // warps with such fibers
+  std::vector<unsigned> idle;                  // fibers that no CTA uses
+  std::vector<std::unique_ptr<Grid>> grids;    // grids that were launched and not waited for
+  std::vector<Warp*> ready;                    // warps with fibers that can run
   unsigned running = 0;
   ucontext_t scheduler;
   const void* scheduler_stack = nullptr;
@@ -143,8 +143,8 @@ struct Executor {
 
 inline Executor executor;
 
-// Memory that nothing has written: 0xFF is NaN in every float, and no small integer. Each block has
-// the size asked for, so that the address sanitizer sees a step beyond it.
+// Returns memory filled with 0xFF, which is NaN in every float type and not a small integer. The
+// allocation has exactly the size asked for, so the address sanitizer notices a step beyond it.
 inline uint8_t* poisoned(size_t bytes, size_t alignment) {
   void* memory = nullptr;
   if (posix_memalign(&memory, alignment, bytes) != 0) fail("out of memory");
@@ -159,7 +159,7 @@ inline Warp& warp_of(unsigned number) {
 inline Warp& warp() { return warp_of(executor.running); }
 inline unsigned lane() { return executor.current().thread % kLanes; }
 
-// A lane's access to shared memory by one of the wrappers of ptx.cuh, at `where` in a kernel.
+// Records a lane's access to shared memory by a wrapper of ptx.cuh, at `where` in a kernel.
 inline void access_shared(const void* pointer, unsigned bytes, const char* operation,
                           const std::source_location& where) {
   const Cta& cta = *executor.current().cta;
@@ -176,7 +176,7 @@ inline void access_shared(const void* pointer, unsigned bytes, const char* opera
   warp().accesses.add(report.site_of(where, operation, bytes), lane(), pointer);
 }
 
-// An ordinary store of this thread, after it.
+// Called after an ordinary store of this thread.
 inline void has_stored(const void* pointer, size_t bytes) {
   const Fiber& fiber = executor.current();
   if (fiber.cta->async_proxy != nullptr)
@@ -203,7 +203,7 @@ inline void make_ready(unsigned number) {
   warp.ready.push_back(number);
 }
 
-// Takes the fiber that runs next.
+// Removes and returns the fiber that runs next.
 inline unsigned take_ready() {
   const auto less = [](const Warp* a, const Warp* b) { return a->priority < b->priority; };
   const auto first = std::max_element(executor.ready.begin(), executor.ready.end(), less);
@@ -245,7 +245,7 @@ inline void fiber_main() {
   executor.current().cta->grid->kernel();
   Fiber& fiber = executor.current();
   for (Barrier* barrier : {&warp().barrier, &fiber.cta->barrier}) {
-    --barrier->live;  // who has returned is waited for no more
+    --barrier->live;  // nobody waits for a thread that has returned
     release_if_complete(*barrier);
   }
   to_scheduler(true);
@@ -255,7 +255,7 @@ inline void start_fiber(unsigned number, Cta* cta, unsigned thread) {
   Fiber& fiber = *executor.fibers[number];
   if (fiber.stack == nullptr) fiber.stack.reset(new uint8_t[kStackBytes]);
 #if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(fiber.stack.get(), kStackBytes);  // the one before never returned
+  __asan_unpoison_memory_region(fiber.stack.get(), kStackBytes);  // the last fiber never returned
 #endif
   fiber.fake_stack = nullptr;
   fiber.cta = cta;
@@ -292,7 +292,7 @@ inline std::unique_ptr<Cta> start_cta(Grid& grid) {
   return cta;
 }
 
-// Ends the CTAs whose threads have returned, and starts others in their place.
+// Ends each CTA whose threads have all returned, and starts another in its place.
 inline void replace_ctas(Grid& grid) {
   for (auto& cta : grid.resident) {
     if (cta->barrier.live > 0) continue;
@@ -340,8 +340,8 @@ inline void synchronize() {
   executor.grids.clear();
 }
 
-// Launches a kernel. One that is `dependent` starts together with the one before it: that is the
-// earliest a GPU may start it.
+// Launches a kernel. A `dependent` kernel starts together with the kernel before it, which is the
+// earliest that a GPU may start it.
 inline void start(dim3 size, unsigned threads, size_t dynamic_bytes, bool dependent,
                   std::function<void()> kernel) {
   if (!dependent) synchronize();

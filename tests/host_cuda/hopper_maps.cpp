@@ -1,4 +1,5 @@
-// The maps of hopper/lora_linear.cu: each covers what it stands for, once. Exit code 0: all do.
+// Checks that each map of hopper/lora_linear.cu covers everything that it maps, and each once. The
+// exit code is 0 if all maps do.
 #include <cstdio>
 #include <set>
 #include <vector>
@@ -17,7 +18,7 @@ void expect(bool right, const char* what) {
   all_right &= right;
 }
 
-// Counts what it is given; complete if that was 0 to count - 1, each once.
+// Counts numbers. It is complete if it got each number from 0 to count - 1 exactly once.
 class Cover {
  public:
   explicit Cover(int count) : seen_(static_cast<size_t>(count)) {}
@@ -49,7 +50,8 @@ void check_fragments() {
         const int byte = 4 * fragment_word(step, i) + fragment_byte(thread);
         bytes.add(row * kPackedRowBytes + byte);
         ranks.add(row * kLowColumns + fragment_rank(thread, step, i));
-        // The PTX ISA: element k of a step of 16 is held by quad k % 8 / 2, in register k / 8 * 2.
+        // By the PTX ISA, lane k % 8 / 2 of a quad holds element k of a step of 16, in register
+        // k / 8 * 2.
         const int k = 2 * byte % 16;
         expect(k % 8 / 2 == thread % 4 && k / 8 == i / 2 && 2 * byte / 16 == step, "fragments");
       }
@@ -105,7 +107,7 @@ void check_staging() {
           const int token = staged_token(pair, lane), unit = staged_unit(warp, lane);
           written.add(token * 8 + unit);
           banks.insert(staging_unit(token, unit));
-          // What register `matrix` of the warp holds must be the matrix that is stored there.
+          // Register `matrix` of the warp must hold the matrix that is stored there.
           const int sum = 4 * staged_octet(pair, matrix) + matrix % 2 * 2;
           expect(accumulator_token(0, sum) / 8 == token / 8, "tokens of a stored matrix");
           expect(fragment_row(32 * warp, sum / 2) / 8 == unit, "rows of a stored matrix");

@@ -1,5 +1,6 @@
-// Prints, as JSON, who holds what by the functions of csrc/cuda and by the executor's twins of the
-// instructions. tests/test_cutlass_layouts.py compares both with CUTLASS's definitions.
+// Prints as JSON which thread holds which element, both by the functions of csrc/cuda and by the
+// executor's twins of the instructions. tests/test_cutlass_layouts.py compares both with CUTLASS's
+// definitions.
 #include <cstdio>
 #include <functional>
 #include <vector>
@@ -16,7 +17,7 @@ namespace {
 using namespace pylora;
 using namespace pylora::cuda;
 
-// An array of `sizes[0]` arrays of `sizes[1]` arrays ..., each element of(i, j, ...).
+// Prints an array of `sizes[0]` arrays of `sizes[1]` arrays and so on. `print` prints one element.
 using Index = std::vector<int>;
 void print_array(const Index& sizes, const std::function<void(const Index&)>& print,
                  Index index = {}) {
@@ -36,11 +37,11 @@ void print_integers(const char* name, const Index& sizes,
   std::printf(",\n");
 }
 
-// The maps of hopper/lora_linear.cu; an index is row + 64 * column, as CUTLASS counts.
+// Prints the maps of hopper/lora_linear.cu. As in CUTLASS, an index is row + 64 * column.
 void print_maps() {
   print_integers("weights", {kSteps, kGroupThreads, 8}, [](const Index& at) {
     const int step = at[0], thread = at[1], i = at[2] / 2;
-    // Byte j of word w holds columns 8 w + 2 j and the next.
+    // Byte j of word w holds columns 8 w + 2 j and 8 w + 2 j + 1.
     const int column = 8 * fragment_word(step, i) + 2 * fragment_byte(thread) + at[2] % 2;
     return fragment_row(thread, i) + kGroupRows * (column - 16 * step);
   });
@@ -53,8 +54,8 @@ void print_maps() {
   });
   print_integers("packed tile", {kTileRows, 2},
                  [](const Index& at) { return packed_offset(at[0], at[1]); });
-  // What stmatrix stores: element e of a lane's registers is this sum; a lane's address is that of
-  // this token and of 8 rows of W from 8 * unit on.
+  // What stmatrix stores. "staged sums" has the sum that each element of a lane's registers is. A
+  // lane's address is that of a "staged token", and of the 8 rows of W that begin at 8 * unit.
   constexpr int kPairs = kStagedTokens / 16;
   print_integers("staged sums", {kPairs, 8}, [](const Index& at) {
     const int i = at[1] / 2;
@@ -89,7 +90,8 @@ void run(Kernel* kernel, int threads, size_t shared_bytes, Arguments... argument
   cudaDeviceSynchronize();
 }
 
-// Matrices of 16-bit elements that are numbered as they lie in memory.
+// Loads matrices of 16-bit elements that are numbered in the order of memory, and stores matrices
+// that are numbered in the order of the lanes' registers.
 void move_matrices(uint16_t* loaded, uint16_t* transposed, uint16_t* stored) {
   auto* memory = reinterpret_cast<uint16_t*>(dynamic_shared_memory());
   const int lane = static_cast<int>(threadIdx.x);
@@ -100,7 +102,7 @@ void move_matrices(uint16_t* loaded, uint16_t* transposed, uint16_t* stored) {
   std::memcpy(loaded + 8 * lane, registers, 16);
   load_matrices_transposed(registers, memory + 8 * lane);
   std::memcpy(transposed + 8 * lane, registers, 16);
-  for (uint32_t i = 0; i < 4; ++i) {  // and numbered as the lanes hold them
+  for (uint32_t i = 0; i < 4; ++i) {
     const auto first = 8 * static_cast<uint32_t>(lane) + 2 * i;
     registers[i] = (first + 1) << 16 | first;
   }
@@ -122,7 +124,7 @@ void print_moves() {
   print("stmatrix transposed", place);
 }
 
-// Small integers without a pattern that a wrong map could keep.
+// Returns small integers without a pattern that a wrong map could preserve.
 int value_of(size_t i) { return static_cast<int>((i * 2654435761u >> 13) % 13) - 6; }
 
 template <class T>
@@ -172,7 +174,7 @@ void print_mma(const char* name) {
   print_product(name, a, b, d);
 }
 
-// d = A B over the four steps along k, with the words of B's tile as they lie in memory.
+// Computes d = A B over the four steps along k. `b` has the words of B's tile in memory order.
 template <class T, int kTokens>
 void multiply_group(const uint32_t* a, const uint32_t* b, float* d) {
   uint8_t* tile = tiled_shared_memory();
@@ -216,7 +218,7 @@ void print_wgmma(const char* name) {
   print_product(name, a, b, d);
 }
 
-// The 16-byte units of a tile as a copy leaves them.
+// Writes out a tile as a copy leaves it in shared memory.
 void copy_units(TensorMap map, int bytes, uint8_t* out) {
   uint8_t* tile = tiled_shared_memory();
   auto* barrier = reinterpret_cast<Barrier*>(tile + bytes);
@@ -231,7 +233,7 @@ void copy_units(TensorMap map, int bytes, uint8_t* out) {
   if (threadIdx.x == 0) std::memcpy(out, tile, static_cast<size_t>(bytes));
 }
 
-// Where unit u of row r has gone.
+// Prints the offset at which a copy puts each 16-byte unit of each row.
 void print_copy(const char* name, Swizzle swizzle, int rows) {
   const int units = swizzle == Swizzle::k128 ? 8 : 2;
   const size_t bytes = static_cast<size_t>(rows * units * kVectorBytes);

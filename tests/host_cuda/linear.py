@@ -1,4 +1,4 @@
-"""Calls of the linear kernels, judged by the numerics rule."""
+"""Calls the linear kernels and judges them by the numerics rule."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from host_cuda import DTYPES, run
 from pylora.reference.activation import ACTIVATIONS
 from pylora.testing import assert_as_accurate_as_torch
 
-ADAPTERS = 3  # of multi_lora_linear
-SHARED = {"H200": 228, "A100": 164, "L4": 100}  # KiB of shared memory of an SM
+ADAPTERS = 3  # the number of adapters of multi_lora_linear
+SHARED = {"H200": 228, "A100": 164, "L4": 100}  # KiB of shared memory of each SM
 
 
 def check_linear(
@@ -36,13 +36,13 @@ def check_linear(
     plan: tuple[int, int, int] = (0, 0, 0),
     seed: int = 0,
 ) -> tuple[Tensor, dict[str, int]]:
-    """Runs x [M, K] on W [N, K] and judges y, and h where there is LoRA, by the numerics rule.
+    """Runs x [M, K] on W [N, K] and judges y, and h if there is LoRA, by the numerics rule.
 
-    adapter_ids    of a stack of three adapters, the second of which is NaN: multi_lora_linear
-    plan           a choice in place of the rule's plan: warps beside each other or tokens of a
-                   tile, splits, CTAs
+    adapter_ids    if given, multi_lora_linear runs on three adapters, the second of which is NaN
+    plan           if not zeros, it replaces the rule's plan: output warps or tokens of a tile,
+                   splits of K, CTAs
 
-    Returns y and the plan: splits of K, warps beside each other, CTAs.
+    Returns y and the plan that ran.
     """
     M, N, K = shape
     generator = torch.Generator().manual_seed(M + N + K + rank)
@@ -53,7 +53,7 @@ def check_linear(
     w = pylora.quantize_nf4(normal(N, K) / K**0.5, blocksize, nested)
     x, bias = normal(M, K, like=dtype), normal(N, like=dtype) if biases else None
     lora_dtype = lora_dtype or dtype
-    lora: list[Tensor | None] = [None] * 4  # A, B and their biases
+    lora: list[Tensor | None] = [None] * 4  # lora_A, lora_B and their biases
     stack = () if adapter_ids is None else (ADAPTERS,)
     adapters: list[Tensor] = []
     if rank:

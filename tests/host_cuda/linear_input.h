@@ -1,4 +1,4 @@
-// The call of a linear op from standard input, and the memory for its results.
+// Reads the call of a linear op from standard input, and allocates memory for its results.
 #pragma once
 
 #include "cuda/common/lora_args.cuh"
@@ -6,14 +6,14 @@
 
 inline pylora::DType dtype_of(int64_t code) { return static_cast<pylora::DType>(code); }
 
-// What follows in the input where `code` is not negative.
+// Reads a vector of the dtype `code` if `code` is not negative; else there is none in the input.
 inline pylora::cuda::TypedVector read_vector(int64_t code, int64_t count) {
   if (code < 0) return {};
   const int64_t bytes = count * pylora::dtype_size(dtype_of(code));
   return {read_array<uint8_t>(bytes), dtype_of(code)};
 }
 
-// The seed follows in the input.
+// Reads the seed, and sets what follows from the probability `p`.
 inline void read_dropout(pylora::cuda::LoraShrinkArgs& shrink, double p) {
   shrink.seed = read_array<int64_t>(1);
   shrink.threshold = static_cast<uint32_t>(p * 4294967296.0 + 0.5);
@@ -23,13 +23,13 @@ inline void read_dropout(pylora::cuda::LoraShrinkArgs& shrink, double p) {
 struct LinearHeader {
   int64_t tokens, rows, cols, dtype, blocksize, nested_blocksize, nested, bias_dtype, rank,
       lora_dtype, biases, activation, dropout, processors, shared_per_sm, adapters;
-  int64_t plan[3];  // that the caller chooses, all 0 for the rule's
+  int64_t plan[3];  // the caller's choice, or zeros for the plan of the rule
 };
 
-// A program ends with this code where the kernel cannot run the plan that was chosen.
+// The exit code of a program if the kernel cannot run the plan that was chosen.
 inline constexpr int kRefused = 3;
 
-// Reads all there is.
+// Reads the header and all arrays of the call.
 inline LinearHeader read_linear(pylora::cuda::LoraLinearArgs& op) {
   const LinearHeader in = *read_array<LinearHeader>(1);
   const double scaling = *read_array<double>(1);
@@ -67,7 +67,7 @@ struct LinearOutput {
   int64_t y_bytes, h_bytes;
 };
 
-// `low_pitch`: floats from one row of low to the next.
+// `low_pitch` is the number of floats from one row of low to the next.
 inline LinearOutput make_outputs(pylora::cuda::LoraLinearArgs& op, int64_t low_pitch) {
   const LinearOutput out = {op.tokens * op.weight.rows * pylora::dtype_size(op.dtype),
                             int64_t{4} * op.tokens * op.shrink.rank};

@@ -1,5 +1,5 @@
-// Runs lora_extend on the CPU: arguments from standard input, [x | low | 0] and h to standard
-// output.
+// Runs lora_extend on the CPU. It reads the arguments from standard input and writes [x | low | 0]
+// and h to standard output.
 #include "cuda/many_rows/lora_shrink.cuh"
 #include "linear_input.h"
 

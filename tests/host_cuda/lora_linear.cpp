@@ -1,4 +1,5 @@
-// Runs the CUDA kernels on the CPU: arguments from standard input, y and h to standard output.
+// Runs the CUDA kernels for few tokens on the CPU. It reads the arguments from standard input and
+// writes y and h to standard output.
 #include "cuda/small_m/lora_linear.cuh"
 
 #include "linear_input.h"

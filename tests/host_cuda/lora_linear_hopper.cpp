@@ -1,5 +1,5 @@
-// Runs the kernels for many tokens on the CPU: arguments from standard input, y and h to standard
-// output.
+// Runs the Hopper kernel on the CPU. It reads the arguments from standard input and writes y and h
+// to standard output.
 #include "cuda/hopper/lora_linear.cuh"
 #include "linear_input.h"
 

@@ -1,5 +1,6 @@
-// Toy kernels, each right until the bug that its name on the command line asks for is seeded in it.
-// Exit code 0: the result was right. The executor must see every one of these bugs.
+// Toy kernels. The command line names a bug, and a kernel runs with that bug in it; with "none" all
+// kernels run without a bug. The exit code is 0 if the result is right. The executor must notice
+// every bug.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -14,7 +15,6 @@ namespace {
 
 using namespace pylora;
 using namespace pylora::cuda;
-using namespace pylora::cuda;
 
 constexpr int kThreads = 64;
 
@@ -22,7 +22,8 @@ struct Memory {
   int values[kThreads];
 };
 
-// Those below give out[i] = in[kThreads - 1 - i]; this one through shared memory, three times over.
+// This kernel and the next ones compute out[i] = in[kThreads - 1 - i]. This one reverses three
+// times through shared memory.
 template <bool kFirstBarrier, bool kSecondBarrier>
 void reverse_twice(const int* in, int* out) {
   Memory& shared = shared_memory<Memory>();
@@ -32,12 +33,12 @@ void reverse_twice(const int* in, int* out) {
     shared.values[thread] = value;
     if (kFirstBarrier) __syncthreads();
     value = shared.values[kThreads - 1 - thread];
-    if (kSecondBarrier) __syncthreads();  // or a thread writes before another has read
+    if (kSecondBarrier) __syncthreads();  // without it a thread may write before another has read
   }
   out[thread] = value;
 }
 
-// The same within a warp.
+// Reverses within each warp.
 template <bool kBarrier>
 void reverse_in_warps(const int* in, int* out) {
   Memory& shared = shared_memory<Memory>();
@@ -47,7 +48,7 @@ void reverse_in_warps(const int* in, int* out) {
   out[thread ^ 32] = shared.values[thread];
 }
 
-// Through asynchronous copies of 16 bytes.
+// Reverses what asynchronous copies of 16 bytes bring.
 template <bool kWait, bool kBarrier, int kPending>
 void reverse_copied(const int* in, int* out) {
   auto* copied = reinterpret_cast<int*>(dynamic_shared_memory());
@@ -59,8 +60,9 @@ void reverse_copied(const int* in, int* out) {
   out[thread] = copied[kThreads - 1 - thread];
 }
 
+// Steps kBeyond elements outside shared memory.
 template <int kBeyond>
-void step_outside(const int* in, int* out) {  // of shared memory
+void step_outside(const int* in, int* out) {
   auto* shared = reinterpret_cast<int*>(dynamic_shared_memory());
   const unsigned thread = threadIdx.x;
   shared[thread + kBeyond] = in[thread];
@@ -68,12 +70,13 @@ void step_outside(const int* in, int* out) {  // of shared memory
   out[thread] = shared[kThreads - 1 - thread + kBeyond];
 }
 
+// Steps kBeyond elements outside global memory.
 template <int kBeyond>
 void step_outside_global(const int* in, int* out) {
   out[threadIdx.x] = in[kThreads - 1 - threadIdx.x + kBeyond];
 }
 
-// Lanes of one warp in different operations.
+// If kDiverge, lanes of one warp meet in different operations.
 template <bool kDiverge>
 void shuffle_reverse(const int* in, int* out) {
   const unsigned thread = threadIdx.x;
@@ -86,7 +89,7 @@ void shuffle_reverse(const int* in, int* out) {
   out[thread ^ 32] = value;
 }
 
-// One warp: out [16, 8] = A [16, 16] B [16, 8] of small integers in fp16.
+// One warp computes out [16, 8] = A [16, 16] B [16, 8] with small integers in fp16.
 constexpr int kA = 16 * 16, kB = 16 * 8;
 template <bool kSwapA, bool kSwapB, bool kTransposeB>
 void multiply(const uint16_t* in, float* out) {
@@ -95,7 +98,7 @@ void multiply(const uint16_t* in, float* out) {
   const int lane = static_cast<int>(threadIdx.x);
   for (int i = lane; i < kA + kB; i += kLanes) a_rows[i] = in[i];
   __syncwarp();
-  // Matrices of 8x8: rows 0-7, then 8-15, of columns 0-7, then the same of columns 8-15.
+  // ldmatrix loads four 8x8 matrices: rows 0-7 and 8-15 of columns 0-7, then of columns 8-15.
   const int row = lane % 8 + 8 * (kSwapA ? lane / 16 : lane / 8 % 2);
   const int column = 8 * (kSwapA ? lane / 8 % 2 : lane / 16);
   uint32_t a[4], b[4];

@@ -1,5 +1,5 @@
-// One warp's access to shared memory in a pattern whose bank conflicts are known: the one that the
-// name on the command line asks for. Each is made kTimes times; the report has the counts.
+// One warp accesses shared memory in a pattern whose bank conflicts are known. The command line
+// names the pattern. The access is made kTimes times, and the report has the counts.
 #include <cstdio>
 #include <string>
 
@@ -14,7 +14,7 @@ using namespace pylora::cuda;
 constexpr int kTimes = 3;
 constexpr int kSharedBytes = 32 << 10;
 
-// Each lane loads a T at this many bytes from the one before; `lanes` of them take part.
+// Each of the first kActive lanes loads a T, kStride bytes after that of the lane before.
 template <class T, int kStride, int kActive>
 void load_strided(int* out) {
   const uint8_t* memory = tiled_shared_memory();
@@ -44,7 +44,7 @@ void store_rows(int* out) {
   out[threadIdx.x] = 0;
 }
 
-// Rows of 128 bytes, and each lane's 16 bytes of them where the swizzle by 128 bytes puts them.
+// Each lane loads 16 bytes of a row of 128 bytes, from where the swizzle of 128 bytes puts them.
 void load_swizzled_rows(int* out) {
   const uint8_t* memory = tiled_shared_memory();
   uint32_t words[4] = {};
@@ -61,7 +61,7 @@ void copy_strided(int* out) {
   copy_async_wait<0>();
 }
 
-// All lanes store to one bank, each to another place.
+// All lanes store to the same bank, but each to another address.
 void store_column(int* out) {
   uint8_t* memory = tiled_shared_memory();
   const int lane = static_cast<int>(threadIdx.x);
@@ -72,8 +72,8 @@ void store_column(int* out) {
   out[lane] = 0;
 }
 
-// The odd lanes skip the first access. If the lanes do not meet, their others are counted with those
-// of the even lanes one before: the conflicts then are not the real ones.
+// The odd lanes skip the first access. If the lanes do not meet, each later access of an odd lane
+// is counted with the access before it of the even lanes, so the conflicts are not the real ones.
 template <bool kMeet>
 void load_diverged(int* out) {
   const auto* memory = reinterpret_cast<const int*>(tiled_shared_memory());

@@ -1,6 +1,6 @@
-// A toy kernel with all that hopper/lora_linear.cu is built of, right until the bug that its name on
-// the command line asks for is seeded in it. Exit code 0: the result was right. The executor must
-// see every one of these bugs.
+// A toy kernel with all the parts of hopper/lora_linear.cu. The command line names a bug, and the
+// kernel runs with that bug in it, or without a bug for "none". The exit code is 0 if the result is
+// right. The executor must notice every bug.
 #include <cstdio>
 #include <string>
 #include <vector>
@@ -13,7 +13,6 @@
 namespace {
 
 using namespace pylora;
-using namespace pylora::cuda;
 using namespace pylora::cuda;
 
 enum class Bug {
@@ -51,12 +50,12 @@ constexpr const char* kNames[] = {
     "missing named barrier",
 };
 
-constexpr int kTokens = 128, kBlocks = 5, kColumns = 64 * kBlocks, kStages = 2;
+constexpr int kTokens = 128, kKTiles = 5, kColumns = 64 * kKTiles, kStages = 2;
 constexpr int kTileBytes = kTokens * kTokenBytes;
 constexpr int kSharedBytes = kStages * kTileBytes + 2 * kStages * 8;
 
-// y [kTokens, 64] = b a^T of small integers in fp16: a [64, kColumns], b [kTokens, kColumns]. The
-// first warpgroup feeds, the second multiplies and stores through shared memory.
+// Computes y [kTokens, 64] = b a^T with small integers in fp16: a [64, kColumns], b [kTokens,
+// kColumns]. The first warpgroup copies; the second multiplies and stores through shared memory.
 template <Bug kBug>
 void multiply_through_ring(TensorMap b_map, const uint16_t* a, uint16_t* y) {
   uint8_t* stages = tiled_shared_memory();
@@ -75,11 +74,11 @@ void multiply_through_ring(TensorMap b_map, const uint16_t* a, uint16_t* y) {
   RingPlace place;
   if (threadIdx.x < kGroupThreads) {
     if (threadIdx.x > 0) return;
-    for (int block = 0; block < kBlocks; ++block) {
+    for (int k_tile = 0; k_tile < kKTiles; ++k_tile) {
       Barrier* barrier = full + place.stage;
       if (kBug != Bug::kNoWaitForStage) barrier_wait(empty + place.stage, place.parity ^ 1);
       barrier_arrive_expect(barrier, kTileBytes / (kBug == Bug::kTooFewBytes ? 2 : 1));
-      copy_tile(stages + place.stage * kTileBytes, b_map, 0, 64 * block, barrier);
+      copy_tile(stages + place.stage * kTileBytes, b_map, 0, 64 * k_tile, barrier);
       place.advance(kStages);
     }
     return;
@@ -87,12 +86,12 @@ void multiply_through_ring(TensorMap b_map, const uint16_t* a, uint16_t* y) {
   float sums[kTokens / 2];
   uint32_t fragments[2][kSteps][4];
   int used = 0;
-  for (int block = 0; block < kBlocks; ++block) {
-    auto& mine = fragments[kBug == Bug::kFragmentsOverwritten ? 0 : block % 2];
+  for (int k_tile = 0; k_tile < kKTiles; ++k_tile) {
+    auto& mine = fragments[kBug == Bug::kFragmentsOverwritten ? 0 : k_tile % 2];
     for (int step = 0; step < kSteps; ++step) {
       for (int i = 0; i < 4; ++i) {
         const int row = fragment_row(thread, kBug == Bug::kOtherRows ? 1 - i % 2 : i);
-        const int column = 64 * block + 8 * fragment_word(step, i) + 2 * fragment_byte(thread);
+        const int column = 64 * k_tile + 8 * fragment_word(step, i) + 2 * fragment_byte(thread);
         std::memcpy(&mine[step][i], a + row * kColumns + column, 4);
       }
     }
@@ -101,17 +100,17 @@ void multiply_through_ring(TensorMap b_map, const uint16_t* a, uint16_t* y) {
     if (kBug != Bug::kNoFence) multiply_fence();
     for (int step = 0; step < kSteps; ++step) {
       const int other = kBug == Bug::kOtherColumns ? step ^ 1 : step;
-      multiply<__half, kTokens>(sums, mine[step], b.behind(other * kStepBytes), block + step > 0);
+      multiply<__half, kTokens>(sums, mine[step], b.behind(other * kStepBytes), k_tile + step > 0);
     }
     multiply_commit();
     multiply_wait<1>();
     const bool early = kBug == Bug::kStageLeftEarly;
-    if (lane == 0 && (early || block > 0)) barrier_arrive(empty + (early ? place.stage : used));
+    if (lane == 0 && (early || k_tile > 0)) barrier_arrive(empty + (early ? place.stage : used));
     used = place.stage;
     place.advance(kStages);
   }
   if (kBug != Bug::kSumsReadEarly) multiply_wait<0>();
-  named_barrier<kGroupThreads>(1);  // all have left both stages, which now take y
+  named_barrier<kGroupThreads>(1);  // all threads have left both stages, which now hold y
   const auto staged = [&](int token, int unit) { return stages + token * 128 + unit * 16; };
   for (int pair = 0; pair < kTokens / 16; ++pair) {
     uint32_t out[4];
@@ -124,7 +123,7 @@ void multiply_through_ring(TensorMap b_map, const uint16_t* a, uint16_t* y) {
     if (kBug != Bug::kNotTransposed) {
       store_matrices_transposed(row, out);
     } else {
-      for (unsigned i = 0; i < 4; ++i) {  // each row of a matrix by the four lanes that hold it
+      for (unsigned i = 0; i < 4; ++i) {  // the four lanes that hold a row store it as it is
         const int from = 8 * static_cast<int>(i) + lane / 4;
         std::memcpy(staged(staged_token(pair, from), staged_unit(warp, from)) + lane % 4 * 4,
                     &out[i], 4);
@@ -159,7 +158,7 @@ bool result_is_right(const std::string& name) {
     TensorMap map;
     if (encode_tensor_map(matrix, &map) != cudaSuccess) return false;
     if (static_cast<Bug>(kBug) == Bug::kOtherSwizzle) {
-      // As if the tile were four of 32 bytes a row: other units change places.
+      // Four tiles with rows of 32 bytes take the tile's place, so other units are swapped.
       HostTensorMap wrong;
       std::memcpy(&wrong, &map, sizeof(wrong));
       wrong.box_cols /= 4;

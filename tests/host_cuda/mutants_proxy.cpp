@@ -1,6 +1,7 @@
-// A toy kernel whose threads write B of a product with ordinary stores, right until the bug that its
-// name on the command line asks for is seeded in it: the async proxy, by which wgmma and TMA reach
-// shared memory, does not see such stores without a fence. Exit code 0: the result was right.
+// A toy kernel whose threads write B of a product with ordinary stores. wgmma and TMA reach shared
+// memory through the async proxy, which does not see such stores without a fence. The command line
+// names a bug, and the kernel runs with that bug in it, or without a bug for "none". The exit code
+// is 0 if the result is right.
 #include <cstdio>
 #include <string>
 #include <vector>
@@ -47,14 +48,14 @@ constexpr const char* kNames[] = {
 constexpr int kTokens = 128, kColumns = 64;
 constexpr int kTileBytes = kTokens * kTokenBytes;
 
-// y [kTokens, 64] = b a^T, a [64, 16] and b [kTokens, 64] of fp16, of which the first 16 columns
-// count. Each thread brings a token of b to its place.
+// Computes y [kTokens, 64] = b a^T in fp16 with a [64, 16] and the first 16 columns of b [kTokens,
+// 64]. Each thread stores one token of b at its place.
 template <Bug kBug>
 void multiply_stored(TensorMap b_map, const uint16_t* a, const uint16_t* b, float* y) {
   uint8_t* tile = tiled_shared_memory();
   auto* barrier = reinterpret_cast<Barrier*>(tile + kTileBytes);
   const int thread = static_cast<int>(threadIdx.x);
-  const auto place = [&](int token, int unit) {  // as the swizzle of 128 bytes has it
+  const auto place = [&](int token, int unit) {  // where the swizzle of 128 bytes puts it
     return reinterpret_cast<uint4*>(tile + token * kTokenBytes + (unit ^ token % 8) * kVectorBytes);
   };
   const auto source = [&](int unit) {
@@ -91,7 +92,7 @@ void multiply_stored(TensorMap b_map, const uint16_t* a, const uint16_t* b, floa
   }
   __syncthreads();
   if (kBug == Bug::kFenceBehindBarrier) fence_async_proxy();
-  if (kBug == Bug::kCopiedOver) {  // the same values, by the copy engine
+  if (kBug == Bug::kCopiedOver) {  // the copy engine writes the same values again
     if (thread == 0) {
       barrier_arrive_expect(barrier, kTileBytes);
       copy_tile(tile, b_map, 0, 0, barrier);

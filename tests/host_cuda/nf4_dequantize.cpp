@@ -1,5 +1,5 @@
-// Runs the CUDA kernel on the CPU: arguments from standard input, the weight and what lies between
-// its rows to standard output.
+// Runs the CUDA kernel on the CPU. It reads the arguments from standard input and writes the
+// weight, with the memory between its rows, to standard output.
 #include "cuda/nf4/nf4_dequantize.cuh"
 
 #include "stdin_arrays.h"

@@ -1,4 +1,5 @@
-// Runs the CUDA kernel on the CPU: arguments from standard input, dx to standard output.
+// Runs the CUDA kernel on the CPU. It reads the arguments from standard input and writes dx to
+// standard output.
 #include "cuda/small_m/nf4_linear_backward.cuh"
 
 #include "stdin_weight.h"

@@ -1,5 +1,5 @@
-// Runs the CUDA kernel on the CPU: arguments from standard input, qweight and absmax to standard
-// output.
+// Runs the CUDA kernel on the CPU. It reads the arguments from standard input and writes qweight
+// and absmax to standard output.
 #include "cuda/nf4/nf4_quantize.cuh"
 
 #include "stdin_arrays.h"

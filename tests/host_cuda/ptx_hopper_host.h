@@ -1,5 +1,6 @@
 // The functions of csrc/cuda/hopper/ptx.cuh on the CPU, as the PTX ISA (9.0) describes the
-// instructions: its own reading of swizzles, fragments and phases, none of it shared with kernels.
+// instructions. Swizzles, fragments and phases are written here anew and share no code with the
+// kernels, so that an error of one side shows.
 #pragma once
 
 #include <algorithm>
@@ -12,10 +13,10 @@
 
 namespace pylora::cuda {
 
-// What a TensorMap holds here.
+// What a TensorMap holds on the CPU.
 struct HostTensorMap {
   const uint8_t* base;
-  int64_t rows, cols, pitch;  // pitch in bytes, from one row to the next
+  int64_t rows, cols, pitch;  // the pitch is the bytes from one row to the next
   int32_t item, box_rows, box_cols;
   Swizzle swizzle;
 };
@@ -32,22 +33,22 @@ inline uint8_t* tiled_shared_memory() {
   return memory.get();
 }
 
-// Register `i` of a product's accumulators has this token of the tile, and row fragment_row(i / 2).
-// The kernels never need the token's number: the tests do.
+// Returns the token of the tile to which register `i` of a product's accumulators belongs. Its row
+// is fragment_row(i / 2). Only the tests need the number of the token.
 inline constexpr int accumulator_token(int thread, int i) {
   return i / 4 * 8 + 2 * (thread % 4) + i % 2;
 }
 
-// The async proxy's view of the CTA's shared memory.
+// Returns the async proxy's view of the CTA's shared memory.
 inline host_cuda::AsyncProxy& async_proxy() {
   const host_cuda::Cta& cta = *host_cuda::executor.current().cta;
   if (cta.async_proxy == nullptr) host_cuda::fail("not the memory of tiled_shared_memory()");
   return *cta.async_proxy;
 }
 
-// fence.proxy.async: each thread that has written shared memory with ordinary stores calls it before
-// the barrier behind which the copy engine or a product reaches those bytes. No kernel writes such
-// bytes today; the toy kernels that test the executor do.
+// fence.proxy.async. Each thread that has written shared memory with ordinary stores must call it
+// before the barrier after which the copy engine or a product reaches those bytes. Today only the
+// toy kernels that test the executor write such bytes.
 inline void fence_async_proxy() { async_proxy().fence(host_cuda::executor.current().thread); }
 
 template <int kRegisters>
@@ -73,9 +74,9 @@ void named_barrier(int id) {
 // mbarrier
 
 struct HostBarrier {
-  uint16_t expected, pending;  // arrivals
-  int32_t bytes : 31;          // still to come
-  uint32_t phase : 1;          // the parity of the one that is open
+  uint16_t expected, pending;  // arrivals of a phase, and arrivals that are missing
+  int32_t bytes : 31;          // bytes that have not landed yet
+  uint32_t phase : 1;          // the parity of the phase that is open
 };
 static_assert(sizeof(HostBarrier) == sizeof(Barrier));
 
@@ -101,7 +102,7 @@ inline void barrier_init(Barrier* barrier, int arrivals) {
 }
 inline void barrier_init_fence() {}
 
-// Copies land now that are counted at this barrier.
+// Lands the copies that are counted at this barrier.
 inline void land_copies(Barrier* barrier) {
   auto& copies = host_cuda::executor.current().cta->bulk_copies;
   const auto others = std::stable_partition(
@@ -112,7 +113,7 @@ inline void land_copies(Barrier* barrier) {
 }
 
 inline void barrier_arrive_expect(Barrier* barrier, int bytes) {
-  // Where only copies are missing from the phase before, they have had their time.
+  // If the phase before lacks only copies, they land now.
   if (host_barrier(barrier).pending == 0) land_copies(barrier);
   HostBarrier& state = host_barrier(barrier);
   if (state.pending == 0) host_cuda::fail("more threads arrive at an mbarrier than it expects");
@@ -135,15 +136,16 @@ inline void barrier_wait(Barrier* barrier, int parity) {
 
 inline void prefetch_map(const TensorMap& /*map*/) {}
 
-// Where the copy engine puts a byte that without a swizzle would come to `address`.
+// Returns where the copy engine puts a byte whose address would be `address` without a swizzle.
 inline uint8_t* swizzled(uint8_t* address, Swizzle swizzle) {
   const auto bits = reinterpret_cast<uintptr_t>(address);
   const uintptr_t rows = swizzle == Swizzle::k128 ? 7 : 1;
   return reinterpret_cast<uint8_t*>(bits ^ (bits >> 7 & rows) << 4);
 }
 
-// The copy lands at once, or as late as it may: when its barrier is waited for. In between the tile
-// holds NaN: who reads too early, or still reads what was there before, sees it.
+// The copy lands at once or as late as it may, which is when a thread waits for its barrier. Until
+// then the tile holds NaN, so a read that comes too early, or still expects the bytes from before,
+// shows.
 inline void copy_tile(void* shared, const TensorMap& tensor_map, int row, int column,
                       Barrier* barrier) {
   HostTensorMap map;
@@ -194,7 +196,7 @@ inline void store_matrices_transposed(void* row, const uint32_t (&in)[4],
     warp.lanes[lane].value = in[matrix];
     host_cuda::wait_at(warp.barrier, "stmatrix");
     uint16_t values[8];
-    for (unsigned column = 0; column < 8; ++column) {  // of row lane % 8, as it is stored
+    for (unsigned column = 0; column < 8; ++column) {  // gathers row lane % 8 of the matrix
       const uint64_t pair = warp.lanes[4 * column + lane % 8 / 2].value;
       values[column] = static_cast<uint16_t>(pair >> 16 * (lane % 2));
     }
@@ -216,10 +218,11 @@ template <class T>
 uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t result = 0;
   for (unsigned i = 0; i < 2; ++i) {
-    const double product =  // exact in fp64, and so is the sum but for far apart exponents
+    // The product is exact in fp64. So is the sum, unless the exponents are far apart.
+    const double product =
         static_cast<double>(to_float(element_of<T>(a, i))) * to_float(element_of<T>(b, i));
     const double sum = product + to_float(element_of<T>(c, i));
-    // To odd, so that the two roundings are one.
+    // Rounding to odd first makes the two roundings equal to one.
     auto nearest = static_cast<float>(sum);
     if (static_cast<double>(nearest) != sum && (std::bit_cast<uint32_t>(nearest) & 1) == 0) {
       nearest = std::nextafter(nearest, sum > nearest ? INFINITY : -INFINITY);
@@ -230,10 +233,10 @@ uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
 }
 template <class T>
 uint32_t multiply_pair(uint32_t a, uint32_t b) {
-  return fma_pair<T>(a, b, 0x80008000u);  // -0: the sign of a product that is 0 stays
+  return fma_pair<T>(a, b, 0x80008000u);  // adding -0 keeps the sign of a product that is 0
 }
 
-// A tile's address in the shared window: where the CTA's memory begins there is arbitrary.
+// Returns a tile's address in the shared window. The CTA's memory may begin anywhere in it.
 inline uint32_t shared_address(const void* pointer) {
   constexpr uint32_t kFirst = 1024;
   const auto* byte = static_cast<const uint8_t*>(pointer);
@@ -249,7 +252,7 @@ inline SharedOperand shared_operand(const void* tile) {
 
 // The fields of a matrix descriptor that a K-major operand with a swizzle of 128 bytes uses.
 struct MatrixDescriptor {
-  uint32_t start, stride;  // bytes; from one group of 8 rows to the next
+  uint32_t start, stride;  // in bytes; the stride leads from one group of 8 rows to the next
 
   explicit MatrixDescriptor(uint64_t bits)
       : start(static_cast<uint32_t>(bits & 0x3FFF) << 4),
@@ -279,30 +282,30 @@ void multiply_wait() {
 template <class Registers>
 void settle(Registers& /*registers*/) {}
 
-// The elements of one 32-bit register of A or B.
+// Unpacks the elements of one 32-bit register of A or B.
 template <class T>
 void unpack(uint32_t word, float (&out)[4 / sizeof(T)]) {
   if constexpr (sizeof(T) == 4) {
-    out[0] = std::bit_cast<float>(word & 0xFFFFE000u);  // TF32
+    out[0] = std::bit_cast<float>(word & 0xFFFFE000u);  // TF32 keeps these bits
   } else {
     for (unsigned i = 0; i < 2; ++i) out[i] = to_float(element_of<T>(word, i));
   }
 }
 
-// Reads the registers of a, and B, when it is waited for: that is the latest a GPU may read them.
-// A warp makes its own 16 rows of the product.
+// Issues a product. It reads the registers of a, and B, when a thread waits for it, which is the
+// latest that a GPU may read them. Each warp computes its own 16 rows.
 template <class T, int kTokens>
 void multiply(float (&d)[kTokens / 2], const uint32_t (&a)[4], SharedOperand b, int add) {
   if (!host_cuda::executor.current().multiply_fenced) host_cuda::fail("wgmma without a fence");
   const MatrixDescriptor descriptor(b.descriptor);
   const uint8_t* const start = shared_pointer(descriptor.start);
   const size_t stride = descriptor.stride;
-  // The 16 bytes that hold word `word` of a token's 8 in this step, as the swizzle has placed them.
+  // The swizzled place of the 16 bytes with word `word` of a token's 8 words in this step.
   const auto unit_of = [=](unsigned token, unsigned word) {
     const uint8_t* line = start + token / 8 * stride + token % 8 * 128;
     return swizzled(const_cast<uint8_t*>(line) + word / 4 * 16, Swizzle::k128);
   };
-  if (host_cuda::lane() == 0) {  // the earliest that a GPU may read it
+  if (host_cuda::lane() == 0) {  // checked now, because a GPU may read B at once
     for (unsigned token = 0; token < kTokens; ++token) {
       for (unsigned word = 0; word < 8; word += 4) {
         async_proxy().read("wgmma", unit_of(token, word), 16);
@@ -325,7 +328,7 @@ void multiply(float (&d)[kTokens / 2], const uint32_t (&a)[4], SharedOperand b, 
     float rows[2][kDepth];
     for (unsigned k = 0; k < kDepth; ++k) {
       const unsigned holder = lane / 4 * 4 + k / kOfWord % 4;
-      const unsigned word = k / (4 * kOfWord) * 2;  // the register of row g; that of g + 8 is next
+      const unsigned word = k / (4 * kOfWord) * 2;  // the register of row g; the next has row g + 8
       for (unsigned r = 0; r < 2; ++r) {
         rows[r][k] = warp.lanes[holder].a[kOfWord * (word + r) + k % kOfWord];
       }

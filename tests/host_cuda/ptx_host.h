@@ -1,4 +1,5 @@
-// The functions of csrc/cuda/common/ptx.cuh on the CPU, as the PTX ISA (9.0) describes the instructions.
+// The functions of csrc/cuda/common/ptx.cuh on the CPU, as the PTX ISA (9.0) describes the
+// instructions.
 #pragma once
 
 #include <bit>
@@ -12,7 +13,7 @@
 
 namespace pylora::cuda {
 
-// Where a kernel calls a function that reaches shared memory: the address decides its bank.
+// The place in a kernel that calls a function that reaches shared memory.
 using Where = std::source_location;
 
 template <class T>
@@ -50,14 +51,14 @@ void store_shared(T* pointer, const T& value, const Where& where = Where::curren
 
 inline uint4 load_streaming(const uint4* pointer) { return *pointer; }
 inline void prefetch_to_l2(const void* pointer) {
-  (void)*static_cast<const volatile uint8_t*>(pointer);  // it must at least be there
+  (void)*static_cast<const volatile uint8_t*>(pointer);  // a sanitizer checks the address
 }
 template <class T>
 T load_from_l2(const T* pointer) {
   return *pointer;
 }
 
-// Shows `mine` to the warp and returns what lane `from` shows.
+// Shows `mine` to the warp, and returns what lane `from` shows.
 template <class T>
 T exchange(T mine, unsigned from, const char* operation) {
   static_assert(sizeof(T) <= sizeof(host_cuda::Warp::Lane::value));
@@ -65,7 +66,7 @@ T exchange(T mine, unsigned from, const char* operation) {
   std::memcpy(&warp.lanes[host_cuda::lane()].value, &mine, sizeof(T));
   host_cuda::wait_at(warp.barrier, operation);
   std::memcpy(&mine, &warp.lanes[from].value, sizeof(T));
-  host_cuda::wait_at(warp.barrier, operation);  // before anyone shows the next
+  host_cuda::wait_at(warp.barrier, operation);  // no lane may show its next value earlier
   return mine;
 }
 
@@ -101,7 +102,7 @@ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
 
 inline uint64_t evict_first_policy() { return 0; }
 
-// A copy lands as late as it may: when its thread waits for it.
+// The copy lands as late as it may, which is when its thread waits for it.
 inline void copy_async_16(void* shared, const void* global, uint64_t /*policy*/,
                           const Where& where = Where::current()) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 ||
@@ -124,7 +125,8 @@ void copy_async_wait() {
   }
 }
 
-// A lane reads its row when it comes: what others have not made sure is there by then is missing.
+// Each lane reads its row as soon as it arrives. Without a barrier before it, the lane may read too
+// early.
 inline void load_matrices(uint32_t (&out)[4], const void* row, bool transposed,
                           const Where& where) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) {
@@ -151,7 +153,7 @@ inline void load_matrices(uint32_t (&out)[4], const void* row,
                           const Where& where = Where::current()) {
   load_matrices(out, row, false, where);
 }
-// ldmatrix.trans. Only the toy kernels that test the executor use it.
+// ldmatrix.trans, which only the toy kernels that test the executor use.
 inline void load_matrices_transposed(uint32_t (&out)[4], const void* row,
                                      const Where& where = Where::current()) {
   load_matrices(out, row, true, where);

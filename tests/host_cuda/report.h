@@ -1,5 +1,5 @@
-// What a program of this folder counts while its kernels run. The environment variable
-// HOST_CUDA_REPORT names a file that gets the counts as JSON when the program ends.
+// Collects the counts of a program of this folder while its kernels run. The environment variable
+// HOST_CUDA_REPORT names a file to which the counts are written as JSON when the program ends.
 #pragma once
 
 #include <cstdint>
@@ -11,17 +11,17 @@
 
 namespace host_cuda {
 
-// The accesses of one place in the source to shared memory.
+// The accesses to shared memory from one place in the source.
 struct AccessSite {
   std::source_location where;
   const char* operation;
-  unsigned bytes;           // of a lane
-  uint64_t accesses = 0;    // of a warp
-  uint64_t wavefronts = 0;  // that they take
-  uint64_t least = 0;       // that they would take without bank conflicts
+  unsigned bytes;           // bytes of each lane
+  uint64_t accesses = 0;    // accesses of a whole warp
+  uint64_t wavefronts = 0;  // wavefronts that they take
+  uint64_t least = 0;       // wavefronts without any bank conflict
 };
 
-// The arguments of an accepted call of cuTensorMapEncodeTiled, enumerators as numbers.
+// The arguments of an accepted call of cuTensorMapEncodeTiled, with enumerators as numbers.
 struct EncodedTensorMap {
   int type, swizzle, l2_promotion;
   uint64_t sizes[2], stride;
@@ -35,7 +35,7 @@ class Report {
   }
   bool wanted() const { return path_ != nullptr; }
 
-  // The number of a site, from the first access on.
+  // Returns the number of a site, and adds the site at its first access.
   size_t site_of(const std::source_location& where, const char* operation, unsigned bytes) {
     for (size_t i = 0; i < sites.size(); ++i) {
       const std::source_location& known = sites[i].where;
@@ -51,7 +51,7 @@ class Report {
 
   std::vector<AccessSite> sites;
   std::vector<EncodedTensorMap> tensor_maps;
-  // Of the async proxy: ranges that it read and wrote, and fences that make stores visible to it.
+  // The ranges that the async proxy read and wrote, and the fences that make stores visible to it.
   uint64_t async_reads = 0, async_writes = 0, async_fences = 0;
 
  private:

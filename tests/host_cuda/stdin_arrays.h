@@ -1,5 +1,6 @@
-// Arrays from standard input, for the programs here. Each has a heap block of its own size, so that
-// the address sanitizer sees a step outside; the end of the program frees them.
+// Reads arrays from standard input and writes results to standard output. Each array is its own
+// allocation of exactly its size, so the address sanitizer notices a step outside. Nothing is freed
+// before the program ends.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 
-// `misalign` is in elements.
+// `misalign` is a number of elements.
 template <class T>
 T* read_array(int64_t count, int64_t misalign = 0) {
   T* memory = static_cast<T*>(std::malloc(sizeof(T) * static_cast<size_t>(count + misalign)));
@@ -16,7 +17,7 @@ T* read_array(int64_t count, int64_t misalign = 0) {
   return memory + misalign;
 }
 
-// For a result, filled with 0xFF: NaN in every float.
+// Allocates memory for a result, filled with 0xFF, which is NaN in every float type.
 inline void* make_output(int64_t bytes) {
   void* memory = std::malloc(static_cast<size_t>(bytes));
   std::memset(memory, 0xFF, static_cast<size_t>(bytes));

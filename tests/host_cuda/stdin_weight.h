@@ -1,5 +1,5 @@
-// What the programs of the linear ops read alike: the weight, and the GPU to plan for. Headers have
-// the fields' names in common.
+// Reads what all programs of linear ops read: the weight, and the limits of the GPU to plan for.
+// Each program has its own Header type; the fields that are read here have the same names in all.
 #pragma once
 
 #include "common/nf4.h"

@@ -1,6 +1,6 @@
-// Asks csrc/cuda/hopper/tensor_map.cu to describe matrices, right ones and wrong ones. Standard output has
-// a line for each: its name and the answer. The driver's stand-in says on standard error which
-// demand a wrong one does not meet.
+// Asks csrc/cuda/hopper/tensor_map.cu to describe right and wrong matrices. Standard output has a
+// line for each matrix: its name and the answer. The driver's stand-in says on standard error which
+// demand a wrong matrix does not meet.
 #include <cstdio>
 #include <cstring>
 
