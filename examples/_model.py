@@ -224,7 +224,7 @@ def chosen_kernels(model: nn.Module, dtype: torch.dtype) -> str:
             choice = pylora.explain(
                 "lora_linear", x, layer.base_weight, layer.lora_A, layer.lora_B, layer.scaling
             )
-            return f"{choice.backend} ({choice.path})"
+            return f"{choice.backend} ({choice.compiled_for})"
     return ""
 
 
