@@ -12,11 +12,12 @@ adds:
     plan        pylora.dispatch.choose: which backend takes the call, and with which kernel
     C call      torch.ops.pylora_C.*: the kernels, with arguments that are ready
 
-The op calls both the plan and the C call. A layer keeps its plans and skips the op if nothing but
-autograd watches. With a backward, the plan and the C call are those of the forward and of the
-backward together. On a CPU the C call includes the kernel; the weight is so small
-that the kernel takes a few microseconds at most. On CUDA nothing waits for the kernels: every time
-is the time to launch them.
+The op calls both the plan and the C call. A layer does not: if nothing but autograd watches, it
+keeps its plan, and the extension keeps its tensors, so that a call hands over little more than x.
+Torch's dispatcher, which takes most of the C call, is not passed at all. With a backward, the plan
+and the C call are those of the forward and of the backward together. On a CPU the C call includes
+the kernel; the weight is so small that the kernel takes a few microseconds at most. On CUDA nothing
+waits for the kernels: every time is the time to launch them.
 
 A profiler cannot replace these rows: cProfile adds about as much to each Python call as the call
 takes, and so shows the layer with the most calls as the slowest. To see the effect of a change,
