@@ -111,7 +111,8 @@ def test_info_and_check_run_from_the_command_line() -> None:
     result = python("-m", "pylora", "info")
     assert result.returncode == 0, result.stderr
     assert "backends, fastest first:" in result.stdout and "nf4_linear:" in result.stdout
-    result = python("-m", "pylora", "check", "--seed", "3")
+    options = ("--seed", "3", "--op", "lora_linear", "--op", "lora_linear_backward")
+    result = python("-m", "pylora", "check", *options, "--tokens", "1,9")
     assert result.returncode == 0, result.stdout + result.stderr
     if extension.load()[0] is not None:
         assert "lora_linear_backward" in result.stdout and " of " in result.stdout

@@ -35,9 +35,9 @@ OK |= {"samples": 5, "calls_a_sample": 32, "rotation_bytes": 1 << 20}
 
 def _kernel(name: str, forward: Any = None, most: int = 8192) -> Kernel:
     levels: list[list[KernelPlan]] = [
-        [{"slices": 1}],
-        [{"slices": s} for s in (1, 2)],
-        [{"slices": 3}],
+        [{"splits": 1}],
+        [{"splits": s} for s in (1, 2)],
+        [{"splits": 3}],
     ]
     return Kernel(name, 1, most, lambda x, N: levels, forward, lambda device: None)
 
@@ -103,13 +103,13 @@ def test_a_sweep_that_is_cut_off_goes_on(planned: list[Point], tmp_path: Path) -
 
 def test_every_point_is_kept_with_its_status(planned: list[Point], tmp_path: Path) -> None:
     wrong = {"status": "fails the rule", "note": "error is 3 times"}
-    answers = {0: Refused("slices must"), 1: RuntimeError("out of memory"), 2: wrong}
+    answers = {0: Refused("splits must"), 1: RuntimeError("out of memory"), 2: wrong}
     file, measure = _file(tmp_path / "sweep.json"), Measure(answers)
     assert not sweep(planned, measure, file, 1e9), "a wrong result must fail the sweep"
     kept_points = load(tmp_path / "sweep.json")["points"]
     assert [p["status"] for p in kept_points[:4]] == ["refused", "error", "fails the rule", "ok"]
     assert [p["note"] for p in kept_points[:3]] == [
-        "slices must",
+        "splits must",
         "out of memory",
         "error is 3 times",
     ]
@@ -189,11 +189,11 @@ def test_the_command_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_cuts_leave_no_slice_empty() -> None:
     assert cuts(32, (1, 2, 4, 8, 16)) == [1, 2, 4, 8, 16]
-    assert cuts(5, (1, 2, 3, 4, 5, 8)) == [1, 2, 3, 5], "4 slices of 5 parts would leave one empty"
+    assert cuts(5, (1, 2, 3, 4, 5, 8)) == [1, 2, 3, 5], "4 splits of 5 parts would leave one empty"
     for parts in range(1, 40):
-        for slices in cuts(parts, tuple(range(1, 41))):
-            share = -(-parts // slices)
-            assert (slices - 1) * share < parts <= slices * share
+        for splits in cuts(parts, tuple(range(1, 41))):
+            share = -(-parts // splits)
+            assert (splits - 1) * share < parts <= splits * share
 
 
 @pytest.mark.parametrize("name", ["small", "hopper"])
@@ -213,10 +213,10 @@ def test_compiled_plans_keep_to_the_limits(name: str, monkeypatch: pytest.Monkey
     levels = kernel.levels(torch.empty(M, K), N)
     assert len(levels[0]) == 1 and len(levels[2]) > len(levels[1]) > 10
     for plan in (plan for level in levels for plan in level):
-        assert list(plan) == [first, "slices", "grid"] and plan[first] in choices
+        assert list(plan) == [first, "splits", "grid"] and plan[first] in choices
         tiles = -(-N // (tile * plan[first])) if name == "small" else -(-N // tile)
-        assert 1 <= plan["grid"] <= tiles * plan["slices"]
-        assert cuts(parts, (plan["slices"],)) == [plan["slices"]]
+        assert 1 <= plan["grid"] <= tiles * plan["splits"]
+        assert cuts(parts, (plan["splits"],)) == [plan["splits"]]
     assert {plan[first] for plan in levels[1]} == set(choices)
 
 
@@ -234,7 +234,7 @@ def test_only_a_refused_plan_raises_refused(monkeypatch: pytest.MonkeyPatch) -> 
     layer = _operand()
 
     class Ops:
-        message = "the kernel cannot run this plan: slices must be 1; got slices 2\n(at a line)"
+        message = "the kernel cannot run this plan: splits must be 1; got splits 2\n(at a line)"
 
         @classmethod
         def lora_linear_planned(cls, *args: Any) -> Any:
@@ -243,11 +243,11 @@ def test_only_a_refused_plan_raises_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(torch.ops, "pylora_C", Ops, raising=False)
     forward = next(kernel for kernel in KERNELS if kernel.name == "small").forward
-    with pytest.raises(Refused, match=r"got slices 2$"):
-        forward(torch.empty(1, 64), layer, {"slices": 2, "grid": 3})
+    with pytest.raises(Refused, match=r"got splits 2$"):
+        forward(torch.empty(1, 64), layer, {"splits": 2, "grid": 3})
     Ops.message = "CUDA error"
     with pytest.raises(RuntimeError, match="CUDA error"):
-        forward(torch.empty(1, 64), layer, {"slices": 2, "grid": 3})
+        forward(torch.empty(1, 64), layer, {"splits": 2, "grid": 3})
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_planned_ops_take_the_plan_after_the_arguments_of_the_op(op: str, first:
         schema = getattr(ops, name).default._schema
         return [(argument.name, str(argument.type)) for argument in schema.arguments]
 
-    choice = [first, "slices", "grid"]
+    choice = [first, "splits", "grid"]
     assert arguments(f"{op}_planned") == arguments(op) + [(name, "int") for name in choice]
     returned = getattr(ops, f"{op}_plan").default._schema.returns
     assert [result.name for result in returned] == choice
@@ -296,26 +296,26 @@ class Graph(ClockTimer):
 
 
 def _reference(x: Tensor, layer: SweptLayer, plan: KernelPlan) -> Tensor:
-    if plan["slices"] == 2:
-        raise Refused("two slices are too many")
+    if plan["splits"] == 2:
+        raise Refused("two splits are too many")
     y = reference_op("lora_linear")(x, *layer.arguments()[:-1], "identity")[0]
-    return y * 1.1 if plan["slices"] == 3 else y
+    return y * 1.1 if plan["splits"] == 3 else y
 
 
 def test_points_are_checked_before_they_are_timed(tmp_path: Path) -> None:
-    """A plan with three slices gives a wrong result, which is not timed."""
+    """A plan with three splits gives a wrong result, which is not timed."""
     kernel = _kernel("stand-in", _reference)
     measure = SweepMeasurer(CPU, 3, {"stand-in": kernel}, ClockTimer, Graph)
     file = _file(tmp_path / "sweep.json")
     to_measure = points([kernel], [(32, 64)], [1, 3], CPU)
     assert not sweep(to_measure, measure, file, 1e9)
     kept_points = load(tmp_path / "sweep.json")["points"]
-    by_slices = {
-        slices: [p for p in kept_points if p["plan"]["slices"] == slices] for slices in (1, 2, 3)
+    by_splits = {
+        splits: [p for p in kept_points if p["plan"]["splits"] == splits] for splits in (1, 2, 3)
     }
-    for point in by_slices[1]:
+    for point in by_splits[1]:
         assert point["status"] == "ok" and 0 < point["p20_s"] <= point["median_s"]
         assert point["samples"] >= 5 and point["calls_a_sample"] >= 2
-    assert {p["status"] for p in by_slices[2]} == {"refused"}
-    assert {p["status"] for p in by_slices[3]} == {"fails the rule"}
-    assert all("error is" in p["note"] and p["median_s"] is None for p in by_slices[3])
+    assert {p["status"] for p in by_splits[2]} == {"refused"}
+    assert {p["status"] for p in by_splits[3]} == {"fails the rule"}
+    assert all("error is" in p["note"] and p["median_s"] is None for p in by_splits[3])

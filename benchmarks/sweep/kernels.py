@@ -68,9 +68,9 @@ def _cdiv(a: int, b: int) -> int:
 
 
 def cuts(parts: int, wanted: tuple[int, ...]) -> list[int]:
-    """Returns numbers of slices near the wanted ones into which `parts` can be cut, so that all
-    slices but the last have the same number of parts."""
-    numbers = (_cdiv(parts, _cdiv(parts, slices)) for slices in wanted if slices <= parts)
+    """Returns numbers of splits near the wanted ones into which `parts` can be cut, so that all
+    splits but the last have the same number of parts."""
+    numbers = (_cdiv(parts, _cdiv(parts, splits)) for splits in wanted if splits <= parts)
     return list(dict.fromkeys(numbers))
 
 
@@ -87,21 +87,21 @@ def _compiled(
     parts: int,
     processors: int,
 ) -> list[list[KernelPlan]]:
-    """Returns the levels of plans {first parameter, slices, grid} of a C++ kernel.
+    """Returns the levels of plans {first parameter, splits, grid} of a C++ kernel.
 
     rule        the plan of the rule
     firsts      the values of the first parameter
     tiles       a first parameter -> the number of output tiles
-    parts       how many parts of K slices can be made of
+    parts       how many parts of K splits can be made of
     processors  the number of SMs
     """
     name = next(iter(rule))
 
     def plans(wanted: tuple[int, ...], grids: Callable[[int], list[int]]) -> Iterator[KernelPlan]:
         for first in firsts:
-            for slices in cuts(parts, wanted):
-                for grid in dict.fromkeys(grids(tiles(first) * slices)):
-                    yield {name: first, "slices": slices, "grid": grid}
+            for splits in cuts(parts, wanted):
+                for grid in dict.fromkeys(grids(tiles(first) * splits)):
+                    yield {name: first, "splits": splits, "grid": grid}
 
     def one_or_two(items: int) -> list[int]:  # one or two CTAs for each SM
         return [min(items, processors), min(items, 2 * processors)]
@@ -110,7 +110,7 @@ def _compiled(
         more = [_even_grid(items, processors), _even_grid(items, 2 * processors)]
         return [*one_or_two(items), *more, min(items, 4 * processors)]
 
-    coarse, fine = (1, 2, 4, 8, 16, rule["slices"]), (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, parts)
+    coarse, fine = (1, 2, 4, 8, 16, rule["splits"]), (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, parts)
     return [[rule], list(plans(coarse, one_or_two)), list(plans(fine, others))]
 
 
@@ -119,14 +119,14 @@ def _processors(x: Tensor) -> int:
 
 
 def _small_levels(x: Tensor, N: int) -> list[list[KernelPlan]]:
-    names = ("output_warps", "slices", "grid")
+    names = ("output_warps", "splits", "grid")
     rule = dict(zip(names, torch.ops.pylora_C.lora_linear_plan(x, N), strict=True))
     parts = _cdiv(x.shape[1], 128)  # pieces of 128 columns
     return _compiled(rule, (1, 2, 4), lambda warps: _cdiv(N, 16 * warps), parts, _processors(x))
 
 
 def _hopper_levels(x: Tensor, N: int) -> list[list[KernelPlan]]:
-    names = ("tile_tokens", "slices", "grid")
+    names = ("tile_tokens", "splits", "grid")
     rule = dict(zip(names, torch.ops.pylora_C.lora_linear_hopper_plan(x, N), strict=True))
     M, K = x.shape
     return _compiled(
