@@ -49,11 +49,6 @@ def places_of(module: nn.Module, names: Sequence[str]) -> tuple[Place, ...] | No
     return tuple(places)
 
 
-def _is_plain(x: Tensor) -> bool:
-    """True if the memory of x has its elements one after the other, as they are."""
-    return x.is_contiguous() and not x.is_neg() and not x._is_zerotensor()
-
-
 def _first(results: Tensor | Sequence[Tensor]) -> Tensor:
     return results if isinstance(results, Tensor) else results[0]
 
@@ -75,7 +70,8 @@ class KeptCall:
         scaling, dropout   those of the low-rank path, if the layer has one
         """
         forward = self._forward
-        if forward is None or not _is_plain(x):
+        # A prepared forward reads the memory of x, which must have the elements as they are.
+        if forward is None or not x.is_contiguous() or x.is_neg() or x._is_zerotensor():
             return _first(run_plan(self._op, self._call(x, scaling, dropout), self._plan))
         if not torch.is_grad_enabled():
             return forward(x, scaling, dropout, False)[0]
@@ -119,9 +115,7 @@ class Kept:
         self._record, self.layer = type(call), call.layer
         if self.layer.low_rank is not None:
             self.layer = replace(self.layer, low_rank=replace(self.layer.low_rank, dropout=None))
-        # The tensors are kept as well: if they were freed, others could get their identities.
-        dicts = {id(held): held for held, _ in places}.values()
-        self._held = [(held, list(held.values()), [*map(id, held.values())]) for held in dicts]
+        self._held = [(held, name, held[name]) for held, name in places]
         self._weight = self.layer.weight.data
         self._A = self._weight if self.layer.low_rank is None else self.layer.low_rank.A
         self.device: torch.device = call.x.device
@@ -140,9 +134,12 @@ class Kept:
         """The way to run a call with x; None if its arguments must be checked first."""
         if type(x) is not Tensor or x.device != self.device or self._weight.device != self.device:
             return None
-        for held, _, ids in self._held:
-            if [*map(id, held.values())] != ids:
-                return None
+        try:
+            for held, name, tensor in self._held:
+                if held[name] is not tensor:
+                    return None
+        except KeyError:  # a parametrization has taken the name away
+            return None
         if watched() or torch.is_autocast_enabled(self._device_type):
             return None
         dtypes = (x.dtype, self._weight.dtype, self._A.dtype)

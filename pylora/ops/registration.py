@@ -218,21 +218,29 @@ def reference_op(name: str) -> Callable[..., Any]:
     return lambda *flat: on_reference(SPECS[name].read(flat))
 
 
+# Each look-up of these names would take as long as the call.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch = torch._C._functorch.peek_interpreter_stack
+_tracer = torch._C._get_tracing_state
+_profiles = torch.autograd._profiler_enabled
+
+
 def watched() -> bool:
-    """True if more than autograd would see any op on its way through torch's dispatcher."""
+    """True if more than autograd would see an op on its way through torch's dispatcher.
+
+    torch.compile is not asked about: what it traces does not come here.
+    """
     return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() != 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
+        _dispatch_modes() != 0 or _functorch() is not None or _tracer() is not None or _profiles()
     )
 
 
 def only_autograd_watches(tensors: Sequence[Tensor | None]) -> bool:
     """True if nothing but autograd would see an op of these tensors."""
-    return not watched() and all(
-        t is None or (type(t) in _PLAIN and not t.is_meta) for t in tensors
+    return (
+        not torch.compiler.is_compiling()
+        and not watched()
+        and all(t is None or (type(t) in _PLAIN and not t.is_meta) for t in tensors)
     )
 
 
