@@ -55,7 +55,7 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: pylora.add_lora("x"), TypeError, "model is 'x'; it must be an nn.Module"),
     (lambda: pylora.add_lora(model(), target_modules=3), TypeError, "target_modules is 3; it must"),
     (lambda: pylora.add_lora(model(), target_modules="("), ValueError, "a regular expression"),
-    (lambda: pylora.add_lora(model(), modules_to_save=None), TypeError, "modules_to_save is None"),
+    (lambda: pylora.add_lora(model(), modules_to_save=3), TypeError, "modules_to_save is 3; it"),
     (lambda: pylora.quantize_model(3), TypeError, "model is 3; it must be an nn.Module"),
     (lambda: pylora.quantize_model(model(), skip_modules=3), TypeError, "skip_modules is 3; it"),
     (lambda: pylora.merge(None), TypeError, "model is None; it must be an nn.Module"),
