@@ -7,7 +7,6 @@ are new tensors. A package built without the extension runs all the same.
 
 from __future__ import annotations
 
-import math
 import warnings
 from functools import cache, lru_cache
 from types import ModuleType
@@ -29,6 +28,7 @@ from pylora.calls import (
     Nf4LinearCall,
     QuantizeCall,
     Weight,
+    token_count,
 )
 
 # The numbers by which the ops name an activation; csrc/common/activation.h has the same.
@@ -142,7 +142,7 @@ def prepare_nf4_linear(
     base = (call.x, *weight.arguments, weight.out_features, call.layer.bias)
     run = _prepared(op, *base)
     sizes = (*call.x.shape[:-1], weight.out_features)
-    tokens = math.prod(call.x.shape[:-1])
+    tokens = token_count(call.x)
 
     def forward(x: Tensor, scaling: float, dropout: Dropout | None, wants_h: bool) -> Any:
         if x.data_ptr() % alignment:
@@ -165,7 +165,7 @@ def prepare_lora_linear(
     run = _prepared(op, *base, *factors, *_lora_options(low))
     leading = call.x.shape[:-1]
     sizes, h_sizes = (*leading, layer.weight.out_features), (*leading, low.rank)
-    tokens = math.prod(leading)
+    tokens = token_count(call.x)
 
     def forward(x: Tensor, scaling: float, dropout: Dropout | None, wants_h: bool) -> Any:
         if x.data_ptr() % alignment:

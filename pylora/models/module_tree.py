@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -46,10 +47,17 @@ class Site:
             getattr(self.module, hooks).clear()
         new.training = self.module.training
         setattr(self.parent, self.attribute, new)
-        if isinstance(self.parent, nn.TransformerEncoderLayer):
-            # In eval mode it has a fast path that reads the weights instead of calling the layers.
+        if has_fast_path(self.parent):
             # Torch takes the path only if this is 1 or 2, and reads it for nothing else.
             self.parent.activation_relu_or_gelu = 0
+
+
+def has_fast_path(parent: nn.Module | None) -> TypeGuard[nn.TransformerEncoderLayer]:
+    """True for a module of torch's whose fast path reads weights and can be kept off.
+
+    torch takes the path in eval mode, instead of calling the layers.
+    """
+    return isinstance(parent, nn.TransformerEncoderLayer)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from pylora.models.module_tree import Site
+from pylora.models.module_tree import Site, has_fast_path
 
 # Methods that do not take part in a forward.
 _SETTING_UP = {"__init__", "_init_weights", "init_weights", "reset_parameters", "_reset_parameters"}
@@ -94,11 +94,6 @@ def _attribute_with_weight(node: ast.AST) -> str | None:
     if not isinstance(layer, ast.Attribute) or not isinstance(layer.value, ast.Name):
         return None
     return layer.attr if layer.value.id == "self" else None
-
-
-def has_fast_path(parent: nn.Module | None) -> bool:
-    """True for a module of torch's that reads weights only on a fast path that can be kept off."""
-    return isinstance(parent, nn.TransformerEncoderLayer)
 
 
 def why_not_lora(site: Site) -> str | None:

@@ -29,7 +29,7 @@ from pylora.ops.registration import (
     with_gradient,
 )
 
-# Where a module holds a parameter or buffer: a dict and the key in it.
+# A place in which a module holds a parameter or buffer: a dict and the key in it.
 Place = tuple[dict[str, Any], str]
 
 # A layer forgets its kinds of call when it has this many: the lengths of texts have no end.
@@ -37,7 +37,7 @@ _MOST_CALLS = 64
 
 
 def places_of(module: nn.Module, names: Sequence[str]) -> tuple[Place, ...] | None:
-    """Where the module holds these tensors; None if a parametrization computes one of them."""
+    """The places of these tensors in the module; None if a parametrization computes one of them."""
     places = []
     for name in names:
         for held in (module._parameters, module._buffers):
