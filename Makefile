@@ -57,7 +57,7 @@ gpu-code: $(INSTALLED) ## the tests of an extension with GPU code, without a GPU
 check: $(INSTALLED) ## every kernel that can run here against the reference
 	cd $(VENV) && bin/python -m pylora check
 
-headers: $(INSTALLED) ## the files that include torch compile against every torch that pylora promises (fetches headers; HEADERS=--ends or 2.11: fewer)
+headers: $(INSTALLED) ## the files that include torch compile against every torch that pylora promises (fetches headers; HEADERS=2.11: one of them)
 	env -u PYTHONSAFEPATH $(PY) -m tools.torch_headers $(HEADERS)
 
 bench: $(INSTALLED) ## the quick benchmark suite on this CPU and its report, in build/bench (OP=… for one op)

@@ -2,7 +2,6 @@
 
     python -m tools.torch_headers            every minor release from the oldest that pylora takes
     python -m tools.torch_headers 2.11 2.15  these alone
-    python -m tools.torch_headers --ends     the oldest and the newest alone
 
 The newest patch of each minor release on pip's index is checked. The headers come from the macOS
 wheels, which are by far the smallest (about 100 MB); the headers are the same for every system.
@@ -108,11 +107,7 @@ def compile_error(compilation: setup.Compilation, path: Path) -> str | None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.torch_headers")
     parser.add_argument("minor", nargs="*", help="such as 2.11; default: every one")
-    parser.add_argument(
-        "--ends", action="store_true", help="check the oldest and the newest release alone"
-    )
-    arguments = parser.parse_args()
-    minors = arguments.minor
+    minors = parser.parse_args().minor
     compiler = setup.find_compiler()
     if compiler is None:
         raise SystemExit("no C++ compiler was found (tried CXX, c++, g++, clang++)")
@@ -122,10 +117,6 @@ def main() -> int:
         if unknown := set(minors) - set(known):
             raise SystemExit(f"minor must be among {', '.join(known)}; got {' '.join(unknown)}")
         releases = [known[minor] for minor in minors]
-    if arguments.ends:
-        between = [str(release) for release in releases[1:-1]]
-        print(f"not checked, since --ends is given: torch {', '.join(between) or 'none'}")
-        releases = [*releases[:1], *releases[1:][-1:]]
 
     project = Distribution()
     project.parse_config_files()

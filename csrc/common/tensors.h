@@ -27,8 +27,8 @@ struct PreparedCall {
   const int64_t* seed = nullptr;  // on the device of x; null without dropout
 };
 
-// A tensor [..., cols] as a matrix of tokens; its leading sizes multiply to the number of tokens, also if there
-// are no columns.
+// A tensor [..., cols] as a matrix of tokens. Its leading sizes multiply to the number of tokens,
+// also if there are no columns.
 struct Tokens {
   Tokens(const char* argument, const Tensor& given) : name(argument), tensor(given) {
     const auto sizes = tensor.sizes();
