@@ -25,8 +25,19 @@ from pylora.nf4 import (
 
 # bitsandbytes' quant_storage: the bytes of the codes, under the name of another dtype.
 _STORAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_STATE_KEY = "quant_state.bitsandbytes__nf4"
-ENTRY_NAMES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", _STATE_KEY)
+_STATE_KEY = "weight.quant_state.bitsandbytes__nf4"
+_ABSMAX, _CODE = "weight.absmax", "weight.quant_map"
+_NESTED_ABSMAX, _NESTED_CODE = "weight.nested_absmax", "weight.nested_quant_map"
+# The keys of a layer's state dict that lie beside "weight" and "bias".
+ENTRY_KEYS = (_ABSMAX, _CODE, _NESTED_ABSMAX, _NESTED_CODE, _STATE_KEY)
+
+
+class MissingEntry(ValueError):
+    """A state dict lacks the entry `key`, which the other parts of a packed weight need."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"{key} is missing beside the other parts of a packed weight")
+        self.key = key
 
 
 def read_parameter(source: Any) -> dict[str, Any]:
@@ -110,13 +121,11 @@ def write_parameter(w: Any) -> Any:
 
 
 def state_entries(w: Any) -> dict[str, Tensor]:
-    """The entries that bitsandbytes writes beside `weight`, without the prefix `weight.`.
-
-    w    an NF4Weight
-    """
+    """The entries of a layer's state dict by which bitsandbytes writes the NF4Weight `w`."""
     entries = {
-        "absmax": w.absmax.reshape(-1),
-        "quant_map": _code(w.device),
+        "weight": w.qweight.reshape(-1, 1),
+        _ABSMAX: w.absmax.reshape(-1),
+        _CODE: _code(w.device),
     }
     facts: dict[str, Any] = {
         "quant_type": "nf4",
@@ -125,30 +134,31 @@ def state_entries(w: Any) -> dict[str, Tensor]:
         "shape": list(w.shape),
     }
     if w.nested_absmax is not None and w.nested_code is not None and w.offset is not None:
-        entries["nested_absmax"] = w.nested_absmax
-        # The code is copied, because many layers may share it and safetensors refuses tensors that
-        # share storage.
-        entries["nested_quant_map"] = w.nested_code.clone()
+        # These are copied, because they may share memory with each other or with other layers, and
+        # safetensors refuses tensors that do.
+        entries[_NESTED_ABSMAX] = w.nested_absmax.clone()
+        entries[_NESTED_CODE] = w.nested_code.clone()
         facts["nested_blocksize"] = w.nested_blocksize
         facts["nested_dtype"] = "float32"
         facts["nested_offset"] = float("nan") if w.offset.is_meta else w.offset.item()
     blob = json.dumps(facts).encode()
     entries[_STATE_KEY] = torch.tensor(list(blob), dtype=torch.uint8, device=w.device)
-    return entries
+    return {key: entry.detach() for key, entry in entries.items()}
 
 
-def read_state_entries(weight: Tensor, entries: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The fields of an NF4Weight, from a state dict's `weight` and the entries beside it.
+def read_state_entries(entries: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The fields of an NF4Weight, from the entries of a layer's state dict.
 
-    weight     packed codes in any storage dtype, any shape
-    entries    the entries, named as in `state_entries`
+    entries    as `state_entries` gives them; the packed codes may be in any storage dtype and any
+               shape
 
-    Raises ValueError naming the entry that is missing or does not fit.
+    Raises MissingEntry if an entry is missing, and ValueError that names the entry that does not
+    fit.
     """
-    blob = entries.get(_STATE_KEY)
-    if blob is None or "absmax" not in entries:
-        missing = _STATE_KEY if blob is None else "absmax"
-        raise ValueError(f"weight.{missing} is missing beside a packed weight")
+    for key in ("weight", _STATE_KEY, _ABSMAX):
+        if key not in entries:
+            raise MissingEntry(key)
+    weight, blob = entries["weight"], entries[_STATE_KEY]
     try:
         facts = json.loads(bytes(blob.cpu().tolist()).decode())
         shape, blocksize = torch.Size(facts["shape"]), int(facts["blocksize"])
@@ -163,12 +173,10 @@ def read_state_entries(weight: Tensor, entries: Mapping[str, Tensor]) -> dict[st
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"dtype is {facts['dtype']!r}; it must be a floating-point dtype")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"weight.{_STATE_KEY} is not a readable NF4 description: {error}"
-        ) from error
+        raise ValueError(f"{_STATE_KEY} is not a readable NF4 description: {error}") from error
     if quant_type != "nf4":
         raise ValueError(f"weight has quant_type {quant_type!r}; it must be 'nf4'")
-    _check_code(entries.get("quant_map"))
+    _check_code(entries.get(_CODE))
     nested = _is_nested(entries, facts)
     offset = None
     if nested:
@@ -176,12 +184,12 @@ def read_state_entries(weight: Tensor, entries: Mapping[str, Tensor]) -> dict[st
         offset = torch.tensor(value, dtype=torch.float32, device=weight.device)
     return _assemble(
         weight,
-        entries["absmax"],
+        entries[_ABSMAX],
         shape,
         dtype,
         blocksize,
-        entries["nested_absmax"] if nested else None,
-        entries["nested_quant_map"] if nested else None,
+        entries[_NESTED_ABSMAX] if nested else None,
+        entries[_NESTED_CODE] if nested else None,
         offset,
         nested_blocksize,
     )
@@ -203,17 +211,20 @@ def _check_code(quant_map: Tensor | None) -> None:
 
 
 def _is_nested(entries: Mapping[str, Tensor], facts: Mapping[str, Any]) -> bool:
-    """True if absmax is itself quantized; raises ValueError if a part of that is missing."""
-    parts = {name: name in entries for name in ("nested_absmax", "nested_quant_map")}
-    parts[f"{_STATE_KEY}'s nested_offset"] = "nested_offset" in facts
-    missing = [name for name, present in parts.items() if not present]
-    codes = not entries["absmax"].is_floating_point()
-    if missing and (codes or len(missing) < len(parts)):
-        raise ValueError(f"weight.{missing[0]} is missing beside a double-quantized weight.absmax")
-    if not missing and not codes:
-        dtype = entries["absmax"].dtype
-        raise ValueError(f"weight.absmax has dtype {dtype}; double-quantized it must be uint8")
-    return not missing
+    """True if absmax is itself quantized.
+
+    Raises MissingEntry or ValueError if the entries and the description do not agree.
+    """
+    dtype, described = entries[_ABSMAX].dtype, "nested_offset" in facts
+    codes = not dtype.is_floating_point
+    if codes and not described:
+        raise ValueError(f"{_STATE_KEY} has no nested_offset, but {_ABSMAX} is double-quantized")
+    if not codes and (described or _NESTED_ABSMAX in entries or _NESTED_CODE in entries):
+        raise ValueError(f"{_ABSMAX} has dtype {dtype}; double-quantized it must be uint8")
+    for key in (_NESTED_ABSMAX, _NESTED_CODE):
+        if codes and key not in entries:
+            raise MissingEntry(key)
+    return codes
 
 
 def _assemble(

@@ -119,7 +119,7 @@ def test_scales_are_fp32_under_any_default_dtype(
 ) -> None:
     dense = nn.Linear(128, 32, dtype=torch.bfloat16)
     layer = NF4Linear.from_linear(dense, double_quant=double_quant)
-    state = layer.state_dict()
+    state = layer.checkpoint_entries()
     for name in ("quant_map", *["nested_absmax", "nested_quant_map"] * double_quant):
         assert state[f"weight.{name}"].dtype == torch.float32, name
     loaded = NF4Linear(128, 32, double_quant=double_quant, dtype=torch.bfloat16)

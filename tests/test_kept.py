@@ -163,7 +163,7 @@ def test_old_plans_are_forgotten(layer: nn.Module, monkeypatch: pytest.MonkeyPat
         assert len(layer._kept._calls) <= 2
 
 
-@pytest.mark.parametrize("name", ["weight", "absmax", "bias"])
+@pytest.mark.parametrize("name", ["weight", "absmax_bytes", "bias"])
 def test_a_replaced_tensor_is_seen(name: str) -> None:
     layer, x = nf4_layer(), torch.randn(3, IN)
     layer(x)

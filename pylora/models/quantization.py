@@ -216,7 +216,7 @@ def _quantize_layer(
     else:
         new = NF4Linear.from_linear(old, blocksize, double_quant)
     if shared is not None:
-        new.set_nf4_weight(shared.nf4_weight)
+        new.share_weight(shared)
     for name, parent, attribute in places:
         Site(name, old, parent, attribute).replace(new)
     return new

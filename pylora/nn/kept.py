@@ -4,7 +4,9 @@ A layer checks its tensors when it first sees them, and keeps the record made of
 of each kind of call. These hold as long as the module has the same tensor objects: FSDP2,
 `functional_call` and parametrizations replace them without an assignment. `.to()` and ZeRO-3 change
 a parameter in place, so each call compares its dtype and device, and the compiled kernels check its
-size. A call that is unusual in another way is checked again, by `pylora.functional`.
+size. A record may read a tensor through a view, which keeps the old memory, so each call compares
+the address of such a tensor. A call that is unusual in another way is checked again, by
+`pylora.functional`.
 """
 
 from __future__ import annotations
@@ -31,6 +33,9 @@ from pylora.ops.registration import (
 
 # A place in which a module holds a parameter or buffer: a dict and the key in it.
 Place = tuple[dict[str, Any], str]
+
+# The tensors of an NF4Linear that are bytes of fp32 values, which a record sees through views.
+VIEWED = ("absmax_bytes", "nested_bytes")
 
 # A layer forgets its kinds of call when it has this many: the lengths of texts have no end.
 _MOST_CALLS = 64
@@ -102,6 +107,7 @@ class Kept:
         "_device_type",
         "_held",
         "_record",
+        "_viewed",
         "_weight",
         "device",
         "layer",
@@ -116,6 +122,8 @@ class Kept:
         if self.layer.low_rank is not None:
             self.layer = replace(self.layer, low_rank=replace(self.layer.low_rank, dropout=None))
         self._held = [(held, name, held[name]) for held, name in places]
+        read_through_views = (t for _, name, t in self._held if name in VIEWED and t is not None)
+        self._viewed = [(tensor, tensor.data_ptr()) for tensor in read_through_views]
         self._weight = self.layer.weight.data
         self._A = self._weight if self.layer.low_rank is None else self.layer.low_rank.A
         self.device: torch.device = call.x.device
@@ -140,6 +148,9 @@ class Kept:
                     return None
         except KeyError:  # a parametrization has taken the name away
             return None
+        for tensor, address in self._viewed:
+            if tensor.data_ptr() != address:
+                return None
         if watched() or torch.is_autocast_enabled(self._device_type):
             return None
         dtypes = (x.dtype, self._weight.dtype, self._A.dtype)

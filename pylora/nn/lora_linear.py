@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,16 +19,10 @@ from pylora.nn.kept import Kept, Place, places_of
 from pylora.nn.nf4_linear import NF4Linear, frozen
 from pylora.ops import run
 
+logger = logging.getLogger(__name__)
+
 _DENSE_TENSORS = ("weight", "bias")
 _LORA_TENSORS = ("lora_A", "lora_B", "lora_B_bias")
-
-
-@dataclass
-class _UnmergedBase:
-    """The base's tensors before a merge; `parameters()` and `state_dict()` do not see them."""
-
-    weight: Tensor | NF4Weight
-    bias: Tensor | None
 
 
 class LoRALinear(nn.Module):
@@ -46,6 +41,10 @@ class LoRALinear(nn.Module):
 
     forward(x [..., in_features]) returns [..., out_features] in x.dtype. lora_A [r, in_features]
     starts Kaiming-uniform and lora_B [out_features, r] at zero, so the layer starts as its base.
+
+    `state_dict()` describes the unmerged layer, whether it is merged or not, so that LoRA is never
+    applied twice; a merged layer is unmerged when one is loaded. A layer that is merged for good
+    has no LoRA in its state dict.
     Raises TypeError or ValueError that names the argument that does not fit.
     Source: LoRA, arXiv:2106.09685.
     """
@@ -88,7 +87,9 @@ class LoRALinear(nn.Module):
         self.r, self.lora_dropout, self.use_dora = r, lora_dropout, use_dora
         self.set_scaling(lora_alpha, use_rslora)
         self.merged = False
-        self._unmerged_base: _UnmergedBase | None = None
+        # The base from before a merge. A tuple hides it from `parameters()`.
+        self._unmerged_base: tuple[nn.Linear | NF4Linear] | None = None
+        self.register_state_dict_post_hook(_describe_unmerged)
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, device=device, dtype=dtype))
@@ -258,9 +259,18 @@ class LoRALinear(nn.Module):
         """
         if self.merged:
             raise ValueError("the layer is merged already; unmerge must be called first")
-        unmerged_base = _UnmergedBase(self.base_weight, self.bias)
-        self._set_base(weight, bias)
-        self._unmerged_base, self.merged = unmerged_base, True
+        base = self.base_layer
+        merged = copy.copy(base)
+        merged._parameters, merged._buffers = dict(base._parameters), dict(base._buffers)
+        if isinstance(merged, NF4Linear) and isinstance(weight, NF4Weight):
+            merged.set_nf4_weight(weight)
+        elif isinstance(merged, nn.Linear) and isinstance(weight, Tensor):
+            merged.weight = frozen(weight)
+        else:
+            raise TypeError(f"weight is {type(weight).__name__}; it must be of the base's own kind")
+        merged.bias = None if bias is None else frozen(bias)
+        self._unmerged_base, self.base_layer = (base,), merged
+        self._kept, self.merged = None, True
 
     def unmerge(self) -> None:
         """Restores the base from before `set_merged`, on its current device.
@@ -270,34 +280,53 @@ class LoRALinear(nn.Module):
         """
         if self._unmerged_base is None:
             raise ValueError("the layer keeps no base from before a merge; it must be merged")
-        old, now = self._unmerged_base, self.base_layer.weight
-        weight, bias = old.weight, old.bias
-        if isinstance(weight, NF4Weight):
-            weight = weight.to(now.device)
-        elif (weight.device, weight.dtype) != (now.device, now.dtype):
-            weight = weight.detach().to(now.device, now.dtype)
-        merged_bias = self.base_layer.bias
-        if bias is not None and merged_bias is not None:
-            if (bias.device, bias.dtype) != (merged_bias.device, merged_bias.dtype):
-                bias = bias.detach().to(merged_bias.device, merged_bias.dtype)
-        self._set_base(weight, bias)
-        self._unmerged_base, self.merged = None, False
+        (base,), merged = self._unmerged_base, self.base_layer
+        dtypes = [p.dtype for p in merged.parameters() if p.is_floating_point()]
+        base.to(device=merged.weight.device, dtype=dtypes[0] if dtypes else None)
+        base.train(merged.training)
+        self._unmerged_base, self.base_layer = None, base
+        self._kept, self.merged = None, False
         self.refresh_base_norm()  # a cast while merged may have rounded it, or W
 
     def forget_base(self) -> None:
         """Frees the base from before the merge, so that the layer stays merged for good."""
         self._unmerged_base = None
 
-    def _set_base(self, weight: Tensor | NF4Weight, bias: Tensor | None) -> None:
-        base = self.base_layer
-        self._kept = None
-        if isinstance(base, NF4Linear) and isinstance(weight, NF4Weight):
-            base.set_nf4_weight(weight)
-        elif isinstance(base, nn.Linear) and isinstance(weight, Tensor):
-            base.weight = frozen(weight)
-        else:
-            raise TypeError(f"weight is {type(weight).__name__}; it must be of the base's own kind")
-        base.bias = None if bias is None else frozen(bias)
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        if not self.merged or self.can_unmerge:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if self.can_unmerge:
+            name = prefix.rstrip(".") or type(self).__name__
+            logger.warning("%s was merged; it is unmerged now, to load a state dict", name)
+            self.unmerge()
+        of_lora = [key for key in state_dict if key.startswith(f"{prefix}lora_")]
+        if self.merged and of_lora:
+            error_msgs.append(f"{of_lora[0]} is of an unmerged layer; this one is merged for good")
+            for key in [key for key in state_dict if key.startswith(prefix)]:
+                del state_dict[key]
+        elif not self.merged:
+            super()._load_from_state_dict(
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
+            )
 
     @property
     def weight(self) -> Tensor:
@@ -321,3 +350,16 @@ class LoRALinear(nn.Module):
 def _refresh_after_load(layer: nn.Module, _: object) -> None:
     assert isinstance(layer, LoRALinear)
     layer.refresh_base_norm()
+
+
+def _describe_unmerged(
+    layer: nn.Module, state_dict: dict[str, Any], prefix: str, _: object
+) -> None:
+    """Replaces the merged base in a state dict by the one from before the merge."""
+    assert isinstance(layer, LoRALinear)
+    if layer._unmerged_base is None:
+        return
+    prefix += "base_layer."
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        del state_dict[key]
+    layer._unmerged_base[0].state_dict(destination=state_dict, prefix=prefix)

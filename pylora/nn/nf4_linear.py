@@ -1,9 +1,13 @@
-"""`NF4Linear`: a linear layer with its weight in NF4 and the state dict of bitsandbytes."""
+"""`NF4Linear`: a linear layer with its weight in NF4.
+
+Everything that describes the weight is held as bytes, in uint8. Code that casts a model's floating
+point tensors (a loop over the parameters, FSDP2's mixed precision, DeepSpeed) then leaves them as
+they are; absmax in 16 bits would be another weight.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +26,11 @@ from pylora.nf4_weight import NF4Weight
 from pylora.nn.kept import Kept, Place, places_of
 from pylora.ops import run
 
-_TENSORS = ("weight", "absmax", "nested_absmax", "nested_code", "offset", "bias")
+# What describes the weight.
+BYTES = ("weight", "absmax_bytes", "nested_bytes")
+_TENSORS = (*BYTES, "bias")
+# The parts of nested_bytes: 256 values of nested_code, nested_absmax, and the offset at the end.
+_CODE_END, _OFFSET_BEGIN = 256 * 4, -4
 
 
 class NF4Linear(nn.Module):
@@ -34,16 +42,26 @@ class NF4Linear(nn.Module):
     device, dtype                as in nn.Linear; dtype is that of the bias and of the weight before
                                  it is quantized
 
-    forward(x [..., in_features]) computes in x.dtype and returns [..., out_features]. `weight`
-    holds the packed bytes; its dim 0 is out_features if in_features % blocksize == 0. The state
-    dict has the keys and shapes of bitsandbytes. `.to(dtype)` and `.half()` change the bias alone.
+    forward(x [..., in_features]) computes in x.dtype and returns [..., out_features].
+    `.to(dtype)` and `.half()` change the bias alone, because the rest is held as bytes:
+
+    weight          Parameter, the packed codes: [out_features, in_features / 2] if
+                    in_features % blocksize == 0, else flat
+    absmax_bytes    Parameter, the fp32 absmax [out_features, in_features / blocksize * 4], or their
+                    codes [out_features, in_features / blocksize] under double quantization; flat
+                    if `weight` is
+    nested_bytes    buffer, the fp32 nested_code [256], nested_absmax [groups] and offset [1] in one
+                    row; None without double quantization
+    bias            Parameter or None
+
+    `state_dict()` has these names as keys. `load_state_dict` also takes bitsandbytes' entries and a
+    dense weight, which it quantizes; `checkpoint_entries()` writes bitsandbytes' entries. With
+    strict=False, bitsandbytes' entries may come in several calls, as they do from sharded files.
     Source: QLoRA, arXiv:2305.14314.
     """
 
     bias: nn.Parameter | None
-    nested_absmax: Tensor | None
-    nested_code: Tensor | None
-    offset: Tensor | None
+    nested_bytes: Tensor | None
 
     def __init__(
         self,
@@ -57,6 +75,7 @@ class NF4Linear(nn.Module):
     ) -> None:
         super().__init__()
         self._kept: Kept | None = None
+        self._waiting: dict[str, Tensor] = {}
         for name, value in (("in_features", in_features), ("out_features", out_features)):
             checks.integer(name, value, least=0)
         check_blocksize(blocksize)
@@ -113,8 +132,31 @@ class NF4Linear(nn.Module):
         )
 
     @property
+    def absmax(self) -> Tensor:
+        """The scales of the blocks: fp32, or uint8 codes under double quantization."""
+        return self.absmax_bytes if self.double_quant else self.absmax_bytes.view(torch.float32)
+
+    @property
+    def nested_code(self) -> Tensor | None:
+        """fp32 [256], the values of the absmax codes; None without double quantization."""
+        nested = self.nested_bytes
+        return None if nested is None else nested[:_CODE_END].view(torch.float32)
+
+    @property
+    def nested_absmax(self) -> Tensor | None:
+        """fp32 [groups], the scales of the absmax codes; None without double quantization."""
+        nested = self.nested_bytes
+        return None if nested is None else nested[_CODE_END:_OFFSET_BEGIN].view(torch.float32)
+
+    @property
+    def offset(self) -> Tensor | None:
+        """fp32 [], the mean of the absmax values; None without double quantization."""
+        nested = self.nested_bytes
+        return None if nested is None else nested[_OFFSET_BEGIN:].view(torch.float32).view(())
+
+    @property
     def nf4_weight(self) -> NF4Weight:
-        """The quantized weight; it shares the tensors of this layer."""
+        """The quantized weight; it shares the memory of this layer."""
         return NF4Weight(
             self.weight,
             self.absmax,
@@ -128,22 +170,35 @@ class NF4Linear(nn.Module):
         )
 
     def set_nf4_weight(self, w: NF4Weight) -> None:
-        """Replaces the quantized weight by one of the same shape; its tensors are shared, not
-        copied.
+        """Replaces the quantized weight by one of the same shape.
 
-        Raises ValueError for another shape.
+        Its codes and absmax are shared, not copied. Raises ValueError for another shape.
         """
-        if tuple(w.shape) != (self.out_features, self.in_features):
-            raise ValueError(
-                f"w has shape {tuple(w.shape)}; it must be {(self.out_features, self.in_features)}"
-            )
+        stored = _stored(self._checked(w))
         self._kept = None
-        # The parameters of another layer are shared as objects: a copy, a cast and a count of
-        # parameters then see that they are the same.
-        self.weight, self.absmax = frozen(w.qweight), frozen(w.absmax)
-        self.register_buffer("nested_absmax", w.nested_absmax, persistent=False)
-        self.register_buffer("nested_code", w.nested_code, persistent=False)
-        self.register_buffer("offset", w.offset, persistent=False)
+        self.weight = frozen(stored["weight"])
+        self.absmax_bytes = frozen(stored["absmax_bytes"])
+        self.register_buffer("nested_bytes", stored.get("nested_bytes"))
+        self._set_format(w)
+
+    def share_weight(self, other: NF4Linear) -> None:
+        """Takes the weight of another layer of the same shape, as the same parameters.
+
+        A copy, a cast and a count of parameters then see that the two layers have one weight.
+        """
+        w = self._checked(other.nf4_weight)
+        self._kept = None
+        self.weight, self.absmax_bytes = other.weight, other.absmax_bytes
+        self.register_buffer("nested_bytes", other.nested_bytes)
+        self._set_format(w)
+
+    def _checked(self, w: NF4Weight) -> NF4Weight:
+        shape = (self.out_features, self.in_features)
+        if tuple(w.shape) != shape:
+            raise ValueError(f"the weight has shape {tuple(w.shape)}; it must be {shape}")
+        return w
+
+    def _set_format(self, w: NF4Weight) -> None:
         self.blocksize, self.nested_blocksize = w.blocksize, w.nested_blocksize
         self.double_quant, self.weight_dtype = w.double_quant, w.dtype
 
@@ -205,33 +260,16 @@ class NF4Linear(nn.Module):
         layer.bias = bias
         return layer
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
-        # A cast to 16 bits is meant for activations and biases; absmax in 16 bits would change the
-        # weight.
-        scales = {
-            id(tensor)
-            for tensor in (self.absmax, self.nested_absmax, self.nested_code, self.offset)
-            if tensor is not None
-        }
+    def checkpoint_entries(self) -> dict[str, Tensor]:
+        """The layer's state dict in bitsandbytes' form, as its checkpoints have it.
 
-        def keep_scale_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if id(tensor) in scales and moved.dtype != tensor.dtype:
-                return tensor.to(moved.device)
-            return moved
-
-        return super()._apply(keep_scale_dtype, recurse)
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        # bitsandbytes writes the weight, the bias, and then the entries that describe the weight.
-        weight = self.weight if keep_vars else self.weight.detach()
-        destination[prefix + "weight"] = weight.view(-1, 1)
+        Keys: `weight` [bytes, 1], `bias` if there is one, `weight.absmax`, `weight.quant_map`,
+        `weight.quant_state.bitsandbytes__nf4`, and two more under double quantization.
+        """
+        entries = bnb_format.state_entries(self.nf4_weight)
         if self.bias is not None:
-            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
-        for name, entry in bnb_format.state_entries(self.nf4_weight).items():
-            destination[f"{prefix}weight.{name}"] = entry if keep_vars else entry.detach()
+            entries["bias"] = self.bias.detach()
+        return entries
 
     def _load_from_state_dict(
         self,
@@ -243,59 +281,85 @@ class NF4Linear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        known = {prefix + "weight", prefix + "bias"}
-        entries = {}
-        for name in bnb_format.ENTRY_NAMES:
-            key = f"{prefix}weight.{name}"
-            if key in state_dict:
-                entries[name] = state_dict[key]
-                known.add(key)
-        if strict:
-            unexpected_keys += [
-                key for key in state_dict if key.startswith(prefix) and key not in known
-            ]
-        bias = state_dict.get(prefix + "bias")
-        if self.bias is None and bias is not None and strict:
-            unexpected_keys.append(prefix + "bias")
-        if self.bias is not None and bias is None:
-            missing_keys.append(prefix + "bias")
-        if prefix + "weight" not in state_dict:
-            missing_keys.append(prefix + "weight")
-            return
+        own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        w, missing = None, list[str]()
         try:
-            w = self._read_weight(state_dict[prefix + "weight"], entries)
-            if self.bias is not None and bias is not None:
-                self._load_bias(bias)
-            self.set_nf4_weight(w)
+            w = self._take_other_form(own, prefix)
+        except bnb_format.MissingEntry as error:
+            missing.append(prefix + error.key)
         except (ValueError, TypeError) as error:
             error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
+            return
+        if w is not None:
+            self._take_format(w)
+            own.update({prefix + name: value for name, value in _stored(w).items()})
+        if self.weight.is_meta:  # there is no memory to copy into
+            local_metadata = {**local_metadata, "assign_to_params_buffers": True}
+        names = missing if missing else missing_keys
+        super()._load_from_state_dict(
+            own, prefix, local_metadata, strict, names, unexpected_keys, error_msgs
+        )
+        if missing:
+            own_names = {prefix + name for name in BYTES}
+            missing_keys += [name for name in missing if name not in own_names]
 
-    def _load_bias(self, bias: Tensor) -> None:
-        assert self.bias is not None
-        if tuple(bias.shape) != tuple(self.bias.shape):
-            raise ValueError(
-                f"bias has shape {tuple(bias.shape)}; it must be {tuple(self.bias.shape)}"
-            )
-        if self.bias.is_meta:
-            self.bias = nn.Parameter(bias.detach(), requires_grad=self.bias.requires_grad)
-        else:
-            with torch.no_grad():
-                self.bias.copy_(bias)
+    def _take_other_form(self, entries: dict[str, Any], prefix: str) -> NF4Weight | None:
+        """Takes a weight in bitsandbytes' form, or a dense one, out of the entries.
 
-    def _read_weight(self, weight: Tensor, entries: dict[str, Tensor]) -> NF4Weight:
-        """The stored weight on this layer's device; a dense weight is quantized."""
-        if entries:
-            w = NF4Weight(**bnb_format.read_state_entries(weight, entries))
-        else:
-            w = functional.quantize_nf4(weight, self.blocksize, self.double_quant)
-        shape = (self.out_features, self.in_features)
-        if tuple(w.shape) != shape:
-            raise ValueError(f"weight has shape {tuple(w.shape)}; it must be {shape}")
-        device = self.weight.device
-        if device.type == "meta":
-            return w
-        # The tensors are copied: the layer must not change if the caller's state dict does.
-        return w.map_tensors(lambda tensor: tensor.to(device, copy=True))
+        None if the weight has the form of `state_dict`. Raises MissingEntry if only a part of
+        bitsandbytes' entries is there, which is kept for a later call; ValueError or TypeError if
+        an entry does not fit.
+        """
+        weight = entries.get(prefix + "weight")
+        keys = [key for key in bnb_format.ENTRY_KEYS if prefix + key in entries]
+        packed = {key: entries.pop(prefix + key) for key in keys}
+        if weight is not None and (keys or weight.shape != self.weight.shape):
+            packed["weight"] = entries.pop(prefix + "weight")
+        w = self._read(packed) if packed else None
+        for name in _TENSORS:
+            if prefix + name in entries:
+                self._check_entry(name, entries[prefix + name])
+        return w
+
+    def _check_entry(self, name: str, given: Tensor) -> None:
+        held = getattr(self, name)
+        if name in BYTES and given.dtype != torch.uint8:
+            raise ValueError(f"{name} has dtype {given.dtype}; it must be uint8")
+        if held is not None and given.shape != held.shape:
+            shapes = f"{tuple(given.shape)}; it must be {tuple(held.shape)}"
+            raise ValueError(f"{name} has shape {shapes}")
+
+    def _read(self, packed: dict[str, Tensor]) -> NF4Weight:
+        weight = packed.get("weight")
+        # bitsandbytes' codes are a column in any storage dtype; anything else is a dense weight.
+        if weight is not None and len(packed) == 1 and weight.dim() == 2 and weight.shape[1] > 1:
+            return self._checked(functional.quantize_nf4(weight, self.blocksize, self.double_quant))
+        try:
+            fields = bnb_format.read_state_entries(packed)
+        except bnb_format.MissingEntry:
+            self._waiting |= packed
+            fields = bnb_format.read_state_entries(self._waiting)
+        self._waiting = {}
+        return self._checked(NF4Weight(**fields))
+
+    def _take_format(self, w: NF4Weight) -> None:
+        """Resizes this layer's tensors for the blocksize and double quantization of `w`.
+
+        The parameters stay the same objects: other layers and optimizers may hold them.
+        """
+        self._kept = None
+        self._set_format(w)
+        for name, value in _stored(w).items():
+            held = getattr(self, name)
+            if held is not None and held.shape == value.shape:
+                continue
+            sized = torch.empty_like(value, device=self.weight.device)
+            if isinstance(held, nn.Parameter):
+                held.data = sized
+            else:
+                self.register_buffer(name, sized)
+        if not w.double_quant:
+            self.register_buffer("nested_bytes", None)
 
     def extra_repr(self) -> str:
         return (
@@ -310,3 +374,12 @@ def frozen(tensor: Tensor) -> nn.Parameter:
     if isinstance(tensor, nn.Parameter):
         return tensor
     return nn.Parameter(tensor, requires_grad=False)
+
+
+def _stored(w: NF4Weight) -> dict[str, Tensor]:
+    """The tensors of `w` as an NF4Linear holds them."""
+    stored = {"weight": w.qweight, "absmax_bytes": w.absmax.contiguous().view(torch.uint8)}
+    if w.nested_absmax is not None and w.nested_code is not None and w.offset is not None:
+        parts = (w.nested_code, w.nested_absmax, w.offset.view(1))
+        stored["nested_bytes"] = torch.cat(parts).view(torch.uint8)
+    return stored
