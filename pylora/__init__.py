@@ -4,6 +4,8 @@ from pylora import functional, nn
 from pylora.dispatch import use_backend
 from pylora.explain import Explanation, explain
 from pylora.functional import dequantize_nf4, quantize_nf4
+from pylora.integrations.accelerate import accelerate, restore
+from pylora.integrations.report import LayerReport, Report
 from pylora.models import (
     MergedLayer,
     MergeReport,
@@ -21,9 +23,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Explanation",
+    "LayerReport",
     "MergeReport",
     "MergedLayer",
     "NF4Weight",
+    "Report",
+    "accelerate",
     "add_lora",
     "dequantize_nf4",
     "explain",
@@ -34,6 +39,7 @@ __all__ = [
     "quantize_model",
     "quantize_nf4",
     "refresh",
+    "restore",
     "save_adapter",
     "unmerge",
     "use_backend",

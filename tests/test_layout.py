@@ -23,6 +23,7 @@ LAYERS = [
     ("pylora.functional",),
     ("pylora.nn", "pylora.explain", "pylora.testing"),
     ("pylora.models", "pylora.selfcheck"),
+    ("pylora.integrations",),
     ("pylora", "pylora.__main__"),
 ]
 # Arguments found by position: `args[6]`, `inputs[9:14]`, `[None] * 18`.

@@ -113,8 +113,10 @@ class Kept:
         "layer",
     )
 
-    def __init__(self, places: tuple[Place, ...], call: Any) -> None:
+    def __init__(self, places: tuple[Place, ...], call: Any, viewed: Sequence[str]) -> None:
         """Keeps a call that has been checked, and whose tensors are in these places.
+
+        viewed    the names of tensors that the call reads through views
 
         Its dropout is not kept.
         """
@@ -122,7 +124,7 @@ class Kept:
         if self.layer.low_rank is not None:
             self.layer = replace(self.layer, low_rank=replace(self.layer.low_rank, dropout=None))
         self._held = [(held, name, held[name]) for held, name in places]
-        read_through_views = (t for _, name, t in self._held if name in VIEWED and t is not None)
+        read_through_views = (t for _, name, t in self._held if name in viewed and t is not None)
         self._viewed = [(tensor, tensor.data_ptr()) for tensor in read_through_views]
         self._weight = self.layer.weight.data
         self._A = self._weight if self.layer.low_rank is None else self.layer.low_rank.A
@@ -131,12 +133,18 @@ class Kept:
         self._calls: dict[Any, KeptCall] = {}
 
     @classmethod
-    def of(cls, places: tuple[Place, ...] | None, x: Tensor, call: Any) -> Kept | None:
+    def of(
+        cls,
+        places: tuple[Place, ...] | None,
+        x: Tensor,
+        call: Any,
+        viewed: Sequence[str] = VIEWED,
+    ) -> Kept | None:
         """What to keep of a checked call; None if the next one must be checked as well."""
         if places is None or call.x is not x:  # autocast has made another x
             return None
         tensors = (held[name] for held, name in places)
-        return cls(places, call) if only_autograd_watches((x, *tensors)) else None
+        return cls(places, call, viewed) if only_autograd_watches((x, *tensors)) else None
 
     def call_with(self, x: Any) -> KeptCall | None:
         """The way to run a call with x; None if its arguments must be checked first."""

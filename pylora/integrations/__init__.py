@@ -1,0 +1,1 @@
+"""What knows PEFT, bitsandbytes and transformers; none of them needs to be installed."""
