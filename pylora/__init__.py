@@ -5,6 +5,7 @@ from pylora.dispatch import use_backend
 from pylora.explain import Explanation, explain
 from pylora.functional import dequantize_nf4, quantize_nf4
 from pylora.integrations.accelerate import accelerate, restore
+from pylora.integrations.patching import PatchReport, patch, unpatch
 from pylora.integrations.report import LayerReport, Report
 from pylora.models import (
     MergedLayer,
@@ -27,6 +28,7 @@ __all__ = [
     "MergeReport",
     "MergedLayer",
     "NF4Weight",
+    "PatchReport",
     "Report",
     "accelerate",
     "add_lora",
@@ -36,11 +38,13 @@ __all__ = [
     "load_adapter",
     "merge",
     "nn",
+    "patch",
     "quantize_model",
     "quantize_nf4",
     "refresh",
     "restore",
     "save_adapter",
     "unmerge",
+    "unpatch",
     "use_backend",
 ]

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import pylora
+from pylora import dispatch
+from pylora.calls import LoraLinearCall
 from pylora.nn import NF4Linear
 from pylora.testing import assert_as_accurate_as_torch
 
@@ -391,6 +393,71 @@ def test_a_call_that_computes_as_before_is_logged_once(caplog: pytest.LogCapture
         messages[0]
         == "base_model.model.up.0 computes as before: adapter default is DoraLinearVariant"
     )
+
+
+@pytest.fixture
+def patched() -> Iterator[pylora.PatchReport]:
+    yield pylora.patch()
+    pylora.unpatch()
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_patched_classes_compute_through_pylora(
+    base: str, patched: pylora.PatchReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len(patched.patched) == 3 and not patched.left
+    model, calls, choose = peft_model(base), [], dispatch.choose
+    monkeypatch.setattr(dispatch, "choose", lambda call: calls.append(type(call)) or choose(call))
+    actual = [outcome(model, IDS) for _ in range(2)]
+    assert calls.count(LoraLinearCall) >= 4
+    plain = with_dense_bases(model)
+    pylora.unpatch()
+    assert not any("forward" in vars(module) for module in model.modules())
+    for result in actual:
+        assert_as_accurate_as_torch(
+            result,
+            lambda dtype: outcome(copy.deepcopy(plain).to(dtype), IDS),
+            torch.float32,
+        )
+
+
+def test_patch_is_idempotent_and_unpatch_undoes_it() -> None:
+    from peft.tuners.lora import layer
+
+    own = (bnb.nn.Linear4bit.forward, layer.Linear.forward)
+    for _ in range(2):
+        pylora.patch()
+    assert bnb.nn.Linear4bit.forward is not own[0] and layer.Linear.forward is not own[1]
+    pylora.unpatch()
+    assert (bnb.nn.Linear4bit.forward, layer.Linear.forward) == own
+    report = pylora.patch(peft=False)
+    assert layer.Linear.forward is own[1]
+    assert report.patched == ("bitsandbytes.nn.Linear4bit",)
+    assert report.left["peft.tuners.lora.layer.Linear"] == "peft is False"
+    pylora.unpatch()
+
+
+def test_patched_layers_that_pylora_cannot_compute_go_on(
+    patched: pylora.PatchReport, caplog: pytest.LogCaptureFixture
+) -> None:
+    layer, x = bnb.nn.Linear4bit(64, 96, quant_type="fp4").to("cpu").train(), torch.randn(2, 64)
+    with caplog.at_level(logging.INFO, "pylora.integrations.swaps"):
+        y = layer(x)
+    assert "a Linear4bit computes as before: source has quant_type 'fp4'" in caplog.text
+    pylora.unpatch()
+    assert torch.equal(layer(x), y)
+
+
+def test_patch_verifies(patched: pylora.PatchReport, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pylora.integrations import swaps
+
+    model = peft_model("nf4")
+    model(IDS)
+    pylora.patch(verify=1)
+    right = swaps.run
+    monkeypatch.setattr(swaps, "run", lambda call: tuple(1.01 * y for y in right(call)))
+    with pytest.raises(AssertionError, match="a Linear4bit is not as accurate as torch"):
+        model(IDS)
 
 
 @pytest.mark.parametrize(

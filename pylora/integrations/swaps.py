@@ -26,6 +26,8 @@ from pylora.testing import assert_as_accurate_as_torch
 logger = logging.getLogger(__name__)
 
 _SWAP = "_pylora_swap"
+# The own forward of each class whose forward `pylora.patch` has exchanged.
+OWN_FORWARD: dict[type, Any] = {}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -59,7 +61,8 @@ class Swap:
         if why not in self._said and not torch.compiler.is_compiling():
             self._said.add(why)
             logger.info("%s computes as before: %s", self.name, why)
-        return type(module).forward(module, *args, **kwargs)
+        own_forward = OWN_FORWARD.get(type(module), type(module).forward)
+        return own_forward(module, *args, **kwargs)
 
     def must_verify(self) -> bool:
         """True for the first calls, as many as were asked for."""
@@ -104,7 +107,7 @@ def remove(module: nn.Module) -> bool:
     """Gives the module its own forward back; false if it was not swapped."""
     if module.__dict__.pop(_SWAP, None) is None:
         return False
-    del module.__dict__["forward"]
+    module.__dict__.pop("forward", None)  # a patched class exchanges its forward for all modules
     return True
 
 
