@@ -15,12 +15,12 @@ from torch import Tensor, nn
 import pylora
 from pylora import dispatch
 from pylora.calls import LoraLinearCall
-from pylora.nn import NF4Linear
 from pylora.testing import assert_as_accurate_as_torch
 
 bnb = pytest.importorskip("bitsandbytes")
 peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
+from peft_models import assert_right as assert_run_right  # noqa: E402
+from peft_models import linear4bit, outcome, with_dense_bases  # noqa: E402
 
 IDS = torch.arange(3, 23).view(2, 10)
 BASES = ["dense", "nf4", "nf4 doubly quantized"]
@@ -43,19 +43,6 @@ class TinyModel(nn.Module):
         return self.head(x)
 
 
-def linear4bit(dense: nn.Linear, double_quant: bool) -> nn.Module:
-    layer = bnb.nn.Linear4bit(
-        dense.in_features,
-        dense.out_features,
-        dense.bias is not None,
-        compute_dtype=dense.weight.dtype,
-        compress_statistics=double_quant,
-        quant_type="nf4",
-    )
-    layer.load_state_dict(dense.state_dict())
-    return layer.to("cpu")
-
-
 def base_model(base: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     model = TinyModel().to(dtype)
     if base != "dense":
@@ -72,50 +59,12 @@ def peft_model(base: str, dtype: torch.dtype = torch.float32, **settings: Any) -
     return peft.get_peft_model(base_model(base, dtype), config).train()
 
 
-def with_dense_bases(model: nn.Module) -> nn.Module:
-    """A copy of a model with the weights of its 4-bit layers in their compute dtype."""
-    model = copy.deepcopy(model)
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, bnb.nn.Linear4bit):
-                dense = nn.Linear(child.in_features, child.out_features, child.bias is not None)
-                dense.weight = nn.Parameter(
-                    NF4Linear.from_bitsandbytes(child).nf4_weight.dequantize(child.compute_dtype),
-                    requires_grad=False,
-                )
-                dense.bias = child.bias
-                if child.bias is not None:  # bitsandbytes casts it in the first forward
-                    child.bias.data = child.bias.data.to(child.compute_dtype)
-                module._modules[name] = dense
-    return model
-
-
-def outcome(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """The output, and the gradients of everything that is trained in one row."""
-    y = model(*args, **kwargs)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    y.float().square().mean().backward()
-    gradients = torch.cat([p.grad.flatten() for p in trained if p.grad is not None])
-    model.zero_grad()
-    return y.detach(), gradients
-
-
 def assert_right(
     model: nn.Module,
     dtype: torch.dtype = torch.float32,
     run: Callable[[nn.Module], Any] = lambda model: outcome(model, IDS),
 ) -> None:
-    """What `run` gives with the accelerated model is as accurate as in plain torch.
-
-    The same modules over dense bases, in `dtype` and in float64, are the measure.
-    """
-    plain = with_dense_bases(model)
-    pylora.restore(plain)
-    assert_as_accurate_as_torch(
-        run(model),
-        lambda dtype: run(plain.double() if dtype == torch.float64 else copy.deepcopy(plain)),
-        dtype,
-    )
+    assert_run_right(model, run, dtype)
 
 
 @pytest.fixture(autouse=True)
@@ -375,7 +324,9 @@ def test_another_method_of_peft_is_left_and_unharmed() -> None:
     model = peft.get_peft_model(base_model("nf4"), config)
     expected = outcome(model, IDS)
     report = pylora.accelerate(model)
-    assert [layer.reason for layer in report.left] == ["pylora does not compute PEFT's ia3 layers"]
+    assert [layer.reason for layer in report.left] == [
+        "pylora does not compute PEFT's ia3.Linear4bit"
+    ]
     assert len(report.swapped) == 4  # its base is one of them
     for ours, theirs in zip(outcome(model, IDS), expected, strict=True):
         torch.testing.assert_close(ours, theirs)

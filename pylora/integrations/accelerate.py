@@ -129,7 +129,8 @@ def _why_left(module: nn.Module) -> str | None:
     """Why a layer with an adapter or quantized codes is left; None if it is no such layer."""
     tuner, _ = _peft_classes()
     if tuner is not None and isinstance(module, tuner):
-        return f"pylora does not compute PEFT's {type(module).__module__.split('.')[-2]} layers"
+        method = type(module).__module__.split(".")[-2]
+        return f"pylora does not compute PEFT's {method}.{type(module).__name__}"
     if is_bitsandbytes_4bit(module):
         return why_not_nf4(module) or "it is a subclass of Linear4bit"
     if type(module).__name__ == "Linear8bitLt":

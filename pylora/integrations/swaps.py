@@ -26,6 +26,8 @@ from pylora.testing import assert_as_accurate_as_torch
 logger = logging.getLogger(__name__)
 
 _SWAP = "_pylora_swap"
+# Subclasses of nn.Linear with a forward of their own that computes the same.
+_LIKE_LINEAR = ("FalconLinear",)
 # The own forward of each class whose forward `pylora.patch` has exchanged.
 OWN_FORWARD: dict[type, Any] = {}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -208,7 +210,8 @@ class PeftLoraSwap(Swap):
         base = module.get_base_layer()
         if type(base).__name__ == "Linear4bit":
             return why_not_replaceable(base) or why_not_nf4(base)
-        if type(base) is not nn.Linear:
+        own_forward = getattr(type(base), "forward", None)
+        if own_forward is not nn.Linear.forward and type(base).__name__ not in _LIKE_LINEAR:
             return f"its base layer is a {type(base).__name__}"
         return why_not_replaceable(base)
 

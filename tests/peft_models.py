@@ -1,0 +1,73 @@
+"""Models of PEFT and bitsandbytes, and the measure of what an accelerated one computes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+
+import pylora
+from pylora.nn import NF4Linear
+from pylora.testing import assert_as_accurate_as_torch
+
+
+def linear4bit(dense: nn.Linear, double_quant: bool) -> nn.Module:
+    layer = bnb.nn.Linear4bit(
+        dense.in_features,
+        dense.out_features,
+        dense.bias is not None,
+        compute_dtype=dense.weight.dtype,
+        compress_statistics=double_quant,
+        quant_type="nf4",
+    )
+    layer.load_state_dict(dense.state_dict())
+    return layer.to("cpu")
+
+
+def with_dense_bases(model: nn.Module) -> nn.Module:
+    """A copy of a model with the weights of its 4-bit layers in their compute dtype."""
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, bnb.nn.Linear4bit):
+                dense = nn.Linear(child.in_features, child.out_features, child.bias is not None)
+                dense.weight = nn.Parameter(
+                    NF4Linear.from_bitsandbytes(child).nf4_weight.dequantize(child.compute_dtype),
+                    requires_grad=False,
+                )
+                dense.bias = child.bias
+                if child.bias is not None:  # bitsandbytes casts it in the first forward
+                    child.bias.data = child.bias.data.to(child.compute_dtype)
+                module._modules[name] = dense
+    return model
+
+
+def outcome(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """The output (of transformers' models the loss), and all gradients in one row."""
+    y = model(*args, **kwargs)
+    y = getattr(y, "loss", y)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    y.float().square().mean().backward()
+    gradients = torch.cat([p.grad.flatten() for p in trained if p.grad is not None])
+    model.zero_grad()
+    return y.detach(), gradients
+
+
+def assert_right(
+    model: nn.Module, run: Callable[[nn.Module], Any], dtype: torch.dtype = torch.float32
+) -> None:
+    """What `run` gives with the accelerated model is as accurate as in plain torch.
+
+    The same modules over dense bases, in `dtype` and in float64, are the measure.
+    """
+    plain = with_dense_bases(model)
+    pylora.restore(plain)
+    assert_as_accurate_as_torch(
+        run(model),
+        lambda dtype: run(plain.double() if dtype == torch.float64 else copy.deepcopy(plain)),
+        dtype,
+    )
