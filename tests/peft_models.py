@@ -46,10 +46,12 @@ def with_dense_bases(model: nn.Module) -> nn.Module:
     return model
 
 
-def outcome(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """The output (of transformers' models the loss), and all gradients in one row."""
+def outcome(
+    model: nn.Module, *args: Any, output: str | None = None, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """The output, or an attribute of it, and the gradients of its mean square in one row."""
     y = model(*args, **kwargs)
-    y = getattr(y, "loss", y)
+    y = y if output is None else getattr(y, output)
     trained = [p for p in model.parameters() if p.requires_grad]
     y.float().square().mean().backward()
     gradients = torch.cat([p.grad.flatten() for p in trained if p.grad is not None])

@@ -76,6 +76,7 @@ class Family:
     batch       the arguments of its forward
     swapped     how many layers compute through pylora
     left        why others are left
+    output      the attribute of what its forward returns that is trained
     """
 
     model: str
@@ -84,6 +85,7 @@ class Family:
     swapped: int
     batch: dict[str, Tensor] = field(default_factory=lambda: TEXT)
     left: frozenset[str] = frozenset()
+    output: str = "loss"
 
 
 def causal(name: str, swapped: int, *left: str, sizes: Any = GROUPED, **settings: Any) -> Family:
@@ -174,7 +176,8 @@ FAMILIES = {
             "projection_dim": 32,
         },
         14,
-        {"input_ids": IDS, **IMAGES, "return_loss": True},
+        {"input_ids": IDS, **IMAGES},
+        output="logits_per_image",  # the loss compares two images, and rounding decides it
     ),
 }
 
@@ -193,11 +196,11 @@ def without_dropout(settings: dict[str, Any]) -> dict[str, Any]:
     return {**dict.fromkeys(WITHOUT_DROPOUT, 0.0), **settings}
 
 
-def gradients(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """The gradients of the loss, in the dtype of the model."""
+def gradients(model: nn.Module, family: Family) -> Tensor:
+    """All gradients in one row, in the dtype of the model."""
     dtype = next(model.parameters()).dtype
-    floating = {k: v.to(dtype) for k, v in batch.items() if v is not True and v.is_floating_point()}
-    _, row = outcome(model, **{**batch, **floating})
+    floating = {k: v.to(dtype) for k, v in family.batch.items() if v.is_floating_point()}
+    _, row = outcome(model, output=family.output, **family.batch | floating)
     return row
 
 
@@ -221,4 +224,4 @@ def test_loss_and_gradients_of_a_family_are_right(family: str, base: str) -> Non
     assert len(report.swapped) == row.swapped
     assert {layer.reason for layer in report.left} == row.left
     for _ in range(2):
-        assert_right(model, lambda model: gradients(model, row.batch))
+        assert_right(model, lambda model: gradients(model, row))
