@@ -1,0 +1,52 @@
+"""The code of the documents for users runs as it is printed, from top to bottom."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pylora
+
+ROOT = Path(__file__).resolve().parent.parent
+pytest.importorskip("bitsandbytes")
+pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A tiny random Llama, in the place of a model from a hub."""
+    config = transformers.LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def run(document: str, checkpoint: Path) -> dict[str, Any]:
+    """Runs the Python blocks of a document, in which a model id stands for the checkpoint."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+    code, count = re.subn(r'model_id = ".*"', f"model_id = {str(checkpoint)!r}", "\n".join(blocks))
+    assert count == 1
+    names: dict[str, Any] = {}
+    exec(compile(code, document, "exec"), names)
+    return names
+
+
+def test_drop_in_page_runs(checkpoint: Path) -> None:
+    names = run("docs/drop-in.md", checkpoint)
+    assert len(names["report"].swapped) == 14 and not names["report"].left
+    trained = [p for n, p in names["model"].named_parameters() if "lora_B" in n]
+    assert len(trained) == 14 and all(p.grad.any() for p in trained)
+    assert pylora.patch().patched  # the page leaves nothing patched that this would not undo
+    pylora.unpatch()
