@@ -8,9 +8,8 @@ forward of the module's own class.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,6 @@ _SWAP = "_pylora_swap"
 _LIKE_LINEAR = ("FalconLinear",)
 # The own forward of each class whose forward `pylora.patch` has exchanged.
 OWN_FORWARD: dict[type, Any] = {}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Swap:
@@ -120,7 +118,12 @@ def is_swapped(module: nn.Module) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """True if a hook must run when the module is called."""
-    return any(getattr(module, hooks) for hooks in _HOOKS)
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def why_not_replaceable(module: nn.Module) -> str | None:
@@ -194,6 +197,22 @@ def compute_dtype(layer: Any, x: Tensor) -> torch.dtype:
     return x.dtype if layer.compute_dtype is None else layer.compute_dtype
 
 
+class _Parts(NamedTuple):
+    """The modules that one adapter of a LoRA layer of PEFT computes with."""
+
+    base: Any
+    A: Any
+    B: Any
+    dropout: Any
+
+    @classmethod
+    def of(cls, module: nn.Module, adapter: str) -> _Parts:
+        """The parts of the adapter with this name."""
+        held: Any = module._modules
+        by_adapter = (held[name]._modules for name in ("lora_A", "lora_B", "lora_dropout"))
+        return cls(held["base_layer"], *(modules[adapter] for modules in by_adapter))
+
+
 class PeftLoraSwap(Swap):
     """PEFT's LoRA over an nn.Linear or a Linear4bit: base and adapter in one op."""
 
@@ -224,27 +243,28 @@ class PeftLoraSwap(Swap):
         active = [name for name in module.active_adapters if name in module.lora_A]
         if not active:
             return self.as_before(module, "no adapter of it is active", x)
-        why_not = self._why_not_fused(module, active, x)
+        parts = _Parts.of(module, active[0])
+        why_not = self._why_not_fused(module, parts, active, x)
         if why_not is not None:
             return self.as_before(module, why_not, x)
-        y = self._fused(module, active[0], x)
+        y = self._fused(parts, module.scaling[active[0]], x)
         for name in active[1:]:
             A, B = module.lora_A[name], module.lora_B[name]
             dropped = module.lora_dropout[name](x.to(A.weight.dtype))
             y = y + (B(A(dropped)) * module.scaling[name]).to(y.dtype)
         return y
 
-    def _why_not_fused(self, module: Any, active: list[str], x: Any) -> str | None:
-        base = module.base_layer
-        for name in active:
-            if name in module.lora_variant:
-                return f"adapter {name} is {type(module.lora_variant[name]).__name__}"
-        parts = [base, *_parts(module, active[0])]
-        if any(has_hooks(part) for part in parts):
-            return "a hook must see the calls of its parts"
-        if any("forward" in part.__dict__ and not is_swapped(part) for part in parts):
-            return "another library has replaced the forward of one of its parts"
-        A, B, dropout = parts[1:]
+    def _why_not_fused(self, module: Any, parts: _Parts, active: list[str], x: Any) -> str | None:
+        if module.lora_variant:
+            for name in active:
+                if name in module.lora_variant:
+                    return f"adapter {name} is {type(module.lora_variant[name]).__name__}"
+        base, A, B, dropout = parts
+        for part in parts:
+            if has_hooks(part):
+                return "a hook must see the calls of its parts"
+            if "forward" in part.__dict__ and not is_swapped(part):
+                return "another library has replaced the forward of one of its parts"
         if type(A) is not nn.Linear or type(B) is not nn.Linear or A.bias is not None:
             return f"its lora_A and lora_B are {type(A).__name__} and {type(B).__name__}"
         if type(dropout) not in (nn.Dropout, nn.Identity):
@@ -259,9 +279,8 @@ class PeftLoraSwap(Swap):
             return f"its input is {x.dtype} and it computes in {wanted}"
         return None
 
-    def _fused(self, module: Any, name: str, x: Tensor) -> Tensor:
-        base, scaling = module.base_layer, module.scaling[name]
-        A, B, dropout = _parts(module, name)
+    def _fused(self, parts: _Parts, scaling: float, x: Tensor) -> Tensor:
+        base, A, B, dropout = parts
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         state = getattr(base.weight, "quant_state", None)
         kept_for = (base, A, B, state)
@@ -288,7 +307,7 @@ class PeftLoraSwap(Swap):
         }
         call_record = functional.CALLS["lora_linear"](given, weight, **arguments)
         if not compiling:
-            self._kept = Kept.of(tuple(_places(base, A, B)), x, call_record, viewed=("weight",))
+            self._kept = Kept.of(_places(base, A, B), x, call_record)
             self._kept_for = kept_for
         y, _ = run(call_record)
         if must_verify:
@@ -296,11 +315,9 @@ class PeftLoraSwap(Swap):
         return y if state is None else y.to(x.dtype)
 
 
-def _parts(module: Any, name: str) -> tuple[nn.Module, nn.Module, nn.Module]:
-    return module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
-
-
-def _places(*layers: nn.Module) -> Iterator[Place]:
-    for layer in layers:
-        for name in ("weight", "bias"):
-            yield layer._parameters, name
+def _places(base: nn.Module, *factors: nn.Module) -> tuple[Place, ...]:
+    is_packed = hasattr(base.weight, "quant_state")
+    places = [Place(base._parameters, "weight", is_packed), Place(base._parameters, "bias")]
+    for layer in factors:
+        places += [Place(layer._parameters, name) for name in ("weight", "bias")]
+    return tuple(places)

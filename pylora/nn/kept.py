@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,23 +31,36 @@ from pylora.ops.registration import (
     with_gradient,
 )
 
-# A place in which a module holds a parameter or buffer: a dict and the key in it.
-Place = tuple[dict[str, Any], str]
 
-# The tensors of an NF4Linear that are bytes of fp32 values, which a record sees through views.
-VIEWED = ("absmax_bytes", "nested_bytes")
+class Place(NamedTuple):
+    """Where a module holds a parameter or buffer that a call reads.
+
+    held     the dict that holds it
+    name     its key in the dict
+    viewed   true if the call reads it through a view, which may be of another class and dtype
+    """
+
+    held: dict[str, Any]
+    name: str
+    viewed: bool = False
+
 
 # A layer forgets its kinds of call when it has this many: the lengths of texts have no end.
 _MOST_CALLS = 64
 
 
-def places_of(module: nn.Module, names: Sequence[str]) -> tuple[Place, ...] | None:
-    """The places of these tensors in the module; None if a parametrization computes one of them."""
+def places_of(
+    module: nn.Module, names: Sequence[str], viewed: Sequence[str] = ()
+) -> tuple[Place, ...] | None:
+    """The places of these tensors in the module; None if a parametrization computes one of them.
+
+    viewed    those of the names that a call reads through views
+    """
     places = []
     for name in names:
         for held in (module._parameters, module._buffers):
             if name in held:
-                places.append((held, name))
+                places.append(Place(held, name, name in viewed))
                 break
         else:
             return None
@@ -113,19 +126,17 @@ class Kept:
         "layer",
     )
 
-    def __init__(self, places: tuple[Place, ...], call: Any, viewed: Sequence[str]) -> None:
+    def __init__(self, places: tuple[Place, ...], call: Any) -> None:
         """Keeps a call that has been checked, and whose tensors are in these places.
-
-        viewed    the names of tensors that the call reads through views
 
         Its dropout is not kept.
         """
         self._record, self.layer = type(call), call.layer
         if self.layer.low_rank is not None:
             self.layer = replace(self.layer, low_rank=replace(self.layer.low_rank, dropout=None))
-        self._held = [(held, name, held[name]) for held, name in places]
-        read_through_views = (t for _, name, t in self._held if name in viewed and t is not None)
-        self._viewed = [(tensor, tensor.data_ptr()) for tensor in read_through_views]
+        self._held = [(place.held, place.name, place.held[place.name]) for place in places]
+        viewed = [place.held[place.name] for place in places if place.viewed]
+        self._viewed = [(t, t.data_ptr()) for t in viewed if t is not None]
         self._weight = self.layer.weight.data
         self._A = self._weight if self.layer.low_rank is None else self.layer.low_rank.A
         self.device: torch.device = call.x.device
@@ -133,18 +144,12 @@ class Kept:
         self._calls: dict[Any, KeptCall] = {}
 
     @classmethod
-    def of(
-        cls,
-        places: tuple[Place, ...] | None,
-        x: Tensor,
-        call: Any,
-        viewed: Sequence[str] = VIEWED,
-    ) -> Kept | None:
+    def of(cls, places: tuple[Place, ...] | None, x: Tensor, call: Any) -> Kept | None:
         """What to keep of a checked call; None if the next one must be checked as well."""
         if places is None or call.x is not x:  # autocast has made another x
             return None
-        tensors = (held[name] for held, name in places)
-        return cls(places, call, viewed) if only_autograd_watches((x, *tensors)) else None
+        tensors = (place.held[place.name] for place in places if not place.viewed)
+        return cls(places, call) if only_autograd_watches((x, *tensors)) else None
 
     def call_with(self, x: Any) -> KeptCall | None:
         """The way to run a call with x; None if its arguments must be checked first."""

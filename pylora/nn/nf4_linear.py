@@ -217,7 +217,7 @@ class NF4Linear(nn.Module):
 
     def places(self) -> tuple[Place, ...] | None:
         """Where this layer holds the tensors that a call reads."""
-        return places_of(self, _TENSORS)
+        return places_of(self, _TENSORS, viewed=BYTES[1:])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_kept": None}
