@@ -15,6 +15,7 @@ from pylora import checks, functional
 from pylora.backends.backend import autocast_off
 from pylora.calls import Dropout
 from pylora.nf4_weight import NF4Weight
+from pylora.nn import dora
 from pylora.nn.kept import Kept, Place, places_of
 from pylora.nn.nf4_linear import NF4Linear, frozen
 from pylora.ops import run
@@ -177,62 +178,24 @@ class LoRALinear(nn.Module):
         return {**super().__getstate__(), "_kept": None}
 
     def _dora_forward(self, x: Tensor, magnitude: Tensor) -> Tensor:
-        """y = magnitude / |W + scaling B A| * (x W^T + scaling x A^T B^T) + bias.
-
-        The norm |...| is taken of each row and has no gradient. With dropout, this does what PEFT
-        does: it drops the input of everything that the magnitude adds to the base.
-        """
+        p = self.lora_dropout if self.training else 0.0
+        dropped = nn.functional.dropout(x, p) if p else None
         rescale = magnitude / self.weight_norm()
-        plain = (self.base_weight, self.lora_A, self.lora_B, self.scaling)
+        factors = (self.lora_A, self.lora_B, self.scaling)
         bias = self.base_layer.bias
-        if not (self.training and self.lora_dropout > 0.0):
-            y = functional.lora_linear(x, *plain)  # under autocast it has another dtype than x
-            y = y * rescale.to(y.dtype)
-            return y if bias is None else y + bias.to(y.dtype)
-        dropped = nn.functional.dropout(x, self.lora_dropout)
-        linear = nn.functional.linear
-        low_rank = linear(linear(dropped.to(self.lora_A.dtype), self.lora_A), self.lora_B)
-        delta = (rescale - 1) * self._base_matmul(dropped) + rescale * self.scaling * low_rank
-        y = self.base_layer(x)
-        return y + delta.to(y.dtype)
-
-    def _base_matmul(self, x: Tensor) -> Tensor:
-        weight = self.base_weight
-        if isinstance(weight, NF4Weight):
-            return functional.nf4_linear(x, weight)
-        return nn.functional.linear(x, weight)
+        return dora.dora_linear(x, self.base_weight, *factors, rescale, bias, dropped)
 
     @torch.no_grad()
     def refresh_base_norm(self) -> None:
         """Recomputes the norm of each row of W, which DoRA reads; call it when W has changed."""
-        weight = self.base_weight
-        if self.lora_magnitude is None or self.merged:
-            return
-        if isinstance(weight, NF4Weight):
-            weight = weight.dequantize(torch.float32)
-        norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64)
-        self.register_buffer("base_norm", norm, persistent=False)
+        if self.lora_magnitude is not None and not self.merged:
+            norm = dora.base_norm(self.base_weight)
+            self.register_buffer("base_norm", norm, persistent=False)
 
-    @torch.no_grad()
     def weight_norm(self) -> Tensor:
-        """The row norms |W + scaling B A| [out_features] in lora_A's dtype.
-
-        No dense copy of W or B A is made: for each row w of W and b of B, with s the scaling,
-        |w + s b A|^2 = |w|^2 + 2 s (w A^T) b + s^2 b (A A^T) b. The three terms are added in
-        float64, because an error in a row's norm is the same for every token and does not average
-        out.
-        """
-        A, B = self.lora_A.float(), self.lora_B.float()
-        weight = self.base_weight
-        with autocast_off(A.device.type):  # a norm in bf16 would move every output
-            if isinstance(weight, NF4Weight):
-                projected = functional.nf4_linear(A, weight).t()
-            else:
-                projected = nn.functional.linear(A.to(weight.dtype), weight).t().float()
-            cross = 2 * self.scaling * (projected * B).sum(1, dtype=torch.float64)
-            of_lora = self.scaling**2 * ((B @ (A @ A.t())) * B).sum(1, dtype=torch.float64)
-        squared = self.base_norm**2 + cross + of_lora
-        return squared.clamp(min=0).sqrt().to(self.lora_A.dtype)
+        """The row norms |W + scaling B A| [out_features] in lora_A's dtype, without a gradient."""
+        factors = (self.lora_A, self.lora_B, self.scaling)
+        return dora.adapted_norm(self.base_weight, self.base_norm, *factors)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
