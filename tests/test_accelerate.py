@@ -164,12 +164,12 @@ def test_dropout_is_drawn_anew_and_checked(base: str) -> None:
 
 
 def test_verify_names_the_layer_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pylora.integrations import swaps
+    from pylora.integrations import peft_layers
 
     model = peft_model("nf4")
     pylora.accelerate(model, verify=1)
-    right = swaps.run
-    monkeypatch.setattr(swaps, "run", lambda call: tuple(1.01 * y for y in right(call)))
+    right = peft_layers.run
+    monkeypatch.setattr(peft_layers, "run", lambda call: tuple(1.01 * y for y in right(call)))
     with pytest.raises(AssertionError, match=r"base_model.model.up.0 is not as accurate as torch"):
         model(IDS)
 
@@ -333,17 +333,33 @@ def test_another_method_of_peft_is_left_and_unharmed() -> None:
 
 
 def test_a_call_that_computes_as_before_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    model = peft_model("dense", use_dora=True)
+    model = peft_model("dense")
     pylora.accelerate(model)
+    model.base_model.model.up[0].lora_B.default.register_forward_hook(lambda *_: None)
     with caplog.at_level(logging.INFO, "pylora.integrations.swaps"):
         for _ in range(2):
             model(IDS)
-    messages = [r.getMessage() for r in caplog.records]
-    assert len(messages) == 4
-    assert (
-        messages[0]
-        == "base_model.model.up.0 computes as before: adapter default is DoraLinearVariant"
+    why = "a hook must see the calls of its parts"
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [f"base_model.model.up.0 computes as before: {why}"]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_dora_is_fused_and_verified(base: str, dropout: float, caplog: Any) -> None:
+    model = peft_model(base, use_dora=True, lora_dropout=dropout)
+    pylora.accelerate(model, verify=2)
+    with caplog.at_level(logging.INFO, "pylora.integrations.swaps"):
+        for _ in range(2):
+            outcome(model, IDS)
+    assert not caplog.records
+    layer = model.base_model.model.up[0]
+    layer.base_layer.weight = (
+        nn.Parameter(torch.randn(96, 64), False)
+        if base == "dense"
+        else linear4bit(nn.Linear(64, 96), True).weight
     )
+    assert_right(model.eval())  # the norm of the rows is that of the new weight
 
 
 @pytest.fixture
@@ -400,13 +416,13 @@ def test_patched_layers_that_pylora_cannot_compute_go_on(
 
 
 def test_patch_verifies(patched: pylora.PatchReport, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pylora.integrations import swaps
+    from pylora.integrations import peft_layers
 
     model = peft_model("nf4")
     model(IDS)
     pylora.patch(verify=1)
-    right = swaps.run
-    monkeypatch.setattr(swaps, "run", lambda call: tuple(1.01 * y for y in right(call)))
+    right = peft_layers.run
+    monkeypatch.setattr(peft_layers, "run", lambda call: tuple(1.01 * y for y in right(call)))
     with pytest.raises(AssertionError, match="a Linear4bit is not as accurate as torch"):
         model(IDS)
 

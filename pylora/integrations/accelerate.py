@@ -10,15 +10,10 @@ import torch
 from torch import nn
 
 from pylora import checks, dispatch, functional
+from pylora.integrations.bitsandbytes_layers import Linear4bitSwap, why_not_nf4
+from pylora.integrations.peft_layers import PeftLoraSwap
 from pylora.integrations.report import LayerReport, Report
-from pylora.integrations.swaps import (
-    Linear4bitSwap,
-    PeftLoraSwap,
-    Swap,
-    install,
-    remove,
-    why_not_nf4,
-)
+from pylora.integrations.swaps import Swap, install, remove
 from pylora.models.module_tree import is_bitsandbytes_4bit
 from pylora.nf4_weight import NF4Weight
 from pylora.nn import LoRALinear, NF4Linear
@@ -44,8 +39,8 @@ def accelerate(
     verify    the first `verify` calls of each layer are compared with float64 by the numerics rule;
               AssertionError names the layer that fails
 
-    It takes PEFT's LoRA over nn.Linear and over Linear4bit (nf4), and plain Linear4bit. A call that
-    pylora does not compute (DoRA, a hook on a part of the layer, per-row adapters) goes through
+    It takes PEFT's LoRA and DoRA over nn.Linear and over Linear4bit (nf4), and plain Linear4bit. A
+    call that pylora does not compute (a hook on a part of the layer, per-row adapters) goes through
     PEFT's own forward, over a base that pylora computes; the log (`pylora.integrations.swaps`) says
     why. PEFT's methods work as before: adapters may be added, switched, disabled and merged. Call
     it again after `get_peft_model` to take in the new layers.

@@ -15,7 +15,9 @@ from typing import Any
 from torch import nn
 
 from pylora import checks
-from pylora.integrations.swaps import OWN_FORWARD, Linear4bitSwap, PeftLoraSwap, Swap
+from pylora.integrations.bitsandbytes_layers import Linear4bitSwap
+from pylora.integrations.peft_layers import PeftLoraSwap
+from pylora.integrations.swaps import OWN_FORWARD, Swap
 
 logger = logging.getLogger(__name__)
 
