@@ -19,6 +19,7 @@ from pylora.models.module_tree import (
     sites,
 )
 from pylora.models.targets import can_carry_lora, named_by
+from pylora.models.wrappers import plain_state
 from pylora.nn import LoRALinear, NF4Linear
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -31,6 +32,16 @@ LORA_KEYS = {
     "lora_magnitude": "lora_magnitude_vector",
 }
 _PICKLED_NAME = "adapter_model.bin"
+
+
+def lora_shapes(r: int, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter of a LoRALinear."""
+    return {
+        "lora_A": (r, in_features),
+        "lora_B": (out_features, r),
+        "lora_B_bias": (out_features,),
+        "lora_magnitude": (out_features,),
+    }
 
 
 @dataclass(frozen=True)
@@ -190,16 +201,11 @@ def _check_lora(
     if existing is not None and existing.merged:
         raise ValueError(f"{site.name} is merged; pylora.unmerge must be called before loading")
     r = config.settings(site.name, torch.float32).r if existing is None else existing.r
-    shapes: dict[str, tuple[int, ...]] = {
-        "lora_A": (r, base.in_features),
-        "lora_B": (base.out_features, r),
-    }
-    if config.lora_bias:
-        shapes["lora_B_bias"] = (base.out_features,)
-    if config.use_dora:
-        shapes["lora_magnitude"] = (base.out_features,)
+    shapes = lora_shapes(r, base.in_features, base.out_features)
+    unwanted = {"lora_B_bias": not config.lora_bias, "lora_magnitude": not config.use_dora}
     for attribute in LORA_KEYS:
-        key, entry, wanted = _key(site.name, attribute), entries.get(attribute), attribute in shapes
+        key, entry = _key(site.name, attribute), entries.get(attribute)
+        wanted = not unwanted.get(attribute, False)
         if (entry is not None) != wanted:
             state = "missing" if wanted else "there"
             raise ValueError(f"{file}: key {key!r} is {state}, which contradicts {CONFIG_NAME}")
@@ -241,7 +247,7 @@ def _dense_state(module: nn.Module) -> dict[str, _Form]:
         forms[f"{prefix}weight"] = _Form((layer.out_features, layer.in_features), dtype)
         if layer.bias is not None:
             forms[f"{prefix}bias"] = _Form((layer.out_features,), layer.bias.dtype)
-    for key, value in module.state_dict().items():
+    for key, value in plain_state(module).items():
         inside = "" in packed or is_below(key, packed)
         if not inside and isinstance(value, Tensor):
             forms[key] = _Form(tuple(value.shape), value.dtype)

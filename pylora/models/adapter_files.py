@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +28,7 @@ from pylora.models.adapter_contents import (
     WEIGHTS_NAME,
     AdapterContents,
     import_safetensors,
+    lora_shapes,
     read_contents,
 )
 from pylora.models.lora import LoraSettings, install
@@ -35,8 +36,19 @@ from pylora.models.module_tree import (
     fully_trained_modules,
     lora_layers,
     refuse_peft_model,
-    unwrapped,
 )
+from pylora.models.sharding import (
+    gathered,
+    is_first,
+    mesh_of,
+    others_wait,
+    refuse_parts,
+    refuse_to_change,
+    refuse_to_write,
+    settle,
+    write,
+)
+from pylora.models.wrappers import plain_name, plain_state, refuse_unknown_wrappers, unwrapped
 from pylora.nn import LoRALinear
 
 logger = logging.getLogger(__name__)
@@ -51,8 +63,13 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     path     the folder, which is made if it does not exist
 
     Each file is written under a temporary name, synced and renamed, so a crash leaves the old file.
-    Raises ValueError if the model has no LoRA layer, or has layers that one PEFT configuration
-    cannot describe; ImportError if safetensors is not installed.
+    The names in the file are those of the model without wrappers such as torch.compile's. If the
+    model is sharded by `fully_shard`, every process must call this: the tensors are gathered, the
+    first process writes them and the others wait for it.
+
+    Raises ValueError if the model has no LoRA layer, has layers that one PEFT configuration cannot
+    describe, is in a wrapper that is not known, or if this process has only parts of the tensors
+    (FSDP1, ZeRO-3); ImportError if safetensors is not installed.
     """
     root, folder = unwrapped(model), Path(path)
     safetensors = import_safetensors()
@@ -63,30 +80,33 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if "" in layers:
         raise ValueError("model is a LoRALinear itself; it must be a module that contains it")
     trained = fully_trained_modules(root)
+    refuse_unknown_wrappers(root, (*layers, *trained))
+    refuse_parts(model, "pylora.save_adapter")
     config = config_of(root, layers, list(trained))
+    settle(root)
     tensors = {}
     for name, layer in layers.items():
-        for attribute, ending in LORA_KEYS.items():
-            parameter = getattr(layer, attribute)
-            if parameter is not None:
-                tensors[f"{PREFIX}{name}.{ending}"] = parameter
+        tensors.update(_lora_tensors(name, layer))
     for name, module in trained.items():
-        for key, value in module.state_dict().items():
+        for key, value in plain_state(module).items():
             tensors[f"{PREFIX}{name}.{key}"] = value
     _warn_of_unsaved(root, layers.values(), trained.values())
-    stored = _for_safetensors(tensors)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_all(
-        folder,
-        {
-            WEIGHTS_NAME: lambda temporary: safetensors.torch.save_file(
-                stored, temporary, metadata={"format": "pt"}
-            ),
-            CONFIG_NAME: lambda temporary: temporary.write_text(
-                json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8"
-            ),
-        },
-    )
+    mesh = mesh_of(tensors.values())
+    stored = _for_safetensors(tensors, keep=is_first(mesh))
+    with others_wait(mesh):
+        if is_first(mesh):
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_all(
+                folder,
+                {
+                    WEIGHTS_NAME: lambda temporary: safetensors.torch.save_file(
+                        stored, temporary, metadata={"format": "pt"}
+                    ),
+                    CONFIG_NAME: lambda temporary: temporary.write_text(
+                        json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8"
+                    ),
+                },
+            )
 
 
 def load_adapter(
@@ -103,18 +123,30 @@ def load_adapter(
     of linear layers with every option of `pylora.add_lora` and PEFT's rank_pattern, alpha_pattern,
     layers_to_transform and exclude_modules; other methods are refused.
 
-    Raises ValueError that names the file and the key that does not fit, FileNotFoundError if a file
-    is missing, ImportError if safetensors is not installed. The model is then as it was.
+    A model that is sharded by `fully_shard` must have the layers already. Every process must call
+    this; each reads the file and keeps its own part.
+
+    Raises ValueError that names the file and the key that does not fit, or the wrapper in which a
+    model cannot be changed; FileNotFoundError if a file is missing, ImportError if safetensors is
+    not installed. The model is then as it was.
     """
     root, folder = unwrapped(model), Path(path)
     refuse_peft_model(root)
+    refuse_to_write(model, "pylora.load_adapter")
+    refuse_parts(model, "pylora.load_adapter")
     config = read_config(folder)
     contents = read_contents(folder, config, root, dtype)
     settings = _settings(folder, config, contents, dtype)
-    if not lora_layers(root):
+    is_new = not lora_layers(root)
+    has_new = bool({site.name for site in contents.saved} - set(fully_trained_modules(root)))
+    in_model = {site.name: site.module for site in contents.saved}
+    if is_new or has_new or any(_to_untie(in_model, contents)):
+        refuse_to_change(model, "pylora.load_adapter of this file")
+    if is_new:
         install(root, contents.targets, settings, contents.saved)
-    elif {site.name for site in contents.saved} - set(fully_trained_modules(root)):
+    elif has_new:
         install(root, [], {}, contents.saved)
+    settle(root)
     _fill(root, settings, contents)
     return model
 
@@ -139,13 +171,13 @@ def _fill(model: nn.Module, settings: dict[str, LoraSettings], contents: Adapter
         layer = layers[name]
         layer.set_scaling(settings[name].lora_alpha, settings[name].use_rslora)
         for attribute, tensor in entries.items():
-            getattr(layer, attribute).copy_(tensor)
+            write(getattr(layer, attribute), tensor)
     trained = fully_trained_modules(model)
     _untie(model, trained, contents)
     for name, values in contents.saved_tensors.items():
-        state = trained[name].state_dict()
+        state = plain_state(trained[name])
         for key, tensor in values.items():
-            state[key].copy_(tensor)
+            write(state[key], tensor)
 
 
 def _untie(model: nn.Module, trained: dict[str, nn.Module], contents: AdapterContents) -> None:
@@ -153,34 +185,74 @@ def _untie(model: nn.Module, trained: dict[str, nn.Module], contents: AdapterCon
 
     PEFT trains a copy of each module, so that the tensors of a tied pair may differ in its files.
     """
+    for name, key, first in list(_to_untie(trained, contents)):
+        owner, _, attribute = key.rpartition(".")
+        holder = trained[name].get_submodule(owner)
+        parameter = getattr(holder, attribute)
+        own = nn.Parameter(parameter.clone(), requires_grad=parameter.requires_grad)
+        setattr(holder, attribute, own)
+        config: Any = getattr(model, "config", None)
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+        logger.warning(
+            "%s.%s and %s were one parameter, but the adapter has different values for them: "
+            "they are two parameters now, as in PEFT, and config.tie_word_embeddings is False",
+            name,
+            plain_name(trained[name], key),
+            first,
+        )
+
+
+def _to_untie(
+    modules: dict[str, nn.Module], contents: AdapterContents
+) -> Iterator[tuple[str, str, str]]:
+    """The parameters that need a value of their own: module, key in it, and whose value they share.
+
+    modules    the modules of the model that the adapter has in full
+    """
     first_values: dict[int, tuple[str, Tensor]] = {}
     for name, values in contents.saved_tensors.items():
-        module = trained[name]
-        for key, parameter in list(module.named_parameters(remove_duplicate=False)):
-            first, value = first_values.setdefault(id(parameter), (f"{name}.{key}", values[key]))
-            if torch.equal(value, values[key]):
-                continue
-            owner, _, attribute = key.rpartition(".")
-            own = nn.Parameter(parameter.clone(), requires_grad=parameter.requires_grad)
-            setattr(module.get_submodule(owner), attribute, own)
-            config: Any = getattr(model, "config", None)
-            if getattr(config, "tie_word_embeddings", False):
-                config.tie_word_embeddings = False
-            logger.warning(
-                "%s.%s and %s were one parameter, but the adapter has different values for them: "
-                "they are two parameters now, as in PEFT, and config.tie_word_embeddings is False",
-                name,
-                key,
-                first,
+        for key, parameter in modules[name].named_parameters(remove_duplicate=False):
+            # A 4-bit layer has parameters that no file has; it becomes a dense one of its own.
+            value = values.get(plain_name(modules[name], key))
+            if value is not None:
+                first, its_value = first_values.setdefault(id(parameter), (f"{name}.{key}", value))
+                if not torch.equal(its_value, value):
+                    yield name, key, first
+
+
+def _lora_tensors(name: str, layer: LoRALinear) -> dict[str, Tensor]:
+    """The LoRA parameters of a layer under their keys in the file.
+
+    Raises ValueError if one of them has another shape, as a part of a tensor has.
+    """
+    tensors = {}
+    shapes = lora_shapes(layer.r, layer.in_features, layer.out_features)
+    for attribute, ending in LORA_KEYS.items():
+        parameter = getattr(layer, attribute)
+        if parameter is None:
+            continue
+        if tuple(parameter.shape) != shapes[attribute]:
+            raise ValueError(
+                f"{name}.{attribute} has shape {tuple(parameter.shape)}; it must be "
+                f"{shapes[attribute]}: a library may have left this process a part of it only"
             )
+        tensors[f"{PREFIX}{name}.{ending}"] = parameter
+    return tensors
 
 
-def _for_safetensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, contiguous, without shared storage, which safetensors refuses."""
+def _for_safetensors(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """The tensors on the CPU, contiguous, without shared storage, which safetensors refuses.
+
+    keep    false drops each tensor as soon as it is gathered
+    """
     stored: dict[str, Tensor] = {}
     seen: set[int] = set()
     for key, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
+        tensor = gathered(tensor.detach())
+        if not keep:
+            continue
+        tensor = tensor.cpu().contiguous()
         if tensor.untyped_storage().data_ptr() in seen:
             tensor = tensor.clone()
         seen.add(tensor.untyped_storage().data_ptr())
@@ -214,4 +286,6 @@ def _warn_of_unsaved(
     saved = {id(p) for module in (*layers, *trained) for p in module.parameters()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in saved:
-            logger.warning("%s is trainable but not saved: it is in no module to save", name)
+            logger.warning(
+                "%s is trainable but not saved: it is in no module to save", plain_name(model, name)
+            )

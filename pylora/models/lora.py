@@ -21,12 +21,11 @@ from pylora.models.module_tree import (
     is_bitsandbytes_4bit,
     lora_layers,
     mark_fully_trained,
-    refuse_offloaded,
     refuse_peft_model,
     sites,
     take_off_quantized_marks,
-    unwrapped,
 )
+from pylora.models.sharding import refuse_to_change
 from pylora.models.targets import (
     ALL_LINEAR,
     Targets,
@@ -36,6 +35,7 @@ from pylora.models.targets import (
     task_heads,
 )
 from pylora.models.weight_readers import why_not_lora
+from pylora.models.wrappers import unwrapped
 from pylora.nn import LoRALinear, NF4Linear
 
 logger = logging.getLogger(__name__)
@@ -103,6 +103,7 @@ def add_lora(
     Source: LoRA, arXiv:2106.09685.
     """
     root = unwrapped(model)
+    refuse_to_change(model, "pylora.add_lora")
     refuse_peft_model(root)
     settings = LoraSettings(r, lora_alpha, lora_dropout, use_rslora, use_dora, lora_bias, dtype)
     settings.wrap(nn.Linear(1, 1, device="meta"))  # raises for what LoRALinear does not take
@@ -187,7 +188,7 @@ def install(
     bases = {id(site.module): _base_of(site) for site in targeted}
     for site in saved:
         for inner in (site, *sites(site.module)):
-            refuse_offloaded(inner)
+            inner.check_replaceable()
     trained = _parameters_already_trained(model)
     for parameter in model.parameters():
         if id(parameter) not in trained:
@@ -214,7 +215,7 @@ def _base_of(site: Site) -> nn.Module:
     reason = why_not_lora(site)
     if reason is not None:
         raise ValueError(f"{site.name} must not be a target of LoRA: {reason}")
-    refuse_offloaded(site)
+    site.check_replaceable()
     if not is_bitsandbytes_4bit(site.module):
         return site.module
     try:

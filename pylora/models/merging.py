@@ -9,7 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from pylora.functional import quantize_nf4
-from pylora.models.module_tree import lora_layers, refuse_peft_model, unwrapped
+from pylora.models.module_tree import holders, is_below, lora_layers, refuse_peft_model
+from pylora.models.sharding import (
+    gathered,
+    is_sharded,
+    refuse_flat,
+    refuse_to_write,
+    settle,
+    shard_like,
+    whole_parameters,
+)
+from pylora.models.wrappers import unwrapped
 from pylora.nf4_weight import NF4Weight
 from pylora.nn import LoRALinear, NF4Linear
 
@@ -79,26 +89,39 @@ def merge(model: nn.Module, keep_base: bool = True) -> MergeReport:
     A dense base gets W + delta in its dtype. An NF4 base is requantized with its own blocksize and
     double quantization, which may lose a good part of a small delta: the MergeReport that is
     returned says how much, layer by layer. A base weight that is tied to another module is
-    replaced, never written to. Raises ValueError if the model has no LoRA or is merged already, or
-    if a merged weight would not be finite; the model is then as it was.
+    replaced, never written to.
+
+    If the model is sharded by `fully_shard`, every process must call this. One layer at a time is
+    gathered and merged on all of them, because double quantization has one offset for all rows;
+    then each process writes its own rows and keeps only its own rows of the old base.
+
+    Raises ValueError if the model has no LoRA or is merged already, if a merged weight would not be
+    finite, or if the model is in a wrapper that would undo the merge (FSDP1, DeepSpeed); the model
+    is then as it was.
     """
     root = unwrapped(model)
     refuse_peft_model(root)
+    refuse_to_write(model, "pylora.merge")
+    refuse_flat(model, "pylora.merge")
     layers = _layers(root)
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError(f"{name} is merged already; pylora.unmerge must be called first")
+    settle(root)
+    _refuse_shared_parts(root, layers)
     report = []
     done: list[LoRALinear] = []
     try:
         for name, layer in layers.items():
-            merged, facts = _merged(name, layer)
-            layer.set_merged(merged, _merged_bias(name, layer))
+            with whole_parameters(layer):
+                merged, facts = _merged(name, layer)
+                layer.set_merged(merged, _merged_bias(name, layer))
             done.append(layer)
+            _keep_own_part(layer)
             report.append(facts)
     except BaseException:  # an interrupt, too, must not leave half of a model merged
         for layer in done:
-            layer.unmerge()
+            _unmerge(layer)
         raise
     if not keep_base:
         for layer in done:
@@ -109,8 +132,8 @@ def merge(model: nn.Module, keep_base: bool = True) -> MergeReport:
 def unmerge(model: nn.Module) -> None:
     """Puts back the base weights that `merge` kept, with the same bytes, however often it is done.
 
-    Raises ValueError if a layer is not merged or its base was not kept; the model is then as it
-    was.
+    If the model is sharded by `fully_shard`, every process must call this. Raises ValueError if a
+    layer is not merged or its base was not kept; the model is then as it was.
     """
     root = unwrapped(model)
     refuse_peft_model(root)
@@ -122,8 +145,38 @@ def unmerge(model: nn.Module) -> None:
             raise ValueError(
                 f"{name} was merged with keep_base=False; its base weight is gone for good"
             )
+    settle(root)
     for layer in layers.values():
+        _unmerge(layer)
+
+
+def _keep_own_part(layer: LoRALinear) -> None:
+    """Leaves this process only its own part of the base that a merge has kept."""
+    weight = layer.base_layer.weight
+    if is_sharded(weight):
+        layer.map_kept_base(lambda kept: shard_like(kept, weight) if kept.dim() else kept)
+
+
+def _unmerge(layer: LoRALinear) -> None:
+    layer.map_kept_base(gathered)
+    with whole_parameters(layer):
         layer.unmerge()
+
+
+def _refuse_shared_parts(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
+    """Raises ValueError if a merge would write into a sharded weight that another module uses."""
+    owners: dict[int, list[str]] | None = None
+    for name, layer in layers.items():
+        for parameter in layer.base_layer.parameters():
+            if not is_sharded(parameter):
+                continue
+            owners = holders(model) if owners is None else owners
+            other = next((o for o in owners[id(parameter)] if not is_below(o, (name,))), None)
+            if other is not None:
+                raise ValueError(
+                    f"{name} shares its sharded base weight with {other}, which the merge would "
+                    "change as well; merge it before fully_shard"
+                )
 
 
 def _layers(model: nn.Module) -> dict[str, LoRALinear]:

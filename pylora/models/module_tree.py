@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from pylora.models.wrappers import classes_of, inner_attribute, inside, plain_name
 from pylora.nn import LoRALinear, NF4Linear
 
 # The attributes in which a module keeps its hooks.
@@ -28,8 +28,8 @@ _FULLY_TRAINED = "_pylora_fully_trained"
 class Site:
     """A module and its place in the model.
 
-    name         its dotted path in the model
-    module       the module, which is `parent.<attribute>`
+    name         its dotted path in the model, without wrappers
+    module       the module, which is `parent.<attribute>` or inside a wrapper there
     parent       the module that holds it; None for the model itself
     attribute    its name in `parent`
     """
@@ -46,10 +46,39 @@ class Site:
             getattr(new, hooks).update(getattr(self.module, hooks))
             getattr(self.module, hooks).clear()
         new.training = self.module.training
-        setattr(self.parent, self.attribute, new)
+        holder, attribute = self._holder()
+        setattr(holder, attribute, new)
         if has_fast_path(self.parent):
             # Torch takes the path only if this is 1 or 2, and reads it for nothing else.
             self.parent.activation_relu_or_gelu = 0
+
+    def _holder(self) -> tuple[nn.Module, str]:
+        """The module that holds this one, which may be a wrapper, and its name there."""
+        assert self.parent is not None
+        holder, attribute = self.parent, self.attribute
+        while (held := holder._modules[attribute]) is not self.module:
+            inner = None if held is None else inner_attribute(held)
+            assert held is not None and inner is not None
+            holder, attribute = held, inner
+        return holder, attribute
+
+    def check_replaceable(self) -> None:
+        """Raises ValueError if another module in this place would not be called, or has no weight.
+
+        torch.compile keeps the module that it was given, and accelerate loads the weights of
+        modules that it offloads only while they run.
+        """
+        if getattr(getattr(self.module, "_hf_hook", None), "offload", False):
+            raise ValueError(
+                f"{self.name} is offloaded by accelerate; its weights must be on a device: "
+                "load the model without offloading"
+            )
+        if self.parent is not None and "OptimizedModule" in classes_of(self._holder()[0]):
+            raise ValueError(
+                f"{self.name} is compiled by itself, and the compiled code would go on without "
+                "what replaces it: call torch.compile after pylora.quantize_model and "
+                "pylora.add_lora"
+            )
 
 
 def has_fast_path(parent: nn.Module | None) -> TypeGuard[nn.TransformerEncoderLayer]:
@@ -60,40 +89,23 @@ def has_fast_path(parent: nn.Module | None) -> TypeGuard[nn.TransformerEncoderLa
     return isinstance(parent, nn.TransformerEncoderLayer)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model without the wrappers of torch.compile and data parallelism, which change names.
-
-    Raises TypeError if `model` is no nn.Module.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is {model!r}; it must be an nn.Module")
-    while True:
-        if isinstance(model, (DataParallel, DistributedDataParallel)):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
-
-
 def sites(model: nn.Module) -> Iterator[Site]:
     """Yields every module but the model itself, parents first.
 
-    A module with two places comes twice. The modules inside a LoRALinear or an NF4Linear are left
-    out.
+    A module with two places comes twice. Wrappers, and the modules inside a LoRALinear or an
+    NF4Linear, are left out.
     """
+    model = inside(model)
     if isinstance(model, LoRALinear):
         return
     yield from _below(model, "")
 
 
 def _below(parent: nn.Module, prefix: str) -> Iterator[Site]:
-    for attribute, module in list(parent._modules.items()):
-        if module is None:
+    for attribute, child in list(parent._modules.items()):
+        if child is None:
             continue
-        if attribute == "_orig_mod":  # torch.compile's wrapper is no part of a name
-            yield from _below(module, prefix)
-            continue
+        module = inside(child)
         yield Site(prefix + attribute, module, parent, attribute)
         if not isinstance(module, (LoRALinear, NF4Linear)):
             yield from _below(module, f"{prefix}{attribute}.")
@@ -131,7 +143,7 @@ def holders(model: nn.Module) -> dict[int, list[str]]:
     for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module._parameters.values():
             if parameter is not None:
-                names.setdefault(id(parameter), []).append(name.replace("_orig_mod.", ""))
+                names.setdefault(id(parameter), []).append(plain_name(model, name))
     return names
 
 
@@ -164,15 +176,6 @@ def take_off_quantized_marks(model: nn.Module, has_lora: bool) -> None:
         if not has_bitsandbytes:
             marks["is_loaded_in_4bit"] = False
             marks.pop("quantization_method", None)
-
-
-def refuse_offloaded(site: Site) -> None:
-    """Raises ValueError if accelerate keeps the module's weights off the device."""
-    if getattr(getattr(site.module, "_hf_hook", None), "offload", False):
-        raise ValueError(
-            f"{site.name} is offloaded by accelerate; its weights must be on a device: "
-            "load the model without offloading"
-        )
 
 
 def refuse_peft_model(model: nn.Module) -> None:

@@ -16,14 +16,14 @@ from pylora.models.module_tree import (
     is_below,
     is_bitsandbytes_4bit,
     lora_layers,
-    refuse_offloaded,
     refuse_peft_model,
     sites,
     take_off_quantized_marks,
-    unwrapped,
 )
+from pylora.models.sharding import refuse_to_change
 from pylora.models.targets import named_by, output_head, task_heads
 from pylora.models.weight_readers import why_not_nf4
+from pylora.models.wrappers import inside, plain_name, unwrapped
 from pylora.nf4 import DEFAULT_BLOCKSIZE, check_blocksize
 from pylora.nn import NF4Linear
 
@@ -60,6 +60,7 @@ def quantize_model(
     Source: QLoRA, arXiv:2305.14314.
     """
     root = unwrapped(model)
+    refuse_to_change(model, "pylora.quantize_model")
     check_blocksize(blocksize)
     checks.names("skip_modules", skip_modules)
     refuse_peft_model(root)
@@ -140,7 +141,7 @@ def _kept_in_fp32(model: nn.Module) -> set[str]:
         entries = set(getattr(module, "_keep_in_fp32_modules", None) or ())
         entries |= set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
         if entries:
-            prefix = f"{outer}." if outer else ""
+            prefix = f"{plain_name(model, outer)}." if outer else ""
             names |= {prefix + s.name for s in sites(module) if _is_inside(s.name, entries)}
     return names
 
@@ -178,7 +179,7 @@ def _mention_fused_experts(everything: list[Site]) -> None:
 def _checked(chosen: list[Site]) -> list[Site]:
     """The same list; raises what quantizing any of its layers would raise."""
     for site in chosen:
-        refuse_offloaded(site)
+        site.check_replaceable()
         if is_bitsandbytes_4bit(site.module):
             try:
                 NF4Linear.from_bitsandbytes(site.module)
@@ -199,7 +200,7 @@ def _quantize_layer(
     shared    the new layer of one that had the same parameter as its weight, if there is one
     """
     name, parent, attribute = places[0]
-    old = getattr(parent, attribute)
+    old: Any = inside(getattr(parent, attribute))
     if is_bitsandbytes_4bit(old):
         new = NF4Linear.from_bitsandbytes(old)
     elif old.weight.is_meta:

@@ -12,6 +12,7 @@ from torch import nn
 
 from pylora.models.module_tree import Site, is_below, is_bitsandbytes_4bit, sites
 from pylora.models.weight_readers import why_not_lora
+from pylora.models.wrappers import inside
 from pylora.nn import LoRALinear, NF4Linear
 
 logger = logging.getLogger(__name__)
@@ -107,9 +108,10 @@ def output_head(model: nn.Module) -> nn.Module | None:
     if get is None:
         return None
     try:
-        return get()
+        head = get()
     except NotImplementedError:
         return None
+    return inside(head) if isinstance(head, nn.Module) else None
 
 
 def task_heads(model: nn.Module) -> list[str]:

@@ -251,6 +251,17 @@ class LoRALinear(nn.Module):
         self._kept, self.merged = None, False
         self.refresh_base_norm()  # a cast while merged may have rounded it, or W
 
+    def map_kept_base(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Applies `function` to each tensor of the base that a merge has kept, if there is one."""
+        kept = self._unmerged_base
+        if kept is None:
+            return
+        if isinstance(kept.weight, NF4Weight):
+            kept.weight = kept.weight.map_tensors(function)
+        else:
+            kept.weight = function(kept.weight)
+        kept.bias = None if kept.bias is None else function(kept.bias)
+
     def forget_base(self) -> None:
         """Frees the base from before the merge, so that the layer stays merged for good."""
         self._unmerged_base = None
