@@ -128,14 +128,20 @@ def settle(model: nn.Module) -> None:
 
 @torch.no_grad()
 def gathered(tensor: Tensor) -> Tensor:
-    """The whole tensor; if it is sharded, every process of its mesh must call this."""
+    """The whole tensor; if it is sharded, every process of its mesh must call this.
+
+    What is gathered shares no memory with the parts.
+    """
     if not is_sharded(tensor):
         return tensor
     sharded: Any = tensor.detach()
     device = sharded.device_mesh.device_type
     if sharded.device.type != device:  # parts that are kept on the CPU between forwards
         sharded = sharded.to(device)
-    return sharded.full_tensor().to(tensor.device)
+    whole: Tensor = sharded.full_tensor().to(tensor.device)
+    # With one process, or without shards, it is the part itself.
+    shared = whole.untyped_storage().data_ptr() == tensor.to_local().untyped_storage().data_ptr()
+    return whole.clone() if shared else whole
 
 
 @torch.no_grad()
