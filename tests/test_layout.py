@@ -13,7 +13,14 @@ PACKAGE = ROOT / "pylora"
 # The layers from the bottom up. A module imports only from its own layer or from below, also inside
 # functions.
 LAYERS = [
-    ("pylora.nf4", "pylora.files", "pylora.calls", "pylora.settings", "pylora.backends.limits"),
+    (
+        "pylora.nf4",
+        "pylora.files",
+        "pylora.calls",
+        "pylora.settings",
+        "pylora.sharding",
+        "pylora.backends.limits",
+    ),
     ("pylora.reference", "pylora.kernels", "pylora.bnb_format"),
     ("pylora.backends",),
     ("pylora.dispatch",),

@@ -31,25 +31,16 @@ from pylora.models.adapter_contents import (
     lora_shapes,
     read_contents,
 )
+from pylora.models.distributed import refuse_parts, refuse_to_change, refuse_to_write, settle
 from pylora.models.lora import LoraSettings, install
 from pylora.models.module_tree import (
     fully_trained_modules,
     lora_layers,
     refuse_peft_model,
 )
-from pylora.models.sharding import (
-    gathered,
-    is_first,
-    mesh_of,
-    others_wait,
-    refuse_parts,
-    refuse_to_change,
-    refuse_to_write,
-    settle,
-    write,
-)
 from pylora.models.wrappers import plain_name, plain_state, refuse_unknown_wrappers, unwrapped
 from pylora.nn import LoRALinear
+from pylora.sharding import gathered, is_first, mesh_of, others_wait, write
 
 logger = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pylora import checks
+from pylora.models.distributed import refuse_to_change
 from pylora.models.module_tree import (
     Site,
     fully_trained_modules,
@@ -25,7 +26,6 @@ from pylora.models.module_tree import (
     sites,
     take_off_quantized_marks,
 )
-from pylora.models.sharding import refuse_to_change
 from pylora.models.targets import (
     ALL_LINEAR,
     Targets,

@@ -9,19 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from pylora.functional import quantize_nf4
+from pylora.models.distributed import refuse_flat, refuse_to_write, settle
 from pylora.models.module_tree import holders, is_below, lora_layers, refuse_peft_model
-from pylora.models.sharding import (
-    gathered,
-    is_sharded,
-    refuse_flat,
-    refuse_to_write,
-    settle,
-    shard_like,
-    whole_parameters,
-)
 from pylora.models.wrappers import unwrapped
 from pylora.nf4_weight import NF4Weight
 from pylora.nn import LoRALinear, NF4Linear
+from pylora.sharding import is_sharded, whole_parameters
 
 
 @dataclass(frozen=True)
@@ -117,11 +110,11 @@ def merge(model: nn.Module, keep_base: bool = True) -> MergeReport:
                 merged, facts = _merged(name, layer)
                 layer.set_merged(merged, _merged_bias(name, layer))
             done.append(layer)
-            _keep_own_part(layer)
+            layer.keep_sharded_base()
             report.append(facts)
     except BaseException:  # an interrupt, too, must not leave half of a model merged
         for layer in done:
-            _unmerge(layer)
+            layer.unmerge()
         raise
     if not keep_base:
         for layer in done:
@@ -147,19 +140,6 @@ def unmerge(model: nn.Module) -> None:
             )
     settle(root)
     for layer in layers.values():
-        _unmerge(layer)
-
-
-def _keep_own_part(layer: LoRALinear) -> None:
-    """Leaves this process only its own part of the base that a merge has kept."""
-    weight = layer.base_layer.weight
-    if is_sharded(weight):
-        layer.map_kept_base(lambda kept: shard_like(kept, weight) if kept.dim() else kept)
-
-
-def _unmerge(layer: LoRALinear) -> None:
-    layer.map_kept_base(gathered)
-    with whole_parameters(layer):
         layer.unmerge()
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from pylora import checks
+from pylora.models.distributed import refuse_to_change
 from pylora.models.module_tree import (
     Site,
     fully_trained_modules,
@@ -20,7 +21,6 @@ from pylora.models.module_tree import (
     sites,
     take_off_quantized_marks,
 )
-from pylora.models.sharding import refuse_to_change
 from pylora.models.targets import named_by, output_head, task_heads
 from pylora.models.weight_readers import why_not_nf4
 from pylora.models.wrappers import inside, plain_name, unwrapped

@@ -19,6 +19,7 @@ from pylora.nn import dora
 from pylora.nn.kept import Kept, Place, places_of
 from pylora.nn.nf4_linear import NF4Linear, frozen
 from pylora.ops import run
+from pylora.sharding import exchange_values, is_sharded, whole_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -187,9 +188,13 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def refresh_base_norm(self) -> None:
-        """Recomputes the norm of each row of W, which DoRA reads; call it when W has changed."""
+        """Recomputes the norm of each row of W, which DoRA reads; call it when W has changed.
+
+        If the base is sharded, every process must call this.
+        """
         if self.lora_magnitude is not None and not self.merged:
-            norm = dora.base_norm(self.base_weight)
+            with whole_parameters(self.base_layer):
+                norm = dora.base_norm(self.base_weight)
             self.register_buffer("base_norm", norm, persistent=False)
 
     def weight_norm(self) -> Tensor:
@@ -235,6 +240,19 @@ class LoRALinear(nn.Module):
         self._unmerged_base, self.base_layer = (base,), merged
         self._kept, self.merged = None, True
 
+    def keep_sharded_base(self) -> None:
+        """Moves the merged weight into the base from before `set_merged`, if that is sharded.
+
+        `fully_shard` knows the parameters of that base, and would not shard those of another. The
+        values from before are kept in the other module. Every process must call this.
+        """
+        if self._unmerged_base is None:
+            return
+        (base,), merged = self._unmerged_base, self.base_layer
+        if any(map(is_sharded, base.parameters())):
+            exchange_values(base, merged)
+            self._unmerged_base, self.base_layer = (merged,), base
+
     def unmerge(self) -> None:
         """Restores the base from before `set_merged`, on its current device.
 
@@ -244,23 +262,17 @@ class LoRALinear(nn.Module):
         if self._unmerged_base is None:
             raise ValueError("the layer keeps no base from before a merge; it must be merged")
         (base,), merged = self._unmerged_base, self.base_layer
+        if any(map(is_sharded, merged.parameters())):
+            exchange_values(merged, base)
+            self._unmerged_base, self._kept, self.merged = None, None, False
+            self.refresh_base_norm()
+            return
         dtypes = [p.dtype for p in merged.parameters() if p.is_floating_point()]
         base.to(device=merged.weight.device, dtype=dtypes[0] if dtypes else None)
         base.train(merged.training)
         self._unmerged_base, self.base_layer = None, base
         self._kept, self.merged = None, False
         self.refresh_base_norm()  # a cast while merged may have rounded it, or W
-
-    def map_kept_base(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Applies `function` to each tensor of the base that a merge has kept, if there is one."""
-        kept = self._unmerged_base
-        if kept is None:
-            return
-        if isinstance(kept.weight, NF4Weight):
-            kept.weight = kept.weight.map_tensors(function)
-        else:
-            kept.weight = function(kept.weight)
-        kept.bias = None if kept.bias is None else function(kept.bias)
 
     def forget_base(self) -> None:
         """Frees the base from before the merge, so that the layer stays merged for good."""

@@ -1,21 +1,17 @@
-"""Models that are split over several processes: what may be done with them, and with their tensors.
+"""What may be done with a model that a library has wrapped or split over several processes.
 
-FSDP2 (`fully_shard`) and tensor parallelism hold a parameter as a DTensor, of which each process
-has a part. These parts are gathered and written here. The parts of FSDP1 and ZeRO-3 can be gathered
-only by their own context managers, so they are refused outside of these.
+FSDP1 and ZeRO-3 leave each process a part of a parameter, which only their own context managers
+gather. Several libraries keep the parameters that they found, and do not notice new ones.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeGuard
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pylora.models.wrappers import classes_of, plain_name
+from pylora.sharding import is_sharded
 
 _ORDER = (
     "the order is pylora.quantize_model, pylora.add_lora or pylora.load_adapter, and then the "
@@ -32,13 +28,6 @@ _KEEPS_PARAMETERS = {
     "AveragedModel": "an AveragedModel, which averages the parameters that it found when it was "
     "made",
 }
-
-
-def is_sharded(tensor: object) -> TypeGuard[Any]:
-    """True for a DTensor, of which each process holds a part."""
-    # The import takes long, and nothing can be a DTensor before someone else has done it.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def refuse_to_change(model: nn.Module, call: str) -> None:
@@ -124,98 +113,3 @@ def settle(model: nn.Module) -> None:
     for module in model.modules():
         if "FSDPModule" in classes_of(module):
             module.reshard()  # type: ignore[operator]
-
-
-@torch.no_grad()
-def gathered(tensor: Tensor) -> Tensor:
-    """The whole tensor; if it is sharded, every process of its mesh must call this.
-
-    What is gathered shares no memory with the parts.
-    """
-    if not is_sharded(tensor):
-        return tensor
-    sharded: Any = tensor.detach()
-    device = sharded.device_mesh.device_type
-    if sharded.device.type != device:  # parts that are kept on the CPU between forwards
-        sharded = sharded.to(device)
-    whole: Tensor = sharded.full_tensor().to(tensor.device)
-    # With one process, or without shards, it is the part itself.
-    shared = whole.untyped_storage().data_ptr() == tensor.to_local().untyped_storage().data_ptr()
-    return whole.clone() if shared else whole
-
-
-@torch.no_grad()
-def write(target: Tensor, values: Tensor) -> None:
-    """Copies whole values into a tensor; of a sharded one, each process writes its own part."""
-    if not is_sharded(target):
-        target.copy_(values)
-        return
-    target.copy_(shard_like(values.to(target.device, target.dtype), target).to(target.device))
-
-
-def shard_like(values: Tensor, model: Any) -> Tensor:
-    """This process's part of `values`, which all processes have, as a DTensor.
-
-    model    a DTensor whose mesh and placements the result gets
-    """
-    from torch.distributed.tensor import distribute_tensor
-
-    # Without a source rank each process cuts its part out of its own values.
-    return distribute_tensor(
-        values.detach(), model.device_mesh, model.placements, src_data_rank=None
-    )
-
-
-@contextmanager
-def whole_parameters(module: nn.Module) -> Iterator[None]:
-    """Within the block, every process holds the sharded parameters of a module as whole ones.
-
-    After the block the sharded ones are back. A parameter that the block has replaced is written
-    into its shards.
-    """
-    gathered_ones: list[tuple[dict[str, Any], str, Any, nn.Parameter]] = []
-    for inner in module.modules():
-        for name, parameter in inner._parameters.items():
-            if is_sharded(parameter):
-                whole = nn.Parameter(gathered(parameter), requires_grad=False)
-                gathered_ones.append((inner._parameters, name, parameter, whole))
-    for held, name, _, whole in gathered_ones:
-        held[name] = whole
-    try:
-        yield
-    finally:
-        for held, name, parameter, whole in gathered_ones:
-            if held[name] is not whole:
-                write(parameter, held[name])
-            held[name] = parameter
-
-
-def mesh_of(tensors: Iterable[Tensor]) -> Any | None:
-    """The mesh of the processes that have parts of these tensors; None if none is sharded."""
-    return next((t.device_mesh for t in tensors if is_sharded(t)), None)
-
-
-def is_first(mesh: Any | None) -> bool:
-    """True on the first process of a mesh; without a mesh, every process is the first."""
-    return mesh is None or not any(mesh.get_coordinate())
-
-
-@contextmanager
-def others_wait(mesh: Any | None) -> Iterator[None]:
-    """Lets the other processes of a mesh wait at the end of the block until the first is there.
-
-    Raises RuntimeError on them if the block of the first process raised.
-    """
-    done = False
-    try:
-        yield
-        done = True
-    finally:
-        if mesh is not None:
-            flag = torch.tensor([done], dtype=torch.uint8, device=mesh.device_type)
-            for dimension in range(mesh.ndim):
-                group = mesh.get_group(dimension)
-                torch.distributed.broadcast(flag, group=group, group_src=0)
-            done = bool(flag)
-    if not done:
-        raise RuntimeError("the first process failed; its own error says why")
