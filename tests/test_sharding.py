@@ -17,11 +17,22 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 import pylora
 from pylora.nn import LoRALinear
@@ -62,10 +73,10 @@ def filled(model: Any) -> Any:
     return model
 
 
-def sharded(model: nn.Sequential) -> nn.Sequential:
+def sharded(model: nn.Sequential, **options: Any) -> nn.Sequential:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for module in (*model[:2], model):
-        fully_shard(module, mesh=mesh)
+        fully_shard(module, mesh=mesh, **options)
     return model
 
 
@@ -253,7 +264,57 @@ def flattened(folder: Path) -> None:
     torch.testing.assert_close(model(x), twin(x))
 
 
-SCENARIOS = {f.__name__: f for f in (fully_sharded, variants, refusals, flattened)}
+def checkpoints(folder: Path) -> None:
+    """torch.distributed.checkpoint of a model under fully_shard, which computes in bf16."""
+    options = dict(r=3, target_modules=["up", "down"], use_dora=True)
+    plain = filled(pylora.add_lora(quantized(), **options))
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    in_bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    model = sharded(copy.deepcopy(plain), mp_policy=in_bf16)
+    before = whole(model)
+    model(x).sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n)
+    assert_same(whole(model), before)
+
+    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    full = copy.deepcopy(full)  # with one process, it is the memory of the model
+    assert_same(full, plain.state_dict())
+    own = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
+    trained = {name for name, parameter in plain.named_parameters() if parameter.requires_grad}
+    frozen = {name for name, _ in plain.named_parameters()} - trained
+    assert trained <= own.keys() and not frozen & own.keys()
+
+    def other() -> nn.Sequential:
+        torch.manual_seed(99)
+        model = nn.Sequential(Block(), Block(), nn.Linear(64, 6))
+        pylora.quantize_model(model, skip_modules=["2"], double_quant=True)
+        return filled(pylora.add_lora(model, **options))
+
+    dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=folder / "checkpoint")
+    for use in ("full", "from the first", "sharded", "sharded into a plain model"):
+        loaded = other() if "plain" in use else sharded(other())
+        parameters = list(loaded.parameters())
+        if "sharded" in use:
+            state = {"model": get_model_state_dict(loaded)}
+            dcp.load(state, checkpoint_id=folder / "checkpoint")
+            set_model_state_dict(loaded, state["model"])
+        else:
+            is_given = use == "full" or dist.get_rank() == 0
+            how = StateDictOptions(full_state_dict=True, broadcast_from_rank0=use != "full")
+            set_model_state_dict(loaded, copy.deepcopy(full) if is_given else {}, options=how)
+        assert [id(p) for p in loaded.parameters()] == list(map(id, parameters))
+        assert_same(whole(loaded), whole(plain))
+        assert torch.equal(loaded(x), plain(x)), use
+
+    pylora.merge(model)
+    merged = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    assert_same(merged, plain.state_dict())
+    set_model_state_dict(model, full, options=StateDictOptions(full_state_dict=True))
+    assert not model[0].up.merged
+    assert_same(whole(model), whole(plain))
+
+
+SCENARIOS = {f.__name__: f for f in (fully_sharded, variants, refusals, flattened, checkpoints)}
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*requires_grad=True and False:UserWarning"),
     pytest.mark.filterwarnings("ignore:FSDP is switching to use .NO_SHARD.:UserWarning"),
@@ -272,6 +333,29 @@ def one_process() -> Iterator[None]:
 def test_in_one_process(scenario: str, tmp_path: Path, one_process: None) -> None:
     pytest.importorskip("safetensors")
     SCENARIOS[scenario](tmp_path)
+
+
+def test_tensor_parallelism_is_refused(one_process: None) -> None:
+    mesh, plan = init_device_mesh("cpu", (1,)), {"0": ColwiseParallel(), "1": RowwiseParallel()}
+
+    def model() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+
+    for function in (pylora.quantize_model, pylora.add_lora):
+        layer = "NF4Linear" if function is pylora.quantize_model else "LoRALinear"
+        with pytest.raises(NotImplementedError, match=rf"ColwiseParallel .* {layer} of pylora"):
+            parallelize_module(function(model()), mesh, plan)
+        parallel = parallelize_module(model(), mesh, plan)
+        refused(rf"0\.weight is a DTensor, which pylora\.{function.__name__}", function, parallel)
+        assert type(parallel[0]) is nn.Linear and parallel[0].weight.requires_grad
+    with pytest.raises(NotImplementedError, match=r"currently only support nn\.Linear"):
+        parallelize_module(nn.Sequential(nn.ReLU()), mesh, {"0": ColwiseParallel()})
+
+
+def test_fsdp1_is_told_what_to_do_with_the_bytes(one_process: None) -> None:
+    refused(r"Must flatten .*NF4 layers of pylora .*ignored_states=\[p", flat, with_lora())
+    with pytest.raises(ValueError, match=r"Must flatten tensors with uniform dtype but got .*16$"):
+        flat(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).bfloat16()))
 
 
 def test_in_two_processes(tmp_path: Path) -> None:

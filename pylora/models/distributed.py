@@ -44,8 +44,12 @@ def refuse_to_change(model: nn.Module, call: str) -> None:
     for name, parameter in model.named_parameters():
         kind = None
         if is_sharded(parameter):
-            kind = "a DTensor, as in tensor parallelism"
-        elif hasattr(parameter, "ds_id"):
+            raise ValueError(
+                f"{plain_name(model, name)} is a DTensor, which {call} cannot replace. Tensor "
+                "parallelism cannot split pylora's layers either: call it before the model is "
+                "parallelized, leave its layers out of the plan, and shard them with fully_shard"
+            )
+        if hasattr(parameter, "ds_id"):
             kind = "partitioned by DeepSpeed's ZeRO-3"
         elif hasattr(parameter, "_hp_mapping"):
             kind = "held by an optimizer of DeepSpeed"

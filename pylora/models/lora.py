@@ -34,6 +34,7 @@ from pylora.models.targets import (
     not_found,
     task_heads,
 )
+from pylora.models.torch_refusals import explain_refusals
 from pylora.models.weight_readers import why_not_lora
 from pylora.models.wrappers import unwrapped
 from pylora.nn import LoRALinear, NF4Linear
@@ -200,6 +201,7 @@ def install(
             wrapped[key] = settings[site.name].wrap(bases[key])
         site.replace(wrapped[key])
     _train_in_full(model, saved)
+    explain_refusals()
     take_off_quantized_marks(model, has_lora=True)
 
 

@@ -22,6 +22,7 @@ from pylora.models.module_tree import (
     take_off_quantized_marks,
 )
 from pylora.models.targets import named_by, output_head, task_heads
+from pylora.models.torch_refusals import explain_refusals
 from pylora.models.weight_readers import why_not_nf4
 from pylora.models.wrappers import inside, plain_name, unwrapped
 from pylora.nf4 import DEFAULT_BLOCKSIZE, check_blocksize
@@ -61,6 +62,7 @@ def quantize_model(
     """
     root = unwrapped(model)
     refuse_to_change(model, "pylora.quantize_model")
+    explain_refusals()
     check_blocksize(blocksize)
     checks.names("skip_modules", skip_modules)
     refuse_peft_model(root)
