@@ -37,6 +37,11 @@ from torch.distributed.tensor.parallel import (
 import pylora
 from pylora.nn import LoRALinear
 
+# Before torch 2.12, fully_shard cannot hold the bytes of NF4 layers.
+needs_sharded_integers = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12),
+    reason="fully_shard of torch < 2.12 cannot hold integer parameters",
+)
 # Longer than any scenario takes on a slow machine, so that a process that waits forever is ended.
 _LIMIT = 240
 
@@ -329,6 +334,7 @@ def one_process() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@needs_sharded_integers
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_in_one_process(scenario: str, tmp_path: Path, one_process: None) -> None:
     pytest.importorskip("safetensors")
@@ -358,6 +364,57 @@ def test_fsdp1_is_told_what_to_do_with_the_bytes(one_process: None) -> None:
         flat(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).bfloat16()))
 
 
+def test_an_older_fully_shard_is_explained(
+    one_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsdp_param = pytest.importorskip("torch.distributed.fsdp._fully_shard._fsdp_param")
+
+    def refuse(self: Any, parameter: nn.Parameter, *_: Any) -> None:
+        raise RuntimeError("only Tensors of floating point dtype can require gradients")
+
+    model, dense = with_lora(), nn.Linear(4, 4)
+    monkeypatch.setattr(fsdp_param.FSDPParam, "_init_sharded_param", refuse)
+    with pytest.raises(
+        RuntimeError, match=r"require gradients\. .*NF4 layers: it needs torch 2\.12"
+    ):
+        fully_shard(model[0].up, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(RuntimeError, match=r"require gradients$"):
+        fully_shard(dense, mesh=init_device_mesh("cpu", (1,)))
+
+
+def test_what_zero_3_has_partitioned_is_refused(tmp_path: Path) -> None:
+    """The attributes are those that DeepSpeed gives to the parameters it partitions."""
+    model = with_lora()
+    pylora.save_adapter(model, tmp_path / "before")
+    for number, parameter in enumerate(model.parameters()):
+        parameter.ds_id, parameter.ds_numel = number, parameter.numel()
+        parameter.data = parameter.data.new_empty(0)
+    refused(
+        r"0\.up\.lora_A is partitioned .* has 0 of its 192 elements; pylora\.save_adapter .*inside",
+        pylora.save_adapter,
+        model,
+        tmp_path / "after",
+    )
+    assert not (tmp_path / "after").exists()
+    for function, argument in ((pylora.load_adapter, (tmp_path / "before",)), (pylora.merge, ())):
+        refused(rf"{function.__name__} must be called before", function, model, *argument)
+    for function in (pylora.quantize_model, pylora.add_lora):
+        refused(rf"partitioned by .*{function.__name__} .*the order is", function, model)
+
+
+def test_a_part_of_a_tensor_is_never_written(tmp_path: Path) -> None:
+    model = with_lora()
+    model[1].down.lora_B = nn.Parameter(model[1].down.lora_B[:32].detach())
+    refused(
+        r"1\.down\.lora_B has shape \(32, 3\); it must be \(64, 3\): .* a part of it",
+        pylora.save_adapter,
+        model,
+        tmp_path / "part",
+    )
+    assert not (tmp_path / "part").exists()
+
+
+@needs_sharded_integers
 def test_in_two_processes(tmp_path: Path) -> None:
     """All scenarios run in the same two processes, because most of the time goes into imports."""
     pytest.importorskip("safetensors")
