@@ -79,9 +79,9 @@ def filled(model: Any) -> Any:
 
 
 def sharded(model: nn.Sequential, **options: Any) -> nn.Sequential:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    options.setdefault("mesh", init_device_mesh("cpu", (dist.get_world_size(),)))
     for module in (*model[:2], model):
-        fully_shard(module, mesh=mesh, **options)
+        fully_shard(module, **options)
     return model
 
 
@@ -174,7 +174,13 @@ def fully_sharded(folder: Path) -> None:
 
 
 def variants(folder: Path) -> None:
-    """DoRA, LoRA's bias and dense bases under fully_shard; a shared weight; a merge that fails."""
+    """DoRA, LoRA's bias and dense bases in a mesh of two dimensions, one of which has copies.
+
+    A shared weight, and a merge that fails.
+    """
+    processes = dist.get_world_size()
+    hybrid = init_device_mesh("cpu", (1, processes), mesh_dim_names=("copies", "shards"))
+    copies = init_device_mesh("cpu", (processes, 1), mesh_dim_names=("copies", "shards"))
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
     for options in ({"use_dora": True}, {"lora_bias": True, "use_rslora": True}):
         for dense in (False, True):
@@ -183,7 +189,7 @@ def variants(folder: Path) -> None:
             if not dense:
                 pylora.quantize_model(plain, blocksize=32)
             filled(pylora.add_lora(plain, r=2, **options))
-            model = sharded(copy.deepcopy(plain))
+            model = sharded(copy.deepcopy(plain), mesh=hybrid)
             parameters, before = list(model.parameters()), whole(plain)
             assert pylora.merge(model) == pylora.merge(plain)
             for each in (model, plain):
@@ -195,6 +201,15 @@ def variants(folder: Path) -> None:
             assert_same(whole(model), before)
             pylora.unmerge(plain)
             assert torch.equal(model(x), plain(x))
+            copied = sharded(copy.deepcopy(plain), mesh=copies)
+            for each, name in ((model, "hybrid"), (copied, "copies")):
+                pylora.save_adapter(each, folder / name)
+                with torch.no_grad():
+                    for parameter in each.parameters():
+                        if parameter.requires_grad:
+                            parameter.zero_()
+                pylora.load_adapter(each, folder / name)
+                assert_same(whole(each), before)
 
     tied = nn.Sequential(nn.Embedding(11, 64), nn.Linear(64, 11, bias=False))
     tied[1].weight = tied[0].weight
@@ -374,9 +389,7 @@ def test_an_older_fully_shard_is_explained(
 
     model, dense = with_lora(), nn.Linear(4, 4)
     monkeypatch.setattr(fsdp_param.FSDPParam, "_init_sharded_param", refuse)
-    with pytest.raises(
-        RuntimeError, match=r"require gradients\. .*NF4 layers: it needs torch 2\.12"
-    ):
+    with pytest.raises(RuntimeError, match=r"require gradients\. .*: it needs torch 2\.12"):
         fully_shard(model[0].up, mesh=init_device_mesh("cpu", (1,)))
     with pytest.raises(RuntimeError, match=r"require gradients$"):
         fully_shard(dense, mesh=init_device_mesh("cpu", (1,)))
