@@ -22,6 +22,20 @@ def is_sharded(tensor: object) -> TypeGuard[Any]:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def refuse_sharded_forward(layer: nn.Module) -> None:
+    """Raises RuntimeError if a layer is called while this process has only parts of its weights."""
+    if torch.compiler.is_compiling():
+        return
+    for name, parameter in layer.named_parameters():
+        if is_sharded(parameter):
+            raise RuntimeError(
+                f"{name} of this {type(layer).__name__} is sharded while pylora computes with it. "
+                "fully_shard gathers the weights of a module when that module is called: it must "
+                "be given the layer or a module around it (the base_layer of a LoRALinear is not "
+                "called), and the model must be called through that module"
+            )
+
+
 @torch.no_grad()
 def gathered(tensor: Tensor) -> Tensor:
     """The whole tensor; if it is sharded, every process of its mesh must call this.

@@ -379,6 +379,21 @@ def test_fsdp1_is_told_what_to_do_with_the_bytes(one_process: None) -> None:
         flat(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).bfloat16()))
 
 
+@needs_sharded_integers
+def test_a_layer_is_not_called_with_parts_of_its_weight(one_process: None) -> None:
+    mesh, x = init_device_mesh("cpu", (1,)), torch.randn(2, 64)
+    inside = with_lora()
+    fully_shard(inside[0].up.base_layer, mesh=mesh)
+    with pytest.raises(RuntimeError, match=r"base_layer\.weight of this LoRALinear is sharded"):
+        inside(x)
+    around = sharded(with_lora())
+    with pytest.raises(RuntimeError, match=r"lora_A of this LoRALinear is sharded.*through that"):
+        around[0].up(x)
+    quantized_only = sharded(quantized())
+    with pytest.raises(RuntimeError, match=r"weight of this NF4Linear is sharded"):
+        quantized_only[0].up(x)
+
+
 def test_an_older_fully_shard_is_explained(
     one_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,12 @@ from pylora.nn import dora
 from pylora.nn.kept import Kept, Place, places_of
 from pylora.nn.nf4_linear import NF4Linear, frozen
 from pylora.ops import run
-from pylora.sharding import exchange_values, is_sharded, whole_parameters
+from pylora.sharding import (
+    exchange_values,
+    is_sharded,
+    refuse_sharded_forward,
+    whole_parameters,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +160,7 @@ class LoRALinear(nn.Module):
         """The forward of a call whose arguments must be checked."""
         if self.merged:
             return self.base_layer(x)
+        refuse_sharded_forward(self)
         if self.use_dora and self.lora_magnitude is not None:
             return self._dora_forward(x, self.lora_magnitude)
         return self._checked_forward(x, self.lora_dropout if self.training else 0.0)

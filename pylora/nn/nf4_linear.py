@@ -25,6 +25,7 @@ from pylora.nf4 import (
 from pylora.nf4_weight import NF4Weight
 from pylora.nn.kept import Kept, Place, places_of
 from pylora.ops import run
+from pylora.sharding import refuse_sharded_forward
 
 # What describes the weight.
 BYTES = ("weight", "absmax_bytes", "nested_bytes")
@@ -210,6 +211,7 @@ class NF4Linear(nn.Module):
         return self._checked_forward(x) if call is None else call.run(x)
 
     def _checked_forward(self, x: Tensor) -> Tensor:
+        refuse_sharded_forward(self)
         call = functional.CALLS["nf4_linear"](x, self.nf4_weight, self.bias)
         if not torch.compiler.is_compiling():
             self._kept = Kept.of(self.places(), x, call)
