@@ -274,7 +274,7 @@ def flattened(folder: Path) -> None:
     pylora.save_adapter(filled(copy.deepcopy(twin)), folder / f"other{rank}")
     other = folder / f"other{rank}"
     refused("load_adapter must be called inside", pylora.load_adapter, model, other)
-    refused("merge must be called on the model before it is wrapped", pylora.merge, model)
+    refused("merge must be called before the model is wrapped", pylora.merge, model)
     with FullyShardedDataParallel.summon_full_params(model):
         pylora.save_adapter(model, path)
         pylora.load_adapter(model, other)

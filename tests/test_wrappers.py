@@ -262,6 +262,7 @@ def test_a_model_of_transformers_inside_a_module_of_another_library_is_refused(
     model = pylora.add_lora(transformers.GPTNeoXForCausalLM(config), r=2)
     with pytest.raises(ValueError, match=r"'body', which is a whole GPTNeoXForCausalLM"):
         pylora.save_adapter(Holder(model), tmp_path)
+    pylora.save_adapter(model, tmp_path)
     inner(Holder, "gpt_neox.layers.1")(model)
     with pytest.raises(ValueError, match=r"layers\.1 in the model is a Holder.* of transformers"):
         pylora.save_adapter(model, tmp_path)

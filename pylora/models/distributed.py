@@ -79,13 +79,12 @@ def _lost(state: str, call: str) -> ValueError:
 
 
 def refuse_flat(model: nn.Module, call: str) -> None:
-    """Raises ValueError if FSDP1 holds parameters, from which `call` would be lost."""
+    """Raises ValueError if FSDP1 would undo what `call` does with the parameters."""
     for module in model.modules():
         if "FullyShardedDataParallel" in classes_of(module):
             raise ValueError(
                 "model is wrapped in FullyShardedDataParallel, which puts its own parameters back; "
-                f"{call} must be called on the model before it is wrapped, or on a new model after "
-                "pylora.load_adapter"
+                f"{call} must be called before the model is wrapped"
             )
 
 

@@ -130,6 +130,8 @@ def unmerge(model: nn.Module) -> None:
     """
     root = unwrapped(model)
     refuse_peft_model(root)
+    refuse_to_write(model, "pylora.unmerge")
+    refuse_flat(model, "pylora.unmerge")
     layers = _layers(root)
     for name, layer in layers.items():
         if not layer.merged:

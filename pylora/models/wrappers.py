@@ -134,7 +134,8 @@ def _why_wrapper(
         return f"gives the attributes of {attribute!r} as its own"
     if hasattr(child, "save_pretrained") and not hasattr(module, "save_pretrained"):
         return f"holds nothing but {attribute!r}, which is a whole {type(child).__name__}"
-    if package is not None and package == _package(child) != _package(module):
+    own = _package(module)
+    if own is not None and package is not None and package == _package(child) != own:
         return f"stands between two modules of {package}"
     return None
 
@@ -151,5 +152,7 @@ def _forwards_attributes(module: nn.Module, child: nn.Module) -> bool:
 
 
 def _package(module: nn.Module) -> str | None:
-    package = type(module).__module__.partition(".")[0]
-    return None if package in ("torch", "pylora") else package
+    """The package of the module's class; None for the modules of torch and pylora."""
+    # fully_shard puts a class of torch before the class of the module.
+    packages = (kind.__module__.partition(".")[0] for kind in type(module).__mro__)
+    return next((p for p in packages if p not in ("torch", "pylora", "builtins")), None)
