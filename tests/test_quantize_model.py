@@ -259,7 +259,7 @@ def test_a_quantized_llama_generates() -> None:
     model = transformers.LlamaForCausalLM(config).eval()
     dense_bytes = sum(p.nbytes for p in model.model.layers.parameters())
     pylora.quantize_model(model, double_quant=True)
-    assert sum(p.nbytes for p in model.model.layers.parameters()) < dense_bytes / 6
+    assert sum(p.nbytes for p in model.model.layers.parameters()) < dense_bytes / 5
     assert model.lm_head.weight is model.model.embed_tokens.weight
     out = model.generate(
         torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=False, pad_token_id=0

@@ -299,6 +299,8 @@ def checkpoints(folder: Path) -> None:
     full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     full = copy.deepcopy(full)  # with one process, it is the memory of the model
     assert_same(full, plain.state_dict())
+    # Accelerate, among others, distributes only what is a DTensor.
+    assert all(isinstance(value, DTensor) for value in model.state_dict().values())
     own = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
     trained = {name for name, parameter in plain.named_parameters() if parameter.requires_grad}
     frozen = {name for name, _ in plain.named_parameters()} - trained

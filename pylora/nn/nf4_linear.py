@@ -51,8 +51,8 @@ class NF4Linear(nn.Module):
     absmax_bytes    Parameter, the fp32 absmax [out_features, in_features / blocksize * 4], or their
                     codes [out_features, in_features / blocksize] under double quantization; flat
                     if `weight` is
-    nested_bytes    buffer, the fp32 nested_code [256], nested_absmax [groups] and offset [1] in one
-                    row; None without double quantization
+    nested_bytes    Parameter, the fp32 nested_code [256], nested_absmax [groups] and offset [1] in
+                    one row; None without double quantization
     bias            Parameter or None
 
     `state_dict()` has these names as keys. `load_state_dict` also takes bitsandbytes' entries and a
@@ -62,7 +62,7 @@ class NF4Linear(nn.Module):
     """
 
     bias: nn.Parameter | None
-    nested_bytes: Tensor | None
+    nested_bytes: nn.Parameter | None
 
     def __init__(
         self,
@@ -179,7 +179,8 @@ class NF4Linear(nn.Module):
         self._kept = None
         self.weight = frozen(stored["weight"])
         self.absmax_bytes = frozen(stored["absmax_bytes"])
-        self.register_buffer("nested_bytes", stored.get("nested_bytes"))
+        nested = stored.get("nested_bytes")
+        self.register_parameter("nested_bytes", None if nested is None else frozen(nested))
         self._set_format(w)
 
     def share_weight(self, other: NF4Linear) -> None:
@@ -190,7 +191,7 @@ class NF4Linear(nn.Module):
         w = self._checked(other.nf4_weight)
         self._kept = None
         self.weight, self.absmax_bytes = other.weight, other.absmax_bytes
-        self.register_buffer("nested_bytes", other.nested_bytes)
+        self.register_parameter("nested_bytes", other.nested_bytes)
         self._set_format(w)
 
     def _checked(self, w: NF4Weight) -> NF4Weight:
@@ -356,12 +357,12 @@ class NF4Linear(nn.Module):
             if held is not None and held.shape == value.shape:
                 continue
             sized = torch.empty_like(value, device=self.weight.device)
-            if isinstance(held, nn.Parameter):
-                held.data = sized
+            if held is None:
+                self.register_parameter(name, frozen(sized))
             else:
-                self.register_buffer(name, sized)
+                held.data = sized
         if not w.double_quant:
-            self.register_buffer("nested_bytes", None)
+            self.register_parameter("nested_bytes", None)
 
     def extra_repr(self) -> str:
         return (
