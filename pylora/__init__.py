@@ -11,10 +11,12 @@ from pylora.models import (
     MergedLayer,
     MergeReport,
     add_lora,
+    disable_adapter,
     load_adapter,
     merge,
     quantize_model,
     save_adapter,
+    unload,
     unmerge,
 )
 from pylora.nf4_weight import NF4Weight
@@ -33,6 +35,7 @@ __all__ = [
     "accelerate",
     "add_lora",
     "dequantize_nf4",
+    "disable_adapter",
     "explain",
     "functional",
     "load_adapter",
@@ -44,6 +47,7 @@ __all__ = [
     "refresh",
     "restore",
     "save_adapter",
+    "unload",
     "unmerge",
     "unpatch",
     "use_backend",

@@ -142,12 +142,57 @@ def test_a_merge_keeps_the_quantization_settings() -> None:
     assert base.blocksize == 32 and base.double_quant and base.weight_dtype == torch.float32
 
 
-def test_keep_base_false_frees_the_originals() -> None:
+def test_keep_base_false_leaves_plain_layers() -> None:
     model = model_of("nf4")
+    x = torch.randn(3, 64)
     pylora.merge(model, keep_base=False)
-    with pytest.raises(ValueError, match="0 was merged with keep_base=False"):
+    merged = model_of("nf4")
+    assert [type(layer) for layer in model] == [NF4Linear, nn.ReLU, NF4Linear]
+    assert list(model.state_dict()) == [k.replace("base_layer.", "") for k in base_keys(merged)]
+    assert torch.isfinite(model(x)).all()
+    with pytest.raises(ValueError, match="no LoRALinear"):
         pylora.unmerge(model)
-    assert model[0].merged and not model[0].can_unmerge
+
+
+def base_keys(model: nn.Module) -> list[str]:
+    return [key for key in model.state_dict() if "base_layer" in key]
+
+
+def test_a_single_layer_merged_for_good_cannot_be_unmerged() -> None:
+    layer = LoRALinear(nn.Linear(8, 8), r=2)
+    nn.init.normal_(layer.lora_B)
+    pylora.merge(layer, keep_base=False)
+    with pytest.raises(ValueError, match="keep_base=False"):
+        pylora.unmerge(layer)
+    assert layer.merged and not layer.can_unmerge
+
+
+@pytest.mark.parametrize("base_format", BASES)
+def test_a_merged_layer_is_evaluated_but_not_trained(base_format: str) -> None:
+    model = model_of(base_format)
+    x = torch.randn(3, 64, dtype=torch.bfloat16 if base_format == "bf16" else torch.float32)
+    pylora.merge(model)
+    with torch.no_grad():
+        expected = model(x)
+    y = model(x)
+    assert torch.equal(y, expected)
+    with pytest.raises(RuntimeError, match=r"pylora\.unmerge"):
+        y.sum().backward()
+    model.eval()
+    assert torch.equal(model(x), expected)
+    model(x.requires_grad_()).sum().backward()  # gradients of the input are right in eval mode
+    assert x.grad is not None and x.grad.abs().sum() > 0
+    pylora.unmerge(model.train())
+    model(x).sum().backward()
+    assert model[0].lora_B.grad.abs().sum() > 0
+
+
+def test_weights_on_the_meta_device_are_not_merged() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 8))
+    pylora.add_lora(model, r=2)
+    with pytest.raises(ValueError, match="0 has weights on the meta device"):
+        pylora.merge(model)
 
 
 def test_tied_weights_are_not_written_to() -> None:

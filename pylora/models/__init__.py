@@ -1,17 +1,21 @@
-"""Functions of whole models: quantize, add LoRA, save and load adapters, merge."""
+"""Functions of whole models: quantize, add LoRA, save and load adapters, merge, unload."""
 
 from pylora.models.adapter_files import load_adapter, save_adapter
+from pylora.models.disabling import disable_adapter
 from pylora.models.lora import add_lora
 from pylora.models.merging import MergedLayer, MergeReport, merge, unmerge
 from pylora.models.quantization import quantize_model
+from pylora.models.unloading import unload
 
 __all__ = [
     "MergeReport",
     "MergedLayer",
     "add_lora",
+    "disable_adapter",
     "load_adapter",
     "merge",
     "quantize_model",
     "save_adapter",
+    "unload",
     "unmerge",
 ]

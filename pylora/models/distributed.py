@@ -35,16 +35,23 @@ def refuse_to_change(model: nn.Module, call: str) -> None:
 
     call    the name of the function that would replace them
     """
+    reason = why_unchangeable(model, call)
+    if reason is not None:
+        raise ValueError(reason)
+
+
+def why_unchangeable(model: nn.Module, call: str) -> str | None:
+    """Why `call` cannot replace layers of the model because of its wrappers; None if it can."""
     for module in model.modules():
         for name in classes_of(module) & _KEEPS_PARAMETERS.keys():
-            raise ValueError(
+            return (
                 f"model is {_KEEPS_PARAMETERS[name]}; {call} replaces layers and must be called "
                 f"before: {_ORDER}"
             )
     for name, parameter in model.named_parameters():
         kind = None
         if is_sharded(parameter):
-            raise ValueError(
+            return (
                 f"{plain_name(model, name)} is a DTensor, which {call} cannot replace. Tensor "
                 "parallelism cannot split pylora's layers either: call it before the model is "
                 "parallelized, leave its layers out of the plan, and shard them with fully_shard"
@@ -56,10 +63,11 @@ def refuse_to_change(model: nn.Module, call: str) -> None:
         elif getattr(parameter, "_fsdp_flattened", False):
             kind = "part of a FlatParameter of FullyShardedDataParallel"
         if kind is not None:
-            raise ValueError(
+            return (
                 f"{plain_name(model, name)} is {kind}; {call} replaces layers and needs plain, "
                 f"whole parameters: {_ORDER}"
             )
+    return None
 
 
 def refuse_to_write(model: nn.Module, call: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pylora import checks
+from pylora.models.changes import changed
 from pylora.models.distributed import refuse_to_change
 from pylora.models.module_tree import (
     Site,
@@ -24,7 +25,6 @@ from pylora.models.module_tree import (
     mark_fully_trained,
     refuse_peft_model,
     sites,
-    take_off_quantized_marks,
 )
 from pylora.models.targets import (
     ALL_LINEAR,
@@ -202,7 +202,7 @@ def install(
         site.replace(wrapped[key])
     _train_in_full(model, saved)
     explain_refusals()
-    take_off_quantized_marks(model, has_lora=True)
+    changed(model)
 
 
 def _base_of(site: Site) -> nn.Module:
@@ -259,15 +259,16 @@ def _make_dense(site: Site) -> nn.Module:
     """Turns the 4-bit layers in a module, or the module itself, into nn.Linear."""
     for inner in list(sites(site.module)):
         if is_4bit(inner.module):
-            inner.replace(_dense_linear(inner.module))
+            inner.replace(dense_linear(inner.module))
     if not is_4bit(site.module):
         return site.module
-    dense = _dense_linear(site.module)
+    dense = dense_linear(site.module)
     site.replace(dense)
     return dense
 
 
-def _dense_linear(module: nn.Module) -> nn.Linear:
+def dense_linear(module: nn.Module) -> nn.Linear:
+    """An nn.Linear with the weight of a 4-bit layer; the bias is shared."""
     layer = module if isinstance(module, NF4Linear) else NF4Linear.from_bitsandbytes(module)
     linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(layer.nf4_weight.dequantize())

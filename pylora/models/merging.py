@@ -9,8 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from pylora.functional import quantize_nf4
-from pylora.models.distributed import refuse_flat, refuse_to_write, settle
+from pylora.models.distributed import (
+    refuse_flat,
+    refuse_to_write,
+    settle,
+    why_unchangeable,
+)
 from pylora.models.module_tree import holders, is_below, lora_layers, refuse_peft_model
+from pylora.models.unloading import unload
 from pylora.models.wrappers import unwrapped
 from pylora.nf4_weight import NF4Weight
 from pylora.nn import LoRALinear, NF4Linear
@@ -77,7 +83,8 @@ def merge(model: nn.Module, keep_base: bool = True) -> MergeReport:
 
     model        changed in place
     keep_base    true keeps the base weights as well, so that `unmerge` restores the very same
-                 bytes; false frees them at the end, and the model cannot be unmerged
+                 bytes; false frees them at the end and calls `pylora.unload`: the layers are plain
+                 ones again, and the model cannot be unmerged
 
     A dense base gets W + delta in its dtype. An NF4 base is requantized with its own blocksize and
     double quantization, which may lose a good part of a small delta: the MergeReport that is
@@ -88,9 +95,10 @@ def merge(model: nn.Module, keep_base: bool = True) -> MergeReport:
     gathered and merged on all of them, because double quantization has one offset for all rows;
     then each process writes its own rows and keeps only its own rows of the old base.
 
-    Raises ValueError if the model has no LoRA or is merged already, if a merged weight would not be
-    finite, or if the model is in a wrapper that would undo the merge (FSDP1, DeepSpeed); the model
-    is then as it was.
+    A merged model cannot be trained: a backward through a merged layer in training mode raises
+    RuntimeError. Raises ValueError if the model has no LoRA, is merged already or has weights on
+    the meta device, if a merged weight would not be finite, or if the model is in a wrapper that
+    would undo the merge (FSDP1, DeepSpeed); the model is then as it was.
     """
     root = unwrapped(model)
     refuse_peft_model(root)
@@ -100,6 +108,11 @@ def merge(model: nn.Module, keep_base: bool = True) -> MergeReport:
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError(f"{name} is merged already; pylora.unmerge must be called first")
+        for parameter in layer.parameters():
+            if parameter.is_meta:
+                raise ValueError(
+                    f"{name} has weights on the meta device; they must be loaded before a merge"
+                )
     settle(root)
     _refuse_shared_parts(root, layers)
     report = []
@@ -117,8 +130,12 @@ def merge(model: nn.Module, keep_base: bool = True) -> MergeReport:
             layer.unmerge()
         raise
     if not keep_base:
-        for layer in done:
-            layer.forget_base()
+        # Only the caller can put the base of a model that is one layer in its place.
+        if isinstance(root, LoRALinear) or why_unchangeable(model, "pylora.unload") is not None:
+            for layer in done:
+                layer.forget_base()
+        else:
+            unload(root)
     return MergeReport(tuple(report))
 
 

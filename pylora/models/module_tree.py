@@ -22,6 +22,7 @@ _HOOKS = (
     "_backward_pre_hooks",
 )
 _FULLY_TRAINED = "_pylora_fully_trained"
+_ADDED_BIAS = "_pylora_added_bias"
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,26 @@ def mark_fully_trained(module: nn.Module) -> None:
     setattr(module, _FULLY_TRAINED, True)
 
 
+def unmark_fully_trained(module: nn.Module) -> None:
+    """Takes the mark of `mark_fully_trained` off."""
+    delattr(module, _FULLY_TRAINED)
+
+
 def fully_trained_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that `mark_fully_trained` marked, by name."""
     return {s.name: s.module for s in sites(model) if getattr(s.module, _FULLY_TRAINED, False)}
+
+
+def mark_added_bias(module: nn.Module) -> None:
+    """Marks a layer whose bias was made by a merge."""
+    setattr(module, _ADDED_BIAS, True)
+
+
+def merge_added_bias(module: nn.Module) -> bool:
+    """True for a layer, merged or unloaded, that had no bias before it was merged."""
+    if isinstance(module, LoRALinear):
+        return module.merge_added_bias
+    return getattr(module, _ADDED_BIAS, False)
 
 
 def is_below(name: str, ancestors: Iterable[str]) -> bool:
@@ -158,24 +176,6 @@ def is_4bit(module: nn.Module) -> bool:
     return isinstance(module, NF4Linear) or is_bitsandbytes_4bit(module)
 
 
-def take_off_quantized_marks(model: nn.Module, has_lora: bool) -> None:
-    """Removes marks that no longer hold from a model that transformers loaded in 4 bits.
-
-    `is_quantized` is removed if the model has LoRA or no bitsandbytes layer is left, because
-    transformers' Trainer refuses a marked model without PEFT's adapters. The other marks make
-    `.half()` and `.to(dtype)` refuse; they are removed if no bitsandbytes layer is left. The marks
-    that `save_pretrained` reads stay.
-    """
-    has_bitsandbytes = any(is_bitsandbytes_4bit(module) for module in model.modules())
-    for module in model.modules():
-        marks = vars(module)
-        if not marks.get("is_loaded_in_4bit"):
-            continue
-        if has_lora or not has_bitsandbytes:
-            marks["is_quantized"] = False
-        if not has_bitsandbytes:
-            marks["is_loaded_in_4bit"] = False
-            marks.pop("quantization_method", None)
 
 
 def refuse_peft_model(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from pylora import checks
+from pylora.models.changes import changed
 from pylora.models.distributed import refuse_to_change
 from pylora.models.module_tree import (
     Site,
@@ -19,7 +20,6 @@ from pylora.models.module_tree import (
     lora_layers,
     refuse_peft_model,
     sites,
-    take_off_quantized_marks,
 )
 from pylora.models.targets import named_by, output_head, task_heads
 from pylora.models.torch_refusals import explain_refusals
@@ -77,7 +77,7 @@ def quantize_model(
         shared: NF4Linear | None = None
         for places in modules.values():
             shared = _quantize_layer(places, shared, blocksize, double_quant)
-    take_off_quantized_marks(root, has_lora=False)
+    changed(root)
     logger.info(
         "quantized %d layers to NF4: %.1f MB of parameters became %.1f MB",
         sum(map(len, layers)),

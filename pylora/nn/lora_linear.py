@@ -48,6 +48,7 @@ class LoRALinear(nn.Module):
 
     forward(x [..., in_features]) returns [..., out_features] in x.dtype. lora_A [r, in_features]
     starts Kaiming-uniform and lora_B [out_features, r] at zero, so the layer starts as its base.
+    While `lora_enabled` is False the layer is its base; see `pylora.disable_adapter`.
 
     `state_dict()` describes the unmerged layer, whether it is merged or not, so that LoRA is never
     applied twice; a merged layer is unmerged when one is loaded. A layer that is merged for good
@@ -93,7 +94,7 @@ class LoRALinear(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.r, self.lora_dropout, self.use_dora = r, lora_dropout, use_dora
         self.set_scaling(lora_alpha, use_rslora)
-        self.merged = False
+        self.merged, self.lora_enabled = False, True
         # The base from before a merge. A tuple hides it from `parameters()`.
         self._unmerged_base: tuple[nn.Linear | NF4Linear] | None = None
         self.register_state_dict_post_hook(_describe_unmerged)
@@ -146,7 +147,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         kept = self._kept
-        if kept is None or self.merged or torch.compiler.is_compiling():
+        plain = self.merged or not self.lora_enabled
+        if kept is None or plain or torch.compiler.is_compiling():
             return self._long_forward(x)
         call = kept.call_with(x)
         if call is None:
@@ -159,11 +161,20 @@ class LoRALinear(nn.Module):
     def _long_forward(self, x: Tensor) -> Tensor:
         """The forward of a call whose arguments must be checked."""
         if self.merged:
+            return self._merged_forward(x)
+        if not self.lora_enabled:
             return self.base_layer(x)
         refuse_sharded_forward(self)
         if self.use_dora and self.lora_magnitude is not None:
             return self._dora_forward(x, self.lora_magnitude)
         return self._checked_forward(x, self.lora_dropout if self.training else 0.0)
+
+    def _merged_forward(self, x: Tensor) -> Tensor:
+        """The base of a merged layer; in training, a backward through it raises."""
+        y = self.base_layer(x)
+        if self.training and torch.is_grad_enabled() and self.lora_A.requires_grad:
+            y = _RefuseBackward.apply(y, self.lora_A)
+        return y
 
     def _checked_forward(self, x: Tensor, dropout_p: float) -> Tensor:
         factors = (self.lora_A, self.lora_B, self.scaling)
@@ -225,6 +236,12 @@ class LoRALinear(nn.Module):
     def can_unmerge(self) -> bool:
         """True while the base weight from before a merge is kept."""
         return self._unmerged_base is not None
+
+    @property
+    def merge_added_bias(self) -> bool:
+        """True while the layer is merged if its base had no bias before."""
+        before = self._unmerged_base
+        return before is not None and before[0].bias is None and self.bias is not None
 
     def set_merged(self, weight: Tensor | NF4Weight, bias: Tensor | None) -> None:
         """Replaces the base's weight and bias by merged ones; `unmerge` puts the old objects back.
@@ -300,6 +317,7 @@ class LoRALinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        self._take_plain_keys(state_dict, prefix)
         if self.can_unmerge:
             name = prefix.rstrip(".") or type(self).__name__
             logger.warning("%s was merged; it is unmerged now, to load a state dict", name)
@@ -320,6 +338,15 @@ class LoRALinear(nn.Module):
                 error_msgs,
             )
 
+    def _take_plain_keys(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Gives the entries of a plain layer, which has no base layer, the names they have here."""
+        held = {*self.base_layer._parameters, *self.base_layer._buffers}
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            name = key[len(prefix) :]
+            renamed = f"{prefix}base_layer.{name}"
+            if name.split(".")[0] in held and renamed not in state_dict:
+                state_dict[renamed] = state_dict.pop(key)
+
     @property
     def weight(self) -> Tensor:
         """The base's weight as it is stored, for code that asks a linear layer for its device."""
@@ -333,9 +360,36 @@ class LoRALinear(nn.Module):
     def extra_repr(self) -> str:
         flags = "".join(f", {name}" for name in ("use_rslora", "use_dora") if getattr(self, name))
         merged = ", merged" if self.merged else ""
+        merged += "" if self.lora_enabled else ", LoRA disabled"
         return (
             f"r={self.r}, lora_alpha={self.lora_alpha}, "
             f"lora_dropout={self.lora_dropout}{flags}{merged}"
+        )
+
+
+class _RefuseBackward(torch.autograd.Function):
+    """Returns y; its backward says that a merged layer cannot be trained.
+
+    Without it the LoRA parameters would get no gradient, and training would go on without them. The
+    forward does not raise, because a merged model may be evaluated in training mode.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, lora_A: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise RuntimeError(
+            "a merged LoRALinear is in training mode, but its LoRA parameters take no part in the "
+            "output; call pylora.unmerge(model) to train them, or model.eval() if only other "
+            "parameters need gradients"
         )
 
 

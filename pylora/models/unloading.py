@@ -1,0 +1,54 @@
+"""`unload` turns a model with LoRA layers back into a plain one."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from pylora.models.changes import changed
+from pylora.models.distributed import refuse_to_change
+from pylora.models.module_tree import (
+    fully_trained_modules,
+    lora_layers,
+    mark_added_bias,
+    refuse_peft_model,
+    sites,
+    unmark_fully_trained,
+)
+from pylora.models.wrappers import unwrapped
+from pylora.nn import LoRALinear
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def unload(model: _Model) -> _Model:
+    """Puts the base layer of every LoRALinear back in its place, and returns the model.
+
+    model    changed in place; if it is a LoRALinear itself, its base layer is returned
+
+    The model is then the one before `pylora.add_lora`, with layers of the same class and state dict
+    keys. A merged layer leaves its merged weight; one that is not merged leaves the base weight,
+    and its LoRA parameters are dropped (`pylora.save_adapter` keeps them in a file). Hooks and the
+    training mode stay. Modules that were trained in full keep their trained weights. Parameters
+    that `add_lora` froze stay frozen. Raises ValueError if the model has no LoRA, or is in a wrapper
+    or sharded, which keep the layers that they found.
+    """
+    root = unwrapped(model)
+    refuse_peft_model(root)
+    if not lora_layers(root):
+        raise ValueError("model has no LoRALinear; pylora.add_lora must have been called on it")
+    if isinstance(root, LoRALinear):
+        base = root.base_layer
+        return base.train(root.training)  # type: ignore[return-value]
+    refuse_to_change(model, "pylora.unload")
+    for module in fully_trained_modules(root).values():
+        unmark_fully_trained(module)
+    for site in list(sites(root)):
+        layer = site.module
+        if isinstance(layer, LoRALinear):
+            if layer.merge_added_bias:
+                mark_added_bias(layer.base_layer)
+            site.replace(layer.base_layer)
+    changed(root)
+    return model
