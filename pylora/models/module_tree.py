@@ -176,8 +176,6 @@ def is_4bit(module: nn.Module) -> bool:
     return isinstance(module, NF4Linear) or is_bitsandbytes_4bit(module)
 
 
-
-
 def refuse_peft_model(model: nn.Module) -> None:
     """Raises ValueError for a model that PEFT has wrapped already."""
     if hasattr(model, "peft_config"):

@@ -54,7 +54,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {model!r}; it must be an nn.Module")
-    return inside(model)
+    while True:
+        model = inside(model)
+        if not getattr(type(model), "wraps_model_of_pylora", False):  # see integrations/peft.py
+            return model
+        model = model.get_base_model()  # type: ignore[operator]
 
 
 def plain_name(model: nn.Module, name: str) -> str:
