@@ -31,8 +31,9 @@ def unload(model: _Model) -> _Model:
     keys. A merged layer leaves its merged weight; one that is not merged leaves the base weight,
     and its LoRA parameters are dropped (`pylora.save_adapter` keeps them in a file). Hooks and the
     training mode stay. Modules that were trained in full keep their trained weights. Parameters
-    that `add_lora` froze stay frozen. Raises ValueError if the model has no LoRA, or is in a wrapper
-    or sharded, which keep the layers that they found.
+    that `add_lora` froze stay frozen.
+
+    Raises ValueError if the model has no LoRA, or is sharded or in a wrapper that keeps its layers.
     """
     root = unwrapped(model)
     refuse_peft_model(root)
