@@ -126,9 +126,7 @@ def fully_sharded(folder: Path) -> None:
     parameters = list(model.parameters())
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
     expected = plain(x)
-    with (
-        torch.no_grad()
-    ):  # after this forward the outermost parameters stay whole until they are used
+    with torch.no_grad():  # the outermost parameters stay whole until they are used again
         assert torch.equal(model.eval()(x), expected)
 
     pylora.save_adapter(model, folder / "sharded")
@@ -152,7 +150,8 @@ def fully_sharded(folder: Path) -> None:
         reports = [pylora.merge(each, **options) for each in (model, other)]
         assert reports[0] == reports[1] and reports[0].total.error > 0
         assert_each_has_its_rows(model, parameters)
-        assert_same(whole(model), whole(other))
+        if options["keep_base"]:  # without a base to keep, the plain model is unloaded
+            assert_same(whole(model), whole(other))
         with torch.no_grad():
             assert torch.equal(model(x), other(x))
         refused("is merged already", pylora.merge, model)
