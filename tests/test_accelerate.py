@@ -6,6 +6,7 @@ import copy
 import logging
 import pickle
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -425,6 +426,34 @@ def test_patch_verifies(patched: pylora.PatchReport, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(peft_layers, "run", lambda call: tuple(1.01 * y for y in right(call)))
     with pytest.raises(AssertionError, match="a Linear4bit is not as accurate as torch"):
         model(IDS)
+
+
+def test_the_callback_accelerates_the_model_of_a_trainer(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    PyloraCallback = pylora.integrations.transformers.PyloraCallback
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+    )
+    lora = peft.LoraConfig(r=4, target_modules="all-linear")
+    losses = []
+    for callbacks in ([], [PyloraCallback(strict=True, verify=1)]):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(transformers.LlamaForCausalLM(config), lora)
+        trainer = transformers.Trainer(
+            model,
+            transformers.TrainingArguments(
+                str(tmp_path), max_steps=3, use_cpu=True, report_to=[], disable_tqdm=True
+            ),
+            train_dataset=[{"input_ids": row, "labels": row} for row in IDS],
+            callbacks=callbacks,
+        )
+        losses.append(trainer.train().training_loss)
+    assert len(callbacks[0].report.swapped) == 7
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,11 @@ transformers keeps marks on its models. They follow each change that `pylora.mod
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 from functools import cache
+from types import ModuleType
 
 from torch import nn
 
@@ -47,3 +49,10 @@ def _warn_of_reference(trainer: str) -> None:
 
 listen(_tell_transformers)
 listen(_warn_of_trl)
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Imports `transformers` and `peft`, which need these libraries, when they are asked for."""
+    if name in ("transformers", "peft"):
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,19 +15,24 @@ a price: a deleted model is freed when Python's garbage collector runs.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from pylora.integrations.accelerate import accelerate
 from pylora.integrations.checkpoints import SavePretrained, plain_state
+from pylora.integrations.report import Report
 from pylora.models.lora import dense_linear
 from pylora.models.module_tree import is_bitsandbytes_4bit, lora_layers, sites
 from pylora.nn import LoRALinear, NF4Linear
+
+logger = logging.getLogger(__name__)
 
 
 def mark(model: nn.Module) -> None:
@@ -77,6 +82,27 @@ def _mark_bitsandbytes(model: Any, has_lora: bool, has_bitsandbytes: bool) -> No
         if not has_bitsandbytes:
             marks["is_loaded_in_4bit"] = False
             marks.pop("quantization_method", None)
+
+
+class PyloraCallback(TrainerCallback):
+    """Lets a Trainer's model compute through pylora, as `pylora.accelerate` does.
+
+    options    the keyword arguments of `pylora.accelerate`
+
+    trainer = SFTTrainer(..., callbacks=[PyloraCallback()])
+
+    It runs when the trainer has made its model, PEFT's adapters included, and before the model is
+    wrapped or compiled. `report` is what `accelerate` returned; it is also logged.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.report: Report | None = None
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer at the end of its `__init__`."""
+        self.report = accelerate(kwargs["model"], **self.options)
+        logger.info("%s", self.report)
 
 
 class FollowCast:
