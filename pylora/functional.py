@@ -3,6 +3,9 @@
 Shapes follow torch: x [..., in_features], weight [out_features, in_features], lora_A [r,
 in_features], lora_B [out_features, r]. x may have any leading dimensions, any strides and no
 tokens.
+
+Inside transforms of torch.func, such as `grad`, `jvp` and `vmap`, and in forward-mode AD, a call
+runs as operations of PyTorch over the decoded weight, with derivatives of any order.
 """
 
 from __future__ import annotations
