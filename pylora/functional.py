@@ -97,6 +97,7 @@ def dequantize_nf4(w: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
 
 def _nf4_linear_call(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Nf4LinearCall:
     checks.nf4_weight("w", w)
+    checks.matrix("w", w)
     x = checks.activations("x", x, w.in_features, w.device, name_of_weight="w")
     checks.vector("bias", bias, w.out_features, x.device)
     return Nf4LinearCall(x, Layer(w.record, bias))

@@ -100,6 +100,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
             )
 
 
+@torch.inference_mode(False)  # the layers can be trained further
 def load_adapter(
     model: _Model, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32
 ) -> _Model:

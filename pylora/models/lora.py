@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -70,6 +70,7 @@ class LoraSettings:
         )
 
 
+@torch.inference_mode(False)  # the layers are trained later
 def add_lora(
     model: _Model,
     r: int = 16,
@@ -106,6 +107,11 @@ def add_lora(
     root = unwrapped(model)
     refuse_to_change(model, "pylora.add_lora")
     refuse_peft_model(root)
+    if hasattr(r, "peft_type"):
+        raise TypeError(
+            f"r is a {type(r).__name__}; it must be an integer: add_lora takes the fields of "
+            "PEFT's configuration as arguments, such as r, lora_alpha and target_modules"
+        )
     settings = LoraSettings(r, lora_alpha, lora_dropout, use_rslora, use_dora, lora_bias, dtype)
     settings.wrap(nn.Linear(1, 1, device="meta"))  # raises for what LoRALinear does not take
     target_modules = ALL_LINEAR if target_modules is None else target_modules
@@ -218,6 +224,12 @@ def _base_of(site: Site) -> nn.Module:
     if reason is not None:
         raise ValueError(f"{site.name} must not be a target of LoRA: {reason}")
     site.check_replaceable()
+    weight: Any = site.module.weight
+    if weight.is_inference():
+        raise ValueError(
+            f"{site.name}.weight was made under torch.inference_mode, so no gradient can pass it; "
+            "the model must be loaded outside inference_mode"
+        )
     if not is_bitsandbytes_4bit(site.module):
         return site.module
     try:

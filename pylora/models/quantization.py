@@ -6,6 +6,7 @@ import logging
 from collections.abc import Collection, Iterable
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from pylora import checks
@@ -36,6 +37,7 @@ _Model = TypeVar("_Model", bound=nn.Module)
 _Place = tuple[str, nn.Module | None, str]
 
 
+@torch.inference_mode(False)  # gradients must pass the layers later
 def quantize_model(
     model: _Model,
     skip_modules: str | Collection[str] = ("lm_head",),

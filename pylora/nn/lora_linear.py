@@ -81,6 +81,7 @@ class LoRALinear(nn.Module):
             raise TypeError(
                 f"base is {type(base).__name__}; it must be an nn.Linear or an NF4Linear"
             )
+        checks.plain_weight("base", base)
         checks.integer("r", r, least=1)
         checks.number("lora_alpha", lora_alpha)
         if not math.isfinite(lora_alpha):

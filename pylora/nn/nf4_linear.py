@@ -235,6 +235,8 @@ class NF4Linear(nn.Module):
         """
         if not isinstance(linear, nn.Linear) or hasattr(linear.weight, "quant_state"):
             raise TypeError(f"linear is {type(linear).__name__}; it must be a dense nn.Linear")
+        checks.plain_weight("linear", linear)
+        checks.matrix("linear.weight", linear.weight)
         return cls._around(
             functional.quantize_nf4(linear.weight, blocksize, double_quant), linear.bias
         )
