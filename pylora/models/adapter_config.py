@@ -17,6 +17,7 @@ from pylora.models.lora import LoraSettings
 from pylora.models.module_tree import is_below, sites
 from pylora.models.targets import Targets, describe, pattern_value
 from pylora.nn import LoRALinear
+from pylora.nn.conv1d import is_conv1d
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -25,6 +26,7 @@ _HARMLESS = {
     "auto_mapping",
     "base_model_name_or_path",
     "eva_config",
+    "fan_in_fan_out",
     "inference_mode",
     "loftq_config",
     "megatron_core",
@@ -35,7 +37,7 @@ _HARMLESS = {
     "task_type",
 }
 # These keys change the meaning of the tensors only if they have another value than this.
-_NEUTRAL: dict[str, Any] = {"bias": "none", "fan_in_fan_out": False, "ensure_weight_tying": False}
+_NEUTRAL: dict[str, Any] = {"bias": "none", "ensure_weight_tying": False}
 # These ways to start lora_A and lora_B leave the base weights as they are; others, such as PiSSA
 # and OLoRA, do not.
 _PLAIN_INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")
@@ -238,7 +240,8 @@ def config_of(
         "rank_pattern": _pattern({n: x.r for n, x in layers.items()}, r),
         "alpha_pattern": _pattern({n: x.lora_alpha for n, x in layers.items()}, lora_alpha),
         "bias": "none",
-        "fan_in_fan_out": False,
+        # It says how PEFT finds the base weights stored; lora_A and lora_B have one form only.
+        "fan_in_fan_out": any(is_conv1d(layer.base_layer) for layer in layers.values()),
         "init_lora_weights": True,
     }
 

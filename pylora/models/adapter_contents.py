@@ -21,6 +21,7 @@ from pylora.models.module_tree import (
 from pylora.models.targets import can_carry_lora, named_by
 from pylora.models.wrappers import plain_state
 from pylora.nn import LoRALinear, NF4Linear
+from pylora.nn.conv1d import linear_shape
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -191,7 +192,8 @@ def _check_lora(
     if existing is None and not can_carry_lora(module):
         class_name = type(module).__name__
         raise ValueError(
-            f"{file}: {site.name} is {class_name}; it must be an nn.Linear or an NF4Linear"
+            f"{file}: {site.name} is {class_name}; it must be an nn.Linear, an NF4Linear or a "
+            "Conv1D"
         )
     base: Any = module if existing is None else existing.base_layer
     if base.weight.is_meta:
@@ -201,7 +203,8 @@ def _check_lora(
     if existing is not None and existing.merged:
         raise ValueError(f"{site.name} is merged; pylora.unmerge must be called before loading")
     r = config.settings(site.name, torch.float32).r if existing is None else existing.r
-    shapes = lora_shapes(r, base.in_features, base.out_features)
+    out_features, in_features = linear_shape(base)
+    shapes = lora_shapes(r, in_features, out_features)
     unwanted = {"lora_B_bias": not config.lora_bias, "lora_magnitude": not config.use_dora}
     for attribute in LORA_KEYS:
         key, entry = _key(site.name, attribute), entries.get(attribute)
@@ -244,7 +247,10 @@ def _dense_state(module: nn.Module) -> dict[str, _Form]:
     for name, layer in packed.items():
         prefix = f"{name}." if name else ""
         dtype = _dense_dtype(layer)
-        forms[f"{prefix}weight"] = _Form((layer.out_features, layer.in_features), dtype)
+        out_features, in_features = linear_shape(layer)
+        transposed = getattr(layer, "conv1d", None) is not None
+        shape = (in_features, out_features) if transposed else (out_features, in_features)
+        forms[f"{prefix}weight"] = _Form(shape, dtype)
         if layer.bias is not None:
             forms[f"{prefix}bias"] = _Form((layer.out_features,), layer.bias.dtype)
     for key, value in plain_state(module).items():

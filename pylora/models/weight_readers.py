@@ -19,6 +19,7 @@ from torch import nn
 
 from pylora import checks
 from pylora.models.module_tree import Site, has_fast_path, is_4bit
+from pylora.nn.conv1d import is_conv1d
 
 # Methods that do not take part in a forward.
 _SETTING_UP = {"__init__", "_init_weights", "init_weights", "reset_parameters", "_reset_parameters"}
@@ -100,7 +101,8 @@ def _attribute_with_weight(node: ast.AST) -> str | None:
 
 def why_not_lora(site: Site) -> str | None:
     """Why the layer at this site must not get LoRA; None if it may."""
-    dense = isinstance(site.module, nn.Linear) and not is_4bit(site.module)
+    linear = isinstance(site.module, nn.Linear) or is_conv1d(site.module)
+    dense = linear and not is_4bit(site.module)
     reason = checks.why_not_plain(site.module) if dense else None
     if reason is not None:
         return reason
