@@ -18,6 +18,7 @@ from pylora.models.module_tree import (
     lora_layers,
     sites,
 )
+from pylora.models.saved_embeddings import take_embeddings
 from pylora.models.targets import can_carry_lora, named_by
 from pylora.models.wrappers import plain_state
 from pylora.nn import LoRALinear, NF4Linear
@@ -54,6 +55,7 @@ class AdapterContents:
     saved          the modules that are trained in full
     lora           module -> parameter of LoRALinear -> tensor
     saved_tensors  module -> key of its state dict -> tensor
+    embeddings     place -> base weight of an embedding: see `take_embeddings`
     """
 
     file: Path
@@ -61,6 +63,7 @@ class AdapterContents:
     saved: list[Site]
     lora: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     saved_tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    embeddings: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ def read_contents(
     without_lora = [s.name for s in everything if named_by(s.name, ends)]
     contents = AdapterContents(file, config.targets(without_lora).find(model), saved)
     contents.saved_tensors.update({site.name: {} for site in saved})
+    in_full = [site.name for site in saved]
+    contents.embeddings.update(take_embeddings(file, tensors, model, PREFIX, in_full))
     for key, tensor in tensors.items():
         _place(contents, key, tensor)
     _check_same_modules(contents, model)
