@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from pylora.backends.backend import under_autocast
 from pylora.nf4 import QUANTIZABLE_DTYPES
 from pylora.nf4_weight import NF4Weight, check_floating_dtype
+from pylora.ops.transforms import transformed
 from pylora.reference.activation import ACTIVATIONS, GATED_ACTIVATIONS
 
 # The names of activations in the configurations of transformers and AdapterHub, and our names.
@@ -32,8 +33,8 @@ def quantizable(name: str, value: Tensor) -> None:
 
 def finite(name: str, value: Tensor) -> None:
     """Raises ValueError if elements are not finite; it says how many and where the first one is."""
-    if value.device.type == "meta" or isinstance(value, FakeTensor):
-        return  # there are no elements
+    if value.device.type == "meta" or isinstance(value, FakeTensor) or transformed():
+        return  # there are no elements to read
     # A finite sum has no non-finite term, so one pass settles it unless the sum overflows.
     if torch.isfinite(value.sum()):
         return
@@ -60,9 +61,37 @@ def weight(name: str, value: object) -> None:
     """Raises unless `value` is a Tensor or an NF4Weight [out_features, in_features]."""
     if not isinstance(value, (Tensor, NF4Weight)):
         raise TypeError(f"{name} is {type(value).__name__}; it must be a Tensor or an NF4Weight")
+    matrix(name, value)
+
+
+def matrix(name: str, value: Tensor | NF4Weight) -> None:
+    """Raises ValueError unless `value` has two dimensions."""
     if len(value.shape) != 2:
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}; it must be [out_features, in_features]"
+        )
+
+
+def why_not_plain(linear: nn.Module) -> str | None:
+    """Why a linear layer's weight is more than the values of a parameter; None if it is not.
+
+    A computed weight would no longer be computed if another module used it, and a subclass of
+    Tensor, such as those of quantization packages, may hold anything in any form.
+    """
+    for held in (linear._parameters, linear._buffers):
+        if "weight" in held:
+            kind = type(held["weight"])
+            plain = kind in (Tensor, nn.Parameter) or issubclass(kind, FakeTensor)
+            return None if plain else f"its weight is a {kind.__name__}, a subclass of Tensor"
+    return "its weight is computed in each forward, as weight_norm does"
+
+
+def plain_weight(name: str, linear: nn.Module) -> None:
+    """Raises TypeError unless the weight of `linear` is a plain parameter."""
+    reason = why_not_plain(linear)
+    if reason is not None:
+        raise TypeError(
+            f"{name} is {type(linear).__name__}, and {reason}; it must be a plain parameter"
         )
 
 
@@ -79,6 +108,12 @@ def activations(
             f"its last dimension must be in_features = {in_features}"
         )
     if x.device != device:
+        if device.type == "meta":
+            raise ValueError(
+                f"{name} is on {x.device}, but {name_of_weight} is on the meta device and has no "
+                "values; they must be loaded. If accelerate offloads the model, it must load a "
+                'LoRA layer as a whole: preload_module_classes=["LoRALinear"]'
+            )
         raise ValueError(
             f"{name} is on {x.device}; it must be on {device}, where {name_of_weight} is"
         )
@@ -238,7 +273,8 @@ def integer(name: str, value: object, least: int) -> None:
     """Raises ValueError unless `value` is an int of at least `least`."""
     # bool is an int subclass; passing one is a mistake.
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} is {value!r}; it must be an integer >= {least}")
+        shown = repr(value) if isinstance(value, (int, float, str)) else type(value).__name__
+        raise ValueError(f"{name} is {shown}; it must be an integer >= {least}")
 
 
 def names(name: str, value: object) -> None:

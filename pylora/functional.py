@@ -3,6 +3,9 @@
 Shapes follow torch: x [..., in_features], weight [out_features, in_features], lora_A [r,
 in_features], lora_B [out_features, r]. x may have any leading dimensions, any strides and no
 tokens.
+
+Inside transforms of torch.func, such as `grad`, `jvp` and `vmap`, and in forward-mode AD, a call
+runs as operations of PyTorch over the decoded weight, with derivatives of any order.
 """
 
 from __future__ import annotations
@@ -94,6 +97,7 @@ def dequantize_nf4(w: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
 
 def _nf4_linear_call(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Nf4LinearCall:
     checks.nf4_weight("w", w)
+    checks.matrix("w", w)
     x = checks.activations("x", x, w.in_features, w.device, name_of_weight="w")
     checks.vector("bias", bias, w.out_features, x.device)
     return Nf4LinearCall(x, Layer(w.record, bias))

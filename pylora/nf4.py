@@ -42,9 +42,16 @@ QUANTIZABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @lru_cache(maxsize=16)
+def _kept_code(device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(NF4_CODE, dtype=dtype, device=device)
+
+
 def nf4_code(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """The 16 NF4 values, [16], in `dtype`."""
-    return torch.tensor(NF4_CODE, dtype=dtype, device=device)
+    # A tensor that is made under a mode or a transform, such as a fake one, belongs to it.
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
+        return torch.tensor(NF4_CODE, dtype=dtype, device=device)
+    return _kept_code(device, dtype)
 
 
 @lru_cache(maxsize=16)

@@ -59,6 +59,9 @@ class NF4Weight:
         check_blocksize(self.blocksize)
         if self.dtype not in QUANTIZABLE_DTYPES:
             raise TypeError(f"dtype is {self.dtype}; it must be float32, float16 or bfloat16")
+        if not isinstance(self.nested_blocksize, int) or self.nested_blocksize < 1:
+            size = self.nested_blocksize
+            raise ValueError(f"nested_blocksize is {size!r}; it must be an integer >= 1")
         nested = self.nested_absmax is not None
         if nested != (self.nested_code is not None) or nested != (self.offset is not None):
             raise ValueError(
@@ -155,6 +158,10 @@ class NF4Weight:
         """
         return bnb_format.write_parameter(self)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A file is read through the constructor, which checks that the parts fit.
+        return NF4Weight, tuple(getattr(self, field.name) for field in fields(self))
+
     def __repr__(self) -> str:
         bits = 8 * self.nbytes / max(math.prod(self.shape), 1)
         double = ", double_quant" if self.double_quant else ""
@@ -163,6 +170,9 @@ class NF4Weight:
             f"dtype={self.dtype}, device='{self.device}', "
             f"{self.nbytes} bytes = {bits:.2f} bit a weight)"
         )
+
+
+torch.serialization.add_safe_globals([NF4Weight])  # for torch.load(..., weights_only=True)
 
 
 def check_floating_dtype(name: str, dtype: object) -> None:

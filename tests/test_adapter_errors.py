@@ -109,7 +109,6 @@ def assert_refused(model: nn.Module, folder: Path, message: str, error: Any = Va
         ({"peft_type": "IA3"}, "peft_type is 'IA3'; it must be 'LORA'"),
         ({"peft_type": None}, "peft_type is None"),
         ({"bias": "all"}, "bias is 'all', which pylora does not support; it must be 'none'"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base"),
         ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
         ({"layer_replication": [[0, 1]]}, r"layer_replication is \[\[0, 1\]\]"),

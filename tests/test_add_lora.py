@@ -243,7 +243,10 @@ class WithConvolution(nn.Module):
         ({"target_modules": "nothing"}, "target_modules is 'nothing'"),
         ({"target_modules": ["up", "uq"]}, "target_modules is 'uq', which no module"),
         ({"target_modules": []}, r"target_modules is \[\]"),
-        ({"target_modules": ["up", "conv"]}, "conv is Conv1d; .* nn.Linear or an NF4Linear"),
+        (
+            {"target_modules": ["up", "conv"]},
+            "conv is Conv1d; .* an NF4Linear or a Conv1D",
+        ),
         ({"target_modules": ["up", "embed"]}, "embed is Embedding"),
         ({"modules_to_save": ["heads"]}, "modules_to_save is 'heads'"),
         ({"r": 0}, "r is 0"),

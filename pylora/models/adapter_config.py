@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,19 @@ from pylora.models.lora import LoraSettings
 from pylora.models.module_tree import is_below, sites
 from pylora.models.targets import Targets, describe, pattern_value
 from pylora.nn import LoRALinear
+from pylora.nn.conv1d import is_conv1d
+
+logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "adapter_config.json"
 
 # These keys do not change the meaning of the saved tensors.
 _HARMLESS = {
     "auto_mapping",
+    "corda_config",
     "base_model_name_or_path",
     "eva_config",
+    "fan_in_fan_out",
     "inference_mode",
     "loftq_config",
     "megatron_core",
@@ -35,10 +41,10 @@ _HARMLESS = {
     "task_type",
 }
 # These keys change the meaning of the tensors only if they have another value than this.
-_NEUTRAL: dict[str, Any] = {"bias": "none", "fan_in_fan_out": False, "ensure_weight_tying": False}
+_NEUTRAL: dict[str, Any] = {"bias": "none", "ensure_weight_tying": False}
 # These ways to start lora_A and lora_B leave the base weights as they are; others, such as PiSSA
-# and OLoRA, do not.
-_PLAIN_INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")
+# and OLoRA, do not. MiCA freezes lora_B while PEFT trains.
+_PLAIN_INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True)
@@ -185,6 +191,10 @@ def _refuse_unsupported(path: Path, facts: dict[str, Any]) -> None:
     if peft_type != "LORA":
         raise ValueError(f"{path}: peft_type is {peft_type!r}; it must be 'LORA'")
     initialization = facts.get("init_lora_weights", True)
+    if isinstance(initialization, str):
+        initialization = initialization.lower()
+    if initialization == "mica":
+        logger.warning("%s: PEFT keeps lora_B frozen under MiCA; pylora trains it as well", path)
     if initialization is not None and initialization not in _PLAIN_INITIALIZATIONS:
         raise ValueError(
             f"{path}: init_lora_weights is {initialization!r}, which changes the base weights; "
@@ -222,6 +232,7 @@ def config_of(
                     "PEFT's format has one for the whole adapter"
                 )
     _check_told_apart(model, fully_trained)
+    _warn_of_fused_experts(model, layers)
     (r, lora_alpha), _ = Counter((x.r, x.lora_alpha) for x in layers.values()).most_common(1)[0]
     return {
         "peft_type": "LORA",
@@ -238,7 +249,8 @@ def config_of(
         "rank_pattern": _pattern({n: x.r for n, x in layers.items()}, r),
         "alpha_pattern": _pattern({n: x.lora_alpha for n, x in layers.items()}, lora_alpha),
         "bias": "none",
-        "fan_in_fan_out": False,
+        # It says how PEFT finds the base weights stored; lora_A and lora_B have one form only.
+        "fan_in_fan_out": any(is_conv1d(layer.base_layer) for layer in layers.values()),
         "init_lora_weights": True,
     }
 
@@ -255,6 +267,32 @@ def _check_told_apart(model: nn.Module, fully_trained: Collection[str]) -> None:
                 )
 
 
+def _warn_of_fused_experts(model: nn.Module, layers: Iterable[str]) -> None:
+    """Warns of layers whose LoRA PEFT takes for LoRA of experts, because of their names.
+
+    transformers holds the experts of a layer in one tensor. For many models that does this, such as
+    DeepSeek-V3, PEFT (0.21.2) reads targets with the names that the experts had before as parts of
+    that tensor. The LoRA of a shared expert or of a dense MLP, which have these names too, is left
+    out, and PEFT gives no error.
+    """
+    experts = {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and name.rsplit(".", 1)[-1] in _FUSED_EXPERTS
+    }
+    taken = [name for name in layers if name.rsplit(".", 1)[-1] in _NAMES_IN_EXPERTS]
+    if experts and taken:
+        logger.warning(
+            "PEFT may not read the LoRA of %s%s from this adapter: it takes these names for parts "
+            "of %s. pylora reads it; for PEFT, leave these layers out of target_modules",
+            taken[0],
+            f" and {len(taken) - 1} more" if len(taken) > 1 else "",
+            min(experts),
+        )
+
+
+_FUSED_EXPERTS = ("gate_up_proj", "down_proj")
+_NAMES_IN_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 _SAME_EVERYWHERE = ("lora_dropout", "use_rslora", "use_dora", "lora_bias")
 
 

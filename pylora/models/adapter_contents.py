@@ -18,9 +18,11 @@ from pylora.models.module_tree import (
     lora_layers,
     sites,
 )
+from pylora.models.saved_embeddings import take_embeddings
 from pylora.models.targets import can_carry_lora, named_by
 from pylora.models.wrappers import plain_state
 from pylora.nn import LoRALinear, NF4Linear
+from pylora.nn.conv1d import linear_shape
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -53,6 +55,7 @@ class AdapterContents:
     saved          the modules that are trained in full
     lora           module -> parameter of LoRALinear -> tensor
     saved_tensors  module -> key of its state dict -> tensor
+    embeddings     place -> base weight of an embedding: see `take_embeddings`
     """
 
     file: Path
@@ -60,6 +63,7 @@ class AdapterContents:
     saved: list[Site]
     lora: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     saved_tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    embeddings: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,8 @@ def read_contents(
     without_lora = [s.name for s in everything if named_by(s.name, ends)]
     contents = AdapterContents(file, config.targets(without_lora).find(model), saved)
     contents.saved_tensors.update({site.name: {} for site in saved})
+    in_full = [site.name for site in saved]
+    contents.embeddings.update(take_embeddings(file, tensors, model, PREFIX, in_full))
     for key, tensor in tensors.items():
         _place(contents, key, tensor)
     _check_same_modules(contents, model)
@@ -191,7 +197,8 @@ def _check_lora(
     if existing is None and not can_carry_lora(module):
         class_name = type(module).__name__
         raise ValueError(
-            f"{file}: {site.name} is {class_name}; it must be an nn.Linear or an NF4Linear"
+            f"{file}: {site.name} is {class_name}; it must be an nn.Linear, an NF4Linear or a "
+            "Conv1D"
         )
     base: Any = module if existing is None else existing.base_layer
     if base.weight.is_meta:
@@ -201,7 +208,8 @@ def _check_lora(
     if existing is not None and existing.merged:
         raise ValueError(f"{site.name} is merged; pylora.unmerge must be called before loading")
     r = config.settings(site.name, torch.float32).r if existing is None else existing.r
-    shapes = lora_shapes(r, base.in_features, base.out_features)
+    out_features, in_features = linear_shape(base)
+    shapes = lora_shapes(r, in_features, out_features)
     unwanted = {"lora_B_bias": not config.lora_bias, "lora_magnitude": not config.use_dora}
     for attribute in LORA_KEYS:
         key, entry = _key(site.name, attribute), entries.get(attribute)
@@ -244,7 +252,10 @@ def _dense_state(module: nn.Module) -> dict[str, _Form]:
     for name, layer in packed.items():
         prefix = f"{name}." if name else ""
         dtype = _dense_dtype(layer)
-        forms[f"{prefix}weight"] = _Form((layer.out_features, layer.in_features), dtype)
+        out_features, in_features = linear_shape(layer)
+        transposed = getattr(layer, "conv1d", None) is not None
+        shape = (in_features, out_features) if transposed else (out_features, in_features)
+        forms[f"{prefix}weight"] = _Form(shape, dtype)
         if layer.bias is not None:
             forms[f"{prefix}bias"] = _Form((layer.out_features,), layer.bias.dtype)
     for key, value in plain_state(module).items():

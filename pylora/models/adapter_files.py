@@ -38,6 +38,7 @@ from pylora.models.module_tree import (
     lora_layers,
     refuse_peft_model,
 )
+from pylora.models.saved_embeddings import put_embeddings
 from pylora.models.wrappers import plain_name, plain_state, refuse_unknown_wrappers, unwrapped
 from pylora.nn import LoRALinear
 from pylora.sharding import gathered, is_first, mesh_of, others_wait, write
@@ -100,6 +101,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
             )
 
 
+@torch.inference_mode(False)  # the layers can be trained further
 def load_adapter(
     model: _Model, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32
 ) -> _Model:
@@ -157,6 +159,7 @@ def _settings(
 
 @torch.no_grad()
 def _fill(model: nn.Module, settings: dict[str, LoraSettings], contents: AdapterContents) -> None:
+    put_embeddings(model, contents.embeddings)
     layers = lora_layers(model)
     for name, entries in contents.lora.items():
         layer = layers[name]

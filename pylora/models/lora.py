@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -32,12 +32,14 @@ from pylora.models.targets import (
     can_carry_lora,
     named_by,
     not_found,
+    other_linear_classes,
     task_heads,
 )
 from pylora.models.torch_refusals import explain_refusals
 from pylora.models.weight_readers import why_not_lora
 from pylora.models.wrappers import unwrapped
 from pylora.nn import LoRALinear, NF4Linear
+from pylora.nn.conv1d import set_dense_weight
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ class LoraSettings:
         )
 
 
+@torch.inference_mode(False)  # the layers are trained later
 def add_lora(
     model: _Model,
     r: int = 16,
@@ -106,6 +109,11 @@ def add_lora(
     root = unwrapped(model)
     refuse_to_change(model, "pylora.add_lora")
     refuse_peft_model(root)
+    if hasattr(r, "peft_type"):
+        raise TypeError(
+            f"r is a {type(r).__name__}; it must be an integer: add_lora takes the fields of "
+            "PEFT's configuration as arguments, such as r, lora_alpha and target_modules"
+        )
     settings = LoraSettings(r, lora_alpha, lora_dropout, use_rslora, use_dora, lora_bias, dtype)
     settings.wrap(nn.Linear(1, 1, device="meta"))  # raises for what LoRALinear does not take
     target_modules = ALL_LINEAR if target_modules is None else target_modules
@@ -120,7 +128,10 @@ def add_lora(
     targeted = targets.find(root)
     linear = [site.name for site in sites(root) if can_carry_lora(site.module)]
     if not targeted:
-        raise not_found("target_modules", target_modules, linear)
+        also = other_linear_classes(sites(root))
+        if isinstance(target_modules, str) and target_modules != ALL_LINEAR:
+            also = f" (a string is a regular expression for whole names){also}"
+        raise not_found("target_modules", target_modules, linear, also)
     if not isinstance(target_modules, str):
         for entry in target_modules:
             if not any(named_by(site.name, (entry,)) for site in sites(root)):
@@ -212,12 +223,19 @@ def _base_of(site: Site) -> nn.Module:
     if not can_carry_lora(site.module):
         class_name = type(site.module).__name__
         raise ValueError(
-            f"{site.name} is {class_name}; a target of LoRA must be an nn.Linear or an NF4Linear"
+            f"{site.name} is {class_name}; a target of LoRA must be an nn.Linear, an NF4Linear or "
+            "a Conv1D"
         )
     reason = why_not_lora(site)
     if reason is not None:
         raise ValueError(f"{site.name} must not be a target of LoRA: {reason}")
     site.check_replaceable()
+    weight: Any = site.module.weight
+    if weight.is_inference():
+        raise ValueError(
+            f"{site.name}.weight was made under torch.inference_mode, so no gradient can pass it; "
+            "the model must be loaded outside inference_mode"
+        )
     if not is_bitsandbytes_4bit(site.module):
         return site.module
     try:
@@ -267,10 +285,17 @@ def _make_dense(site: Site) -> nn.Module:
     return dense
 
 
-def dense_linear(module: nn.Module) -> nn.Linear:
-    """An nn.Linear with the weight of a 4-bit layer; the bias is shared."""
+def dense_linear(module: nn.Module) -> nn.Module:
+    """An nn.Linear with the weight of a 4-bit layer, or a Conv1D if it was one before.
+
+    The bias is shared.
+    """
     layer = module if isinstance(module, NF4Linear) else NF4Linear.from_bitsandbytes(module)
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    linear.weight = nn.Parameter(layer.nf4_weight.dequantize())
+    with torch.device("meta"):
+        if layer.conv1d is None:
+            linear = nn.Linear(layer.in_features, layer.out_features, bias=False)
+        else:
+            linear = layer.conv1d(layer.out_features, layer.in_features)
+    set_dense_weight(linear, layer.nf4_weight.dequantize())
     linear.register_parameter("bias", layer.bias)
     return linear

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Collection, Iterable
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from pylora import checks
@@ -21,12 +22,19 @@ from pylora.models.module_tree import (
     refuse_peft_model,
     sites,
 )
-from pylora.models.targets import named_by, output_head, task_heads
+from pylora.models.targets import (
+    can_carry_lora,
+    named_by,
+    other_linear_classes,
+    output_head,
+    task_heads,
+)
 from pylora.models.torch_refusals import explain_refusals
 from pylora.models.weight_readers import why_not_nf4
 from pylora.models.wrappers import inside, plain_name, unwrapped
 from pylora.nf4 import DEFAULT_BLOCKSIZE, check_blocksize
 from pylora.nn import NF4Linear
+from pylora.nn.conv1d import is_conv1d
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +44,14 @@ _Model = TypeVar("_Model", bound=nn.Module)
 _Place = tuple[str, nn.Module | None, str]
 
 
+@torch.inference_mode(False)  # gradients must pass the layers later
 def quantize_model(
     model: _Model,
     skip_modules: str | Collection[str] = ("lm_head",),
     blocksize: int = DEFAULT_BLOCKSIZE,
     double_quant: bool = False,
 ) -> _Model:
-    """Replaces every nn.Linear by an NF4Linear, in place, and returns the model.
+    """Replaces every nn.Linear and Conv1D by an NF4Linear, in place, and returns the model.
 
     skip_modules               names, or their last components, of modules to leave as they are,
                                with everything inside them; "lm_head" stands for the output head,
@@ -111,7 +120,7 @@ def _choose(model: nn.Module, skip: tuple[str, ...]) -> list[Site]:
             logger.info("skip_modules: no module is named %s", entry)
     candidates = []
     for site in everything:
-        if not isinstance(site.module, nn.Linear):
+        if not isinstance(site.module, nn.Linear) and not is_conv1d(site.module):
             continue
         if _is_inside(site.name, skip):
             logger.info("%s stays dense: it is in skip_modules", site.name)
@@ -121,7 +130,7 @@ def _choose(model: nn.Module, skip: tuple[str, ...]) -> list[Site]:
             logger.info("%s stays dense: the model declares it as float32-only", site.name)
         elif (reason := why_not_nf4(site)) is not None:
             logger.warning("%s stays dense: %s", site.name, reason)
-        elif type(site.module) is nn.Linear or is_bitsandbytes_4bit(site.module):
+        elif can_carry_lora(site.module):
             candidates.append(site)
         else:
             class_name = type(site.module).__name__
@@ -129,8 +138,9 @@ def _choose(model: nn.Module, skip: tuple[str, ...]) -> list[Site]:
     chosen = _without_shared(model, candidates)
     if not chosen and not any(isinstance(site.module, NF4Linear) for site in everything):
         raise ValueError(
-            f"model has no layer to quantize outside skip_modules = {skip!r}; "
-            "it must have an nn.Linear that shares its weight with no other kind of module"
+            f"model has no layer to quantize outside skip_modules = {skip!r}; it must have an "
+            "nn.Linear or a Conv1D that shares its weight with no other kind of module"
+            f"{other_linear_classes(everything)}"
         )
     _mention_fused_experts(everything)
     return chosen
@@ -205,17 +215,6 @@ def _quantize_layer(
     old: Any = inside(getattr(parent, attribute))
     if is_bitsandbytes_4bit(old):
         new = NF4Linear.from_bitsandbytes(old)
-    elif old.weight.is_meta:
-        new = NF4Linear(
-            old.in_features,
-            old.out_features,
-            False,
-            blocksize,
-            double_quant,
-            device="meta",
-            dtype=old.weight.dtype,
-        )
-        new.bias = old.bias
     else:
         new = NF4Linear.from_linear(old, blocksize, double_quant)
     if shared is not None:

@@ -14,6 +14,7 @@ from pylora.models.module_tree import Site, is_below, is_bitsandbytes_4bit, site
 from pylora.models.weight_readers import why_not_lora
 from pylora.models.wrappers import inside
 from pylora.nn import LoRALinear, NF4Linear
+from pylora.nn.conv1d import is_conv1d
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +34,25 @@ def can_carry_lora(module: nn.Module) -> bool:
 
     Subclasses of nn.Linear are not among them, because they may compute something else.
     """
+    plain = type(module) is nn.Linear or is_conv1d(module)
+    return plain or isinstance(module, NF4Linear) or is_bitsandbytes_4bit(module)
+
+
+def other_linear_classes(places: Iterable[Site]) -> str:
+    """Names the classes of linear layers that cannot carry LoRA, for the end of an error."""
+    names = {
+        type(site.module).__name__
+        for site in places
+        if "Linear" in type(site.module).__name__
+        and hasattr(site.module, "weight")
+        and not isinstance(site.module, LoRALinear)
+        and not can_carry_lora(site.module)
+    }
+    if not names:
+        return ""
     return (
-        type(module) is nn.Linear or isinstance(module, NF4Linear) or is_bitsandbytes_4bit(module)
+        ". Linear layers of other classes are not taken, because they may compute something else: "
+        f"{', '.join(sorted(names))}"
     )
 
 
@@ -158,8 +176,11 @@ def pattern_value(patterns: Mapping[str, _Value], name: str, default: _Value) ->
     return default
 
 
-def not_found(what: str, wanted: object, names: Iterable[str]) -> ValueError:
-    """The error for a specification that no module matches; it lists some names that exist."""
+def not_found(what: str, wanted: object, names: Iterable[str], also: str = "") -> ValueError:
+    """The error for a specification that no module matches; it lists some names that exist.
+
+    also    a sentence for the end
+    """
     endings = list(dict.fromkeys(n.rsplit(".", 1)[-1] for n in names))
     if wanted in endings and isinstance(wanted, str) and what == "target_modules":
         return ValueError(
@@ -169,5 +190,5 @@ def not_found(what: str, wanted: object, names: Iterable[str]) -> ValueError:
     return ValueError(
         f"{what} is {wanted!r}, which no module of the model matches; "
         f"it must name modules that exist, such as "
-        f"{', '.join(endings[:8]) or '(the model has none)'}"
+        f"{', '.join(endings[:8]) or '(the model has none)'}{also}"
     )

@@ -1,8 +1,9 @@
-"""Finds the modules that read the weight of a linear layer they hold instead of calling the layer.
+"""Finds the linear layers whose weight must be left as it is, and says why.
 
-Mamba's mixer multiplies by `self.dt_proj.weight`, and T5 casts its input to `self.wo.weight.dtype`.
-LoRA on such a layer would have no effect, and NF4 would hand out packed bytes. Both are found in
-the source of the module's class.
+Some weights are no plain parameters. Others are read by the module that holds the layer:
+Mamba's mixer multiplies by `self.dt_proj.weight` instead of calling the layer, and T5 casts its
+input to `self.wo.weight.dtype`. LoRA on such a layer would have no effect, and NF4 would hand out
+packed bytes. Both are found in the source of the module's class.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typing import Any
 
 from torch import nn
 
-from pylora.models.module_tree import Site, has_fast_path
+from pylora import checks
+from pylora.models.module_tree import Site, has_fast_path, is_4bit
+from pylora.nn.conv1d import is_conv1d
 
 # Methods that do not take part in a forward.
 _SETTING_UP = {"__init__", "_init_weights", "init_weights", "reset_parameters", "_reset_parameters"}
@@ -97,7 +100,12 @@ def _attribute_with_weight(node: ast.AST) -> str | None:
 
 
 def why_not_lora(site: Site) -> str | None:
-    """Why LoRA at this site would have no effect; None if it has one."""
+    """Why the layer at this site must not get LoRA; None if it may."""
+    linear = isinstance(site.module, nn.Linear) or is_conv1d(site.module)
+    dense = linear and not is_4bit(site.module)
+    reason = checks.why_not_plain(site.module) if dense else None
+    if reason is not None:
+        return reason
     if site.parent is None or has_fast_path(site.parent):
         return None
     if site.attribute not in _reading(site.parent).values:
@@ -108,6 +116,8 @@ def why_not_lora(site: Site) -> str | None:
 def why_not_nf4(site: Site) -> str | None:
     """Why the layer at this site must keep a dense weight; None if it need not."""
     reason = why_not_lora(site)
+    if reason is None and "weight" in site.module._buffers:
+        reason = "its weight is a buffer, no parameter"
     if reason is not None or site.parent is None or has_fast_path(site.parent):
         return reason
     if site.attribute not in _reading(site.parent).dtypes:

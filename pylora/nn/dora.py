@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from pylora import functional
 from pylora.backends.backend import autocast_off
@@ -36,7 +37,8 @@ def adapted_norm(
     because an error in a row's norm is the same for every token and does not average out.
     """
     A, B = lora_A.float(), lora_B.float()
-    with autocast_off(A.device.type):  # a norm in bf16 would move every output
+    # A norm in bf16 would move every output; no_grad does not hold for forward-mode AD.
+    with autocast_off(A.device.type), forward_ad._set_fwd_grad_enabled(False):
         if isinstance(weight, NF4Weight):
             projected = functional.nf4_linear(A, weight).t()
         else:

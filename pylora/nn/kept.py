@@ -52,10 +52,15 @@ _MOST_CALLS = 64
 def places_of(
     module: nn.Module, names: Sequence[str], viewed: Sequence[str] = ()
 ) -> tuple[Place, ...] | None:
-    """The places of these tensors in the module; None if a parametrization computes one of them.
+    """The places of these tensors in the module; None if they must not be kept.
+
+    They must not if a parametrization computes one of them, or if the module's forward is wrapped,
+    as the library accelerate does to load the tensors before a forward and to free them after it.
 
     viewed    those of the names that a call reads through views
     """
+    if "forward" in vars(module):
+        return None
     places = []
     for name in names:
         for held in (module._parameters, module._buffers):

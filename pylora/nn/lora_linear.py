@@ -16,6 +16,7 @@ from pylora.backends.backend import autocast_off
 from pylora.calls import Dropout
 from pylora.nf4_weight import NF4Weight
 from pylora.nn import dora
+from pylora.nn.conv1d import dense_weight, is_conv1d, set_dense_weight
 from pylora.nn.kept import Kept, Place, places_of
 from pylora.nn.nf4_linear import NF4Linear, frozen
 from pylora.ops import run
@@ -35,8 +36,9 @@ _LORA_TENSORS = ("lora_A", "lora_B", "lora_B_bias")
 class LoRALinear(nn.Module):
     """y = base(x) + scaling * lora_B @ lora_A @ dropout(x), as one fused op.
 
-    base            nn.Linear, NF4Linear or a bitsandbytes Linear4bit (nf4), which becomes an
-                    NF4Linear over the same bytes; it is frozen and kept as `base_layer`
+    base            nn.Linear, NF4Linear, the Conv1D of transformers, or a bitsandbytes Linear4bit
+                    (nf4), which becomes an NF4Linear over the same bytes; it is frozen and kept as
+                    `base_layer`
     r               rank, >= 1
     lora_alpha      scaling = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`
     lora_dropout    probability of dropping an element of the low-rank path's input in training
@@ -77,10 +79,11 @@ class LoRALinear(nn.Module):
             raise ValueError("base is a LoRALinear; it must not be wrapped already")
         if hasattr(getattr(base, "weight", None), "quant_state"):
             base = NF4Linear.from_bitsandbytes(base)
-        if not isinstance(base, (nn.Linear, NF4Linear)):
+        if not isinstance(base, (nn.Linear, NF4Linear)) and not is_conv1d(base):
             raise TypeError(
-                f"base is {type(base).__name__}; it must be an nn.Linear or an NF4Linear"
+                f"base is {type(base).__name__}; it must be an nn.Linear, an NF4Linear or a Conv1D"
             )
+        checks.plain_weight("base", base)
         checks.integer("r", r, least=1)
         checks.number("lora_alpha", lora_alpha)
         if not math.isfinite(lora_alpha):
@@ -90,15 +93,15 @@ class LoRALinear(nn.Module):
             raise ValueError("lora_bias is True; it must be False with use_dora")
         checks.floating_dtype("dtype", dtype)
         self._kept: Kept | None = None
-        self.base_layer = base.requires_grad_(False)
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.base_layer: Any = base.requires_grad_(False)
+        self.out_features, self.in_features = self.base_weight.shape
         self.r, self.lora_dropout, self.use_dora = r, lora_dropout, use_dora
         self.set_scaling(lora_alpha, use_rslora)
         self.merged, self.lora_enabled = False, True
         # The base from before a merge. A tuple hides it from `parameters()`.
-        self._unmerged_base: tuple[nn.Linear | NF4Linear] | None = None
+        self._unmerged_base: tuple[Any] | None = None
         self.register_state_dict_post_hook(_describe_unmerged)
-        device = base.weight.device
+        device = self.base_weight.device
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, device=device, dtype=dtype))
         self.register_parameter("lora_B_bias", None)
@@ -137,7 +140,7 @@ class LoRALinear(nn.Module):
     def base_weight(self) -> Tensor | NF4Weight:
         """The weight of the base, [out_features, in_features], dense or NF4."""
         base = self.base_layer
-        return base.nf4_weight if isinstance(base, NF4Linear) else base.weight
+        return base.nf4_weight if isinstance(base, NF4Linear) else dense_weight(base)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
         super()._apply(fn, recurse)
@@ -188,6 +191,8 @@ class LoRALinear(nn.Module):
     def _places(self) -> tuple[Place, ...] | None:
         """Where this layer and its base hold the tensors that a call reads."""
         base = self.base_layer
+        if is_conv1d(base):  # a call reads a view of its weight, which must be taken each time
+            return None
         of_base = base.places() if isinstance(base, NF4Linear) else places_of(base, _DENSE_TENSORS)
         of_lora = places_of(self, _LORA_TENSORS)
         return None if of_base is None or of_lora is None else (*of_base, *of_lora)
@@ -255,8 +260,8 @@ class LoRALinear(nn.Module):
         merged._parameters, merged._buffers = dict(base._parameters), dict(base._buffers)
         if isinstance(merged, NF4Linear) and isinstance(weight, NF4Weight):
             merged.set_nf4_weight(weight)
-        elif isinstance(merged, nn.Linear) and isinstance(weight, Tensor):
-            merged.weight = frozen(weight)
+        elif not isinstance(merged, NF4Linear) and isinstance(weight, Tensor):
+            set_dense_weight(merged, weight)
         else:
             raise TypeError(f"weight is {type(weight).__name__}; it must be of the base's own kind")
         merged.bias = None if bias is None else frozen(bias)

@@ -23,6 +23,7 @@ from pylora.nf4 import (
     packed_shape,
 )
 from pylora.nf4_weight import NF4Weight
+from pylora.nn.conv1d import dense_weight, is_conv1d
 from pylora.nn.kept import Kept, Place, places_of
 from pylora.ops import run
 from pylora.sharding import refuse_sharded_forward
@@ -77,6 +78,8 @@ class NF4Linear(nn.Module):
         super().__init__()
         self._kept: Kept | None = None
         self._waiting: dict[str, Tensor] = {}
+        # The class of the Conv1D that was quantized: its dense form holds the weight transposed.
+        self.conv1d: Any = None
         for name, value in (("in_features", in_features), ("out_features", out_features)):
             checks.integer(name, value, least=0)
         check_blocksize(blocksize)
@@ -227,17 +230,29 @@ class NF4Linear(nn.Module):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, blocksize: int = DEFAULT_BLOCKSIZE, double_quant: bool = False
+        cls, linear: Any, blocksize: int = DEFAULT_BLOCKSIZE, double_quant: bool = False
     ) -> NF4Linear:
-        """Quantizes the weight of an nn.Linear; the bias is shared.
+        """Quantizes the weight of an nn.Linear or of transformers' Conv1D; the bias is shared.
 
         Raises TypeError for another module, and whatever `pylora.quantize_nf4` raises.
         """
-        if not isinstance(linear, nn.Linear) or hasattr(linear.weight, "quant_state"):
+        conv1d = is_conv1d(linear)
+        dense = isinstance(linear, nn.Linear) and not hasattr(linear.weight, "quant_state")
+        if not dense and not conv1d:
             raise TypeError(f"linear is {type(linear).__name__}; it must be a dense nn.Linear")
-        return cls._around(
-            functional.quantize_nf4(linear.weight, blocksize, double_quant), linear.bias
-        )
+        checks.plain_weight("linear", linear)
+        weight = dense_weight(linear)
+        checks.matrix("linear.weight", weight)
+        if weight.is_meta:
+            out_features, in_features = weight.shape
+            options: dict[str, Any] = {"device": "meta", "dtype": weight.dtype}
+            layer = cls(in_features, out_features, False, blocksize, double_quant, **options)
+            layer.bias = linear.bias
+        else:
+            w = functional.quantize_nf4(weight, blocksize, double_quant)
+            layer = cls._around(w, linear.bias)
+        layer.conv1d = type(linear) if conv1d else None
+        return layer
 
     @classmethod
     def from_bitsandbytes(cls, linear4bit: nn.Module) -> NF4Linear:

@@ -1,9 +1,10 @@
 """Registers the ops of the library `pylora::` and runs call records on them.
 
 A call record runs in one of two ways, with the same bits. If only plain autograd watches, `run`
-goes straight to the backend's plan, through one autograd node if a gradient is needed. If anything
-else watches (torch.compile, fake tensors, tensor subclasses, functorch, a dispatch mode), it sees
-the registered op `torch.ops.pylora.<name>`, which is also what other frameworks call.
+goes straight to the backend's plan, through one autograd node if a gradient is needed. If
+anything else watches (torch.compile, fake tensors, tensor subclasses, a dispatch mode), it sees the
+registered op `torch.ops.pylora.<name>`, which is also what other frameworks call. Inside transforms
+of torch.func and forward-mode AD, a call runs as operations of PyTorch: see `ops.transforms`.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from pylora import dispatch
 from pylora.backends.backend import Plan
 from pylora.calls import Call
 from pylora.ops.gradients import flat_tensors, requested
 from pylora.ops.spec import SPECS, Spec
+from pylora.ops.transforms import run_transformed
 
 _LIBRARY = torch.library.Library("pylora", "DEF")
 _PLAIN = (Tensor, nn.Parameter)
@@ -123,6 +126,9 @@ def register(
         f"pylora::{name}", lambda *flat: fake(spec.read(flat)), lib=_LIBRARY
     )
     _LIBRARY.impl(name, partial(_autograd_kernel, op), "Autograd", with_keyset=True)
+    _LIBRARY.impl(
+        name, lambda *flat: run_transformed(spec.read(flat)), "FuncTorchDynamicLayerFrontMode"
+    )
 
 
 def run(call: Call) -> Any:
@@ -231,7 +237,11 @@ def watched() -> bool:
     torch.compile is not asked about: what it traces does not come here.
     """
     return (
-        _dispatch_modes() != 0 or _functorch() is not None or _tracer() is not None or _profiles()
+        _dispatch_modes() != 0
+        or _functorch() is not None
+        or forward_ad._current_level >= 0
+        or _tracer() is not None
+        or _profiles()
     )
 
 
@@ -253,6 +263,8 @@ def _autograd_kernel(op: Op, keys: torch._C.DispatchKeySet, *flat: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return op.overload.redispatch(keys & torch._C._after_autograd_keyset, *flat)
 
+    if forward_ad._current_level >= 0:  # a dual_level; torch.func has its own key
+        return run_transformed(op.spec.read(flat))
     if not torch.is_grad_enabled() or not torch._C._any_requires_grad(*flat):
         return below_autograd()
     call = op.spec.read(flat)
@@ -366,7 +378,10 @@ def no_gradient(name: str, inputs: Callable[[Any], tuple[Tensor | None, ...]]) -
     """
     hint = ""
     if name.endswith("_backward"):
-        hint = ": only nf4_linear can be differentiated twice; create_graph must be False"
+        hint = (
+            ": only nf4_linear can be differentiated twice; create_graph must be False, or "
+            "torch.func.grad must be nested"
+        )
 
     def refuse(*_: Any) -> Any:
         raise NotImplementedError(f"pylora::{name} has no gradient{hint}")

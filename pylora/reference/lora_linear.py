@@ -22,6 +22,7 @@ from pylora.calls import (
     LayerGradients,
     LoraLinearBackward,
     LoraLinearCall,
+    LowRank,
     Wanted,
     token_matrix,
 )
@@ -41,16 +42,19 @@ def lora_linear_backward(call: LoraLinearBackward) -> LayerGradients:
 
 
 def layer_forward(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
-    """(y, h) of a layer with or without LoRA; without it h is an empty tensor [0].
-
-    The low-rank path runs in the dtype of lora_A, as PEFT runs it.
-    """
-    base, low = base_linear(x, layer.weight, layer.bias), layer.low_rank
-    if low is None:
+    """(y, h) of a layer with or without LoRA; without it h is an empty tensor [0]."""
+    base = base_linear(x, layer.weight, layer.bias)
+    if layer.low_rank is None:
         return base, x.new_empty(0)
+    delta, h = low_rank_path(x, layer.low_rank)
+    return (base + delta).to(x.dtype), h
+
+
+def low_rank_path(x: Tensor, low: LowRank) -> tuple[Tensor, Tensor]:
+    """(what the low-rank path adds to y, h); it runs in the dtype of lora_A, as PEFT runs it."""
     h = linear(dropout(x.to(low.A.dtype), low.dropout), low.A, low.A_bias)
     delta = linear(ACTIVATIONS[low.activation].forward(h), low.B, low.B_bias) * low.scaling
-    return (base + delta).to(x.dtype), h.to(torch.promote_types(h.dtype, torch.float32))
+    return delta, h.to(torch.promote_types(h.dtype, torch.float32))
 
 
 def layer_backward(
