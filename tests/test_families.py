@@ -111,8 +111,7 @@ FAMILIES = {
         "GPT2LMHeadModel",
         "GPT2Config",
         {"vocab_size": 96, "n_embd": 64, "n_head": 4, "n_layer": 1, "n_positions": 64},
-        0,
-        left=frozenset({"its base layer is a Conv1D"}),
+        4,
     ),
     "mixtral": causal("Mixtral", 4, EXPERTS, num_local_experts=4),
     "qwen3-moe": causal(

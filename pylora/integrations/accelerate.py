@@ -17,6 +17,7 @@ from pylora.integrations.swaps import Swap, install, remove
 from pylora.models.module_tree import is_bitsandbytes_4bit
 from pylora.nf4_weight import NF4Weight
 from pylora.nn import LoRALinear, NF4Linear
+from pylora.nn.conv1d import dense_weight, linear_shape
 
 _FUSIONS = ("qkv", "mlp")
 # The report names the kernels for these numbers of tokens: a decoding step, and a training step.
@@ -39,11 +40,11 @@ def accelerate(
     verify    the first `verify` calls of each layer are compared with float64 by the numerics rule;
               AssertionError names the layer that fails
 
-    It takes PEFT's LoRA and DoRA over nn.Linear and over Linear4bit (nf4), and plain Linear4bit. A
-    call that pylora does not compute (a hook on a part of the layer, per-row adapters) goes through
-    PEFT's own forward, over a base that pylora computes; the log (`pylora.integrations.swaps`) says
-    why. PEFT's methods work as before: adapters may be added, switched, disabled and merged. Call
-    it again after `get_peft_model` to take in the new layers.
+    It takes PEFT's LoRA and DoRA over nn.Linear, Conv1D and Linear4bit (nf4), and plain Linear4bit.
+    A call that pylora does not compute (a hook on a part of the layer, per-row adapters) goes
+    through PEFT's own forward, over a base that pylora computes; the log
+    (`pylora.integrations.swaps`) says why. PEFT's methods work as before: adapters may be added,
+    switched, disabled and merged. Call it again after `get_peft_model` to take in the new layers.
 
     Returns a Report, which prints as a table.
     """
@@ -137,14 +138,14 @@ def _variant(module: Any) -> str:
     """The backend and variant that this layer's calls would take."""
     base = module.base_layer if hasattr(module, "base_layer") else module
     nf4 = is_bitsandbytes_4bit(base)
-    weight = NF4Weight.from_bitsandbytes(base) if nf4 else base.weight
+    weight = NF4Weight.from_bitsandbytes(base) if nf4 else dense_weight(base)
     dtype = getattr(base, "compute_dtype", None) or (weight.dtype if nf4 else base.weight.dtype)
     device = base.weight.device
     if device.type == "meta":
         return "on the meta device"
     names = []
     for tokens in _TOKENS:
-        x = torch.empty(tokens, base.in_features, dtype=dtype, device=device)
+        x = torch.empty(tokens, linear_shape(base)[1], dtype=dtype, device=device)
         if base is module:
             call = functional.CALLS["nf4_linear"](x, weight, base.bias)
         else:

@@ -13,6 +13,7 @@ from pylora.integrations.bitsandbytes_layers import BitsandbytesWeight, compute_
 from pylora.integrations.swaps import Swap, has_hooks, is_swapped, why_not_replaceable
 from pylora.nf4_weight import NF4Weight
 from pylora.nn import dora
+from pylora.nn.conv1d import dense_weight, is_conv1d
 from pylora.nn.kept import Kept, Place
 from pylora.ops import run
 
@@ -56,6 +57,8 @@ class PeftLoraSwap(Swap):
         if type(base).__name__ == "Linear4bit":
             return why_not_replaceable(base) or why_not_nf4(base)
         own_forward = getattr(type(base), "forward", None)
+        if is_conv1d(base):
+            return why_not_replaceable(base)
         if own_forward is not nn.Linear.forward and type(base).__name__ not in _LIKE_LINEAR:
             return f"its base layer is a {type(base).__name__}"
         return why_not_replaceable(base)
@@ -122,7 +125,7 @@ class PeftLoraSwap(Swap):
             call = self._kept.call_with(x) if same else None
             if call is not None:
                 return call.run(x, scaling, None if seed is None else Dropout(p, seed))
-        weight = base.weight if state is None else self._weight.of(base)
+        weight = dense_weight(base) if state is None else self._weight.of(base)
         given = x
         if state is not None and torch.is_autocast_enabled(x.device.type):
             given = x.to(compute_dtype(base, x))
@@ -148,7 +151,7 @@ class PeftLoraSwap(Swap):
         base, A, B, dropout = parts
         scaling, magnitude = module.scaling[name], module.lora_magnitude_vector[name].weight
         packed = getattr(base.weight, "quant_state", None) is not None
-        weight = self._weight.of(base) if packed else base.weight
+        weight = self._weight.of(base) if packed else dense_weight(base)
         given = x.to(compute_dtype(base, x)) if packed else x
         factors = (A.weight, B.weight, scaling)
         norm = dora.adapted_norm(weight, self._base_norm(base, weight), *factors)
@@ -195,7 +198,9 @@ def dora_in_torch(
     return linear(x, weight, bias) + delta.to(x.dtype)
 
 
-def _places(base: nn.Module, *factors: nn.Module) -> tuple[Place, ...]:
+def _places(base: nn.Module, *factors: nn.Module) -> tuple[Place, ...] | None:
+    if is_conv1d(base):  # a call reads a view of its weight, which must be taken each time
+        return None
     is_packed = hasattr(base.weight, "quant_state")
     places = [Place(base._parameters, "weight", is_packed), Place(base._parameters, "bias")]
     for layer in factors:

@@ -166,7 +166,7 @@ class NF4Quantizer(HfQuantizer):
         """
         if lora_layers(model):
             raise ValueError("model has LoRA layers; pylora.unload must be called first")
-        dense: dict[int, nn.Linear] = {}
+        dense: dict[int, nn.Module] = {}
         for site in list(sites(model)):
             if isinstance(site.module, NF4Linear):
                 key = id(site.module)

@@ -41,7 +41,7 @@ def unload(model: _Model) -> _Model:
         raise ValueError("model has no LoRALinear; pylora.add_lora must have been called on it")
     if isinstance(root, LoRALinear):
         base = root.base_layer
-        return base.train(root.training)  # type: ignore[return-value]
+        return base.train(root.training)
     refuse_to_change(model, "pylora.unload")
     for module in fully_trained_modules(root).values():
         unmark_fully_trained(module)
