@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,11 +25,11 @@ from pylora.nf4 import (
 
 # bitsandbytes' quant_storage: the bytes of the codes, under the name of another dtype.
 _STORAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_STATE_KEY = "weight.quant_state.bitsandbytes__nf4"
+STATE_KEY = "weight.quant_state.bitsandbytes__nf4"
 _ABSMAX, _CODE = "weight.absmax", "weight.quant_map"
 _NESTED_ABSMAX, _NESTED_CODE = "weight.nested_absmax", "weight.nested_quant_map"
 # The keys of a layer's state dict that lie beside "weight" and "bias".
-ENTRY_KEYS = (_ABSMAX, _CODE, _NESTED_ABSMAX, _NESTED_CODE, _STATE_KEY)
+ENTRY_KEYS = (_ABSMAX, _CODE, _NESTED_ABSMAX, _NESTED_CODE, STATE_KEY)
 
 
 class MissingEntry(ValueError):
@@ -127,12 +127,7 @@ def state_entries(w: Any) -> dict[str, Tensor]:
         _ABSMAX: w.absmax.reshape(-1),
         _CODE: _code(w.device),
     }
-    facts: dict[str, Any] = {
-        "quant_type": "nf4",
-        "blocksize": w.blocksize,
-        "dtype": str(w.dtype).removeprefix("torch."),
-        "shape": list(w.shape),
-    }
+    facts = _facts(w.shape, w.dtype, w.blocksize)
     if w.nested_absmax is not None and w.nested_code is not None and w.offset is not None:
         # These are copied, because they may share memory with each other or with other layers, and
         # safetensors refuses tensors that do.
@@ -141,24 +136,35 @@ def state_entries(w: Any) -> dict[str, Tensor]:
         facts["nested_blocksize"] = w.nested_blocksize
         facts["nested_dtype"] = "float32"
         facts["nested_offset"] = float("nan") if w.offset.is_meta else w.offset.item()
-    blob = json.dumps(facts).encode()
-    entries[_STATE_KEY] = torch.tensor(list(blob), dtype=torch.uint8, device=w.device)
+    entries[STATE_KEY] = _as_bytes(facts, w.device)
     return {key: entry.detach() for key, entry in entries.items()}
 
 
-def read_state_entries(entries: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The fields of an NF4Weight, from the entries of a layer's state dict.
+def description(
+    shape: Sequence[int], dtype: torch.dtype, blocksize: int, device: torch.device
+) -> Tensor:
+    """The JSON by which bitsandbytes describes a weight, as bytes, without its nested_offset."""
+    return _as_bytes(_facts(shape, dtype, blocksize), device)
 
-    entries    as `state_entries` gives them; the packed codes may be in any storage dtype and any
-               shape
 
-    Raises MissingEntry if an entry is missing, and ValueError that names the entry that does not
-    fit.
+def _facts(shape: Sequence[int], dtype: torch.dtype, blocksize: int) -> dict[str, Any]:
+    return {
+        "quant_type": "nf4",
+        "blocksize": blocksize,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": list(shape),
+    }
+
+
+def _as_bytes(facts: dict[str, Any], device: torch.device) -> Tensor:
+    return torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8, device=device)
+
+
+def read_description(blob: Tensor) -> dict[str, Any]:
+    """The facts of a description: shape, dtype, blocksize, nested_blocksize and what else it has.
+
+    Raises ValueError if it is not readable, or if a fact is impossible.
     """
-    for key in ("weight", _STATE_KEY, _ABSMAX):
-        if key not in entries:
-            raise MissingEntry(key)
-    weight, blob = entries["weight"], entries[_STATE_KEY]
     try:
         facts = json.loads(bytes(blob.cpu().tolist()).decode())
         shape, blocksize = torch.Size(facts["shape"]), int(facts["blocksize"])
@@ -173,9 +179,34 @@ def read_state_entries(entries: Mapping[str, Tensor]) -> dict[str, Any]:
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"dtype is {facts['dtype']!r}; it must be a floating-point dtype")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{_STATE_KEY} is not a readable NF4 description: {error}") from error
+        raise ValueError(f"{STATE_KEY} is not a readable NF4 description: {error}") from error
     if quant_type != "nf4":
         raise ValueError(f"weight has quant_type {quant_type!r}; it must be 'nf4'")
+    return {
+        **facts,
+        "shape": shape,
+        "dtype": dtype,
+        "blocksize": blocksize,
+        "nested_blocksize": nested_blocksize,
+    }
+
+
+def read_state_entries(entries: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The fields of an NF4Weight, from the entries of a layer's state dict.
+
+    entries    as `state_entries` gives them; the packed codes may be in any storage dtype and any
+               shape
+
+    Raises MissingEntry if an entry is missing, and ValueError that names the entry that does not
+    fit.
+    """
+    for key in ("weight", STATE_KEY, _ABSMAX):
+        if key not in entries:
+            raise MissingEntry(key)
+    weight, blob = entries["weight"], entries[STATE_KEY]
+    facts = read_description(blob)
+    shape, dtype = facts["shape"], facts["dtype"]
+    blocksize, nested_blocksize = facts["blocksize"], facts["nested_blocksize"]
     _check_code(entries.get(_CODE))
     nested = _is_nested(entries, facts)
     offset = None
@@ -218,7 +249,7 @@ def _is_nested(entries: Mapping[str, Tensor], facts: Mapping[str, Any]) -> bool:
     dtype, described = entries[_ABSMAX].dtype, "nested_offset" in facts
     codes = not dtype.is_floating_point
     if codes and not described:
-        raise ValueError(f"{_STATE_KEY} has no nested_offset, but {_ABSMAX} is double-quantized")
+        raise ValueError(f"{STATE_KEY} has no nested_offset, but {_ABSMAX} is double-quantized")
     if not codes and (described or _NESTED_ABSMAX in entries or _NESTED_CODE in entries):
         raise ValueError(f"{_ABSMAX} has dtype {dtype}; double-quantized it must be uint8")
     for key in (_NESTED_ABSMAX, _NESTED_CODE):

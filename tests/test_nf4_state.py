@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -61,8 +62,9 @@ def test_memory_that_was_exchanged_under_a_parameter_is_seen(form: tuple) -> Non
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_every_key_of_the_state_dict_is_an_attribute(form: tuple) -> None:
     layer = nf4_layer(*form)
-    for key, value in layer.state_dict().items():
-        assert getattr(layer, key).data_ptr() == value.data_ptr(), key
+    model = nn.ModuleList([layer])
+    for key, value in model.state_dict().items():
+        assert attrgetter(key)(model).data_ptr() == value.data_ptr(), key
     for name, parameter in layer.named_parameters():
         if name != "bias":
             assert parameter.dtype == torch.uint8 and not parameter.requires_grad
@@ -129,6 +131,15 @@ def test_bytes_in_another_dtype_are_refused(name: str) -> None:
     before, state = snapshot(layer), snapshot(nf4_layer(32, 64, True))
     with pytest.raises(RuntimeError, match=f"{name} has dtype torch.float16; it must be uint8"):
         layer.load_state_dict(state | {name: state[name].half()})
+    assert_same(snapshot(layer), before)
+
+
+def test_a_lone_layer_refuses_the_state_of_another_format() -> None:
+    state = NF4Linear(32, 16, blocksize=4096).state_dict()
+    layer = NF4Linear(32, 16, blocksize=2048)  # both have one block, and so the same shapes
+    before = snapshot(layer)
+    with pytest.raises(RuntimeError, match="the weight has blocksize 4096; it must be 2048"):
+        layer.load_state_dict(state)
     assert_same(snapshot(layer), before)
 
 

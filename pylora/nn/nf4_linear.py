@@ -56,9 +56,10 @@ class NF4Linear(nn.Module):
                     one row; None without double quantization
     bias            Parameter or None
 
-    `state_dict()` has these names as keys. `load_state_dict` also takes bitsandbytes' entries and a
-    dense weight, which it quantizes; `checkpoint_entries()` writes bitsandbytes' entries. With
-    strict=False, bitsandbytes' entries may come in several calls, as they do from sharded files.
+    `state_dict()` has these names as keys; that of a layer which is in no model also has
+    bitsandbytes' description of the format. `load_state_dict` also takes bitsandbytes' entries,
+    which `checkpoint_entries()` gives, and a dense weight, which it quantizes. With strict=False,
+    bitsandbytes' entries may come in several calls, as they do from sharded files.
     Source: QLoRA, arXiv:2305.14314.
     """
 
@@ -289,6 +290,16 @@ class NF4Linear(nn.Module):
             entries["bias"] = self.bias.detach()
         return entries
 
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not prefix:  # no model around the layer says what its bytes are
+            shape = (self.out_features, self.in_features)
+            destination[bnb_format.STATE_KEY] = bnb_format.description(
+                shape, self.weight_dtype, self.blocksize, self.weight.device
+            )
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -329,6 +340,8 @@ class NF4Linear(nn.Module):
         an entry does not fit.
         """
         weight = entries.get(prefix + "weight")
+        if prefix + "absmax_bytes" in entries and prefix + bnb_format.STATE_KEY in entries:
+            self._check_description(entries.pop(prefix + bnb_format.STATE_KEY))
         keys = [key for key in bnb_format.ENTRY_KEYS if prefix + key in entries]
         packed = {key: entries.pop(prefix + key) for key in keys}
         if weight is not None and (keys or weight.shape != self.weight.shape):
@@ -338,6 +351,13 @@ class NF4Linear(nn.Module):
             if prefix + name in entries:
                 self._check_entry(name, entries[prefix + name])
         return w
+
+    def _check_description(self, blob: Tensor) -> None:
+        facts = bnb_format.read_description(blob)
+        shape = (self.out_features, self.in_features)
+        for name, held in (("shape", shape), ("blocksize", self.blocksize)):
+            if facts[name] != held:
+                raise ValueError(f"the weight has {name} {facts[name]}; it must be {held}")
 
     def _check_entry(self, name: str, given: Tensor) -> None:
         held = getattr(self, name)
