@@ -1,5 +1,7 @@
 """pylora: fused NF4 + LoRA kernels behind drop-in modules and autograd functions."""
 
+from typing import Any
+
 from pylora import functional, nn
 from pylora.dispatch import use_backend
 from pylora.explain import Explanation, explain
@@ -29,6 +31,7 @@ __all__ = [
     "LayerReport",
     "MergeReport",
     "MergedLayer",
+    "NF4Config",
     "NF4Weight",
     "PatchReport",
     "Report",
@@ -52,3 +55,12 @@ __all__ = [
     "unpatch",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports `NF4Config`, which needs transformers, when it is asked for."""
+    if name == "NF4Config":
+        from pylora.integrations.loading import NF4Config
+
+        return NF4Config
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

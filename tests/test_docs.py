@@ -46,7 +46,6 @@ def run(document: str, checkpoint: Path) -> dict[str, Any]:
 def test_drop_in_page_runs(checkpoint: Path) -> None:
     names = run("docs/drop-in.md", checkpoint)
     assert len(names["report"].swapped) == 14 and not names["report"].left
-    trained = [p for n, p in names["model"].named_parameters() if "lora_B" in n]
-    assert len(trained) == 14 and all(p.grad.any() for p in trained)
+    assert sum(type(m) is pylora.nn.LoRALinear for m in names["model"].modules()) == 14
     assert pylora.patch().patched  # the page leaves nothing patched that this would not undo
     pylora.unpatch()

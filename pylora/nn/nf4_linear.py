@@ -179,7 +179,7 @@ class NF4Linear(nn.Module):
 
         Its codes and absmax are shared, not copied. Raises ValueError for another shape.
         """
-        stored = _stored(self._checked(w))
+        stored = stored_tensors(self._checked(w))
         self._kept = None
         self.weight = frozen(stored["weight"])
         self.absmax_bytes = frozen(stored["absmax_bytes"])
@@ -321,7 +321,7 @@ class NF4Linear(nn.Module):
             return
         if w is not None:
             self._take_format(w)
-            own.update({prefix + name: value for name, value in _stored(w).items()})
+            own.update({prefix + name: value for name, value in stored_tensors(w).items()})
         if self.weight.is_meta:  # there is no memory to copy into
             local_metadata = {**local_metadata, "assign_to_params_buffers": True}
         names = missing if missing else missing_keys
@@ -387,7 +387,7 @@ class NF4Linear(nn.Module):
         """
         self._kept = None
         self._set_format(w)
-        for name, value in _stored(w).items():
+        for name, value in stored_tensors(w).items():
             held = getattr(self, name)
             if held is not None and held.shape == value.shape:
                 continue
@@ -414,7 +414,7 @@ def frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def _stored(w: NF4Weight) -> dict[str, Tensor]:
+def stored_tensors(w: NF4Weight) -> dict[str, Tensor]:
     """The tensors of `w` as an NF4Linear holds them."""
     stored = {"weight": w.qweight, "absmax_bytes": w.absmax.contiguous().view(torch.uint8)}
     if w.nested_absmax is not None and w.nested_code is not None and w.offset is not None:
