@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import pylora
-from pylora import integrations
+from pylora.integrations import trl
 from pylora.nn import LoRALinear
 
 transformers = pytest.importorskip("transformers")
@@ -205,7 +205,7 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_a_script_that_imported_a_trainer_of_trl_is_warned(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    integrations._warn_of_reference.cache_clear()
+    trl._warn.cache_clear()
     with caplog.at_level(logging.WARNING, "pylora.integrations"):
         pylora.add_lora(gemma(), r=2)
         assert not caplog.records
@@ -217,4 +217,50 @@ def test_a_script_that_imported_a_trainer_of_trl_is_warned(
             pylora.add_lora(gemma(), r=2)
     (record,) = caplog.records
     assert "GRPOTrainer" in record.getMessage() and "as_peft_model" in record.getMessage()
-    integrations._warn_of_reference.cache_clear()
+    trl._warn.cache_clear()
+
+
+def test_a_trainer_of_trl_gets_the_base_as_its_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    class DPOTrainer:
+        def __init__(self, model: Any, ref_model: Any = None, args: Any = None) -> None:
+            self.model, self.ref_model, self.args = model, ref_model, args
+
+    module: Any = types.ModuleType("trl.trainer.dpo_trainer")
+    module.DPOTrainer = DPOTrainer
+    monkeypatch.setitem(sys.modules, "trl.trainer.dpo_trainer", module)
+    model = pylora.quantize_model(gemma(quantized=False))
+    for _ in range(2):
+        pylora.add_lora(model, r=2, target_modules=["up_proj"])
+        model = pylora.unload(model)
+    pylora.add_lora(model, r=2)
+    for layer in model.modules():
+        if isinstance(layer, pylora.nn.LoRALinear):
+            torch.nn.init.normal_(layer.lora_B)
+    trainer = DPOTrainer(model, args=3)
+    assert trainer.model is model and trainer.args == 3
+    ids = torch.arange(3, 13)[None]
+    with pylora.disable_adapter(model):
+        expected = model(ids).logits
+    assert torch.equal(trainer.ref_model(ids).logits, expected)
+    assert not torch.equal(model(ids).logits, expected)
+    own = {id(p) for p in model.parameters()}
+    assert all(id(p) in own for p in trainer.ref_model.parameters())
+    other = torch.nn.Linear(2, 2)
+    assert DPOTrainer(model, other).ref_model is other
+    assert DPOTrainer(other).ref_model is None
+    assert DPOTrainer(model="a name").ref_model is None
+
+
+def test_the_base_follows_the_model_and_nothing_else_is_shared() -> None:
+    from pylora.models.disabling import base_of
+
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 8))
+    pylora.add_lora(model, r=2, target_modules=["0", "2"])
+    base = base_of(model.train()).eval()
+    assert model[1].training and not base[1].training
+    with torch.no_grad():
+        model[0].base_layer.weight.zero_()
+    assert base[0] is model[0].base_layer and not base[0].weight.any()
+    pylora.merge(model)
+    with pytest.raises(ValueError, match="0 is merged"):
+        base_of(model)
