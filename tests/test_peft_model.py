@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 import pylora
-from pylora.integrations import trl
 from pylora.nn import LoRALinear
 
 transformers = pytest.importorskip("transformers")
@@ -202,53 +201,61 @@ def test_what_does_not_fit_is_refused() -> None:
     assert list(model.peft_config) == ["default"]
 
 
-def test_a_script_that_imported_a_trainer_of_trl_is_warned(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    trl._warn.cache_clear()
-    with caplog.at_level(logging.WARNING, "pylora.integrations"):
-        pylora.add_lora(gemma(), r=2)
-        assert not caplog.records
-        name = "trl.trainer.grpo_trainer"
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-        gemma()  # it has no LoRA
-        assert not caplog.records
-        for _ in range(2):
-            pylora.add_lora(gemma(), r=2)
-    (record,) = caplog.records
-    assert "GRPOTrainer" in record.getMessage() and "as_peft_model" in record.getMessage()
-    trl._warn.cache_clear()
+def trainers_of_trl(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Stand-ins for a trainer that takes a reference, and for one that loads it by itself."""
 
-
-def test_a_trainer_of_trl_gets_the_base_as_its_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     class DPOTrainer:
         def __init__(self, model: Any, ref_model: Any = None, args: Any = None) -> None:
             self.model, self.ref_model, self.args = model, ref_model, args
 
-    module: Any = types.ModuleType("trl.trainer.dpo_trainer")
-    module.DPOTrainer = DPOTrainer
-    monkeypatch.setitem(sys.modules, "trl.trainer.dpo_trainer", module)
+    class GRPOTrainer:
+        def __init__(self, model: Any, reward: Any, args: Any = None) -> None:
+            self.model, self.args = model, args
+            self.ref_model = modules[1].create_model_from_path("its name")
+
+    modules: list[Any] = []
+    for trainer in (DPOTrainer, GRPOTrainer):
+        name = f"trl.trainer.{trainer.__name__.removesuffix('Trainer').lower()}_trainer"
+        module: Any = types.ModuleType(name)
+        setattr(module, trainer.__name__, trainer)
+        module.create_model_from_path = lambda name: f"loaded from {name}"
+        modules.append(module)
+        monkeypatch.setitem(sys.modules, name, module)
+    return [lambda model, **rest: DPOTrainer(model, **rest), lambda m, **r: GRPOTrainer(m, 1, **r)]
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["ref_model is an argument", "it is loaded"])
+def test_a_trainer_of_trl_gets_the_base_as_its_reference(
+    monkeypatch: pytest.MonkeyPatch, which: int
+) -> None:
+    make = trainers_of_trl(monkeypatch)[which]
     model = pylora.quantize_model(gemma(quantized=False))
-    for _ in range(2):
-        pylora.add_lora(model, r=2, target_modules=["up_proj"])
-        model = pylora.unload(model)
-    pylora.add_lora(model, r=2)
-    for layer in model.modules():
-        if isinstance(layer, pylora.nn.LoRALinear):
-            torch.nn.init.normal_(layer.lora_B)
-    trainer = DPOTrainer(model, args=3)
+    pylora.add_lora(model, r=2, target_modules=["up_proj"])
+    pylora.add_lora(model, r=2, target_modules=["q_proj"])  # the trainers are prepared only once
+    train_a_little(model)
+    trainer = make(model, args=3)
     assert trainer.model is model and trainer.args == 3
-    ids = torch.arange(3, 13)[None]
     with pylora.disable_adapter(model):
-        expected = model(ids).logits
-    assert torch.equal(trainer.ref_model(ids).logits, expected)
-    assert not torch.equal(model(ids).logits, expected)
+        expected = logits(model)
+    assert torch.equal(logits(trainer.ref_model), expected)
+    assert not torch.equal(logits(model), expected)
     own = {id(p) for p in model.parameters()}
     assert all(id(p) in own for p in trainer.ref_model.parameters())
-    other = torch.nn.Linear(2, 2)
-    assert DPOTrainer(model, other).ref_model is other
-    assert DPOTrainer(other).ref_model is None
-    assert DPOTrainer(model="a name").ref_model is None
+    without = [None, "loaded from its name"][which]
+    assert make(nn.Linear(2, 2)).ref_model == without
+    assert make("the name of a model").ref_model == without
+
+
+def test_under_fsdp_a_trainer_of_trl_warns(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    make, _ = trainers_of_trl(monkeypatch)
+    model = pylora.add_lora(gemma(), r=2)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with caplog.at_level(logging.WARNING, "pylora.integrations"):
+        assert make(model).ref_model is None
+    (record,) = caplog.records
+    assert "DPOTrainer" in record.getMessage() and "as_peft_model" in record.getMessage()
 
 
 def test_the_base_follows_the_model_and_nothing_else_is_shared() -> None:
