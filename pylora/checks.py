@@ -31,6 +31,17 @@ def quantizable(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} has dtype {value.dtype}; it must be float32, float16 or bfloat16")
 
 
+def finite_in(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Raises ValueError unless `tensor` has numbers that are finite in the floating-point dtype."""
+    if not tensor.dtype.is_floating_point:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; it must be floating point")
+    if not tensor.to(dtype).isfinite().all():
+        raise ValueError(
+            f"{name} must hold finite numbers of {dtype}, but holds NaN, inf or a number beyond "
+            "them"
+        )
+
+
 def finite(name: str, value: Tensor) -> None:
     """Raises ValueError if elements are not finite; it says how many and where the first one is."""
     if value.device.type == "meta" or isinstance(value, FakeTensor) or transformed():

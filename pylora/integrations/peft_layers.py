@@ -56,10 +56,8 @@ class PeftLoraSwap(Swap):
         base = module.get_base_layer()
         if type(base).__name__ == "Linear4bit":
             return why_not_replaceable(base) or why_not_nf4(base)
-        own_forward = getattr(type(base), "forward", None)
-        if is_conv1d(base):
-            return why_not_replaceable(base)
-        if own_forward is not nn.Linear.forward and type(base).__name__ not in _LIKE_LINEAR:
+        like_linear = type(base).__name__ in _LIKE_LINEAR or is_conv1d(base)
+        if not like_linear and getattr(type(base), "forward", None) is not nn.Linear.forward:
             return f"its base layer is a {type(base).__name__}"
         return why_not_replaceable(base)
 

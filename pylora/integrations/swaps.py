@@ -97,12 +97,10 @@ def install(module: nn.Module, swap: Swap) -> None:
     module.__dict__["forward"] = MethodType(forward, module)
 
 
-def remove(module: nn.Module) -> bool:
-    """Gives the module its own forward back; false if it was not swapped."""
-    if module.__dict__.pop(_SWAP, None) is None:
-        return False
-    module.__dict__.pop("forward", None)  # a patched class exchanges its forward for all modules
-    return True
+def remove(module: nn.Module) -> None:
+    """Gives the module its own forward back, if it was swapped."""
+    if is_swapped(module):
+        del module.__dict__[_SWAP], module.__dict__["forward"]
 
 
 def is_swapped(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pylora import checks
 from pylora.models.adapter_config import CONFIG_NAME, AdapterConfig
 from pylora.models.module_tree import (
     Site,
@@ -284,10 +285,5 @@ def _check_tensor(file: Path, key: str, tensor: Tensor, form: _Form) -> None:
                 f"{file}: {key!r} has dtype {tensor.dtype}; it must be {form.dtype}, as in the "
                 "model"
             )
-    elif not tensor.dtype.is_floating_point:
-        raise ValueError(f"{file}: {key!r} has dtype {tensor.dtype}; it must be floating point")
-    elif not tensor.to(form.dtype).isfinite().all():
-        raise ValueError(
-            f"{file}: {key!r} must hold finite numbers of {form.dtype}, but holds NaN, inf or a "
-            "number beyond them"
-        )
+    else:
+        checks.finite_in(f"{file}: {key!r}", tensor, form.dtype)

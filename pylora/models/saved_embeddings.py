@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pylora import checks
 from pylora.models.module_tree import is_4bit, is_below, sites
 from pylora.models.targets import output_head
 from pylora.nn import LoRALinear
@@ -102,9 +103,4 @@ def _check(
             f"{file}: {key!r} has shape {tuple(value.shape)}; it must be {tuple(parameter.shape)}. "
             "If the vocabulary was resized, call model.resize_token_embeddings first"
         )
-    if not value.dtype.is_floating_point:
-        raise ValueError(f"{file}: {key!r} has dtype {value.dtype}; it must be floating point")
-    if not value.to(parameter.dtype).isfinite().all():
-        raise ValueError(
-            f"{file}: {key!r} must hold finite numbers of {parameter.dtype}, but holds others"
-        )
+    checks.finite_in(f"{file}: {key!r}", value, parameter.dtype)

@@ -33,7 +33,7 @@ from pylora.ops.registration import (
 
 
 class Place(NamedTuple):
-    """Where a module holds a parameter or buffer that a call reads.
+    """The place in which a module holds a parameter or buffer that a call reads.
 
     held     the dict that holds it
     name     its key in the dict
