@@ -193,7 +193,7 @@ def test_files_are_short() -> None:
         "kernels/*.py",
         "csrc/**/*.*",
         "tests/*.py",
-        "examples/*.py",
+        "examples/**/*.py",
         "benchmarks/**/*.py",
     )
     lengths = {f: len(f.read_text().splitlines()) for p in patterns for f in ROOT.glob(p)}
