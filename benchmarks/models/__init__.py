@@ -1,0 +1,7 @@
+"""Whole models: the time of a training step and of a decoded token, and the peak memory of a step.
+
+families.py      the models
+contenders.py    who trains them: PEFT over bitsandbytes, the same through pylora, and others
+measure.py       time and memory of one model
+run.py           `python -m benchmarks models`: all of them, as JSON and a table
+"""

@@ -1,0 +1,82 @@
+"""Who trains a model: each contender turns a dense model into one with LoRA."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import bitsandbytes
+import peft
+import torch
+from torch import nn
+
+import pylora
+from benchmarks.models.families import DENSE
+
+RANK = 16
+PEER, ACCELERATED = "PEFT over bitsandbytes", "the same, accelerated"
+
+
+@dataclass(frozen=True)
+class ModelContender:
+    """A way to train LoRA.
+
+    build     dense model in bfloat16 -> the model to train, which may be the same, changed
+    has_nf4   its base has 4 bits
+    """
+
+    name: str
+    build: Callable[[Any], Any]
+    has_nf4: bool = True
+
+
+def in_4bit(model: Any, double_quant: bool = True) -> Any:
+    """Replaces linear layers by bitsandbytes' Linear4bit, as transformers would."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and not re.match(DENSE, name):
+            layer = bitsandbytes.nn.Linear4bit(
+                module.in_features,
+                module.out_features,
+                module.bias is not None,
+                compute_dtype=module.weight.dtype,
+                compress_statistics=double_quant,
+                quant_type="nf4",
+            )
+            layer.load_state_dict(module.state_dict())
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, layer.to(module.weight.device))
+    model.is_loaded_in_4bit = True
+    return model
+
+
+def _with_peft(model: Any) -> Any:
+    config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+    return peft.get_peft_model(model, config)
+
+
+def _accelerated(model: Any) -> Any:
+    pylora.accelerate(model, verify=1)  # the first call of each layer is checked, before the timing
+    return model
+
+
+def _of_pylora(model: Any) -> Any:
+    skipped = [n for n, m in model.named_modules() if type(m) is nn.Linear and re.match(DENSE, n)]
+    pylora.quantize_model(model, skip_modules=skipped, double_quant=True)
+    # PEFT casts its factors to float32 over a base in bfloat16; so do we, to compare the same work.
+    pylora.add_lora(model, r=RANK, lora_alpha=2 * RANK, dtype=torch.float32)
+    return model
+
+
+CONTENDERS = (
+    ModelContender(PEER, lambda model: _with_peft(in_4bit(model))),
+    ModelContender(ACCELERATED, lambda model: _accelerated(_with_peft(in_4bit(model)))),
+    ModelContender("pylora", _of_pylora),
+    ModelContender("PEFT over bfloat16", _with_peft, has_nf4=False),
+    ModelContender(
+        "PEFT over bfloat16, accelerated",
+        lambda model: _accelerated(_with_peft(model)),
+        has_nf4=False,
+    ),
+)
