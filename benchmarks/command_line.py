@@ -1,4 +1,4 @@
-"""The command line of `python -m benchmarks`: list, run, sweep, compare, report."""
+"""The command line of `python -m benchmarks`: list, run, models, sweep, compare, report."""
 
 from __future__ import annotations
 
@@ -70,6 +70,30 @@ def parser() -> argparse.ArgumentParser:
         "--seconds", type=float, help="time to spend on each cell; 0: check, but time nothing"
     )
     run.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+
+    models = commands.add_parser(
+        "models", help="time training steps and decoding of whole models, and measure their memory"
+    )
+    models.add_argument("--model", action="append", help="a model (may be repeated); default: all")
+    models.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="default: bfloat16, or float32 on a CPU that has no instructions for bfloat16",
+    )
+    models.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    models.add_argument(
+        "--out",
+        type=Path,
+        default=DEFAULT_OUT,
+        help="the folder for models.json; default: build/benchmarks",
+    )
+    models.add_argument(
+        "--threads", type=int, help="number of CPU threads; default: what torch uses"
+    )
+    models.add_argument("--seed", type=int, help="seed of the random weights; default: a new one")
+    models.add_argument(
+        "--seconds", type=float, default=10.0, help="time to spend on each model; default: 10"
+    )
 
     sweep = commands.add_parser("sweep", help="time every plan of the GPU kernels")
     sweep.add_argument("--device", choices=("cuda",), default="cuda", help="default: cuda")
@@ -143,6 +167,12 @@ def _list(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     from benchmarks.runner import run
+
+    return run(arguments)
+
+
+def _models(arguments: argparse.Namespace) -> int:
+    from benchmarks.models.run import run
 
     return run(arguments)
 

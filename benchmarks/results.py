@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 3
+# The file of whole models, which has a form of its own; see benchmarks.models.results.
+MODELS_FILE = "models.json"
 # Contenders that every table treats in a way of its own: pylora, pylora timed a second time, its
 # reference, and pylora without LoRA, which shows what LoRA costs and is no peer to win against.
 OURS, CONTROL = "pylora", "pylora (control)"
@@ -121,13 +123,14 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def load_all(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """Returns the runs in these files and in the *.json files of these folders.
+    """Returns the runs of ops in these files and in the *.json files of these folders.
 
     Raises InvalidResults if a path is missing or a folder holds no such file.
     """
     runs = []
     for path in paths:
         files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        files = [file for file in files if file.name != MODELS_FILE]
         if not files:
             raise InvalidResults(
                 f"{path} holds no .json file; run `python -m benchmarks run` first"
@@ -178,13 +181,18 @@ def _check_run(run: Any, where: str) -> None:
     if run.get("schema") != SCHEMA:
         raise InvalidResults(f"{where} has schema {run.get('schema')!r}; it must be {SCHEMA}")
     check_fields(run, _RUN, where)
-    check_fields(run["machine"], _MACHINE, f"{where}, machine")
+    check_machine(run["machine"], where)
     check_fields(run["roofline"], _ROOFLINE, f"{where}, roofline")
     for i, cell in enumerate(run["cells"]):
         here = f"{where}, cells[{i}]"
         check_fields(cell, _CELL, here)
         for j, result in enumerate(cell["results"]):
             check_fields(result, _RESULT, f"{here}.results[{j}]")
+
+
+def check_machine(facts: Any, where: str) -> None:
+    """Raises InvalidResults unless `facts` are what `benchmarks.machine.machine` returns."""
+    check_fields(facts, _MACHINE, f"{where}, machine")
 
 
 def check_fields(value: Any, fields: Mapping[str, Any], where: str) -> None:

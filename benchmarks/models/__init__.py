@@ -3,5 +3,7 @@
 families.py      the models
 contenders.py    who trains them: PEFT over bitsandbytes, the same through pylora, and others
 measure.py       time and memory of one model
-run.py           `python -m benchmarks models`: all of them, as JSON and a table
+results.py       the JSON file
+table.py         the table
+run.py           `python -m benchmarks models`: all of them
 """

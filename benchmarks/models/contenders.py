@@ -14,16 +14,17 @@ from torch import nn
 
 import pylora
 from benchmarks.models.families import DENSE
+from benchmarks.models.results import PEER
 
 RANK = 16
-PEER, ACCELERATED = "PEFT over bitsandbytes", "the same, accelerated"
+ACCELERATED, DENSE_PEER = f"{PEER}, accelerated", "PEFT, dense"
 
 
 @dataclass(frozen=True)
 class ModelContender:
     """A way to train LoRA.
 
-    build     dense model in bfloat16 -> the model to train, which may be the same, changed
+    build     dense model -> the model to train, which may be the same, changed
     has_nf4   its base has 4 bits
     """
 
@@ -73,9 +74,9 @@ CONTENDERS = (
     ModelContender(PEER, lambda model: _with_peft(in_4bit(model))),
     ModelContender(ACCELERATED, lambda model: _accelerated(_with_peft(in_4bit(model)))),
     ModelContender("pylora", _of_pylora),
-    ModelContender("PEFT over bfloat16", _with_peft, has_nf4=False),
+    ModelContender(DENSE_PEER, _with_peft, has_nf4=False),
     ModelContender(
-        "PEFT over bfloat16, accelerated",
+        f"{DENSE_PEER}, accelerated",
         lambda model: _accelerated(_with_peft(model)),
         has_nf4=False,
     ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,18 +23,21 @@ _PROMPT = 8
 
 
 class Training:
-    """A model with its optimizer, and a batch to train on, as a mixed-precision loop has them."""
+    """A model with its optimizer and a batch to train on.
+
+    A model in bfloat16 trains under autocast, as mixed-precision loops do.
+    """
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor], output: str) -> None:
         self.model, self._inputs, self._output = model.train(), inputs, output
         trained = [p for p in model.parameters() if p.requires_grad]
         self.trainable = sum(p.numel() for p in trained)
         self._optimizer = torch.optim.AdamW(trained, lr=1e-4)
-        self._device = next(model.parameters()).device
+        self._device, self._around = _autocast(model)
 
     def step(self) -> None:
         """Forward, backward and an update."""
-        with torch.autocast(self._device.type, torch.bfloat16):
+        with self._around():
             output = getattr(self.model(**self._inputs), self._output)
         (output if output.dim() == 0 else output.float().square().mean()).backward()
         self._optimizer.step()
@@ -53,7 +57,7 @@ class Decoding:
 
     def __init__(self, model: Any, vocabulary: int) -> None:
         self.model = model
-        self._device = next(model.parameters()).device
+        self._device, self._around = _autocast(model)
         self._prompt = torch.arange(3, 3 + _PROMPT, device=self._device)[None] % vocabulary
         self._token = self._prompt[:, :1]
 
@@ -61,7 +65,7 @@ class Decoding:
     def seconds(self) -> float:
         """The time of a token, after the prompt."""
         self.model.eval()
-        with torch.autocast(self._device.type, torch.bfloat16):
+        with self._around():
             cache = self.model(input_ids=self._prompt, use_cache=True).past_key_values
 
             def decode() -> None:
@@ -69,6 +73,12 @@ class Decoding:
                     self.model(input_ids=self._token, past_key_values=cache, use_cache=True)
 
             return _seconds(decode, self._device) / _DECODED
+
+
+def _autocast(model: nn.Module) -> tuple[torch.device, Callable[[], Any]]:
+    first = next(p for p in model.parameters() if p.is_floating_point())
+    mixed = any(p.dtype == torch.bfloat16 for p in model.parameters())
+    return first.device, partial(torch.autocast, first.device.type, torch.bfloat16, enabled=mixed)
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:

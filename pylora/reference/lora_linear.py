@@ -43,18 +43,28 @@ def lora_linear_backward(call: LoraLinearBackward) -> LayerGradients:
 
 def layer_forward(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
     """(y, h) of a layer with or without LoRA; without it h is an empty tensor [0]."""
-    base = base_linear(x, layer.weight, layer.bias)
-    if layer.low_rank is None:
+    base, low = base_linear(x, layer.weight, layer.bias), layer.low_rank
+    if low is None:
         return base, x.new_empty(0)
-    delta, h = low_rank_path(x, layer.low_rank)
+    if base.dtype == low.B.dtype and low.B_bias is None:  # no matrix of y's size beside y and base
+        a, h = low_rank_input(x, low)
+        y = torch.addmm(token_matrix(base), token_matrix(a), low.B.t(), alpha=low.scaling)
+        return y.view(base.shape), h
+    delta, h = low_rank_path(x, low)
     return (base + delta).to(x.dtype), h
 
 
 def low_rank_path(x: Tensor, low: LowRank) -> tuple[Tensor, Tensor]:
     """(what the low-rank path adds to y, h); it runs in the dtype of lora_A, as PEFT runs it."""
+    a, h = low_rank_input(x, low)
+    return linear(a, low.B, low.B_bias) * low.scaling, h
+
+
+def low_rank_input(x: Tensor, low: LowRank) -> tuple[Tensor, Tensor]:
+    """(act(h), which lora_B takes, in the dtype of lora_A; h in fp32 or float64)."""
     h = linear(dropout(x.to(low.A.dtype), low.dropout), low.A, low.A_bias)
-    delta = linear(ACTIVATIONS[low.activation].forward(h), low.B, low.B_bias) * low.scaling
-    return delta, h.to(torch.promote_types(h.dtype, torch.float32))
+    a = ACTIVATIONS[low.activation].forward(h)
+    return a, h.to(torch.promote_types(h.dtype, torch.float32))
 
 
 def layer_backward(
@@ -77,10 +87,13 @@ def layer_backward(
         return LayerGradients(dx, dweight, bias=dbias)
 
     act = ACTIVATIONS[low.activation]
-    scaled = flat_grad.to(low.A.dtype) * low.scaling
+    # The scaling multiplies the small results, and not grad, which would take another such matrix.
+    grad_in_lora = flat_grad.to(low.A.dtype)
     h = token_matrix(h).to(low.A.dtype)
-    dh = act.backward(scaled @ low.B, h)
-    if dx is not None:
+    dh = act.backward(grad_in_lora @ low.B * low.scaling, h)
+    if dx is not None and low.dropout is None and dx.dtype == dh.dtype:
+        dx = torch.addmm(token_matrix(dx), dh, low.A).view(x.shape)
+    elif dx is not None:
         dx = (dx + dropout((dh @ low.A).view(x.shape), low.dropout)).to(x.dtype)
     dlora_A = None
     if wanted.A:
@@ -89,10 +102,10 @@ def layer_backward(
         x=dx,
         weight=dweight,
         A=dlora_A,
-        B=scaled.t() @ act.forward(h) if wanted.B else None,
+        B=grad_in_lora.t() @ act.forward(h) * low.scaling if wanted.B else None,
         bias=dbias,
         A_bias=dh.sum(0) if wanted.A_bias else None,
-        B_bias=scaled.sum(0) if wanted.B_bias else None,
+        B_bias=grad_in_lora.sum(0) * low.scaling if wanted.B_bias else None,
     )
 
 

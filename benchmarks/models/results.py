@@ -1,0 +1,77 @@
+"""The file of `python -m benchmarks models`: written as a whole, checked when read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import (
+    MODELS_FILE,
+    NUMBER,
+    InvalidResults,
+    check_fields,
+    check_machine,
+    write_atomically,
+)
+
+SCHEMA = 1
+# The contender that the others are compared with.
+PEER = "PEFT over bitsandbytes"
+
+_RUN: dict[str, Any] = {
+    "schema": int,
+    "date": str,
+    "seed": int,
+    "seconds": NUMBER,
+    "rank": int,
+    "dtype": str,
+    "machine": dict,
+    "versions": dict,
+    "commit": (dict, type(None)),
+    "models": list,
+}
+_MODEL: dict[str, Any] = {"model": str, "tokens": int, "results": list}
+_RESULT: dict[str, Any] = {"contender": str, "note": str}
+_MEASURED: dict[str, Any] = {"trainable": int, "model_bytes": int, "peak_bytes": int, "step": dict}
+_SUMMARY: dict[str, Any] = {"samples": int, **dict.fromkeys(("median", "p20", "p80"), NUMBER)}
+
+
+def save(path: Path, run: Mapping[str, Any]) -> None:
+    """Writes the file. Raises InvalidResults if `load` would refuse what it would hold."""
+    _check(run, str(path))
+    write_atomically(path, json.dumps(run, indent=1, allow_nan=False) + "\n")
+
+
+def load_all(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """Returns the runs of whole models in these files and folders."""
+    files = [path / MODELS_FILE if path.is_dir() else path for path in paths]
+    return [load(file) for file in files if file.name == MODELS_FILE and file.exists()]
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Returns the run in a file. Raises InvalidResults, which names what is missing or wrong."""
+    try:
+        run = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InvalidResults(f"{path} cannot be read: {error}") from error
+    _check(run, str(path))
+    return run
+
+
+def _check(run: Any, where: str) -> None:
+    check_fields(run, _RUN, where)
+    if run["schema"] != SCHEMA:
+        raise InvalidResults(f"{where} has schema {run['schema']!r}; it must be {SCHEMA}")
+    check_machine(run["machine"], where)
+    for model in run["models"]:
+        check_fields(model, _MODEL, f"{where}, models")
+        for result in model["results"]:
+            here = f"{where}, {model['model']}"
+            check_fields(result, _RESULT, here)
+            if not result["note"]:  # it was measured
+                here = f"{here}, {result['contender']}"
+                check_fields(result, _MEASURED, here)
+                for name in {"step", "token"} & result.keys():
+                    check_fields(result[name], _SUMMARY, f"{here}, {name}")
