@@ -203,11 +203,12 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from benchmarks.models.results import load_all as load_models
     from benchmarks.report.page import write_report
 
     paths = arguments.paths or [DEFAULT_OUT]
     out = arguments.out or (paths[0] if paths[0].is_dir() else paths[0].parent)
-    for written in write_report(load_all(paths), out):
+    for written in write_report(load_all(paths), load_models(paths), out):
         print(written)
     return 0
 

@@ -130,12 +130,11 @@ def load_all(paths: Iterable[Path]) -> list[dict[str, Any]]:
     runs = []
     for path in paths:
         files = sorted(path.glob("*.json")) if path.is_dir() else [path]
-        files = [file for file in files if file.name != MODELS_FILE]
         if not files:
             raise InvalidResults(
                 f"{path} holds no .json file; run `python -m benchmarks run` first"
             )
-        runs += [load(file) for file in files]
+        runs += [load(file) for file in files if file.name != MODELS_FILE]
     return runs
 
 

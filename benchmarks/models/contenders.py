@@ -14,10 +14,10 @@ from torch import nn
 
 import pylora
 from benchmarks.models.families import DENSE
-from benchmarks.models.results import PEER
+from benchmarks.models.results import ACCELERATED, PEER
 
 RANK = 16
-ACCELERATED, DENSE_PEER = f"{PEER}, accelerated", "PEFT, dense"
+DENSE_PEER = "PEFT, dense"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from benchmarks.results import (
 SCHEMA = 1
 # The contender that the others are compared with.
 PEER = "PEFT over bitsandbytes"
+ACCELERATED = f"{PEER}, accelerated"
 
 _RUN: dict[str, Any] = {
     "schema": int,

@@ -54,4 +54,4 @@ def models_table(run: Mapping[str, Any]) -> str:
         others = zip(line[2:], widths[2:], strict=True)
         cells = line[2:3] if not line[3] else [cell.rjust(width) for cell, width in others]
         texts.append(f"{first}  {'  '.join(cells)}".rstrip())
-    return "\n".join([EXPLANATION.format(rank=run["rank"], dtype=run["dtype"]), *texts])
+    return "\n".join([EXPLANATION.format(**run), *texts])

@@ -6,4 +6,5 @@ goals.py        the goals on a CPU and, with cuda_goals.py, those on a GPU
 plots.py        the pictures
 page.py         `python -m benchmarks report`: all of it in one HTML file
 host_page.py    the part of that file about host times
+models_page.py  the part of that file about whole models
 """

@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.report import cuda_goals, goals, plots
 from benchmarks.report.host_page import host_section
+from benchmarks.report.models_page import models_section
 from benchmarks.report.tables import (
     contenders_of,
     device_seconds,
@@ -61,10 +62,18 @@ Run = Mapping[str, Any]
 Seconds = Callable[[Run], float]
 
 
-def write_report(runs: Sequence[Run], out: Path) -> list[Path]:
-    """Writes report.html and a PNG of each picture into `out`, and returns their paths."""
+def write_report(runs: Sequence[Run], models: Sequence[Run], out: Path) -> list[Path]:
+    """Writes report.html and a PNG of each picture into `out`, and returns their paths.
+
+    runs      those of ops
+    models    those of whole models
+    """
     figures: dict[str, bytes] = {}
-    body = [_header(runs), _EXPLANATION, *_goals(runs)]
+    body = [_header([*runs, *models])]
+    for run in models:
+        body += models_section(run, figures)
+    if runs:
+        body += [_EXPLANATION, *_goals(runs)]
     for run in runs:
         body += _op(run, figures)
     page = (
@@ -84,14 +93,14 @@ def _header(runs: Sequence[Run]) -> str:
     """Returns the machine, the versions and the commit; if runs differ in them, those of each."""
     lines = []
     for value in dict.fromkeys(map(_facts, runs)):
-        ops = [run["op"] for run in runs if _facts(run) == value]
+        ops = [run.get("op", "whole models") for run in runs if _facts(run) == value]
         which = "" if len(ops) == len(runs) else f"<b>{', '.join(ops)}</b>: "
         lines.append(f'<div class="facts">{which}{value}</div>')
     return f"<h1>pylora benchmarks</h1>{''.join(lines)}"
 
 
 def _facts(run: Run) -> str:
-    machine, limits, commit = run["machine"], run["roofline"], run["commit"]
+    machine, limits, commit = run["machine"], run.get("roofline"), run["commit"]
     caches = ", ".join(f"{name} {size(count)}" for name, count in machine["caches"].items())
     known = f"commit {commit['hash'][:10]}" if commit else "no commit"
     dirty = " <b>with uncommitted changes</b>" if commit and commit["dirty"] else ""
@@ -99,13 +108,18 @@ def _facts(run: Run) -> str:
     if (machine["load"] or 0) > BUSY:
         dirty += f", <b>machine not idle: load average {machine['load']:.1f}</b>"
     driver = f", driver {machine['driver']}" if machine["driver"] else ""
+    measured = suite = ""
+    if limits is not None:
+        measured = (
+            f"measured limits: read {limits['read_bytes_per_s'] / 1e9:.1f} GB/s, copy "
+            f"{limits['copy_bytes_per_s'] / 1e9:.1f} GB/s, bf16 matmul "
+            f"{limits['matmul_flop_per_s'] / 1e12:.2f} TFLOP/s<br>"
+        )
+        suite = f"{run['suite']} suite, "
     return (
         f"<b>{escape(machine['gpu'] or machine['cpu'])}</b>{escape(driver)}, "
-        f"{machine['threads']} of {machine['cores']} cores, {caches}<br>"
-        f"measured limits: read {limits['read_bytes_per_s'] / 1e9:.1f} GB/s, copy "
-        f"{limits['copy_bytes_per_s'] / 1e9:.1f} GB/s, bf16 matmul "
-        f"{limits['matmul_flop_per_s'] / 1e12:.2f} TFLOP/s<br>"
-        f"{escape(versions)}<br>{run['suite']} suite, {known}{dirty}, {run['date'][:10]}"
+        f"{machine['threads']} of {machine['cores']} cores, {caches}<br>{measured}"
+        f"{escape(versions)}<br>{suite}{known}{dirty}, {run['date'][:10]}"
     )
 
 
