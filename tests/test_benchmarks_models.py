@@ -51,7 +51,9 @@ def test_every_contender_is_measured(folder: Path) -> None:
     assert llama[ACCELERATED]["peak_bytes"] < llama[PEER]["peak_bytes"]
     assert llama["pylora"]["model_bytes"] < llama["PEFT, dense"]["model_bytes"]
     assert "token" not in vit[PEER]
-    assert f"PEFT {vit[PEER]['trainable']}" in vit["pylora"]["note"]  # its classifier is trained in another way
+    assert (
+        f"PEFT {vit[PEER]['trainable']}" in vit["pylora"]["note"]
+    )  # its classifier is trained in another way
 
 
 def test_the_table_and_the_page_show_every_contender(
