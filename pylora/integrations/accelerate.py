@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pylora import checks, dispatch, functional
+from pylora.integrations import peft_rows
 from pylora.integrations.bitsandbytes_layers import Linear4bitSwap, why_not_nf4
 from pylora.integrations.peft_layers import PeftLoraSwap
 from pylora.integrations.report import LayerReport, Report
@@ -41,10 +42,12 @@ def accelerate(
               AssertionError names the layer that fails
 
     It takes PEFT's LoRA and DoRA over nn.Linear, Conv1D and Linear4bit (nf4), and plain Linear4bit.
-    A call that pylora does not compute (a hook on a part of the layer, per-row adapters) goes
+    A call that pylora does not compute (such as one with a hook on a part of the layer) goes
     through PEFT's own forward, over a base that pylora computes; the log
     (`pylora.integrations.swaps`) says why. PEFT's methods work as before: adapters may be added,
     switched, disabled and merged. Call it again after `get_peft_model` to take in the new layers.
+
+    Each row of a batch may have its own adapter (PEFT's `adapter_names`), in training too.
 
     Returns a Report, which prints as a table.
     """
@@ -87,6 +90,8 @@ def accelerate(
     restore(model)
     for module, swap in swaps:
         install(module, swap)
+    for module in model.modules():
+        peft_rows.allow_training(module)
     return report
 
 
@@ -96,6 +101,7 @@ def restore(model: nn.Module) -> None:
         raise TypeError(f"model is {type(model).__name__}; it must be an nn.Module")
     for module in model.modules():
         remove(module)
+        peft_rows.forbid_training(module)
 
 
 def _peft_classes() -> tuple[type | None, tuple[type, ...]]:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from pylora import checks
+from pylora.integrations import peft_rows
 from pylora.integrations.bitsandbytes_layers import Linear4bitSwap
 from pylora.integrations.peft_layers import PeftLoraSwap
 from pylora.integrations.swaps import OWN_FORWARD, Swap
@@ -84,6 +85,8 @@ def patch(*, bitsandbytes: bool = True, peft: bool = True, verify: int = 0) -> P
             continue
         _patch_class(cls, swap, verify)
         patched.append(full_name)
+    if peft and "peft.tuners.lora.layer.Linear" in patched:
+        peft_rows.allow_training_everywhere()
     return PatchReport(tuple(patched), left)
 
 
@@ -92,6 +95,7 @@ def unpatch() -> None:
     for cls, own_forward in OWN_FORWARD.items():
         cls.forward = own_forward  # type: ignore[attr-defined]
     OWN_FORWARD.clear()
+    peft_rows.forbid_training_everywhere()
 
 
 def _patch_class(cls: Any, kind: type[Swap], verify: int) -> None:
