@@ -373,7 +373,7 @@ def patched() -> Iterator[pylora.PatchReport]:
 def test_patched_classes_compute_through_pylora(
     base: str, patched: pylora.PatchReport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert len(patched.patched) == 3 and not patched.left
+    assert len(patched.patched) == 5 and not patched.left
     model, calls, choose = peft_model(base), [], dispatch.choose
     monkeypatch.setattr(dispatch, "choose", lambda call: calls.append(type(call)) or choose(call))
     actual = [outcome(model, IDS) for _ in range(2)]

@@ -11,9 +11,10 @@ from torch import nn
 
 from pylora import checks, dispatch, functional
 from pylora.integrations import peft_rows
-from pylora.integrations.bitsandbytes_layers import Linear4bitSwap, why_not_nf4
-from pylora.integrations.peft_layers import PeftLoraSwap
+from pylora.integrations.bitsandbytes_layers import why_not_nf4
+from pylora.integrations.peft_base import PeftSwap
 from pylora.integrations.report import LayerReport, Report
+from pylora.integrations.swapped_classes import swap_of
 from pylora.integrations.swaps import Swap, install, remove
 from pylora.models.module_tree import is_bitsandbytes_4bit
 from pylora.nf4_weight import NF4Weight
@@ -41,7 +42,8 @@ def accelerate(
     verify    the first `verify` calls of each layer are compared with float64 by the numerics rule;
               AssertionError names the layer that fails
 
-    It takes PEFT's LoRA and DoRA over nn.Linear, Conv1D and Linear4bit (nf4), and plain Linear4bit.
+    It takes PEFT's LoRA, DoRA and AdaLoRA over nn.Linear, Conv1D and Linear4bit (nf4), and plain
+    Linear4bit.
     A call that pylora does not compute (such as one with a hook on a part of the layer) goes
     through PEFT's own forward, over a base that pylora computes; the log
     (`pylora.integrations.swaps`) says why. PEFT's methods work as before: adapters may be added,
@@ -63,12 +65,13 @@ def accelerate(
     layers: list[LayerReport] = []
     bases: set[int] = set()  # of layers that are swapped as a whole
     for name, module in model.named_modules():
-        swap = _swap_for(name, module, verify)
+        swap_class = swap_of(module)
+        swap = None if swap_class is None else swap_class(name, verify)
         reason = _why_left(module) if swap is None else swap.why_not(module)
         kind = type(module).__name__
         if swap is not None and reason is None:
             swaps.append((module, swap))
-            if isinstance(swap, PeftLoraSwap):
+            if isinstance(swap, PeftSwap):
                 kind = f"{kind} over {type(module.base_layer).__name__}"
                 bases.add(id(module.base_layer))
             if id(module) not in bases:
@@ -104,33 +107,10 @@ def restore(model: nn.Module) -> None:
         peft_rows.forbid_training(module)
 
 
-def _peft_classes() -> tuple[type | None, tuple[type, ...]]:
-    """PEFT's base class of layers with adapters, and the classes of LoRA over linear layers.
-
-    Both are empty if PEFT has not been imported, because then no model has its layers.
-    """
-    layer: Any = sys.modules.get("peft.tuners.lora.layer")
-    tuners: Any = sys.modules.get("peft.tuners.tuners_utils")
-    bnb: Any = sys.modules.get("peft.tuners.lora.bnb")
-    over_4bit = getattr(bnb, "Linear4bit", None)
-    if layer is None or tuners is None:
-        return None, ()
-    return tuners.BaseTunerLayer, (layer.Linear, *([over_4bit] if over_4bit else []))
-
-
-def _swap_for(name: str, module: nn.Module, verify: int) -> Swap | None:
-    _, lora = _peft_classes()
-    if type(module) in lora:  # a subclass may compute something else
-        return PeftLoraSwap(name, verify)
-    if type(module).__name__ == "Linear4bit" and is_bitsandbytes_4bit(module):
-        return Linear4bitSwap(name, verify)
-    return None
-
-
 def _why_left(module: nn.Module) -> str | None:
     """Why a layer with an adapter or quantized codes is left; None if it is no such layer."""
-    tuner, _ = _peft_classes()
-    if tuner is not None and isinstance(module, tuner):
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    if tuners is not None and isinstance(module, tuners.BaseTunerLayer):
         method = type(module).__module__.split(".")[-2]
         return f"pylora does not compute PEFT's {method}.{type(module).__name__}"
     if is_bitsandbytes_4bit(module):
@@ -158,7 +138,10 @@ def _variant(module: Any) -> str:
             name = next(iter(module.lora_A), None)
             if name is None:
                 return "no adapter yet"
-            A, B = module.lora_A[name].weight, module.lora_B[name].weight
+            # AdaLoRA's are parameters, and LoRA's are modules.
+            A, B = (
+                getattr(held[name], "weight", held[name]) for held in (module.lora_A, module.lora_B)
+            )
             call = functional.CALLS["lora_linear"](x, weight, A, B, 1.0, base.bias)
         backend, plan = dispatch.choose(call)
         names.append(f"{backend.name} {plan.variant}" if plan.variant else backend.name)

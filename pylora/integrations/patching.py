@@ -16,18 +16,11 @@ from torch import nn
 
 from pylora import checks
 from pylora.integrations import peft_rows
-from pylora.integrations.bitsandbytes_layers import Linear4bitSwap
-from pylora.integrations.peft_layers import PeftLoraSwap
+from pylora.integrations.swapped_classes import CLASSES
 from pylora.integrations.swaps import OWN_FORWARD, Swap
 
 logger = logging.getLogger(__name__)
 
-# Library, module, class, and how a layer of the class computes through pylora.
-_CLASSES: tuple[tuple[str, str, str, type[Swap]], ...] = (
-    ("bitsandbytes", "bitsandbytes.nn", "Linear4bit", Linear4bitSwap),
-    ("peft", "peft.tuners.lora.layer", "Linear", PeftLoraSwap),
-    ("peft", "peft.tuners.lora.bnb", "Linear4bit", PeftLoraSwap),
-)
 _SWAP = "_pylora_class_swap"
 
 
@@ -62,7 +55,7 @@ def patch(*, bitsandbytes: bool = True, peft: bool = True, verify: int = 0) -> P
     """Lets the layers of bitsandbytes and PEFT compute through pylora, in every model.
 
     bitsandbytes    true for Linear4bit (nf4)
-    peft            true for LoRA over nn.Linear and over Linear4bit
+    peft            true for LoRA and AdaLoRA over nn.Linear and over Linear4bit
     verify          the first `verify` calls of each layer are compared with float64 by the numerics
                     rule; AssertionError names the class of the layer that fails
 
@@ -73,7 +66,7 @@ def patch(*, bitsandbytes: bool = True, peft: bool = True, verify: int = 0) -> P
     checks.integer("verify", verify, least=0)
     asked_for = {"bitsandbytes": bitsandbytes, "peft": peft}
     patched, left = [], {}
-    for library, module_name, class_name, swap in _CLASSES:
+    for library, module_name, class_name, swap in CLASSES:
         full_name = f"{module_name}.{class_name}"
         if not asked_for[library]:
             left[full_name] = f"{library} is False"
