@@ -18,8 +18,8 @@ from pylora.calls import MultiLoraCall
 
 bnb = pytest.importorskip("bitsandbytes")
 peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
-from peft_models import assert_right, linear4bit, outcome  # noqa: E402
+pytest.importorskip("transformers")
+from peft_models import assert_right, linear4bit, outcome, tiny_llama  # noqa: E402
 
 NAMES = ["default", "wide", "__base__", "up", "wide", "default"]
 ROWS = torch.arange(6 * 5).view(6, 5) % 32
@@ -186,21 +186,9 @@ def test_the_errors_are_those_of_peft(names: list[str], message: str) -> None:
         model(ROWS, adapter_names=NAMES)
 
 
-def llama(**settings: Any) -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=32,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        pad_token_id=0,
-        eos_token_id=None,
-        **settings,
-    )
-    model = peft.get_peft_model(
-        transformers.LlamaForCausalLM(config), lora(target_modules="all-linear")
-    )
+def llama() -> Any:
+    every = lora(target_modules="all-linear")
+    model = peft.get_peft_model(tiny_llama("dense"), every)
     model.add_adapter("wide", lora(r=9, target_modules="all-linear"))
     model.add_adapter("up", lora(r=3, target_modules=["up_proj"]))
     train_all(model)

@@ -73,6 +73,11 @@ def accelerate(
             swaps.append((module, swap))
             if isinstance(swap, PeftSwap):
                 kind = f"{kind} over {type(module.base_layer).__name__}"
+                reason = swap.why_not_adapters(module, module.active_adapters)
+            if reason is not None:  # until another adapter of this layer is active
+                layers.append(LayerReport(name, kind, False, reason=reason))
+                continue
+            if isinstance(swap, PeftSwap):
                 bases.add(id(module.base_layer))
             if id(module) not in bases:
                 layers.append(LayerReport(name, kind, True, _variant(module)))
@@ -127,22 +132,23 @@ def _variant(module: Any) -> str:
     weight = NF4Weight.from_bitsandbytes(base) if nf4 else dense_weight(base)
     dtype = getattr(base, "compute_dtype", None) or (weight.dtype if nf4 else base.weight.dtype)
     device = base.weight.device
-    if device.type == "meta":
-        return "on the meta device"
+    factors: list[Any] = []
+    if base is not module:
+        name = next((name for name in module.active_adapters if name in module.lora_A), None)
+        if name is None:
+            return "no adapter is active"
+        held = (module.lora_A[name], module.lora_B[name])  # parameters in AdaLoRA
+        factors = [part.weight if isinstance(part, nn.Module) else part for part in held]
+    elsewhere = {factor.device for factor in factors} - {device}
+    if device.type == "meta" or elsewhere:
+        return f"on {', '.join(map(str, (device, *elsewhere)))}"
     names = []
     for tokens in _TOKENS:
         x = torch.empty(tokens, linear_shape(base)[1], dtype=dtype, device=device)
         if base is module:
             call = functional.CALLS["nf4_linear"](x, weight, base.bias)
         else:
-            name = next(iter(module.lora_A), None)
-            if name is None:
-                return "no adapter yet"
-            # AdaLoRA's are parameters, and LoRA's are modules.
-            A, B = (
-                getattr(held[name], "weight", held[name]) for held in (module.lora_A, module.lora_B)
-            )
-            call = functional.CALLS["lora_linear"](x, weight, A, B, 1.0, base.bias)
+            call = functional.CALLS["lora_linear"](x, weight, *factors, 1.0, base.bias)
         backend, plan = dispatch.choose(call)
         names.append(f"{backend.name} {plan.variant}" if plan.variant else backend.name)
     return ", ".join(dict.fromkeys(names))

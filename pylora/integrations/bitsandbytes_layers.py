@@ -58,12 +58,17 @@ class Linear4bitSwap(Swap):
         return why_not_replaceable(module) or why_not_nf4(module)
 
     def forward(self, module: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or not isinstance(x, Tensor):  # its own forward refuses them
+            why = "it was not called with one tensor alone"
+            return self.as_before(module, why, x, *args, **kwargs)
         try:
             weight = self._weight.get(module, NF4Weight.from_bitsandbytes)
         except ValueError as error:  # it was quantized anew, or repacked, since it was swapped
-            return self.as_before(module, str(error), x, *args, **kwargs)
+            return self.as_before(module, str(error), x)
         dtype = compute_dtype(module, x)
         given = x.to(dtype)
+        if x.shape[-1:] != (weight.in_features,):  # torch raises, as it does for bitsandbytes
+            return nn.functional.linear(given, weight.dequantize(dtype), module.bias)
         y = functional.nf4_linear(given, weight, module.bias)
         if self.must_verify():
             self.verify(y, nn.functional.linear, weight, given, bias=module.bias)

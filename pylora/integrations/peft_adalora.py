@@ -19,7 +19,7 @@ from pylora.integrations.peft_base import (
     drop_rate,
     in_compute_dtype,
     why_not_called,
-    why_not_in_dtype,
+    why_not_input,
 )
 from pylora.nf4_weight import NF4Weight
 
@@ -31,7 +31,7 @@ class AdaLoraSwap(PeftSwap):
         parts = _parts(module, active[0])
         if parts.A.shape[0] == 0:
             return "its rank is 0"
-        return why_not_called(parts, x) or why_not_in_dtype(parts.base, x)
+        return why_not_called(parts) or why_not_input(module, parts.base, x)
 
     def with_base(self, module: Any, name: str, x: Tensor) -> Tensor:
         base, _, B, dropout = _parts(module, name)

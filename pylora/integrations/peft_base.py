@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -71,6 +72,10 @@ class PeftSwap(Swap):
             y = y + self.without_base(module, name, x).to(y.dtype)
         return y
 
+    def why_not_adapters(self, module: Any, active: Sequence[str]) -> str | None:
+        """Why no call with these adapters can go through pylora; None if one can."""
+        return None
+
     def why_not_fused(self, module: Any, active: list[str], x: Any) -> str | None:
         """Why this call of these adapters cannot go through pylora; None if it can."""
         raise NotImplementedError
@@ -90,7 +95,7 @@ class PeftSwap(Swap):
         return self._weight.get(base, NF4Weight.from_bitsandbytes)
 
 
-def why_not_called(parts: Parts, x: Any) -> str | None:
+def why_not_called(parts: Parts) -> str | None:
     """Why a layer must call its parts one by one; None if it need not."""
     for part in parts:
         if isinstance(part, nn.Module):
@@ -100,11 +105,15 @@ def why_not_called(parts: Parts, x: Any) -> str | None:
                 return "another library has replaced the forward of one of its parts"
     if type(parts.dropout) not in (nn.Dropout, nn.Identity):
         return f"its dropout is a {type(parts.dropout).__name__}"
-    return None if isinstance(x, Tensor) else f"its input is a {type(x).__name__}"
+    return None
 
 
-def why_not_in_dtype(base: Any, x: Tensor) -> str | None:
-    """Why x must be cast as PEFT casts it; None if it has the dtype of the base layer."""
+def why_not_input(module: Any, base: Any, x: Any) -> str | None:
+    """Why PEFT's forward must cast x or refuse it with its own error; None if x fits."""
+    if not isinstance(x, Tensor):
+        return f"its input is a {type(x).__name__}"
+    if x.shape[-1:] != (module.in_features,) or x.device != base.weight.device:
+        return f"its input has shape {tuple(x.shape)} and is on {x.device}"
     if hasattr(base, "compute_dtype"):
         wanted = compute_dtype(base, x)
     else:

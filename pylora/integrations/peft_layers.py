@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from pylora.integrations.peft_base import (
     drop_rate,
     in_compute_dtype,
     why_not_called,
-    why_not_in_dtype,
+    why_not_input,
 )
 from pylora.nf4_weight import NF4Weight
 from pylora.nn import dora
@@ -71,14 +72,18 @@ class PeftLoraSwap(PeftSwap):
                 "without them: use the model's gradient_checkpointing_enable()"
             )
 
-    def why_not_fused(self, module: Any, active: list[str], x: Any) -> str | None:
+    def why_not_adapters(self, module: Any, active: Sequence[str]) -> str | None:
         for name in active if module.lora_variant else ():
             variant = type(module.lora_variant.get(name)).__name__
             if variant not in ("NoneType", "DoraLinearVariant"):
                 return f"adapter {name} is {variant}"
             if variant != "NoneType" and len(active) > 1:
                 return f"adapter {name} is {variant}, and others are active as well"
-        return _why_not_linear(Parts.of(module, active[0]), x)
+        return None
+
+    def why_not_fused(self, module: Any, active: list[str], x: Any) -> str | None:
+        why_not = self.why_not_adapters(module, active)
+        return why_not or _why_not_linear(module, Parts.of(module, active[0]), x)
 
     def _why_not_by_row(self, module: Any, adapters: list[str], x: Any) -> str | None:
         if module.disable_adapters or not adapters:
@@ -91,7 +96,7 @@ class PeftLoraSwap(PeftSwap):
                 return "rows with adapters of their own are trained with dropout"
             if parts.B.bias is not None:
                 return f"the lora_B of adapter {name} has a bias, and each row has its own adapter"
-            why_not = _why_not_linear(parts, x)
+            why_not = _why_not_linear(module, parts, x)
             if why_not is not None:
                 return why_not
         if len({module.lora_A[name].weight.dtype for name in adapters}) > 1:
@@ -161,15 +166,15 @@ class PeftLoraSwap(PeftSwap):
         return y.to(x.dtype) if isinstance(weight, NF4Weight) else y
 
 
-def _why_not_linear(parts: Parts, x: Any) -> str | None:
+def _why_not_linear(module: Any, parts: Parts, x: Any) -> str | None:
     """Why this adapter cannot be computed with the base layer; None if it can."""
     base, A, B, _ = parts
-    why_not = why_not_called(parts, x)
+    why_not = why_not_called(parts)
     if why_not is not None:
         return why_not
     if type(A) is not nn.Linear or type(B) is not nn.Linear or A.bias is not None:
         return f"its lora_A and lora_B are {type(A).__name__} and {type(B).__name__}"
-    return why_not_in_dtype(base, x)
+    return why_not_input(module, base, x)
 
 
 def dora_in_torch(
