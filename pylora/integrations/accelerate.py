@@ -17,6 +17,7 @@ from pylora.integrations.report import LayerReport, Report
 from pylora.integrations.swapped_classes import swap_of
 from pylora.integrations.swaps import Swap, install, remove
 from pylora.models.module_tree import is_bitsandbytes_4bit
+from pylora.models.wrappers import plain_name
 from pylora.nf4_weight import NF4Weight
 from pylora.nn import LoRALinear, NF4Linear
 from pylora.nn.conv1d import dense_weight, linear_shape
@@ -35,7 +36,8 @@ def accelerate(
 ) -> Report:
     """Lets the LoRA layers of PEFT and the 4-bit layers of bitsandbytes compute through pylora.
 
-    model     changed in place; its modules, parameters, names and state dict stay what they are
+    model     changed in place; its modules, parameters, names and state dict stay what they are. It
+              may be wrapped, as by torch.compile or DistributedDataParallel
     fuse      "qkv", "mlp": which neighbours to compute in one op, where a measurement shows a gain;
               none has shown one yet, and the report says so
     strict    raises ValueError if a layer is left as it was; nothing has changed then
@@ -64,7 +66,8 @@ def accelerate(
     swaps: list[tuple[nn.Module, Swap]] = []
     layers: list[LayerReport] = []
     bases: set[int] = set()  # of layers that are swapped as a whole
-    for name, module in model.named_modules():
+    for name_in_wrappers, module in model.named_modules():
+        name = plain_name(model, name_in_wrappers)
         swap_class = swap_of(module)
         swap = None if swap_class is None else swap_class(name, verify)
         reason = _why_left(module) if swap is None else swap.why_not(module)

@@ -204,4 +204,5 @@ def _places(base: nn.Module, *factors: nn.Module) -> tuple[Place, ...] | None:
     places = [Place(base._parameters, "weight", is_packed), Place(base._parameters, "bias")]
     for layer in factors:
         places += [Place(layer._parameters, name) for name in ("weight", "bias")]
-    return tuple(places)
+    # FSDP, for one, takes the parameters out of a module, and gives it plain tensors in a forward.
+    return tuple(places) if all(place.name in place.held for place in places) else None
