@@ -135,6 +135,19 @@ def test_merge_and_restore_are_those_of_peft() -> None:
     assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
 
 
+def test_an_adapter_over_another_adapter_is_left_and_right() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Embedding(15, 64), nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 64))
+    lora = peft.LoraConfig(r=4, target_modules=["1"], init_lora_weights=False)
+    model = peft.get_peft_model(base, lora, mixed=True)
+    model.add_adapter("other", adalora())
+    model.set_adapter(["default", "other"])
+    report = pylora.accelerate(model)
+    assert [layer.name for layer in report.left] == ["base_model.model.1"]
+    assert len(report.swapped) == 2  # the LoRA inside it is one of them
+    assert_right(model, run)
+
+
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 def test_patched_classes_compute_the_same(base: str) -> None:
     model = peft_model(base)

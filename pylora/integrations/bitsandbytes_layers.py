@@ -24,13 +24,16 @@ class OfWeight(Generic[T]):
         self._state: Any = None
         self._memory: tuple[int, int] = (0, 0)
 
-    def get(self, layer: Any, make: Callable[[Any], T]) -> T:
-        """`make(layer)`, or what it returned before for the same weight."""
+    def get(self, layer: Any, make: Callable[[Any], T], version: int = 0) -> T:
+        """`make(layer)`, or what it returned before for the same weight and version of it.
+
+        version    torch's count of the changes in place, if the value does not share the memory
+        """
         if torch.compiler.is_compiling():
             return make(layer)
         param = layer.weight
         state = getattr(param, "quant_state", None)
-        memory = (param.data_ptr(), 0 if param.is_inference() else param._version)
+        memory = (param.data_ptr(), version)
         same = param is self._param and state is self._state and memory == self._memory
         if self._value is None or not same:
             self._value = make(layer)

@@ -8,6 +8,7 @@ arXiv:2303.10512.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -27,14 +28,17 @@ from pylora.nf4_weight import NF4Weight
 class AdaLoraSwap(PeftSwap):
     """PEFT's SVDLinear or SVDLinear4bit: base and adapter in one op."""
 
-    def why_not_fused(self, module: Any, active: list[str], x: Any) -> str | None:
-        parts = _parts(module, active[0])
+    def parts_of(self, module: Any, name: str) -> Parts:
+        A, B, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
+        return Parts(module.base_layer, A, B, dropout)
+
+    def why_not_fused(self, module: Any, active: Sequence[str], parts: Parts, x: Any) -> str | None:
         if parts.A.shape[0] == 0:
             return "its rank is 0"
         return why_not_called(parts) or why_not_input(module, parts.base, x)
 
-    def with_base(self, module: Any, name: str, x: Tensor) -> Tensor:
-        base, _, B, dropout = _parts(module, name)
+    def with_base(self, module: Any, name: str, parts: Parts, x: Tensor) -> Tensor:
+        base, _, B, dropout = parts
         weight = self.weight_of(base)
         given = in_compute_dtype(base, x)
         p = drop_rate(dropout)
@@ -55,11 +59,6 @@ class AdaLoraSwap(PeftSwap):
         B = module.lora_B[name]
         dropped: Tensor = module.lora_dropout[name](x.to(B.dtype))
         return dropped @ _scaled_A(module, name).T @ B.T
-
-
-def _parts(module: Any, name: str) -> Parts:
-    A, B, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
-    return Parts(module.base_layer, A, B, dropout)
 
 
 def _scaled_A(module: Any, name: str) -> Tensor:

@@ -25,13 +25,6 @@ class Parts(NamedTuple):
     B: Any
     dropout: Any
 
-    @classmethod
-    def of(cls, module: nn.Module, adapter: str) -> Parts:
-        """The parts of the adapter with this name."""
-        held: Any = module._modules
-        by_adapter = (held[name]._modules for name in ("lora_A", "lora_B", "lora_dropout"))
-        return cls(held["base_layer"], *(modules[adapter] for modules in by_adapter))
-
 
 class PeftSwap(Swap):
     """A layer of PEFT with named adapters over a linear layer.
@@ -47,7 +40,7 @@ class PeftSwap(Swap):
         reason = why_not_replaceable(module)
         if reason is not None:
             return reason
-        base = module.get_base_layer()
+        base = module.base_layer  # of PeftMixedModel it may be a layer with an adapter
         if type(base).__name__ == "Linear4bit":
             return why_not_replaceable(base) or why_not_nf4(base)
         like_linear = type(base).__name__ in _LIKE_LINEAR or is_conv1d(base)
@@ -64,10 +57,11 @@ class PeftSwap(Swap):
         active = [name for name in module.active_adapters if name in module.lora_A]
         if not active:
             return self.as_before(module, "no adapter of it is active", x)
-        why_not = self.why_not_fused(module, active, x)
+        parts = self.parts_of(module, active[0])
+        why_not = self.why_not_fused(module, active, parts, x)
         if why_not is not None:
             return self.as_before(module, why_not, x)
-        y = self.with_base(module, active[0], x)
+        y = self.with_base(module, active[0], parts, x)
         for name in active[1:]:
             y = y + self.without_base(module, name, x).to(y.dtype)
         return y
@@ -76,11 +70,15 @@ class PeftSwap(Swap):
         """Why no call with these adapters can go through pylora; None if one can."""
         return None
 
-    def why_not_fused(self, module: Any, active: list[str], x: Any) -> str | None:
+    def parts_of(self, module: Any, name: str) -> Parts:
+        """The parts of this adapter."""
+        raise NotImplementedError
+
+    def why_not_fused(self, module: Any, active: Sequence[str], parts: Parts, x: Any) -> str | None:
         """Why this call of these adapters cannot go through pylora; None if it can."""
         raise NotImplementedError
 
-    def with_base(self, module: Any, name: str, x: Tensor) -> Tensor:
+    def with_base(self, module: Any, name: str, parts: Parts, x: Tensor) -> Tensor:
         """What the base and this adapter give together."""
         raise NotImplementedError
 
@@ -112,8 +110,8 @@ def why_not_input(module: Any, base: Any, x: Any) -> str | None:
     """Why PEFT's forward must cast x or refuse it with its own error; None if x fits."""
     if not isinstance(x, Tensor):
         return f"its input is a {type(x).__name__}"
-    if x.shape[-1:] != (module.in_features,) or x.device != base.weight.device:
-        return f"its input has shape {tuple(x.shape)} and is on {x.device}"
+    if x.shape[-1:] != (module.in_features,):
+        return f"its input has shape {tuple(x.shape)}"
     if hasattr(base, "compute_dtype"):
         wanted = compute_dtype(base, x)
     else:

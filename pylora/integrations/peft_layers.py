@@ -81,9 +81,11 @@ class PeftLoraSwap(PeftSwap):
                 return f"adapter {name} is {variant}, and others are active as well"
         return None
 
-    def why_not_fused(self, module: Any, active: list[str], x: Any) -> str | None:
-        why_not = self.why_not_adapters(module, active)
-        return why_not or _why_not_linear(module, Parts.of(module, active[0]), x)
+    def parts_of(self, module: Any, name: str) -> Parts:
+        return peft_rows.parts_of(module, name)
+
+    def why_not_fused(self, module: Any, active: Sequence[str], parts: Parts, x: Any) -> str | None:
+        return self.why_not_adapters(module, active) or _why_not_linear(module, parts, x)
 
     def _why_not_by_row(self, module: Any, adapters: list[str], x: Any) -> str | None:
         if module.disable_adapters or not adapters:
@@ -91,7 +93,7 @@ class PeftLoraSwap(PeftSwap):
         for name in adapters:
             if name in module.lora_variant:
                 return f"adapter {name} is {type(module.lora_variant[name]).__name__}"
-            parts = Parts.of(module, name)
+            parts = self.parts_of(module, name)
             if drop_rate(parts.dropout):
                 return "rows with adapters of their own are trained with dropout"
             if parts.B.bias is not None:
@@ -103,8 +105,7 @@ class PeftLoraSwap(PeftSwap):
             return "the adapters of its rows have different dtypes"
         return None
 
-    def with_base(self, module: Any, name: str, x: Tensor) -> Tensor:
-        parts = Parts.of(module, name)
+    def with_base(self, module: Any, name: str, parts: Parts, x: Tensor) -> Tensor:
         if name in module.lora_variant:
             return self._dora(module, name, parts, x)
         return self._fused(parts, module.scaling[name], x)
@@ -153,7 +154,8 @@ class PeftLoraSwap(PeftSwap):
         weight = self.weight_of(base)
         given = in_compute_dtype(base, x)
         factors = (A.weight, B.weight, scaling)
-        base_norm = self._norm.get(base, lambda _: dora.base_norm(weight))
+        version = 0 if base.weight.is_inference() else base.weight._version
+        base_norm = self._norm.get(base, lambda _: dora.base_norm(weight), version)
         norm = dora.adapted_norm(weight, base_norm, *factors)
         dropped = dropout(given) if drop_rate(dropout) else None
         rescale = magnitude / norm

@@ -23,6 +23,13 @@ _HOOKS = "_enable_peft_forward_hooks"
 _CHECKPOINT = "_gradient_checkpointing_func"  # transformers' name in its layers
 
 
+def parts_of(module: nn.Module, adapter: str) -> Parts:
+    """The parts of an adapter of a LoRA layer."""
+    held: Any = module._modules
+    by_adapter = (held[name]._modules for name in ("lora_A", "lora_B", "lora_dropout"))
+    return Parts(held["base_layer"], *(modules[adapter] for modules in by_adapter))
+
+
 def arguments(module: Any, adapters: list[str], names: Sequence[str], x: Tensor) -> dict[str, Any]:
     """The arguments of `functional.multi_lora_linear` behind x and the weight.
 
@@ -31,7 +38,7 @@ def arguments(module: Any, adapters: list[str], names: Sequence[str], x: Tensor)
 
     Adapters of a lower rank than others are padded with zeros.
     """
-    parts = [Parts.of(module, name) for name in adapters]
+    parts = [parts_of(module, name) for name in adapters]
     rank = max(part.A.weight.shape[0] for part in parts)
     pad = nn.functional.pad
     A = [pad(part.A.weight, (0, 0, 0, rank - part.A.weight.shape[0])) for part in parts]
