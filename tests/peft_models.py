@@ -11,21 +11,27 @@ import torch
 from torch import Tensor, nn
 
 import pylora
+from benchmarks.models.bitsandbytes_layers import in_4bit
 from pylora.nn import NF4Linear
 from pylora.testing import assert_as_accurate_as_torch
 
 
-def linear4bit(dense: nn.Linear, double_quant: bool) -> nn.Module:
-    layer = bnb.nn.Linear4bit(
-        dense.in_features,
-        dense.out_features,
-        dense.bias is not None,
-        compute_dtype=dense.weight.dtype,
-        compress_statistics=double_quant,
-        quant_type="nf4",
+def tiny_llama(base: str, blocks: int = 2) -> Any:
+    """A Llama with the same weights each time; its bases are "dense" or "nf4"."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=blocks,
+        num_attention_heads=4,
+        pad_token_id=0,
+        eos_token_id=None,
     )
-    layer.load_state_dict(dense.state_dict())
-    return layer.to("cpu")
+    model = transformers.LlamaForCausalLM(config).float()
+    return in_4bit(model) if base == "nf4" else model
 
 
 def with_dense_bases(model: nn.Module) -> nn.Module:

@@ -17,8 +17,8 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 from peft_models import assert_right  # noqa: E402
 
-from benchmarks.models.contenders import in_4bit  # noqa: E402
-from benchmarks.models.families import FAMILIES, Family  # noqa: E402
+from benchmarks.models.bitsandbytes_layers import in_4bit  # noqa: E402
+from benchmarks.models.families import DENSE, FAMILIES, Family  # noqa: E402
 from benchmarks.models.measure import Training  # noqa: E402
 
 
@@ -43,7 +43,7 @@ def test_three_training_steps_of_a_family_are_right(family: str, base: str) -> N
     torch.manual_seed(0)
     model = row.build()
     if base == "nf4":
-        model = in_4bit(model)
+        model = in_4bit(model, DENSE)
     targets = row.targets if isinstance(row.targets, str) else list(row.targets)
     lora = peft.LoraConfig(r=4, lora_alpha=2, target_modules=targets, init_lora_weights=False)
     model = peft.get_peft_model(model, lora).train()
@@ -60,7 +60,7 @@ def test_a_step_of_a_family_needs_less_memory_over_4_bit_layers(family: str) -> 
     targets = row.targets if isinstance(row.targets, str) else list(row.targets)
     torch.manual_seed(0)
     lora = peft.LoraConfig(r=4, target_modules=targets)
-    peer = peft.get_peft_model(in_4bit(row.build(scale=4)), lora).train()
+    peer = peft.get_peft_model(in_4bit(row.build(scale=4), DENSE), lora).train()
     training = Training(peer, row.inputs(torch.float32, repeat=2), row.output)
     training.step()  # the optimizer makes its state
     theirs = training.peak_bytes()

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import bitsandbytes
 import peft
 import torch
 from torch import nn
 
 import pylora
+from benchmarks.models.bitsandbytes_layers import in_4bit
 from benchmarks.models.families import DENSE
 from benchmarks.models.results import ACCELERATED, PEER
 
@@ -31,25 +31,6 @@ class ModelContender:
     name: str
     build: Callable[[Any], Any]
     has_nf4: bool = True
-
-
-def in_4bit(model: Any, double_quant: bool = True) -> Any:
-    """Replaces linear layers by bitsandbytes' Linear4bit, as transformers would."""
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and not re.match(DENSE, name):
-            layer = bitsandbytes.nn.Linear4bit(
-                module.in_features,
-                module.out_features,
-                module.bias is not None,
-                compute_dtype=module.weight.dtype,
-                compress_statistics=double_quant,
-                quant_type="nf4",
-            )
-            layer.load_state_dict(module.state_dict())
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, layer.to(module.weight.device))
-    model.is_loaded_in_4bit = True
-    return model
 
 
 def _with_peft(model: Any) -> Any:
@@ -71,8 +52,8 @@ def _of_pylora(model: Any) -> Any:
 
 
 CONTENDERS = (
-    ModelContender(PEER, lambda model: _with_peft(in_4bit(model))),
-    ModelContender(ACCELERATED, lambda model: _accelerated(_with_peft(in_4bit(model)))),
+    ModelContender(PEER, lambda model: _with_peft(in_4bit(model, DENSE))),
+    ModelContender(ACCELERATED, lambda model: _accelerated(_with_peft(in_4bit(model, DENSE)))),
     ModelContender("pylora", _of_pylora),
     ModelContender(DENSE_PEER, _with_peft, has_nf4=False),
     ModelContender(
