@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pylora.models.adapter_config import CONFIG_NAME
 from pylora.models.adapter_files import save_adapter
-from pylora.models.module_tree import is_4bit, lora_layers, merge_added_bias
+from pylora.models.module_tree import adapted_layers, is_4bit, merge_added_bias
 from pylora.nn import LoRALinear, NF4Linear
 
 
@@ -52,7 +52,7 @@ class SavePretrained:
                 "pylora: save model.state_dict() by torch.distributed.checkpoint"
             )
         _refuse_added_biases(model)
-        has_adapter = any(not layer.merged for layer in lora_layers(model).values())
+        has_adapter = any(not layer.merged for layer in adapted_layers(model).values())
         if has_adapter and push_to_hub:
             raise ValueError(
                 "push_to_hub is True; it must be False for a model with LoRA that is not merged: "

@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor
 
 from pylora.models import disable_adapter, load_adapter, merge, save_adapter, unload, unmerge
 from pylora.models.adapter_config import config_of
-from pylora.models.module_tree import fully_trained_modules, lora_layers, refuse_peft_model
+from pylora.models.module_tree import lora_layers, refuse_peft_model
+from pylora.models.trained_in_full import fully_trained_modules
 from pylora.models.wrappers import unwrapped
 from pylora.nn import LoRALinear
 

@@ -15,7 +15,7 @@ from pylora.models.distributed import (
     settle,
     why_unchangeable,
 )
-from pylora.models.module_tree import holders, is_below, lora_layers, refuse_peft_model
+from pylora.models.module_tree import adapted_layers, holders, is_below, refuse_peft_model
 from pylora.models.unloading import unload
 from pylora.models.wrappers import unwrapped
 from pylora.nf4_weight import NF4Weight
@@ -79,7 +79,7 @@ class MergeReport:
 
 
 def merge(model: nn.Module, keep_base: bool = True) -> MergeReport:
-    """Writes the LoRA of every layer into its base weight, so that it costs no more time.
+    """Writes the LoRA of the active adapter into the base weights, so that it costs no more time.
 
     model        changed in place
     keep_base    true keeps the base weights as well, so that `unmerge` restores the very same
@@ -179,7 +179,7 @@ def _refuse_shared_parts(model: nn.Module, layers: dict[str, LoRALinear]) -> Non
 
 
 def _layers(model: nn.Module) -> dict[str, LoRALinear]:
-    layers = lora_layers(model)
+    layers = adapted_layers(model)
     if not layers:
         raise ValueError("model has no LoRALinear; pylora.add_lora must have been called on it")
     return layers
