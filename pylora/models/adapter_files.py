@@ -39,7 +39,7 @@ from pylora.models.saved_embeddings import put_embeddings
 from pylora.models.trained_in_full import fully_trained_modules, state_in_use
 from pylora.models.wrappers import plain_name, refuse_unknown_wrappers, unwrapped
 from pylora.nn import LoRALinear
-from pylora.nn.inactive import check_adapter_name
+from pylora.nn.inactive import HOLDER, check_adapter_name
 from pylora.nn.lora_adapters import DEFAULT_ADAPTER
 from pylora.sharding import gathered, is_first, mesh_of, others_wait, write
 
@@ -301,7 +301,8 @@ def _warn_of_unsaved(
 ) -> None:
     saved = {id(p) for module in (*layers, *trained) for p in module.parameters()}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in saved:
+        inactive = HOLDER in name.split(".")
+        if parameter.requires_grad and id(parameter) not in saved and not inactive:
             logger.warning(
                 "%s is trainable but not saved: it is in no module to save", plain_name(model, name)
             )
