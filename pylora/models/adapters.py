@@ -126,14 +126,14 @@ def delete_adapter(model: _Model, adapter: str) -> _Model:
     """
     root = _checked(model, adapter, "pylora.delete_adapter")
     refuse_to_change(model, "pylora.delete_adapter")
-    others = [name for name in adapter_names(root) if name != adapter]
-    if not others and isinstance(root, LoRALinear):
+    remaining = [name for name in adapter_names(root) if name != adapter]
+    if not remaining and isinstance(root, LoRALinear):
         raise ValueError(
             f"model is a LoRALinear and {adapter!r} is its only adapter; its base_layer is the "
             "layer without it"
         )
-    if adapter == active_adapter(root) and others:
-        set_active_adapters(root, others[0])
+    if adapter == active_adapter(root) and remaining:
+        set_active_adapters(root, remaining[0])
     full = fully_trained_modules(root, adapter)
     for module in {id(module): module for module in full.values()}.values():
         delete_full(module, adapter)

@@ -14,10 +14,10 @@ from torch import nn
 from pylora import checks
 from pylora.models.adapters import active_adapter
 from pylora.models.changes import changed
+from pylora.models.dense import make_dense
 from pylora.models.distributed import refuse_to_change
 from pylora.models.module_tree import (
     Site,
-    is_4bit,
     is_below,
     is_bitsandbytes_4bit,
     lora_layers,
@@ -45,7 +45,6 @@ from pylora.models.trained_in_full import (
 from pylora.models.weight_readers import why_not_lora
 from pylora.models.wrappers import unwrapped
 from pylora.nn import LoRALinear, NF4Linear
-from pylora.nn.conv1d import set_dense_weight
 from pylora.nn.inactive import check_adapter_name, set_trainable
 from pylora.nn.lora_adapters import DEFAULT_ADAPTER, LORA_TENSORS
 
@@ -334,35 +333,7 @@ def _add_full(saved: list[Site], adapter: str) -> list[nn.Module]:
     new = []
     for site in saved:
         if adapter not in full_adapters(site.module):
-            module = site.module if full_adapters(site.module) else _make_dense(site)
+            module = site.module if full_adapters(site.module) else make_dense(site)
             add_full(module, adapter, copies)
             new.append(module)
     return new
-
-
-def _make_dense(site: Site) -> nn.Module:
-    """Turns the 4-bit layers in a module, or the module itself, into nn.Linear."""
-    for inner in list(sites(site.module)):
-        if is_4bit(inner.module):
-            inner.replace(dense_linear(inner.module))
-    if not is_4bit(site.module):
-        return site.module
-    dense = dense_linear(site.module)
-    site.replace(dense)
-    return dense
-
-
-def dense_linear(module: nn.Module) -> nn.Module:
-    """An nn.Linear with the weight of a 4-bit layer, or a Conv1D if it was one before.
-
-    The bias is shared.
-    """
-    layer = module if isinstance(module, NF4Linear) else NF4Linear.from_bitsandbytes(module)
-    with torch.device("meta"):
-        if layer.conv1d is None:
-            linear = nn.Linear(layer.in_features, layer.out_features, bias=False)
-        else:
-            linear = layer.conv1d(layer.out_features, layer.in_features)
-    set_dense_weight(linear, layer.nf4_weight.dequantize())
-    linear.register_parameter("bias", layer.bias)
-    return linear

@@ -63,10 +63,8 @@ class MergeableLoRA(NamedAdapters):
     def set_merged(self, weight: Tensor | NF4Weight, bias: Tensor | None) -> None:
         """Replaces the base's weight and bias by merged ones; `unmerge` puts the old objects back.
 
-        Raises ValueError if the layer is merged already.
+        Raises ValueError if the layer is merged already, TypeError for a weight of another kind.
         """
-        if self.merged:
-            raise ValueError("the layer is merged already; unmerge must be called first")
         base = self.base_layer
         merged = copy.copy(base)
         merged._parameters, merged._buffers = dict(base._parameters), dict(base._buffers)
@@ -77,7 +75,16 @@ class MergeableLoRA(NamedAdapters):
         else:
             raise TypeError(f"weight is {type(weight).__name__}; it must be of the base's own kind")
         merged.bias = None if bias is None else frozen(bias)
-        self._unmerged_base, self.base_layer = (base,), merged
+        self.set_merged_layer(merged)
+
+    def set_merged_layer(self, merged: nn.Module) -> None:
+        """Replaces the base by a merged layer, which may be of another class.
+
+        Raises ValueError if the layer is merged already.
+        """
+        if self.merged:
+            raise ValueError("the layer is merged already; unmerge must be called first")
+        self._unmerged_base, self.base_layer = (self.base_layer,), merged
         self._kept, self.merged = None, True
 
     def keep_sharded_base(self) -> None:
@@ -107,7 +114,8 @@ class MergeableLoRA(NamedAdapters):
             self._unmerged_base, self._kept, self.merged = None, None, False
             self.refresh_base_norm()
             return
-        dtypes = [p.dtype for p in merged.parameters() if p.is_floating_point()]
+        same = type(merged) is type(base)  # a cast of another class says nothing about the base's
+        dtypes = [p.dtype for p in merged.parameters() if p.is_floating_point() and same]
         base.to(device=merged.weight.device, dtype=dtypes[0] if dtypes else None)
         base.train(merged.training)
         self._unmerged_base, self.base_layer = None, base
