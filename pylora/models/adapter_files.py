@@ -94,6 +94,11 @@ def _save_active(model: nn.Module, folder: Path) -> None:
     for name, module in trained.items():
         for key, value in state_in_use(module).items():
             tensors[f"{PREFIX}{name}.{key}"] = value
+    if any(layer.merge_aware for layer in layers.values()):
+        logger.warning(
+            "PEFT's format cannot say that the adapter is merge_aware: it has to be loaded into an "
+            "adapter that was added with merge_aware=True; any other computes without it"
+        )
     _warn_of_unsaved(root, layers.values(), trained.values())
     mesh = mesh_of(tensors.values())
     stored = _for_safetensors(tensors, keep=is_first(mesh))

@@ -18,6 +18,7 @@ from pylora.models.dense import make_dense
 from pylora.models.distributed import refuse_to_change
 from pylora.models.module_tree import (
     Site,
+    is_4bit,
     is_below,
     is_bitsandbytes_4bit,
     lora_layers,
@@ -64,6 +65,7 @@ class LoraSettings:
     use_dora: bool = False
     lora_bias: bool = False
     dtype: torch.dtype = torch.float32
+    merge_aware: bool = False
 
     def wrap(self, base: nn.Module, adapter: str) -> LoRALinear:
         """A LoRALinear around `base` with this adapter."""
@@ -71,7 +73,8 @@ class LoraSettings:
 
     def check(self) -> None:
         """Raises TypeError or ValueError for what LoRALinear does not take."""
-        self.wrap(nn.Linear(1, 1, device="meta"), DEFAULT_ADAPTER)
+        kind: Any = NF4Linear if self.merge_aware else nn.Linear
+        self.wrap(kind(1, 1, device="meta"), DEFAULT_ADAPTER)
 
 
 @torch.inference_mode(False)  # the layers are trained later
@@ -87,6 +90,7 @@ def add_lora(
     modules_to_save: Collection[str] | None = None,
     dtype: torch.dtype = torch.float32,
     adapter_name: str = DEFAULT_ADAPTER,
+    merge_aware: bool = False,
 ) -> _Model:
     """Freezes the model, wraps its targets into `pylora.nn.LoRALinear` in place and returns it.
 
@@ -104,7 +108,8 @@ def add_lora(
                        beside it, on its own targets and with its own settings; as in PEFT, it is
                        inactive until `pylora.set_active_adapters(model, name)`. A name that the
                        model has extends that adapter to other layers
-    the others         as in `pylora.nn.LoRALinear`
+    the others         as in `pylora.nn.LoRALinear`; merge_aware trains over the weights that
+                       `pylora.merge` would write into NF4, which takes more time
 
     Everything is checked before anything changes. Raises ValueError if no layer is targeted, if a
     target is unsuitable or has this adapter already, or if the model is merged; TypeError or
@@ -123,7 +128,8 @@ def add_lora(
             "PEFT's configuration as arguments, such as r, lora_alpha and target_modules"
         )
     check_adapter_name(adapter_name)
-    settings = LoraSettings(r, lora_alpha, lora_dropout, use_rslora, use_dora, lora_bias, dtype)
+    numbers = (r, lora_alpha, lora_dropout)
+    settings = LoraSettings(*numbers, use_rslora, use_dora, lora_bias, dtype, merge_aware)
     settings.check()
     target_modules = ALL_LINEAR if target_modules is None else target_modules
     checks.names("target_modules", target_modules)
@@ -228,6 +234,13 @@ def install(
         )
     _check_full(model, targeted, saved)
     bases = {id(site.module): _base_of(site, adapter) for site in targeted}
+    for site in targeted:
+        base: Any = bases[id(site.module)]
+        if settings[site.name].merge_aware and not is_4bit(getattr(base, "base_layer", base)):
+            raise ValueError(
+                f"{site.name} is dense; a target must be an NF4Linear with merge_aware: call "
+                "pylora.quantize_model first, or leave the layer out of target_modules"
+            )
     for site in saved:
         for inner in (site, *sites(site.module)):
             inner.check_replaceable()

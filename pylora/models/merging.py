@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from pylora import checks
 from pylora.backends.backend import autocast_off
-from pylora.functional import quantize_nf4
 from pylora.models.dense import dense_linear, make_dense
 from pylora.models.distributed import (
     refuse_flat,
@@ -26,6 +25,7 @@ from pylora.models.unloading import unload
 from pylora.models.wrappers import unwrapped
 from pylora.nf4_weight import NF4Weight
 from pylora.nn import LoRALinear, NF4Linear
+from pylora.nn.merge_aware import requantized
 from pylora.nn.nf4_linear import frozen
 from pylora.sharding import is_sharded, whole_parameters
 
@@ -118,8 +118,9 @@ def merge(
                  ones again, and the model cannot be unmerged
     dtype        float32, bfloat16 or float16 makes every 4-bit layer of the model dense, whether it
                  has LoRA or not: a layer gets dequantize(W4) + delta, which is what was trained,
-                 computed in fp32 and rounded once. It needs keep_base=False. Layers that are dense
-                 already keep their dtype. None keeps the format of every layer
+                 computed in fp32 and rounded once (with merge_aware, which was trained over it,
+                 Q(W4 + delta)). It needs keep_base=False. Layers that are dense already keep their
+                 dtype. None keeps the format of every layer
     example      inputs on which the model runs once before it is merged, in eval mode, so that the
                  report has the error of each layer's output: the model's keyword arguments in a
                  mapping, its arguments in a tuple or list, or its only argument. The inputs of all
@@ -268,11 +269,12 @@ def _merged(
         )
     merged: Tensor | NF4Weight
     if isinstance(base, NF4Weight) and dtype is not None:
-        merged = _rounded(name, exact, dtype)
-    elif not delta.any():
-        merged = base  # nothing was trained; requantizing would only add an error
+        trained = _dense(requantized(base, exact)) if layer.merge_aware else exact
+        merged = _rounded(name, trained, dtype)
     elif isinstance(base, NF4Weight):
-        merged = replace(quantize_nf4(exact, base.blocksize, base.double_quant), dtype=base.dtype)
+        merged = requantized(base, exact)
+    elif not delta.any():
+        merged = base
     else:
         merged = _rounded(name, exact, base.dtype)
     kind = "nf4" if isinstance(merged, NF4Weight) else str(merged.dtype).removeprefix("torch.")

@@ -34,6 +34,7 @@ _NO_SETTINGS: dict[str, Any] = {
     "lora_dropout": 0.0,
     "use_rslora": False,
     "use_dora": False,
+    "merge_aware": False,
     "scaling": 0.0,
 }
 
@@ -59,6 +60,7 @@ class NamedAdapters(nn.Module):
     lora_dropout: float
     use_rslora: bool
     use_dora: bool
+    merge_aware: bool
     scaling: float
     merged: bool
     _kept: Kept | None
@@ -94,6 +96,7 @@ class NamedAdapters(nn.Module):
         use_dora: bool = False,
         lora_bias: bool = False,
         dtype: torch.dtype = torch.float32,
+        merge_aware: bool = False,
     ) -> None:
         """Adds an adapter, which is inactive and frozen until `set_adapter` activates it.
 
@@ -111,12 +114,15 @@ class NamedAdapters(nn.Module):
         if use_dora and lora_bias:
             raise ValueError("lora_bias is True; it must be False with use_dora")
         checks.floating_dtype("dtype", dtype)
+        if merge_aware:
+            self._check_merge_aware(lora_dropout, use_dora, lora_bias)
         if self.merged:
             raise ValueError("the layer is merged; unmerge must be called first")
         before = self.active_adapter
         self.set_adapter(None)
         self._make_adapter(name, r, lora_dropout, use_dora, lora_bias, dtype)
         self.set_scaling(lora_alpha, use_rslora)
+        self.merge_aware = merge_aware
         if self.lora_A.is_meta:
             self.refresh_base_norm()  # a forward on the meta device needs its shape
         else:
@@ -125,6 +131,24 @@ class NamedAdapters(nn.Module):
             if parameter is not None:
                 parameter.requires_grad_(False)
         self.set_adapter(before)
+
+    def _check_merge_aware(self, dropout: float, use_dora: bool, bias: bool) -> None:
+        """Raises ValueError for what a merge-aware adapter cannot be combined with."""
+        for name, value, neutral in (
+            ("lora_dropout", dropout, 0.0),
+            ("use_dora", use_dora, False),
+            ("lora_bias", bias, False),
+        ):
+            if value:
+                raise ValueError(
+                    f"{name} is {value}; it must be {neutral} with merge_aware, which trains over "
+                    "the one weight that a merge writes"
+                )
+        if not isinstance(self.base_layer, NF4Linear):
+            raise ValueError(
+                f"base is {type(self.base_layer).__name__}; it must be an NF4Linear with "
+                "merge_aware: a merge into a dense weight loses next to nothing"
+            )
 
     def _make_adapter(
         self, name: str, r: int, dropout: float, use_dora: bool, bias: bool, dtype: torch.dtype

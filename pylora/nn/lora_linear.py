@@ -16,6 +16,7 @@ from pylora.nn.inactive import rename_for, set_trainable
 from pylora.nn.kept import Kept, Place, places_of
 from pylora.nn.lora_adapters import DEFAULT_ADAPTER, LORA_TENSORS
 from pylora.nn.lora_merging import MergeableLoRA
+from pylora.nn.merge_aware import merge_aware_linear, requantized
 from pylora.nn.nf4_linear import NF4Linear
 from pylora.ops import run
 from pylora.sharding import refuse_sharded_forward
@@ -23,6 +24,7 @@ from pylora.sharding import refuse_sharded_forward
 logger = logging.getLogger(__name__)
 
 _DENSE_TENSORS = ("weight", "bias")
+_FLAGS = ("use_rslora", "use_dora", "merge_aware")
 _CALL_TENSORS = ("lora_A", "lora_B", "lora_B_bias")
 
 
@@ -42,6 +44,9 @@ class LoRALinear(MergeableLoRA):
     dtype           the dtype of the LoRA parameters: float32 by default, as in PEFT
     adapter_name    the name of this adapter; `add_adapter` adds others, which may differ in
                     everything above, and `set_adapter` switches between them
+    merge_aware     computes with the weight that a merge into the NF4 base would write, so that the
+                    merged model is the trained one (`pylora.nn.merge_aware`); each forward then
+                    quantizes the weight. It excludes dropout, DoRA, lora_bias and a dense base
 
     forward(x [..., in_features]) returns [..., out_features] in x.dtype. lora_A [r, in_features]
     starts Kaiming-uniform and lora_B [out_features, r] at zero, so the layer starts as its base.
@@ -65,6 +70,7 @@ class LoRALinear(MergeableLoRA):
         lora_bias: bool = False,
         dtype: torch.dtype = torch.float32,
         adapter_name: str = DEFAULT_ADAPTER,
+        merge_aware: bool = False,
     ) -> None:
         super().__init__()
         if isinstance(base, LoRALinear):
@@ -81,7 +87,7 @@ class LoRALinear(MergeableLoRA):
         self.base_layer: Any = base
         self.out_features, self.in_features = self.base_weight.shape
         settings = (r, lora_alpha, lora_dropout, use_rslora, use_dora, lora_bias, dtype)
-        self.add_adapter(adapter_name, *settings)
+        self.add_adapter(adapter_name, *settings, merge_aware)
         base.requires_grad_(False)  # now that all arguments have been checked
         self.set_adapter(adapter_name)
         set_trainable(self, LORA_TENSORS, True)
@@ -106,6 +112,10 @@ class LoRALinear(MergeableLoRA):
         if not self.lora_enabled or self.active_adapter is None:
             return self.base_layer(x)
         refuse_sharded_forward(self)
+        if self.merge_aware:
+            merged = requantized(self.base_layer.nf4_weight, self.merged_weight())
+            factors = (self.lora_A, self.lora_B, self.scaling)
+            return merge_aware_linear(x, merged, self.base_layer.bias, *factors)
         if self.use_dora and self.lora_magnitude is not None:
             return self._dora_forward(x, self.lora_magnitude)
         return self._checked_forward(x, self.lora_dropout if self.training else 0.0)
@@ -199,7 +209,7 @@ class LoRALinear(MergeableLoRA):
     def extra_repr(self) -> str:
         if self.active_adapter is None:
             return "no active adapter"
-        flags = "".join(f", {name}" for name in ("use_rslora", "use_dora") if getattr(self, name))
+        flags = "".join(f", {name}" for name in _FLAGS if getattr(self, name))
         merged = ", merged" if self.merged else ""
         merged += "" if self.lora_enabled else ", LoRA disabled"
         return (
