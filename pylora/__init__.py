@@ -26,6 +26,7 @@ from pylora.models import (
     unload,
     unmerge,
 )
+from pylora.models.peft_names import instead_of
 from pylora.nf4_weight import NF4Weight
 from pylora.settings import refresh
 
@@ -68,9 +69,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `NF4Config`, which needs transformers, when it is asked for."""
+    """Imports `NF4Config`, which needs transformers, when it is asked for.
+
+    An error for a name of PEFT says what pylora has in its place.
+    """
     if name == "NF4Config":
         from pylora.integrations.loading import NF4Config
 
         return NF4Config
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    instead = instead_of(name)
+    hint = "" if instead is None else f", which is PEFT's: {instead}"
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -388,8 +389,8 @@ def test_what_does_not_fit_changes_nothing() -> None:
     before = [(n, id(p), p.requires_grad) for n, p in model.named_parameters()]
     for call, message in (
         (lambda: pylora.set_active_adapters(model, "c"), "adapters: 'default', 'b'"),
-        (lambda: pylora.delete_adapter(model, "c"), "adapter_name is 'c'"),
-        (lambda: pylora.save_adapter(model, "x", adapter_name="c"), "adapter_name is 'c'"),
+        (lambda: pylora.delete_adapter(model, "c"), "adapter is 'c'"),
+        (lambda: pylora.save_adapter(model, "x", adapter_name="c"), "adapter is 'c'"),
         (lambda: pylora.add_lora(model, adapter_name="a.b"), "without a dot"),
         (lambda: pylora.add_lora(model, adapter_name="keys"), "adapter_name is 'keys'"),
         (
@@ -408,6 +409,35 @@ def test_what_does_not_fit_changes_nothing() -> None:
         with pytest.raises(ValueError, match=message):
             call()
         assert [(n, id(p), p.requires_grad) for n, p in model.named_parameters()] == before
+
+
+def test_names_of_peft_say_what_to_use_instead() -> None:
+    from pylora.models.peft_names import _INSTEAD
+
+    for name, instead in _INSTEAD.items():
+        with pytest.raises(AttributeError, match=f"{name}', which is PEFT's: "):
+            getattr(pylora, name)
+        for ours in re.findall(r"pylora\.(\w+)", instead):
+            assert hasattr(pylora, ours), ours
+    with pytest.raises(AttributeError, match=r"attribute 'nothing'$"):
+        pylora.nothing  # noqa: B018
+    with pytest.raises(TypeError, match=r"name of one adapter.*peft\.PeftModel"):
+        pylora.set_active_adapters(two_adapters(base()), ["default", "b"])
+
+
+def test_a_model_for_peft_has_the_active_adapter() -> None:
+    pytest.importorskip("peft")
+    from pylora.integrations.peft import as_peft_model
+
+    model = two_adapters(base(), r=3, target_modules=["q"])
+    wrapped = as_peft_model(pylora.set_active_adapters(model, "b"))
+    assert wrapped.peft_config["default"].r == 3
+    x = torch.randn(3, 64)
+    before = wrapped(x)
+    wrapped.add_adapter("ref", wrapped.peft_config["default"])
+    randomize(model)
+    wrapped.set_adapter("ref")
+    assert torch.equal(wrapped(x), before)
 
 
 def test_all_linear_leaves_out_what_another_adapter_trains_in_full() -> None:

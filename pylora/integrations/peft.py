@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from pylora.models import disable_adapter, load_adapter, merge, save_adapter, unload, unmerge
 from pylora.models.adapter_config import config_of
-from pylora.models.module_tree import lora_layers, refuse_peft_model
+from pylora.models.module_tree import adapted_layers, lora_layers, refuse_peft_model
 from pylora.models.trained_in_full import fully_trained_modules
 from pylora.models.wrappers import unwrapped
 from pylora.nn import LoRALinear
@@ -42,7 +42,7 @@ def as_peft_model(model: nn.Module) -> WrappedModel:
     """
     root = unwrapped(model)
     refuse_peft_model(root)
-    layers = lora_layers(root)
+    layers = adapted_layers(root)
     if not layers or "" in layers:
         raise ValueError("model must be a module with LoRALinear layers inside, by pylora.add_lora")
     get_head: Any = getattr(root, "get_output_embeddings", None)
@@ -156,7 +156,7 @@ class WrappedModel(PeftModel):
             return False
         return not any(
             layer.merged or layer.use_dora or layer.lora_B.any() or layer.lora_B_bias is not None
-            for layer in lora_layers(model).values()
+            for layer in adapted_layers(model).values()
         )
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from torch import nn
 from pylora.models.changes import changed
 from pylora.models.distributed import refuse_to_change
 from pylora.models.module_tree import lora_layers, refuse_peft_model, sites
+from pylora.models.peft_names import refuse_several
 from pylora.models.trained_in_full import (
     all_full_modules,
     delete_full,
@@ -151,10 +152,11 @@ def _checked(model: nn.Module, adapter: str, call: str) -> nn.Module:
     """The model without wrappers; raises ValueError if it cannot switch to the adapter."""
     root = unwrapped(model)
     refuse_peft_model(root)
+    refuse_several(adapter)
     names = adapter_names(root)
     if adapter not in names:
         raise ValueError(
-            f"adapter_name is {adapter!r}; it must be one of the model's adapters: "
+            f"adapter is {adapter!r}; it must be one of the model's adapters: "
             f"{', '.join(map(repr, names)) or '(it has none; pylora.add_lora adds one)'}"
         )
     for name, layer in lora_layers(root).items():
