@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel
 
 import pylora
@@ -382,6 +385,42 @@ def test_an_average_must_have_the_same_active_adapter() -> None:
         average.update_parameters(model)
     pylora.set_active_adapters(model, "default")
     average.update_parameters(model)
+
+
+def test_a_wrapper_that_keeps_parameters_is_not_switched() -> None:
+    model = two_adapters(base())
+    average = AveragedModel(model)
+    pylora.set_active_adapters(average, "default")  # it is active already
+    for call in (pylora.set_active_adapters, pylora.delete_adapter):
+        with pytest.raises(ValueError, match=f"is an AveragedModel.*pylora.{call.__name__}"):
+            call(average, "b")
+    with pytest.raises(ValueError, match="save_adapter of an inactive adapter"):
+        pylora.save_adapter(average, "x", adapter_name="b")
+
+
+def test_a_sharded_model_trains_its_active_adapter(tmp_path: Path) -> None:
+    """In one process: fully_shard makes every parameter a DTensor, inactive ones too."""
+    model = two_adapters(base(quantized=False), r=3, target_modules=["q"])
+    pylora.set_active_adapters(model, "b")
+    x = torch.randn(3, 64)
+    plain = copy.deepcopy(model)
+    plain(x).sum().backward()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        model(x).sum().backward()
+        gradient = model.q.lora_B.grad.full_tensor()
+        assert torch.equal(gradient, plain.q.lora_B.grad)
+        state = {key: value.full_tensor() for key, value in model.state_dict().items()}
+        assert all(torch.equal(state[k], v) for k, v in plain.state_dict().items())
+        pylora.save_adapter(model, tmp_path)
+        with pytest.raises(ValueError, match="sharded by fully_shard"):
+            pylora.set_active_adapters(model, "default")
+    finally:
+        dist.destroy_process_group()
+    pylora.save_adapter(plain, tmp_path / "plain")
+    files = [tmp_path / folder / "adapter_model.safetensors" for folder in ("", "plain")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_what_does_not_fit_changes_nothing() -> None:

@@ -111,8 +111,8 @@ class WrappedModel(PeftModel):
             raise ValueError(f"adapter_name is {adapter_name!r}; the model has an adapter of it")
         if peft_config.to_dict() != self.peft_config[_DEFAULT].to_dict():
             raise ValueError(
-                "peft_config differs from that of the model; a model of pylora has one adapter and "
-                "copies of it"
+                "peft_config differs from that of the model, of which this adds a copy; "
+                "pylora.add_lora(model, ..., adapter_name=name) adds an adapter of another kind"
             )
         self._copies[adapter_name] = None if self._does_nothing() else self._copied()
         self.peft_config[adapter_name] = peft_config

@@ -70,7 +70,7 @@ def save_adapter(
     if adapter_name is None:
         _save_active(model, Path(path))
     else:
-        with using(model, adapter_name):
+        with using(model, adapter_name, "pylora.save_adapter"):
             _save_active(model, Path(path))
 
 
@@ -166,7 +166,7 @@ def load_adapter(
     elif has_new:
         install(root, [], {}, contents.saved, adapter)
     settle(root)
-    with using(root, adapter):
+    with using(root, adapter, "pylora.load_adapter"):
         _fill(root, settings, contents)
     return model
 

@@ -98,8 +98,10 @@ def _all_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 @contextmanager
-def using(model: nn.Module, adapter: str) -> Iterator[None]:
+def using(model: nn.Module, adapter: str, call: str) -> Iterator[None]:
     """Inside the block the parameters of an adapter have the places of the active one.
+
+    call    the name of the function that needs this, for errors
 
     Which parameters are trainable does not change.
     """
@@ -107,7 +109,7 @@ def using(model: nn.Module, adapter: str) -> Iterator[None]:
     if adapter == before:
         yield
         return
-    root = _checked(model, adapter, f"this for the inactive adapter {adapter!r}")
+    root = _checked(model, adapter, f"{call} of an inactive adapter")
     _exchange(root, adapter)
     try:
         yield
