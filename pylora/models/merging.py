@@ -156,7 +156,7 @@ def merge(
                 raise ValueError(
                     f"{name} has weights on the meta device; they must be loaded before a merge"
                 )
-    inputs = {} if example is None else inputs_of(model, layers, example)
+    inputs = {} if example is None else inputs_of(root, layers, example)
     settle(root)
     _refuse_shared_parts(root, layers)
     report = []
