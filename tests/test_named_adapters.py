@@ -262,8 +262,8 @@ def test_what_does_not_fit_changes_nothing() -> None:
     before = [(n, id(p), p.requires_grad) for n, p in model.named_parameters()]
     for call, message in (
         (lambda: pylora.set_active_adapters(model, "c"), "adapters: 'default', 'b'"),
-        (lambda: pylora.delete_adapter(model, "c"), "adapter is 'c'"),
-        (lambda: pylora.save_adapter(model, "x", adapter_name="c"), "adapter is 'c'"),
+        (lambda: pylora.delete_adapter(model, "c"), "adapter_name is 'c'"),
+        (lambda: pylora.save_adapter(model, "x", adapter_name="c"), "adapter_name is 'c'"),
         (lambda: pylora.add_lora(model, adapter_name="a.b"), "without a dot"),
         (lambda: pylora.add_lora(model, adapter_name="keys"), "adapter_name is 'keys'"),
         (
@@ -310,5 +310,5 @@ def test_a_single_layer_switches_but_keeps_its_last_adapter() -> None:
     pylora.set_active_adapters(layer, "b")
     assert layer.r == 3 and "r=3" in repr(layer)
     pylora.delete_adapter(layer, "default")
-    with pytest.raises(ValueError, match="its only adapter"):
+    with pytest.raises(ValueError, match="is the only adapter"):
         pylora.delete_adapter(layer, "b")

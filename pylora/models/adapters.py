@@ -43,10 +43,10 @@ def active_adapter(model: nn.Module) -> str | None:
     return next(iter(adapter_names(model)), None)
 
 
-def set_active_adapters(model: _Model, adapter: str) -> _Model:
+def set_active_adapters(model: _Model, adapter_name: str) -> _Model:
     """Has the model compute with this adapter and train it; returns the model.
 
-    adapter    one of `adapter_names(model)`
+    adapter_name    one of `adapter_names(model)`
 
     As with PEFT's `set_adapter`, the parameters of this adapter, its modules_to_save included, are
     trainable afterwards, and those of the others are frozen. They stay the same objects, so an
@@ -57,12 +57,12 @@ def set_active_adapters(model: _Model, adapter: str) -> _Model:
     a wrapper, such as DistributedDataParallel, which goes on with the parameters that it found. The
     model is then as it was.
     """
-    root = _checked(model, adapter, "pylora.set_active_adapters")
-    _exchange(root, adapter)
+    root = _checked(model, adapter_name, "pylora.set_active_adapters")
+    _exchange(root, adapter_name)
     for layer in lora_layers(root).values():
         set_trainable(layer, LORA_TENSORS, True)
         for name in layer.adapter_names:
-            if name != adapter:
+            if name != adapter_name:
                 set_trainable(layer.adapter(name), LORA_TENSORS, False)
     for module in all_full_modules(root).values():
         train_full(module)
@@ -70,7 +70,7 @@ def set_active_adapters(model: _Model, adapter: str) -> _Model:
 
 
 @contextmanager
-def active_adapters(model: nn.Module, adapter: str) -> Iterator[None]:
+def active_adapters(model: nn.Module, adapter_name: str) -> Iterator[None]:
     """Inside the `with` block the model computes with this adapter, as `set_active_adapters` says.
 
     with pylora.active_adapters(model, "german"):
@@ -81,7 +81,7 @@ def active_adapters(model: nn.Module, adapter: str) -> Iterator[None]:
     """
     before = active_adapter(model)
     trainable = [(p, p.requires_grad) for p in _all_parameters(model)]
-    set_active_adapters(model, adapter)
+    set_active_adapters(model, adapter_name)
     try:
         yield
     finally:
@@ -117,7 +117,7 @@ def using(model: nn.Module, adapter: str, call: str) -> Iterator[None]:
         _exchange(root, before)
 
 
-def delete_adapter(model: _Model, adapter: str) -> _Model:
+def delete_adapter(model: _Model, adapter_name: str) -> _Model:
     """Deletes an adapter and frees its parameters; returns the model.
 
     If it was active, the first of the remaining ones becomes active, as in PEFT. Layers without any
@@ -127,22 +127,22 @@ def delete_adapter(model: _Model, adapter: str) -> _Model:
     Raises ValueError as `set_active_adapters` does, or if the model is a single LoRALinear, which
     its only adapter cannot leave.
     """
-    root = _checked(model, adapter, "pylora.delete_adapter")
+    root = _checked(model, adapter_name, "pylora.delete_adapter")
     refuse_to_change(model, "pylora.delete_adapter")
-    remaining = [name for name in adapter_names(root) if name != adapter]
+    remaining = [name for name in adapter_names(root) if name != adapter_name]
     if not remaining and isinstance(root, LoRALinear):
         raise ValueError(
-            f"model is a LoRALinear and {adapter!r} is its only adapter; its base_layer is the "
-            "layer without it"
+            f"model is a LoRALinear, of which {adapter_name!r} is the only adapter; its base_layer "
+            "is the layer without it"
         )
-    if adapter == active_adapter(root) and remaining:
+    if adapter_name == active_adapter(root) and remaining:
         set_active_adapters(root, remaining[0])
-    full = fully_trained_modules(root, adapter)
+    full = fully_trained_modules(root, adapter_name)
     for module in {id(module): module for module in full.values()}.values():
-        delete_full(module, adapter)
+        delete_full(module, adapter_name)
     for layer in lora_layers(root).values():
-        if adapter in layer.adapter_names:
-            layer.delete_adapter(adapter)
+        if adapter_name in layer.adapter_names:
+            layer.delete_adapter(adapter_name)
     for site in list(sites(root)):
         if isinstance(site.module, LoRALinear) and not site.module.adapter_names:
             site.replace(site.module.base_layer)
@@ -158,7 +158,7 @@ def _checked(model: nn.Module, adapter: str, call: str) -> nn.Module:
     names = adapter_names(root)
     if adapter not in names:
         raise ValueError(
-            f"adapter is {adapter!r}; it must be one of the model's adapters: "
+            f"adapter_name is {adapter!r}; it must be one of the model's adapters: "
             f"{', '.join(map(repr, names)) or '(it has none; pylora.add_lora adds one)'}"
         )
     for name, layer in lora_layers(root).items():

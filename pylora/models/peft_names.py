@@ -35,7 +35,7 @@ def refuse_several(adapter: Any) -> None:
     if isinstance(adapter, str):
         return
     raise TypeError(
-        f"adapter is {adapter!r}; it must be the name of one adapter. Several at once need a "
+        f"adapter_name is {adapter!r}; it must be the name of one adapter. Several at once need a "
         "peft.PeftModel: its base_model.set_adapter takes a list, and pylora.accelerate makes it "
         "compute through pylora"
     )
