@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -261,7 +262,6 @@ def _merged(
     """
     base = layer.base_weight
     exact = layer.merged_weight()
-    delta = exact - _dense(base)
     bad = int((~exact.isfinite()).sum())
     if bad:
         raise ValueError(
@@ -273,15 +273,29 @@ def _merged(
         merged = _rounded(name, trained, dtype)
     elif isinstance(base, NF4Weight):
         merged = requantized(base, exact)
-    elif not delta.any():
+    elif torch.equal(exact, _dense(base)):
         merged = base
     else:
         merged = _rounded(name, exact, base.dtype)
+    return merged, loss_of(name, base, merged, exact, inputs)
+
+
+def loss_of(
+    name: str,
+    base: Tensor | NF4Weight,
+    merged: Tensor | NF4Weight,
+    exact: Tensor,
+    inputs: Sequence[Tensor] = (),
+) -> MergedLayer:
+    """What was lost by rounding `exact`, the float32 sum of `base` and a delta, to `merged`.
+
+    inputs    those of the layer in the example
+    """
     kind = "nf4" if isinstance(merged, NF4Weight) else str(merged.dtype).removeprefix("torch.")
     error = _dense(merged) - exact
-    norms = (_norm(error), _norm(delta), _norm(exact))
+    norms = (_norm(error), _norm(exact - _dense(base)), _norm(exact))
     of_outputs = (_norm_of_outputs(inputs, error), _norm_of_outputs(inputs, exact))
-    return merged, MergedLayer(name, kind, *norms, *of_outputs)
+    return MergedLayer(name, kind, *norms, *of_outputs)
 
 
 def _rounded(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -291,7 +305,7 @@ def _rounded(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return rounded
 
 
-def _norm_of_outputs(inputs: list[Tensor], weight: Tensor) -> float | None:
+def _norm_of_outputs(inputs: Sequence[Tensor], weight: Tensor) -> float | None:
     """|x weight^T| over the inputs x of a layer; None if it had none."""
     if not inputs:
         return None
