@@ -1,4 +1,4 @@
-"""Makes the linear layers of a model those of bitsandbytes, as transformers does when it loads one."""
+"""Makes the linear layers of a model those of bitsandbytes, as transformers does."""
 
 from __future__ import annotations
 
