@@ -12,7 +12,7 @@ from pylora.calls import Dropout
 from pylora.integrations.bitsandbytes_layers import BitsandbytesWeight, compute_dtype, why_not_nf4
 from pylora.integrations.swaps import Swap, has_hooks, is_swapped, why_not_replaceable
 from pylora.nf4_weight import NF4Weight
-from pylora.nn import dora
+from pylora.nn import NF4Linear, dora
 from pylora.nn.conv1d import dense_weight, is_conv1d
 from pylora.nn.kept import Kept, Place
 from pylora.ops import run
@@ -38,7 +38,7 @@ class _Parts(NamedTuple):
 
 
 class PeftLoraSwap(Swap):
-    """PEFT's LoRA over an nn.Linear or a Linear4bit: base and adapter in one op."""
+    """PEFT's LoRA over an nn.Linear, a Linear4bit or an NF4Linear: base and adapter in one op."""
 
     def __init__(self, name: str, verify: int) -> None:
         super().__init__(name, verify)
@@ -54,6 +54,8 @@ class PeftLoraSwap(Swap):
         if reason is not None:
             return reason
         base = module.get_base_layer()
+        if isinstance(base, NF4Linear):
+            return why_not_replaceable(base)
         if type(base).__name__ == "Linear4bit":
             return why_not_replaceable(base) or why_not_nf4(base)
         like_linear = type(base).__name__ in _LIKE_LINEAR or is_conv1d(base)
@@ -104,6 +106,8 @@ class PeftLoraSwap(Swap):
             return f"its input is a {type(x).__name__}"
         if hasattr(base, "compute_dtype"):
             wanted = compute_dtype(base, x)
+        elif isinstance(base, NF4Linear):
+            wanted = x.dtype
         else:
             wanted = base.weight.dtype
         if x.dtype != wanted and not torch.is_autocast_enabled(x.device.type):
@@ -113,7 +117,7 @@ class PeftLoraSwap(Swap):
     def _fused(self, parts: _Parts, scaling: float, x: Tensor) -> Tensor:
         base, A, B, dropout = parts
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        state = getattr(base.weight, "quant_state", None)
+        state = getattr(stored_weight(base), "quant_state", None)
         kept_for = (base, A, B, state)
         must_verify = self.must_verify()
         compiling = torch.compiler.is_compiling()
@@ -123,7 +127,7 @@ class PeftLoraSwap(Swap):
             call = self._kept.call_with(x) if same else None
             if call is not None:
                 return call.run(x, scaling, None if seed is None else Dropout(p, seed))
-        weight = dense_weight(base) if state is None else self._weight.of(base)
+        weight = self._weight_of(base)
         given = x
         if state is not None and torch.is_autocast_enabled(x.device.type):
             given = x.to(compute_dtype(base, x))
@@ -148,8 +152,8 @@ class PeftLoraSwap(Swap):
     def _dora(self, module: Any, name: str, parts: _Parts, x: Tensor) -> Tensor:
         base, A, B, dropout = parts
         scaling, magnitude = module.scaling[name], module.lora_magnitude_vector[name].weight
-        packed = getattr(base.weight, "quant_state", None) is not None
-        weight = self._weight.of(base) if packed else dense_weight(base)
+        packed = getattr(stored_weight(base), "quant_state", None) is not None
+        weight = self._weight_of(base)
         given = x.to(compute_dtype(base, x)) if packed else x
         factors = (A.weight, B.weight, scaling)
         norm = dora.adapted_norm(weight, self._base_norm(base, weight), *factors)
@@ -163,17 +167,28 @@ class PeftLoraSwap(Swap):
             self.verify(y, dora_in_torch, weight, given.to(y.dtype), **rest)
         return y.to(x.dtype) if packed else y
 
+    def _weight_of(self, base: Any) -> Tensor | NF4Weight:
+        if isinstance(base, NF4Linear):
+            return base.nf4_weight
+        packed = getattr(base.weight, "quant_state", None) is not None
+        return self._weight.of(base) if packed else dense_weight(base)
+
     def _base_norm(self, base: Any, weight: Tensor | NF4Weight) -> Tensor:
         """The row norms of the base, computed again if its weight has changed."""
         if torch.compiler.is_compiling():
             return dora.base_norm(weight)
-        stored = base.weight
+        stored = stored_weight(base)
         held = (stored, getattr(stored, "quant_state", None))
         memory = (stored.data_ptr(), stored._version)
         same = memory == self._norm_memory and held[0] is self._norm_of[0]
         if self._norm is None or not same or held[1] is not self._norm_of[1]:
             self._norm, self._norm_of, self._norm_memory = dora.base_norm(weight), held, memory
         return self._norm
+
+
+def stored_weight(base: Any) -> Tensor:
+    """The tensor that holds the weight of a base layer, packed or not."""
+    return base.packed_weight if isinstance(base, NF4Linear) else base.weight
 
 
 def dora_in_torch(
@@ -199,8 +214,14 @@ def dora_in_torch(
 def _places(base: nn.Module, *factors: nn.Module) -> tuple[Place, ...] | None:
     if is_conv1d(base):  # a call reads a view of its weight, which must be taken each time
         return None
-    is_packed = hasattr(base.weight, "quant_state")
-    places = [Place(base._parameters, "weight", is_packed), Place(base._parameters, "bias")]
+    if isinstance(base, NF4Linear):
+        of_base = base.places()
+        if of_base is None:
+            return None
+        places = list(of_base)
+    else:
+        is_packed = hasattr(base.weight, "quant_state")
+        places = [Place(base._parameters, "weight", is_packed), Place(base._parameters, "bias")]
     for layer in factors:
         places += [Place(layer._parameters, name) for name in ("weight", "bias")]
     return tuple(places)

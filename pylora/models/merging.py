@@ -204,11 +204,16 @@ def _merged(name: str, layer: LoRALinear) -> tuple[Tensor | NF4Weight, MergedLay
         merged = exact.to(base.dtype)
         if not merged.isfinite().all():
             raise ValueError(f"{name}: the merged weight is too large for {base.dtype}")
+    return merged, loss_of(name, base, merged, exact)
+
+
+def loss_of(
+    name: str, base: Tensor | NF4Weight, merged: Tensor | NF4Weight, exact: Tensor
+) -> MergedLayer:
+    """What was lost by rounding `exact`, the float32 sum of `base` and a delta, to `merged`."""
     base_format = "nf4" if isinstance(base, NF4Weight) else str(base.dtype).removeprefix("torch.")
-    facts = MergedLayer(
-        name, base_format, _norm(_dense(merged) - exact), _norm(delta), _norm(exact)
-    )
-    return merged, facts
+    error, delta = _dense(merged) - exact, exact - _dense(base)
+    return MergedLayer(name, base_format, _norm(error), _norm(delta), _norm(exact))
 
 
 def _merged_bias(name: str, layer: LoRALinear) -> Tensor | None:
