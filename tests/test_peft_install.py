@@ -17,6 +17,7 @@ from torch import nn
 
 import pylora
 from pylora.integrations import imports, peft_install
+from pylora.integrations.peft_base_layer import PeftNF4Linear
 from pylora.nn import NF4Linear
 from pylora.testing import assert_as_accurate_as_torch
 
@@ -126,6 +127,7 @@ def test_install_twice_and_uninstall(uninstalled: None) -> None:
     "options, message",
     [
         ({"target_parameters": ["up_proj.weight"]}, "packed weight of the NF4 layer .*up_proj"),
+        ({"init_lora_weights": "corda"}, "'corda', for which PEFT analyses dense layers"),
         ({"modules_to_save": ["mlp"]}, "would train the NF4 layer .*mlp.gate_proj"),
     ],
 )
@@ -158,7 +160,8 @@ def test_accelerate_computes_base_and_adapter_in_one_op(
     report = pylora.accelerate(model, strict=True, verify=1)
     assert len(report.swapped) == 7 and not report.left
     calls = []
-    monkeypatch.setattr(NF4Linear, "forward", lambda *_: calls.append(1))
+    monkeypatch.setattr(NF4Linear, "forward", lambda *_: calls.append("forward"))
+    monkeypatch.setattr(PeftNF4Linear, "dense_weight", lambda *_: calls.append("dense weight"))
 
     def over_dense(dtype: torch.dtype) -> Any:
         return trained(copy.deepcopy(twin).to(dtype) if dtype == torch.float64 else twin)
@@ -176,6 +179,14 @@ def test_accelerate_computes_base_and_adapter_in_one_op(
     model.unmerge_adapter()
     assert all(map(torch.equal, nf4_bytes(model), before))
     assert torch.equal(logits(model.merge_and_unload()), merged)
+
+
+def test_lora_never_reads_the_dense_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(nf4_model(), LORA)
+    expected = trained(copy.deepcopy(model))
+    calls = []
+    monkeypatch.setattr(PeftNF4Linear, "dense_weight", lambda *_: calls.append(1))
+    assert all(map(torch.equal, trained(model), expected)) and not calls
 
 
 def test_copies_and_casts() -> None:

@@ -24,6 +24,9 @@ from pylora.nn import NF4Linear
 logger = logging.getLogger(__name__)
 
 _REPLACED = "_pylora_replaces"
+# Initializations that need a function of PEFT to be called on the dense model.
+_ANALYSES = ("corda", "lora_ga")
+_by_itself = True  # whether the first NF4Linear installs it
 
 
 def install() -> None:
@@ -58,8 +61,10 @@ def uninstall() -> None:
     """Gives PEFT its own methods back.
 
     A model that has adapters over NF4 layers still computes, but PEFT cannot merge them or add
-    others: RuntimeError says to call `install` again.
+    others: RuntimeError says to call `install` again. Nothing else installs it after that.
     """
+    global _by_itself
+    _by_itself = False
     imports.forget("peft")
     for cls, name, own in reversed(replaced_methods):
         setattr(cls, name, own)
@@ -72,8 +77,9 @@ def is_installed() -> bool:
 
 
 def install_with_peft() -> None:
-    """Calls `install` when PEFT is imported, or at once if it has been."""
-    imports.when_imported("peft", _try_to_install)
+    """Calls `install` when PEFT is imported, or at once if it has been; not after `uninstall`."""
+    if _by_itself:
+        imports.when_imported("peft", _try_to_install)
 
 
 def _try_to_install() -> None:
@@ -240,6 +246,12 @@ def _refuse(model: nn.Module, config: Any) -> None:
         for name, module in model.named_modules()
         if isinstance(module, NF4Linear)
     }
+    init = getattr(config, "init_lora_weights", None)
+    if init in _ANALYSES and any(_is_target(config, name) for name in layers):
+        raise ValueError(
+            f"init_lora_weights is {init!r}, for which PEFT analyses dense layers beforehand and "
+            "finds no NF4 layers; use 'eva', 'pissa' or the default over NF4"
+        )
     for entry in getattr(config, "target_parameters", None) or ():
         for name in layers:
             if f".{name}.weight".endswith(f".{entry}"):
@@ -254,3 +266,12 @@ def _refuse(model: nn.Module, config: Any) -> None:
                     f"modules_to_save has {entry!r}, which would train the NF4 layer {name}; keep "
                     "it dense: give its name in skip_modules when the model is quantized"
                 )
+
+
+def _is_target(config: Any, name: str) -> bool:
+    """True if the configuration puts an adapter on the layer with this name."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    if str(config.target_modules).lower() == "all-linear":
+        return True
+    return bool(check_target_module_exists(config, name))
