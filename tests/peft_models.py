@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,34 @@ def linear4bit(dense: nn.Linear, double_quant: bool) -> nn.Module:
     )
     layer.load_state_dict(dense.state_dict())
     return layer.to("cpu")
+
+
+def in_4bit(model: Any, dense: str = r"lm_head\b") -> Any:
+    """Makes linear layers 4-bit, as transformers would; those with names like `dense` stay."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and not re.match(dense, name):
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, linear4bit(module, True))
+    model.is_loaded_in_4bit = True
+    return model
+
+
+def tiny_llama(base: str, blocks: int = 2) -> Any:
+    """A Llama with the same weights each time; its bases are "dense" or "nf4"."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=blocks,
+        num_attention_heads=4,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    model = transformers.LlamaForCausalLM(config).float()
+    return in_4bit(model) if base == "nf4" else model
 
 
 def with_dense_bases(model: nn.Module) -> nn.Module:

@@ -373,7 +373,7 @@ def patched() -> Iterator[pylora.PatchReport]:
 def test_patched_classes_compute_through_pylora(
     base: str, patched: pylora.PatchReport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert len(patched.patched) == 3 and not patched.left
+    assert len(patched.patched) == 5 and not patched.left
     model, calls, choose = peft_model(base), [], dispatch.choose
     monkeypatch.setattr(dispatch, "choose", lambda call: calls.append(type(call)) or choose(call))
     actual = [outcome(model, IDS) for _ in range(2)]
@@ -468,3 +468,25 @@ def test_bad_arguments_are_named(arguments: dict, error: type, message: str) -> 
         pylora.accelerate(nn.Linear(2, 2), **arguments)
     with pytest.raises(TypeError, match=r"model is str; it must be an nn\.Module"):
         pylora.accelerate("gpt2")
+
+
+def test_variants_that_pylora_does_not_compute_are_reported_and_right() -> None:
+    blocks = peft.BdLoraConfig(target_modules_bd_a=["down"], target_modules_bd_b=["up"], nblocks=2)
+    model = peft_model("dense", use_bdlora=blocks)
+    expected = outcome(model, IDS)
+    report = pylora.accelerate(model)
+    assert {layer.reason for layer in report.left} == {"adapter default is BdLoraLinearVariant"}
+    assert all(map(torch.equal, outcome(model, IDS), expected))
+    model.add_adapter("plain", peft.LoraConfig(r=3, target_modules=r".*up\.\d+"))
+    model.set_adapter("plain")
+    assert not pylora.accelerate(model, strict=True).left
+
+
+def test_adapters_without_values_yet_are_taken(tmp_path: Path) -> None:
+    model = peft_model("nf4")
+    model.save_pretrained(tmp_path)
+    config = peft.LoraConfig(r=4, target_modules=r".*(up|down)\.\d+")
+    empty = peft.get_peft_model(base_model("nf4"), config, low_cpu_mem_usage=True)
+    assert "on cpu, meta" in str(pylora.accelerate(empty, strict=True))
+    empty.load_adapter(tmp_path, "default", low_cpu_mem_usage=True)
+    assert_right(empty.train())

@@ -6,7 +6,6 @@ bitsandbytes' NF4.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +18,7 @@ import pylora
 bnb = pytest.importorskip("bitsandbytes")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
-from peft_models import assert_right, linear4bit, outcome  # noqa: E402
+from peft_models import assert_right, in_4bit, outcome  # noqa: E402
 
 IDS = torch.arange(3, 23).view(2, 10)
 CLASSES = torch.tensor([0, 1])
@@ -181,16 +180,6 @@ FAMILIES = {
 }
 
 
-def in_4bit(model: Any) -> Any:
-    """Replaces linear layers by bitsandbytes', as transformers would."""
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and not re.match(DENSE, name):
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, linear4bit(module, True))
-    model.is_loaded_in_4bit = True
-    return model
-
-
 def without_dropout(settings: dict[str, Any]) -> dict[str, Any]:
     return {**dict.fromkeys(WITHOUT_DROPOUT, 0.0), **settings}
 
@@ -216,7 +205,7 @@ def test_loss_and_gradients_of_a_family_are_right(family: str, base: str) -> Non
     config._experts_implementation = "eager"  # torch's grouped product does not take float64
     model = getattr(transformers, row.model)(config).float()
     if base == "nf4":
-        model = in_4bit(model)
+        model = in_4bit(model, DENSE)
     lora = peft.LoraConfig(r=4, lora_alpha=2, target_modules="all-linear", init_lora_weights=False)
     model = peft.get_peft_model(model, lora).train()
     report = pylora.accelerate(model, verify=1)

@@ -37,6 +37,7 @@ from torch.distributed.fsdp import fully_shard  # noqa: E402
 from pylora.integrations.peft import install, uninstall  # noqa: E402
 
 LORA = peft.LoraConfig(target_modules="all-linear")
+ADALORA = peft.AdaLoraConfig(target_modules="all-linear", total_step=10)
 DORA = peft.LoraConfig(target_modules="all-linear", use_dora=True)
 
 
@@ -150,7 +151,7 @@ def test_glora_is_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("config", [LORA, DORA], ids=["lora", "dora"])
+@pytest.mark.parametrize("config", [LORA, DORA, ADALORA], ids=["lora", "dora", "adalora"])
 def test_accelerate_computes_base_and_adapter_in_one_op(
     config: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +180,18 @@ def test_accelerate_computes_base_and_adapter_in_one_op(
     model.unmerge_adapter()
     assert all(map(torch.equal, nf4_bytes(model), before))
     assert torch.equal(logits(model.merge_and_unload()), merged)
+
+
+def test_rows_of_a_batch_have_adapters_of_their_own() -> None:
+    model = adapted(nf4_model(), LORA)
+    model.add_adapter("other", peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    expected = []
+    for row, name in enumerate(("default", "other")):
+        model.set_adapter(name)
+        expected.append(logits(model)[row])
+    pylora.accelerate(model, strict=True)
+    y = model.train()(input_ids=IDS, adapter_names=["default", "other"]).logits
+    torch.testing.assert_close(y.detach(), torch.stack(expected))
 
 
 def test_lora_never_reads_the_dense_weight(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,14 @@ import torch
 from torch import nn
 
 from pylora import checks, dispatch, functional
-from pylora.integrations.bitsandbytes_layers import Linear4bitSwap, why_not_nf4
-from pylora.integrations.peft_layers import PeftLoraSwap
+from pylora.integrations import peft_rows
+from pylora.integrations.bitsandbytes_layers import why_not_nf4
+from pylora.integrations.peft_base import PeftSwap
 from pylora.integrations.report import LayerReport, Report
+from pylora.integrations.swapped_classes import swap_of
 from pylora.integrations.swaps import Swap, install, remove
 from pylora.models.module_tree import is_bitsandbytes_4bit
+from pylora.models.wrappers import plain_name
 from pylora.nf4_weight import NF4Weight
 from pylora.nn import LoRALinear, NF4Linear
 from pylora.nn.conv1d import dense_weight, linear_shape
@@ -33,18 +36,22 @@ def accelerate(
 ) -> Report:
     """Lets the LoRA layers of PEFT and the 4-bit layers of bitsandbytes compute through pylora.
 
-    model     changed in place; its modules, parameters, names and state dict stay what they are
+    model     changed in place; its modules, parameters, names and state dict stay what they are. It
+              may be wrapped, as by torch.compile or DistributedDataParallel
     fuse      "qkv", "mlp": which neighbours to compute in one op, where a measurement shows a gain;
               none has shown one yet, and the report says so
     strict    raises ValueError if a layer is left as it was; nothing has changed then
     verify    the first `verify` calls of each layer are compared with float64 by the numerics rule;
               AssertionError names the layer that fails
 
-    It takes PEFT's LoRA and DoRA over nn.Linear, Conv1D and Linear4bit (nf4), and plain Linear4bit.
-    A call that pylora does not compute (a hook on a part of the layer, per-row adapters) goes
+    It takes PEFT's LoRA, DoRA and AdaLoRA over nn.Linear, Conv1D and Linear4bit (nf4), and plain
+    Linear4bit.
+    A call that pylora does not compute (such as one with a hook on a part of the layer) goes
     through PEFT's own forward, over a base that pylora computes; the log
     (`pylora.integrations.swaps`) says why. PEFT's methods work as before: adapters may be added,
     switched, disabled and merged. Call it again after `get_peft_model` to take in the new layers.
+
+    Each row of a batch may have its own adapter (PEFT's `adapter_names`), in training too.
 
     Returns a Report, which prints as a table.
     """
@@ -59,14 +66,21 @@ def accelerate(
     swaps: list[tuple[nn.Module, Swap]] = []
     layers: list[LayerReport] = []
     bases: set[int] = set()  # of layers that are swapped as a whole
-    for name, module in model.named_modules():
-        swap = _swap_for(name, module, verify)
+    for name_in_wrappers, module in model.named_modules():
+        name = plain_name(model, name_in_wrappers)
+        swap_class = swap_of(module)
+        swap = None if swap_class is None else swap_class(name, verify)
         reason = _why_left(module) if swap is None else swap.why_not(module)
         kind = type(module).__name__
         if swap is not None and reason is None:
             swaps.append((module, swap))
-            if isinstance(swap, PeftLoraSwap):
+            if isinstance(swap, PeftSwap):
                 kind = f"{kind} over {type(module.base_layer).__name__}"
+                reason = swap.why_not_adapters(module, module.active_adapters)
+            if reason is not None:  # until another adapter of this layer is active
+                layers.append(LayerReport(name, kind, False, reason=reason))
+                continue
+            if isinstance(swap, PeftSwap):
                 bases.add(id(module.base_layer))
             if id(module) not in bases:
                 layers.append(LayerReport(name, kind, True, _variant(module)))
@@ -87,6 +101,8 @@ def accelerate(
     restore(model)
     for module, swap in swaps:
         install(module, swap)
+    for module in model.modules():
+        peft_rows.allow_training(module)
     return report
 
 
@@ -96,35 +112,13 @@ def restore(model: nn.Module) -> None:
         raise TypeError(f"model is {type(model).__name__}; it must be an nn.Module")
     for module in model.modules():
         remove(module)
-
-
-def _peft_classes() -> tuple[type | None, tuple[type, ...]]:
-    """PEFT's base class of layers with adapters, and the classes of LoRA over linear layers.
-
-    Both are empty if PEFT has not been imported, because then no model has its layers.
-    """
-    layer: Any = sys.modules.get("peft.tuners.lora.layer")
-    tuners: Any = sys.modules.get("peft.tuners.tuners_utils")
-    bnb: Any = sys.modules.get("peft.tuners.lora.bnb")
-    over_4bit = getattr(bnb, "Linear4bit", None)
-    if layer is None or tuners is None:
-        return None, ()
-    return tuners.BaseTunerLayer, (layer.Linear, *([over_4bit] if over_4bit else []))
-
-
-def _swap_for(name: str, module: nn.Module, verify: int) -> Swap | None:
-    _, lora = _peft_classes()
-    if type(module) in lora:  # a subclass may compute something else
-        return PeftLoraSwap(name, verify)
-    if type(module).__name__ == "Linear4bit" and is_bitsandbytes_4bit(module):
-        return Linear4bitSwap(name, verify)
-    return None
+        peft_rows.forbid_training(module)
 
 
 def _why_left(module: nn.Module) -> str | None:
     """Why a layer with an adapter or quantized codes is left; None if it is no such layer."""
-    tuner, _ = _peft_classes()
-    if tuner is not None and isinstance(module, tuner):
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    if tuners is not None and isinstance(module, tuners.BaseTunerLayer):
         method = type(module).__module__.split(".")[-2]
         return f"pylora does not compute PEFT's {method}.{type(module).__name__}"
     if is_bitsandbytes_4bit(module):
@@ -144,19 +138,23 @@ def _variant(module: Any) -> str:
         weight = NF4Weight.from_bitsandbytes(base) if nf4 else dense_weight(base)
     dtype = getattr(base, "compute_dtype", None) or weight.dtype
     device = weight.device
-    if device.type == "meta":
-        return "on the meta device"
+    factors: list[Any] = []
+    if base is not module:
+        name = next((name for name in module.active_adapters if name in module.lora_A), None)
+        if name is None:
+            return "no adapter is active"
+        held = (module.lora_A[name], module.lora_B[name])  # parameters in AdaLoRA
+        factors = [part.weight if isinstance(part, nn.Module) else part for part in held]
+    elsewhere = {factor.device for factor in factors} - {device}
+    if device.type == "meta" or elsewhere:
+        return f"on {', '.join(map(str, (device, *elsewhere)))}"
     names = []
     for tokens in _TOKENS:
         x = torch.empty(tokens, linear_shape(base)[1], dtype=dtype, device=device)
         if base is module:
             call = functional.CALLS["nf4_linear"](x, weight, base.bias)
         else:
-            name = next(iter(module.lora_A), None)
-            if name is None:
-                return "no adapter yet"
-            A, B = module.lora_A[name].weight, module.lora_B[name].weight
-            call = functional.CALLS["lora_linear"](x, weight, A, B, 1.0, base.bias)
+            call = functional.CALLS["lora_linear"](x, weight, *factors, 1.0, base.bias)
         backend, plan = dispatch.choose(call)
         names.append(f"{backend.name} {plan.variant}" if plan.variant else backend.name)
     return ", ".join(dict.fromkeys(names))

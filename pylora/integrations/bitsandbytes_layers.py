@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,27 +11,37 @@ from torch import Tensor, nn
 from pylora import functional
 from pylora.integrations.swaps import Swap, why_not_replaceable
 from pylora.nf4_weight import NF4Weight
+from pylora.nn import NF4Linear
+
+T = TypeVar("T")
 
 
-class BitsandbytesWeight:
-    """The NF4Weight of a Linear4bit, made anew when the layer has another parameter or state."""
+class OfWeight(Generic[T]):
+    """What was made of a layer's weight; it is made anew after a change of the weight."""
 
     def __init__(self) -> None:
+        self._value: T | None = None
         self._param: Any = None
-        self._address, self._state = 0, None
-        self._weight: NF4Weight | None = None
+        self._state: Any = None
+        self._memory: tuple[int, int] = (0, 0)
 
-    def of(self, layer: Any) -> NF4Weight:
-        """The weight, which shares the bytes of the layer; raises ValueError if it has none."""
-        param = layer.weight
-        state = getattr(param, "quant_state", None) or layer.quant_state
+    def get(self, layer: Any, make: Callable[[Any], T]) -> T:
+        """`make(layer)`, or what it returned before for the same weight."""
         if torch.compiler.is_compiling():
-            return NF4Weight.from_bitsandbytes(layer)
-        known = param is self._param and state is self._state
-        if self._weight is None or not known or param.data_ptr() != self._address:
-            self._weight = NF4Weight.from_bitsandbytes(layer)
-            self._param, self._state, self._address = param, state, param.data_ptr()
-        return self._weight
+            return make(layer)
+        param = stored_weight(layer)
+        state = getattr(param, "quant_state", None)
+        memory = (param.data_ptr(), 0 if param.is_inference() else param._version)
+        same = param is self._param and state is self._state and memory == self._memory
+        if self._value is None or not same:
+            self._value = make(layer)
+            self._param, self._state, self._memory = param, state, memory
+        return self._value
+
+
+def stored_weight(layer: Any) -> Any:
+    """The parameter that holds the weight of a linear layer, packed or not."""
+    return layer.packed_weight if isinstance(layer, NF4Linear) else layer.weight
 
 
 def why_not_nf4(layer: Any) -> str | None:
@@ -47,18 +58,23 @@ class Linear4bitSwap(Swap):
 
     def __init__(self, name: str, verify: int) -> None:
         super().__init__(name, verify)
-        self._weight = BitsandbytesWeight()
+        self._weight: OfWeight[NF4Weight] = OfWeight()
 
     def why_not(self, module: nn.Module) -> str | None:
         return why_not_replaceable(module) or why_not_nf4(module)
 
     def forward(self, module: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or not isinstance(x, Tensor):  # its own forward refuses them
+            why = "it was not called with one tensor alone"
+            return self.as_before(module, why, x, *args, **kwargs)
         try:
-            weight = self._weight.of(module)
+            weight = self._weight.get(module, NF4Weight.from_bitsandbytes)
         except ValueError as error:  # it was quantized anew, or repacked, since it was swapped
-            return self.as_before(module, str(error), x, *args, **kwargs)
+            return self.as_before(module, str(error), x)
         dtype = compute_dtype(module, x)
         given = x.to(dtype)
+        if x.shape[-1:] != (weight.in_features,):  # torch raises, as it does for bitsandbytes
+            return nn.functional.linear(given, weight.dequantize(dtype), module.bias)
         y = functional.nf4_linear(given, weight, module.bias)
         if self.must_verify():
             self.verify(y, nn.functional.linear, weight, given, bias=module.bias)

@@ -15,18 +15,12 @@ from typing import Any
 from torch import nn
 
 from pylora import checks
-from pylora.integrations.bitsandbytes_layers import Linear4bitSwap
-from pylora.integrations.peft_layers import PeftLoraSwap
+from pylora.integrations import peft_rows
+from pylora.integrations.swapped_classes import CLASSES
 from pylora.integrations.swaps import OWN_FORWARD, Swap
 
 logger = logging.getLogger(__name__)
 
-# Library, module, class, and how a layer of the class computes through pylora.
-_CLASSES: tuple[tuple[str, str, str, type[Swap]], ...] = (
-    ("bitsandbytes", "bitsandbytes.nn", "Linear4bit", Linear4bitSwap),
-    ("peft", "peft.tuners.lora.layer", "Linear", PeftLoraSwap),
-    ("peft", "peft.tuners.lora.bnb", "Linear4bit", PeftLoraSwap),
-)
 _SWAP = "_pylora_class_swap"
 
 
@@ -61,7 +55,7 @@ def patch(*, bitsandbytes: bool = True, peft: bool = True, verify: int = 0) -> P
     """Lets the layers of bitsandbytes and PEFT compute through pylora, in every model.
 
     bitsandbytes    true for Linear4bit (nf4)
-    peft            true for LoRA over nn.Linear and over Linear4bit
+    peft            true for LoRA and AdaLoRA over nn.Linear and over Linear4bit
     verify          the first `verify` calls of each layer are compared with float64 by the numerics
                     rule; AssertionError names the class of the layer that fails
 
@@ -72,7 +66,7 @@ def patch(*, bitsandbytes: bool = True, peft: bool = True, verify: int = 0) -> P
     checks.integer("verify", verify, least=0)
     asked_for = {"bitsandbytes": bitsandbytes, "peft": peft}
     patched, left = [], {}
-    for library, module_name, class_name, swap in _CLASSES:
+    for library, module_name, class_name, swap in CLASSES:
         full_name = f"{module_name}.{class_name}"
         if not asked_for[library]:
             left[full_name] = f"{library} is False"
@@ -84,6 +78,8 @@ def patch(*, bitsandbytes: bool = True, peft: bool = True, verify: int = 0) -> P
             continue
         _patch_class(cls, swap, verify)
         patched.append(full_name)
+    if peft and "peft.tuners.lora.layer.Linear" in patched:
+        peft_rows.allow_training_everywhere()
     return PatchReport(tuple(patched), left)
 
 
@@ -92,6 +88,7 @@ def unpatch() -> None:
     for cls, own_forward in OWN_FORWARD.items():
         cls.forward = own_forward  # type: ignore[attr-defined]
     OWN_FORWARD.clear()
+    peft_rows.forbid_training_everywhere()
 
 
 def _patch_class(cls: Any, kind: type[Swap], verify: int) -> None:

@@ -2,121 +2,121 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pylora import functional
 from pylora.calls import Dropout
-from pylora.integrations.bitsandbytes_layers import BitsandbytesWeight, compute_dtype, why_not_nf4
-from pylora.integrations.swaps import Swap, has_hooks, is_swapped, why_not_replaceable
-from pylora.nf4_weight import NF4Weight
+from pylora.integrations import peft_rows
+from pylora.integrations.bitsandbytes_layers import OfWeight, stored_weight
+from pylora.integrations.peft_base import (
+    Parts,
+    PeftSwap,
+    drop_rate,
+    in_compute_dtype,
+    in_dtype_of_base,
+    why_not_called,
+    why_not_input,
+)
 from pylora.nn import NF4Linear, dora
-from pylora.nn.conv1d import dense_weight, is_conv1d
+from pylora.nn.conv1d import is_conv1d
 from pylora.nn.kept import Kept, Place
 from pylora.ops import run
 
-# Subclasses of nn.Linear with a forward of their own that computes the same.
-_LIKE_LINEAR = ("FalconLinear",)
 
-
-class _Parts(NamedTuple):
-    """The modules that one adapter of a LoRA layer of PEFT computes with."""
-
-    base: Any
-    A: Any
-    B: Any
-    dropout: Any
-
-    @classmethod
-    def of(cls, module: nn.Module, adapter: str) -> _Parts:
-        """The parts of the adapter with this name."""
-        held: Any = module._modules
-        by_adapter = (held[name]._modules for name in ("lora_A", "lora_B", "lora_dropout"))
-        return cls(held["base_layer"], *(modules[adapter] for modules in by_adapter))
-
-
-class PeftLoraSwap(Swap):
+class PeftLoraSwap(PeftSwap):
     """PEFT's LoRA over an nn.Linear, a Linear4bit or an NF4Linear: base and adapter in one op."""
 
     def __init__(self, name: str, verify: int) -> None:
         super().__init__(name, verify)
-        self._weight = BitsandbytesWeight()
         self._kept: Kept | None = None
         self._kept_for: tuple[Any, ...] = ()
-        self._norm: Tensor | None = None  # of the rows of the base, for DoRA
-        self._norm_of: tuple[Any, Any] = (None, None)
-        self._norm_memory: tuple[int, int] = (0, 0)
-
-    def why_not(self, module: Any) -> str | None:
-        reason = why_not_replaceable(module)
-        if reason is not None:
-            return reason
-        base = module.get_base_layer()
-        if isinstance(base, NF4Linear):
-            return why_not_replaceable(base)
-        if type(base).__name__ == "Linear4bit":
-            return why_not_replaceable(base) or why_not_nf4(base)
-        like_linear = type(base).__name__ in _LIKE_LINEAR or is_conv1d(base)
-        if not like_linear and getattr(type(base), "forward", None) is not nn.Linear.forward:
-            return f"its base layer is a {type(base).__name__}"
-        return why_not_replaceable(base)
+        self._norm: OfWeight[Tensor] = OfWeight()  # of the rows of the base, for DoRA
+        self._trained_by_row = False
 
     def forward(self, module: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs:
-            why = f"it was called with {', '.join(kwargs) or 'more arguments'}"
-            return self.as_before(module, why, x, *args, **kwargs)
-        if module.disable_adapters or module.merged:
-            return self.as_before(module, "its adapters are disabled or merged", x)
-        active = [name for name in module.active_adapters if name in module.lora_A]
-        if not active:
-            return self.as_before(module, "no adapter of it is active", x)
-        parts = _Parts.of(module, active[0])
-        why_not = self._why_not_fused(module, parts, active, x)
+        names = kwargs.get("adapter_names")
+        if names is not None or self._trained_by_row:
+            self._refuse_other_recomputation(module, names)
+        if names is None or args or len(kwargs) > 1:
+            return super().forward(module, x, *args, **kwargs)
+        module._check_forward_args(x, adapter_names=names)  # raises PEFT's own errors
+        adapters = [name for name in dict.fromkeys(names) if name in module.lora_A]
+        why_not = self._why_not_by_row(module, adapters, x)
         if why_not is not None:
-            return self.as_before(module, why_not, x)
-        if active[0] in module.lora_variant:
-            return self._dora(module, active[0], parts, x)
-        y = self._fused(parts, module.scaling[active[0]], x)
-        for name in active[1:]:
-            A, B = module.lora_A[name], module.lora_B[name]
-            dropped = module.lora_dropout[name](x.to(A.weight.dtype))
-            y = y + (B(A(dropped)) * module.scaling[name]).to(y.dtype)
-        return y
+            return self.as_before(module, why_not, x, adapter_names=names)
+        weight = self.weight_of(module.base_layer)
+        arguments = peft_rows.arguments(module, adapters, names, x)
+        given = in_compute_dtype(module.base_layer, x)
+        y = functional.multi_lora_linear(given, weight, **arguments)
+        if self.must_verify():
+            self.verify(y, functional.multi_lora_linear, weight, given.to(y.dtype), **arguments)
+        return in_dtype_of_base(module.base_layer, y, x)
 
-    def _why_not_fused(self, module: Any, parts: _Parts, active: list[str], x: Any) -> str | None:
+    def _refuse_other_recomputation(self, module: nn.Module, names: Any) -> None:
+        """Raises RuntimeError if a backward computes a batch with adapter names again without them.
+
+        Transformers' gradient checkpointing gets the names again (see `peft_rows`). A checkpoint
+        that another library makes does not, and its gradients would be those of other adapters.
+        """
+        if torch.compiler.is_compiling():
+            return
+        if torch._C._current_graph_task_id() == -1:  # this is no backward
+            self._trained_by_row = names is not None and module.training
+        elif names is None:
+            raise RuntimeError(
+                f"{self.name} was called with adapter_names, and a checkpoint computes it again "
+                "without them: use the model's gradient_checkpointing_enable()"
+            )
+
+    def why_not_adapters(self, module: Any, active: Sequence[str]) -> str | None:
         for name in active if module.lora_variant else ():
             variant = type(module.lora_variant.get(name)).__name__
             if variant not in ("NoneType", "DoraLinearVariant"):
                 return f"adapter {name} is {variant}"
             if variant != "NoneType" and len(active) > 1:
                 return f"adapter {name} is {variant}, and others are active as well"
-        base, A, B, dropout = parts
-        for part in parts:
-            if has_hooks(part):
-                return "a hook must see the calls of its parts"
-            if "forward" in part.__dict__ and not is_swapped(part):
-                return "another library has replaced the forward of one of its parts"
-        if type(A) is not nn.Linear or type(B) is not nn.Linear or A.bias is not None:
-            return f"its lora_A and lora_B are {type(A).__name__} and {type(B).__name__}"
-        if type(dropout) not in (nn.Dropout, nn.Identity):
-            return f"its dropout is a {type(dropout).__name__}"
-        if not isinstance(x, Tensor):
-            return f"its input is a {type(x).__name__}"
-        if hasattr(base, "compute_dtype"):
-            wanted = compute_dtype(base, x)
-        elif isinstance(base, NF4Linear):
-            wanted = x.dtype
-        else:
-            wanted = base.weight.dtype
-        if x.dtype != wanted and not torch.is_autocast_enabled(x.device.type):
-            return f"its input is {x.dtype} and it computes in {wanted}"
         return None
 
-    def _fused(self, parts: _Parts, scaling: float, x: Tensor) -> Tensor:
+    def why_not_fused(self, module: Any, active: list[str], x: Any) -> str | None:
+        why_not = self.why_not_adapters(module, active)
+        return why_not or _why_not_linear(module, Parts.of(module, active[0]), x)
+
+    def _why_not_by_row(self, module: Any, adapters: list[str], x: Any) -> str | None:
+        if module.disable_adapters or not adapters:
+            return "its adapters are disabled, or no row has one of them"
+        for name in adapters:
+            if name in module.lora_variant:
+                return f"adapter {name} is {type(module.lora_variant[name]).__name__}"
+            parts = Parts.of(module, name)
+            if drop_rate(parts.dropout):
+                return "rows with adapters of their own are trained with dropout"
+            if parts.B.bias is not None:
+                return f"the lora_B of adapter {name} has a bias, and each row has its own adapter"
+            why_not = _why_not_linear(module, parts, x)
+            if why_not is not None:
+                return why_not
+        if len({module.lora_A[name].weight.dtype for name in adapters}) > 1:
+            return "the adapters of its rows have different dtypes"
+        return None
+
+    def with_base(self, module: Any, name: str, x: Tensor) -> Tensor:
+        parts = Parts.of(module, name)
+        if name in module.lora_variant:
+            return self._dora(module, name, parts, x)
+        return self._fused(parts, module.scaling[name], x)
+
+    def without_base(self, module: Any, name: str, x: Tensor) -> Tensor:
+        A, B = module.lora_A[name], module.lora_B[name]
+        dropped: Tensor = module.lora_dropout[name](x.to(A.weight.dtype))
+        return B(A(dropped)) * module.scaling[name]
+
+    def _fused(self, parts: Parts, scaling: float, x: Tensor) -> Tensor:
         base, A, B, dropout = parts
-        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        p = drop_rate(dropout)
         state = getattr(stored_weight(base), "quant_state", None)
         kept_for = (base, A, B, state)
         must_verify = self.must_verify()
@@ -127,10 +127,8 @@ class PeftLoraSwap(Swap):
             call = self._kept.call_with(x) if same else None
             if call is not None:
                 return call.run(x, scaling, None if seed is None else Dropout(p, seed))
-        weight = self._weight_of(base)
-        given = x
-        if state is not None and torch.is_autocast_enabled(x.device.type):
-            given = x.to(compute_dtype(base, x))
+        weight = self.weight_of(base)
+        given = in_compute_dtype(base, x)
         arguments = {
             "lora_A": A.weight,
             "lora_B": B.weight,
@@ -149,15 +147,15 @@ class PeftLoraSwap(Swap):
             self.verify(y, functional.lora_linear, weight, call_record.x, **arguments)
         return y if state is None else y.to(x.dtype)
 
-    def _dora(self, module: Any, name: str, parts: _Parts, x: Tensor) -> Tensor:
+    def _dora(self, module: Any, name: str, parts: Parts, x: Tensor) -> Tensor:
         base, A, B, dropout = parts
         scaling, magnitude = module.scaling[name], module.lora_magnitude_vector[name].weight
-        packed = getattr(stored_weight(base), "quant_state", None) is not None
-        weight = self._weight_of(base)
-        given = x.to(compute_dtype(base, x)) if packed else x
+        weight = self.weight_of(base)
+        given = in_compute_dtype(base, x)
         factors = (A.weight, B.weight, scaling)
-        norm = dora.adapted_norm(weight, self._base_norm(base, weight), *factors)
-        dropped = dropout(given) if isinstance(dropout, nn.Dropout) and dropout.training else None
+        base_norm = self._norm.get(base, lambda _: dora.base_norm(weight))
+        norm = dora.adapted_norm(weight, base_norm, *factors)
+        dropped = dropout(given) if drop_rate(dropout) else None
         rescale = magnitude / norm
         y = dora.dora_linear(given, weight, *factors, rescale, base.bias, dropped)
         if self.must_verify():
@@ -165,30 +163,18 @@ class PeftLoraSwap(Swap):
             values = (*factors, magnitude, base.bias, dropped)
             rest = dict(zip(names, values, strict=True))
             self.verify(y, dora_in_torch, weight, given.to(y.dtype), **rest)
-        return y.to(x.dtype) if packed else y
-
-    def _weight_of(self, base: Any) -> Tensor | NF4Weight:
-        if isinstance(base, NF4Linear):
-            return base.nf4_weight
-        packed = getattr(base.weight, "quant_state", None) is not None
-        return self._weight.of(base) if packed else dense_weight(base)
-
-    def _base_norm(self, base: Any, weight: Tensor | NF4Weight) -> Tensor:
-        """The row norms of the base, computed again if its weight has changed."""
-        if torch.compiler.is_compiling():
-            return dora.base_norm(weight)
-        stored = stored_weight(base)
-        held = (stored, getattr(stored, "quant_state", None))
-        memory = (stored.data_ptr(), stored._version)
-        same = memory == self._norm_memory and held[0] is self._norm_of[0]
-        if self._norm is None or not same or held[1] is not self._norm_of[1]:
-            self._norm, self._norm_of, self._norm_memory = dora.base_norm(weight), held, memory
-        return self._norm
+        return in_dtype_of_base(module.base_layer, y, x)
 
 
-def stored_weight(base: Any) -> Tensor:
-    """The tensor that holds the weight of a base layer, packed or not."""
-    return base.packed_weight if isinstance(base, NF4Linear) else base.weight
+def _why_not_linear(module: Any, parts: Parts, x: Any) -> str | None:
+    """Why this adapter cannot be computed with the base layer; None if it can."""
+    base, A, B, _ = parts
+    why_not = why_not_called(parts)
+    if why_not is not None:
+        return why_not
+    if type(A) is not nn.Linear or type(B) is not nn.Linear or A.bias is not None:
+        return f"its lora_A and lora_B are {type(A).__name__} and {type(B).__name__}"
+    return why_not_input(module, base, x)
 
 
 def dora_in_torch(
@@ -224,4 +210,5 @@ def _places(base: nn.Module, *factors: nn.Module) -> tuple[Place, ...] | None:
         places = [Place(base._parameters, "weight", is_packed), Place(base._parameters, "bias")]
     for layer in factors:
         places += [Place(layer._parameters, name) for name in ("weight", "bias")]
-    return tuple(places)
+    # FSDP, for one, takes the parameters out of a module, and gives it plain tensors in a forward.
+    return tuple(places) if all(place.name in place.held for place in places) else None

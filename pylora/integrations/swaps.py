@@ -23,6 +23,7 @@ from pylora.testing import assert_as_accurate_as_torch
 logger = logging.getLogger(__name__)
 
 _SWAP = "_pylora_swap"
+_REPLICATE = "_replicate_for_data_parallel"  # the method by which nn.DataParallel copies a module
 # The own forward of each class whose forward `pylora.patch` has exchanged.
 OWN_FORWARD: dict[type, Any] = {}
 
@@ -54,11 +55,15 @@ class Swap:
 
     def as_before(self, module: nn.Module, why: str, *args: Any, **kwargs: Any) -> Any:
         """Calls the forward of the module's own class; the log says why, once for each reason."""
+        self.say_why_as_before(why)
+        own_forward = OWN_FORWARD.get(type(module), type(module).forward)
+        return own_forward(module, *args, **kwargs)
+
+    def say_why_as_before(self, why: str) -> None:
+        """Logs why a call does not go through pylora, once for each reason."""
         if why not in self._said and not torch.compiler.is_compiling():
             self._said.add(why)
             logger.info("%s computes as before: %s", self.name, why)
-        own_forward = OWN_FORWARD.get(type(module), type(module).forward)
-        return own_forward(module, *args, **kwargs)
 
     def must_verify(self) -> bool:
         """True for the first calls, as many as were asked for."""
@@ -95,12 +100,25 @@ def install(module: nn.Module, swap: Swap) -> None:
     """Makes the module compute through `swap`."""
     module.__dict__[_SWAP] = swap
     module.__dict__["forward"] = MethodType(forward, module)
+    module.__dict__[_REPLICATE] = MethodType(_replicate, module)
+
+
+def _replicate(module: nn.Module) -> nn.Module:
+    """A copy for one device of nn.DataParallel; it computes by the forward of its own class.
+
+    The copy has the attributes of the module, and a forward among them would be the module's own.
+    """
+    replica: nn.Module = getattr(type(module), _REPLICATE)(module)
+    swap: Swap = replica.__dict__[_SWAP]
+    swap.say_why_as_before("nn.DataParallel copies it to each device")
+    remove(replica)
+    return replica
 
 
 def remove(module: nn.Module) -> None:
     """Gives the module its own forward back, if it was swapped."""
     if is_swapped(module):
-        del module.__dict__[_SWAP], module.__dict__["forward"]
+        del module.__dict__[_SWAP], module.__dict__["forward"], module.__dict__[_REPLICATE]
 
 
 def is_swapped(module: nn.Module) -> bool:
