@@ -12,15 +12,21 @@ from pylora.integrations.report import LayerReport, Report
 from pylora.models import (
     MergedLayer,
     MergeReport,
+    active_adapter,
+    active_adapters,
+    adapter_names,
     add_lora,
+    delete_adapter,
     disable_adapter,
     load_adapter,
     merge,
     quantize_model,
     save_adapter,
+    set_active_adapters,
     unload,
     unmerge,
 )
+from pylora.models.peft_names import instead_of
 from pylora.nf4_weight import NF4Weight
 from pylora.settings import refresh
 
@@ -36,7 +42,11 @@ __all__ = [
     "PatchReport",
     "Report",
     "accelerate",
+    "active_adapter",
+    "active_adapters",
+    "adapter_names",
     "add_lora",
+    "delete_adapter",
     "dequantize_nf4",
     "disable_adapter",
     "explain",
@@ -50,6 +60,7 @@ __all__ = [
     "refresh",
     "restore",
     "save_adapter",
+    "set_active_adapters",
     "unload",
     "unmerge",
     "unpatch",
@@ -58,9 +69,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `NF4Config`, which needs transformers, when it is asked for."""
+    """Imports `NF4Config`, which needs transformers, when it is asked for.
+
+    An error for a name of PEFT says what pylora has in its place.
+    """
     if name == "NF4Config":
         from pylora.integrations.loading import NF4Config
 
         return NF4Config
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    instead = instead_of(name)
+    hint = "" if instead is None else f", which is PEFT's: {instead}"
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")

@@ -50,3 +50,15 @@ def test_drop_in_page_runs(checkpoint: Path) -> None:
     assert sum(type(m) is pylora.nn.LoRALinear for m in names["model"].modules()) == 14
     assert pylora.patch().patched  # the page leaves nothing patched that this would not undo
     pylora.unpatch()
+
+
+def test_adapters_and_merging_page_runs(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the page writes adapters and a checkpoint
+    names = run("docs/adapters-and-merging.md", checkpoint)
+    assert len(names["report"].layers) == 14
+    assert names["report"].total.error_of_output is not None
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert merged.dtype == torch.bfloat16
+    assert names["model"].model.layers[0].mlp.up_proj.merged

@@ -147,6 +147,19 @@ def test_lora_is_stored_as_an_adapter_beside_the_base(
     assert_same(theirs, pylora.unload(base))
 
 
+def test_of_several_adapters_the_active_one_is_stored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = trained(pylora.quantize_model(qwen()))
+    pylora.add_lora(model, r=2, target_modules=["q_proj"], adapter_name="other")
+    for name in ("default", "other"):
+        pylora.set_active_adapters(model, name)
+        caplog.clear()
+        model.save_pretrained(tmp_path / name)
+        assert f"will load the adapter {name!r} alone" in caplog.text
+        assert_same(loaded(tmp_path / name), model)
+
+
 def test_an_unloaded_model_is_transformers_own(tmp_path: Path) -> None:
     model = pylora.unload(trained(qwen()))
     assert "save_pretrained" not in vars(model)

@@ -146,10 +146,20 @@ def test_a_compiled_model_follows_the_switch() -> None:
     torch.testing.assert_close(compiled(x), model(x))
 
 
+def test_a_module_trained_in_full_has_its_old_weights_while_disabled() -> None:
+    plain = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
+    model = trained(copy.deepcopy(plain), modules_to_save=["1"])
+    with torch.no_grad():
+        model[1].weight.normal_()
+    weight, x = model[1].weight, torch.randn(3, 16)
+    expected = model(x)
+    with pylora.disable_adapter(model):
+        assert torch.equal(model(x), plain(x))
+    assert model[1].weight is weight and weight.requires_grad
+    assert torch.equal(model(x), expected)
+
+
 def test_what_cannot_be_disabled_is_refused() -> None:
-    model = trained(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4)), modules_to_save=["1"])
-    with pytest.raises(ValueError, match="1 is trained in full"), pylora.disable_adapter(model):
-        pass
     model = trained(nn.Sequential(nn.Linear(16, 16)))
     pylora.merge(model)
     with pytest.raises(ValueError, match="0 is merged"), pylora.disable_adapter(model):

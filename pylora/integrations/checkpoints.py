@@ -8,6 +8,7 @@ PEFT; its parameters are in the model's file as well, from which a Trainer resum
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -21,8 +22,11 @@ from transformers.pytorch_utils import Conv1D
 
 from pylora.models.adapter_config import CONFIG_NAME
 from pylora.models.adapter_files import save_adapter
-from pylora.models.module_tree import is_4bit, lora_layers, merge_added_bias
+from pylora.models.adapters import adapter_names
+from pylora.models.module_tree import adapted_layers, is_4bit, merge_added_bias
 from pylora.nn import LoRALinear, NF4Linear
+
+logger = logging.getLogger(__name__)
 
 
 class SavePretrained:
@@ -52,7 +56,7 @@ class SavePretrained:
                 "pylora: save model.state_dict() by torch.distributed.checkpoint"
             )
         _refuse_added_biases(model)
-        has_adapter = any(not layer.merged for layer in lora_layers(model).values())
+        has_adapter = any(not layer.merged for layer in adapted_layers(model).values())
         if has_adapter and push_to_hub:
             raise ValueError(
                 "push_to_hub is True; it must be False for a model with LoRA that is not merged: "
@@ -66,6 +70,7 @@ class SavePretrained:
         plain = plain_state(model, state_dict)
         with _saved_config(model), _without_quantizer(model):
             if has_adapter and is_main_process:
+                _warn_of_others(model)
                 save_adapter(model, folder)
             type(model).save_pretrained(
                 model,
@@ -142,6 +147,17 @@ def _store_as_bitsandbytes(
         layer.load_state_dict(entries, assign=True)
     for key, value in layer.checkpoint_entries().items():
         state[prefix + key] = value
+
+
+def _warn_of_others(model: nn.Module) -> None:
+    active, *others = adapter_names(model)
+    if others:
+        logger.warning(
+            "from_pretrained will load the adapter %r alone; pylora.save_adapter(model, path, "
+            "adapter_name=name) writes the others: %s",
+            active,
+            ", ".join(map(repr, others)),
+        )
 
 
 def _refuse_added_biases(model: nn.Module) -> None:

@@ -25,7 +25,8 @@ from torch.distributed.tensor import DTensor
 from pylora.integrations.peft_install import install, merge_report, uninstall
 from pylora.models import disable_adapter, load_adapter, merge, save_adapter, unload, unmerge
 from pylora.models.adapter_config import config_of
-from pylora.models.module_tree import fully_trained_modules, lora_layers, refuse_peft_model
+from pylora.models.module_tree import adapted_layers, lora_layers, refuse_peft_model
+from pylora.models.trained_in_full import fully_trained_modules
 from pylora.models.wrappers import unwrapped
 from pylora.nn import LoRALinear
 
@@ -47,7 +48,7 @@ def as_peft_model(model: nn.Module) -> WrappedModel:
     """
     root = unwrapped(model)
     refuse_peft_model(root)
-    layers = lora_layers(root)
+    layers = adapted_layers(root)
     if not layers or "" in layers:
         raise ValueError("model must be a module with LoRALinear layers inside, by pylora.add_lora")
     get_head: Any = getattr(root, "get_output_embeddings", None)
@@ -116,8 +117,8 @@ class WrappedModel(PeftModel):
             raise ValueError(f"adapter_name is {adapter_name!r}; the model has an adapter of it")
         if peft_config.to_dict() != self.peft_config[_DEFAULT].to_dict():
             raise ValueError(
-                "peft_config differs from that of the model; a model of pylora has one adapter and "
-                "copies of it"
+                "peft_config differs from that of the model, of which this adds a copy; "
+                "pylora.add_lora(model, ..., adapter_name=name) adds an adapter of another kind"
             )
         self._copies[adapter_name] = None if self._does_nothing() else self._copied()
         self.peft_config[adapter_name] = peft_config
@@ -161,7 +162,7 @@ class WrappedModel(PeftModel):
             return False
         return not any(
             layer.merged or layer.use_dora or layer.lora_B.any() or layer.lora_B_bias is not None
-            for layer in lora_layers(model).values()
+            for layer in adapted_layers(model).values()
         )
 
     @torch.no_grad()

@@ -28,8 +28,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from pylora.integrations.accelerate import accelerate
 from pylora.integrations.checkpoints import SavePretrained, plain_state
 from pylora.integrations.report import Report
-from pylora.models.lora import dense_linear
-from pylora.models.module_tree import is_bitsandbytes_4bit, lora_layers, sites
+from pylora.models.dense import make_dense
+from pylora.models.module_tree import Site, is_bitsandbytes_4bit, lora_layers
 from pylora.nn import LoRALinear, NF4Linear
 
 logger = logging.getLogger(__name__)
@@ -167,12 +167,6 @@ class NF4Quantizer(HfQuantizer):
         """
         if lora_layers(model):
             raise ValueError("model has LoRA layers; pylora.unload must be called first")
-        dense: dict[int, nn.Module] = {}
-        for site in list(sites(model)):
-            if isinstance(site.module, NF4Linear):
-                key = id(site.module)
-                if key not in dense:
-                    dense[key] = dense_linear(site.module).to(dtype or model.config.dtype)
-                site.replace(dense[key])
+        make_dense(Site("", model), dtype or model.config.dtype)
         mark(model)
         return model

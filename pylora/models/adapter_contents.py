@@ -11,17 +11,10 @@ from torch import Tensor, nn
 
 from pylora import checks
 from pylora.models.adapter_config import CONFIG_NAME, AdapterConfig
-from pylora.models.module_tree import (
-    Site,
-    fully_trained_modules,
-    is_4bit,
-    is_below,
-    lora_layers,
-    sites,
-)
+from pylora.models.module_tree import Site, adapted_layers, is_4bit, is_below, sites
 from pylora.models.saved_embeddings import take_embeddings
 from pylora.models.targets import can_carry_lora, named_by
-from pylora.models.wrappers import plain_state
+from pylora.models.trained_in_full import fully_trained_modules, state_in_use
 from pylora.nn import LoRALinear, NF4Linear
 from pylora.nn.conv1d import linear_shape
 
@@ -76,11 +69,12 @@ class _Form:
 
 
 def read_contents(
-    folder: Path, config: AdapterConfig, model: nn.Module, dtype: torch.dtype
+    folder: Path, config: AdapterConfig, model: nn.Module, dtype: torch.dtype, adapter: str
 ) -> AdapterContents:
     """Reads the weights beside an adapter_config.json and checks that they fit `model`.
 
-    dtype   of the LoRA parameters, if the model has none yet
+    dtype     of the LoRA parameters, if the model does not have the adapter yet
+    adapter   the name of the adapter in the model
 
     Raises ValueError that names the file and the key that does not fit, FileNotFoundError if the
     file is missing, ImportError if safetensors is not installed.
@@ -99,9 +93,9 @@ def read_contents(
     contents.embeddings.update(take_embeddings(file, tensors, model, PREFIX, in_full))
     for key, tensor in tensors.items():
         _place(contents, key, tensor)
-    _check_same_modules(contents, model)
+    _check_same_modules(contents, model, adapter)
     for site in contents.targets:
-        _check_lora(contents, site, config, dtype)
+        _check_lora(contents, site, config, dtype, adapter)
     for site in saved:
         _check_saved(contents, site)
     return contents
@@ -155,7 +149,7 @@ def _place(contents: AdapterContents, key: str, tensor: Tensor) -> None:
     )
 
 
-def _check_same_modules(contents: AdapterContents, model: nn.Module) -> None:
+def _check_same_modules(contents: AdapterContents, model: nn.Module, adapter: str) -> None:
     """Raises ValueError unless file, configuration and model have LoRA in the same layers."""
     file = contents.file
     if not contents.lora:
@@ -172,13 +166,13 @@ def _check_same_modules(contents: AdapterContents, model: nn.Module) -> None:
         if name not in contents.lora:
             key = _key(name, "lora_A")
             raise ValueError(f"{file}: key {key!r} is missing; {CONFIG_NAME} targets {name!r}")
-    existing = lora_layers(model)
+    existing = adapted_layers(model, adapter)
     if not existing:
         return
     trained = {site.name for site in contents.saved}
     for content, in_model, in_file in (
         ("LoRA", set(existing), targets),
-        ("weights", set(fully_trained_modules(model)), trained),
+        ("weights", set(fully_trained_modules(model, adapter)), trained),
     ):
         # The file may have weights for a module that was not trained so far. If the model had such
         # weights and the file had not, old ones would remain.
@@ -187,26 +181,41 @@ def _check_same_modules(contents: AdapterContents, model: nn.Module) -> None:
             only = "the model" if name in in_model else "the file"
             raise ValueError(
                 f"{file}: {name!r} has {content} in {only} only; both must have the same"
+                f"{_or_replace(adapter)}"
             )
 
 
+def _or_replace(adapter: str) -> str:
+    """How to load an adapter that does not fit the one of its name, for the end of an error."""
+    return (
+        f". To load it beside the adapter {adapter!r}, give another adapter_name; to replace that "
+        f"one, call pylora.delete_adapter(model, {adapter!r}) first"
+    )
+
+
 def _check_lora(
-    contents: AdapterContents, site: Site, config: AdapterConfig, dtype: torch.dtype
+    contents: AdapterContents,
+    site: Site,
+    config: AdapterConfig,
+    dtype: torch.dtype,
+    adapter: str,
 ) -> None:
     file, module, entries = contents.file, site.module, contents.lora[site.name]
-    existing = module if isinstance(module, LoRALinear) else None
-    if existing is None and not can_carry_lora(module):
+    layer = module if isinstance(module, LoRALinear) else None
+    has_it = layer is not None and adapter in layer.adapter_names
+    existing: Any = layer.adapter(adapter) if layer is not None and has_it else None
+    if layer is None and not can_carry_lora(module):
         class_name = type(module).__name__
         raise ValueError(
             f"{file}: {site.name} is {class_name}; it must be an nn.Linear, an NF4Linear or a "
             "Conv1D"
         )
-    base: Any = module if existing is None else existing.base_layer
+    base: Any = module if layer is None else layer.base_layer
     if base.weight.is_meta:
         raise ValueError(
             f"{site.name} is on the meta device; it must hold its weights before loading"
         )
-    if existing is not None and existing.merged:
+    if layer is not None and layer.merged:
         raise ValueError(f"{site.name} is merged; pylora.unmerge must be called before loading")
     r = config.settings(site.name, torch.float32).r if existing is None else existing.r
     out_features, in_features = linear_shape(base)
@@ -220,11 +229,14 @@ def _check_lora(
             raise ValueError(f"{file}: key {key!r} is {state}, which contradicts {CONFIG_NAME}")
         if existing is not None and (getattr(existing, attribute) is not None) != wanted:
             only = "the file" if wanted else "the model"
-            raise ValueError(f"{file}: {key!r} is in {only} only; both must have it, or neither")
+            raise ValueError(
+                f"{file}: {key!r} is in {only} only; both must have it, or neither"
+                f"{_or_replace(adapter)}"
+            )
         if entry is not None:
             kept = None if existing is None else getattr(existing, attribute)
             form = _Form(shapes[attribute], dtype if kept is None else kept.dtype)
-            _check_tensor(file, key, entry, form)
+            _check_tensor(file, key, entry, form, "" if kept is None else _or_replace(adapter))
 
 
 def _key(name: str, attribute: str) -> str:
@@ -259,7 +271,7 @@ def _dense_state(module: nn.Module) -> dict[str, _Form]:
         forms[f"{prefix}weight"] = _Form(shape, dtype)
         if layer.bias is not None:
             forms[f"{prefix}bias"] = _Form((layer.out_features,), layer.bias.dtype)
-    for key, value in plain_state(module).items():
+    for key, value in state_in_use(module).items():
         inside = "" in packed or is_below(key, packed)
         if not inside and isinstance(value, Tensor):
             forms[key] = _Form(tuple(value.shape), value.dtype)
@@ -274,10 +286,10 @@ def _dense_dtype(layer: Any) -> torch.dtype:
     return layer.weight.dtype if state is None else state.dtype
 
 
-def _check_tensor(file: Path, key: str, tensor: Tensor, form: _Form) -> None:
+def _check_tensor(file: Path, key: str, tensor: Tensor, form: _Form, hint: str = "") -> None:
     if tuple(tensor.shape) != form.shape:
         raise ValueError(
-            f"{file}: {key!r} has shape {tuple(tensor.shape)}; it must be {form.shape}"
+            f"{file}: {key!r} has shape {tuple(tensor.shape)}; it must be {form.shape}{hint}"
         )
     if not form.dtype.is_floating_point:
         if tensor.dtype != form.dtype:

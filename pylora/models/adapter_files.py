@@ -31,16 +31,16 @@ from pylora.models.adapter_contents import (
     lora_shapes,
     read_contents,
 )
+from pylora.models.adapters import active_adapter, using
 from pylora.models.distributed import refuse_parts, refuse_to_change, refuse_to_write, settle
 from pylora.models.lora import LoraSettings, install
-from pylora.models.module_tree import (
-    fully_trained_modules,
-    lora_layers,
-    refuse_peft_model,
-)
+from pylora.models.module_tree import adapted_layers, lora_layers, refuse_peft_model
 from pylora.models.saved_embeddings import put_embeddings
-from pylora.models.wrappers import plain_name, plain_state, refuse_unknown_wrappers, unwrapped
+from pylora.models.trained_in_full import fully_trained_modules, state_in_use
+from pylora.models.wrappers import plain_name, refuse_unknown_wrappers, unwrapped
 from pylora.nn import LoRALinear
+from pylora.nn.inactive import HOLDER, check_adapter_name
+from pylora.nn.lora_adapters import DEFAULT_ADAPTER
 from pylora.sharding import gathered, is_first, mesh_of, others_wait, write
 
 logger = logging.getLogger(__name__)
@@ -48,25 +48,37 @@ logger = logging.getLogger(__name__)
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Writes the LoRA layers and the fully trained modules of a model, as PEFT writes them.
+def save_adapter(
+    model: nn.Module, path: str | os.PathLike[str], adapter_name: str | None = None
+) -> None:
+    """Writes the LoRA layers and the fully trained modules of an adapter, as PEFT writes them.
 
-    model    a module with LoRALinear layers inside
-    path     the folder, which is made if it does not exist
+    model           a module with LoRALinear layers inside
+    path            the folder, which is made if it does not exist
+    adapter_name    the adapter to write; None for the active one
 
     Each file is written under a temporary name, synced and renamed, so a crash leaves the old file.
     The names in the file are those of the model without wrappers such as torch.compile's. If the
     model is sharded by `fully_shard`, every process must call this: the tensors are gathered, the
     first process writes them and the others wait for it.
 
-    Raises ValueError if the model has no LoRA layer, has layers that one PEFT configuration cannot
-    describe, is in a wrapper that is not known, or if this process has only parts of the tensors
-    (FSDP1, ZeRO-3); ImportError if safetensors is not installed.
+    Raises ValueError if the model has no LoRA layer or no such adapter, has layers that one PEFT
+    configuration cannot describe, is in a wrapper that is not known, or if this process has only
+    parts of the tensors (FSDP1, ZeRO-3); ImportError if safetensors is not installed. An adapter
+    that is not active is refused under the conditions of `pylora.set_active_adapters`.
     """
-    root, folder = unwrapped(model), Path(path)
+    if adapter_name is None:
+        _save_active(model, Path(path))
+    else:
+        with using(model, adapter_name, "pylora.save_adapter"):
+            _save_active(model, Path(path))
+
+
+def _save_active(model: nn.Module, folder: Path) -> None:
+    root = unwrapped(model)
     safetensors = import_safetensors()
     refuse_peft_model(root)
-    layers = lora_layers(root)
+    layers = adapted_layers(root)
     if not layers:
         raise ValueError("model has no LoRALinear; pylora.add_lora must have been called on it")
     if "" in layers:
@@ -80,8 +92,13 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for name, layer in layers.items():
         tensors.update(_lora_tensors(name, layer))
     for name, module in trained.items():
-        for key, value in plain_state(module).items():
+        for key, value in state_in_use(module).items():
             tensors[f"{PREFIX}{name}.{key}"] = value
+    if any(layer.merge_aware for layer in layers.values()):
+        logger.warning(
+            "PEFT's format cannot say that the adapter is merge_aware: it has to be loaded into an "
+            "adapter that was added with merge_aware=True; any other computes without it"
+        )
     _warn_of_unsaved(root, layers.values(), trained.values())
     mesh = mesh_of(tensors.values())
     stored = _for_safetensors(tensors, keep=is_first(mesh))
@@ -103,16 +120,23 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 @torch.inference_mode(False)  # the layers can be trained further
 def load_adapter(
-    model: _Model, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32
+    model: _Model,
+    path: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    adapter_name: str | None = None,
 ) -> _Model:
     """Loads an adapter that `save_adapter` or PEFT wrote into the model; returns the model.
 
-    model    changed in place; it may have the adapter's LoRA layers already, or none
-    path     the folder of the adapter
-    dtype    the dtype of the LoRA parameters, if the model has none yet
+    model           changed in place
+    path            the folder of the adapter
+    dtype           the dtype of the LoRA parameters, if the model does not have the adapter yet
+    adapter_name    the adapter's name in the model; None for the active one, or "default" if there
+                    is none
 
-    A model without LoRA gets the layers that the adapter asks for, and can be trained further. LoRA
-    layers that exist are filled and keep their dtype; all shapes must fit. The adapter may be LoRA
+    A model without LoRA gets the layers that the adapter asks for, and can be trained further. If
+    the model has other adapters, a new one is added beside them; as in PEFT, it is inactive until
+    `pylora.set_active_adapters(model, name)`. If it has one of this name, that is filled and keeps
+    its dtype; all shapes must fit, or `pylora.delete_adapter` must make room first. It may be LoRA
     of linear layers with every option of `pylora.add_lora` and PEFT's rank_pattern, alpha_pattern,
     layers_to_transform and exclude_modules; other methods are refused.
 
@@ -128,19 +152,22 @@ def load_adapter(
     refuse_to_write(model, "pylora.load_adapter")
     refuse_parts(model, "pylora.load_adapter")
     config = read_config(folder)
-    contents = read_contents(folder, config, root, dtype)
+    adapter = check_adapter_name(adapter_name or active_adapter(root) or DEFAULT_ADAPTER)
+    contents = read_contents(folder, config, root, dtype, adapter)
     settings = _settings(folder, config, contents, dtype)
-    is_new = not lora_layers(root)
-    has_new = bool({site.name for site in contents.saved} - set(fully_trained_modules(root)))
+    is_new = not adapted_layers(root, adapter)
+    in_full = fully_trained_modules(root, adapter)
+    has_new = bool({site.name for site in contents.saved} - set(in_full))
     in_model = {site.name: site.module for site in contents.saved}
     if is_new or has_new or any(_to_untie(in_model, contents)):
         refuse_to_change(model, "pylora.load_adapter of this file")
     if is_new:
-        install(root, contents.targets, settings, contents.saved)
+        install(root, contents.targets, settings, contents.saved, adapter)
     elif has_new:
-        install(root, [], {}, contents.saved)
+        install(root, [], {}, contents.saved, adapter)
     settle(root)
-    _fill(root, settings, contents)
+    with using(root, adapter, "pylora.load_adapter"):
+        _fill(root, settings, contents)
     return model
 
 
@@ -151,7 +178,7 @@ def _settings(
     settings = {name: config.settings(name, dtype) for name in contents.lora}
     for distinct in set(settings.values()):
         try:
-            distinct.wrap(nn.Linear(1, 1, device="meta"))
+            distinct.check()
         except (TypeError, ValueError) as error:
             raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
     return settings
@@ -169,7 +196,7 @@ def _fill(model: nn.Module, settings: dict[str, LoraSettings], contents: Adapter
     trained = fully_trained_modules(model)
     _untie(model, trained, contents)
     for name, values in contents.saved_tensors.items():
-        state = plain_state(trained[name])
+        state = state_in_use(trained[name])
         for key, tensor in values.items():
             write(state[key], tensor)
 
@@ -279,7 +306,8 @@ def _warn_of_unsaved(
 ) -> None:
     saved = {id(p) for module in (*layers, *trained) for p in module.parameters()}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in saved:
+        inactive = HOLDER in name.split(".")
+        if parameter.requires_grad and id(parameter) not in saved and not inactive:
             logger.warning(
                 "%s is trainable but not saved: it is in no module to save", plain_name(model, name)
             )

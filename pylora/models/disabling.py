@@ -9,21 +9,22 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from pylora.models.adapters import active_adapter
 from pylora.models.changes import changed
-from pylora.models.module_tree import (
-    fully_trained_modules,
-    lora_layers,
-    refuse_peft_model,
-)
+from pylora.models.module_tree import lora_layers, refuse_peft_model
+from pylora.models.trained_in_full import fully_trained_modules, use_full
 from pylora.models.wrappers import unwrapped
 from pylora.nn import LoRALinear
+from pylora.sharding import is_sharded
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Inside the `with` block every LoRALinear of the model computes what its base layer computes.
+    """Inside the `with` block the model computes what it computed before `pylora.add_lora`.
+
+    Every LoRALinear is its base layer, and modules_to_save have their weights from before training.
 
     with pylora.disable_adapter(model):
         reference = model(tokens).logits
@@ -31,15 +32,27 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     Blocks may be nested, and the layers come back after an exception too. A forward that is to be
     differentiated must have its backward inside the block as well if it uses gradient
     checkpointing, which runs the forward again. Raises ValueError, before anything changes, if the
-    model has no LoRA, if a layer is merged, or if modules were made trainable in full by
-    `modules_to_save`: their weights from before training are not kept.
+    model has no LoRA, if a layer is merged, or if a module of modules_to_save is sharded by
+    `fully_shard`, which would put its trained weights back.
     """
     before = [(layer, layer.lora_enabled) for layer in _layers(model).values()]
+    root = unwrapped(model)
+    adapter, full = active_adapter(root), fully_trained_modules(root)
+    for name, module in full.items():
+        if any(map(is_sharded, module.parameters())):
+            raise ValueError(
+                f"{name} is trained in full and sharded by fully_shard, which would put its "
+                "trained weights back; the model must have no modules_to_save"
+            )
     try:
         for layer, _ in before:
             layer.lora_enabled = False
+        for module in full.values():
+            use_full(module, None)
         yield
     finally:
+        for module in full.values():
+            use_full(module, adapter)
         for layer, enabled in before:
             layer.lora_enabled = enabled
 
@@ -49,8 +62,11 @@ def base_of(model: _Model) -> _Model:
 
     It is a copy of the modules, in which each LoRALinear is its base layer. Every parameter and
     buffer is that of `model`, so it takes no memory for weights, and follows what changes in them.
-    Raises what `disable_adapter` raises, before anything is copied.
+    Raises what `disable_adapter` raises, and ValueError if the model has modules_to_save, before
+    anything is copied.
     """
+    for name in fully_trained_modules(unwrapped(model)):
+        raise ValueError(f"{name} is trained in full; the model must have no modules_to_save")
     shared: dict[int, Any] = {id(layer): layer.base_layer for layer in _layers(model).values()}
     for tensor in (*model.parameters(), *model.buffers()):
         shared[id(tensor)] = tensor
@@ -69,9 +85,4 @@ def _layers(model: nn.Module) -> dict[str, LoRALinear]:
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError(f"{name} is merged; pylora.unmerge must be called first")
-    for name in fully_trained_modules(root):
-        raise ValueError(
-            f"{name} is trained in full, so its weights from before training are not kept; "
-            "the model must have no modules_to_save"
-        )
     return layers

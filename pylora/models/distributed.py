@@ -45,8 +45,8 @@ def why_unchangeable(model: nn.Module, call: str) -> str | None:
     for module in model.modules():
         for name in classes_of(module) & _KEEPS_PARAMETERS.keys():
             return (
-                f"model is {_KEEPS_PARAMETERS[name]}; {call} replaces layers and must be called "
-                f"before: {_ORDER}"
+                f"model is {_KEEPS_PARAMETERS[name]}; {call} replaces parameters and must be "
+                f"called before: {_ORDER}"
             )
     for name, parameter in model.named_parameters():
         kind = None
@@ -64,7 +64,7 @@ def why_unchangeable(model: nn.Module, call: str) -> str | None:
             kind = "part of a FlatParameter of FullyShardedDataParallel"
         if kind is not None:
             return (
-                f"{plain_name(model, name)} is {kind}; {call} replaces layers and needs plain, "
+                f"{plain_name(model, name)} is {kind}; {call} replaces parameters and needs plain, "
                 f"whole parameters: {_ORDER}"
             )
     return None

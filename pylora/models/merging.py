@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pylora.functional import quantize_nf4
+from pylora import checks
+from pylora.backends.backend import autocast_off
+from pylora.models.dense import dense_linear, make_dense
 from pylora.models.distributed import (
     refuse_flat,
+    refuse_to_change,
     refuse_to_write,
     settle,
     why_unchangeable,
 )
-from pylora.models.module_tree import holders, is_below, lora_layers, refuse_peft_model
+from pylora.models.layer_inputs import inputs_of
+from pylora.models.module_tree import Site, adapted_layers, holders, is_below, refuse_peft_model
 from pylora.models.unloading import unload
 from pylora.models.wrappers import unwrapped
 from pylora.nf4_weight import NF4Weight
 from pylora.nn import LoRALinear, NF4Linear
+from pylora.nn.merge_aware import requantized
+from pylora.nn.nf4_linear import frozen
 from pylora.sharding import is_sharded, whole_parameters
 
 
@@ -29,9 +36,12 @@ class MergedLayer:
 
     name            the name of the layer
     kind            "nf4", or the dtype of a dense weight
-    error           |merged - (W + delta)|, which comes from rounding to the base's format
+    error           |merged - (W + delta)|, which comes from rounding to the format of `kind`
     delta           |delta|, where delta is what LoRA (and DoRA) change in W
     weight          |W + delta|
+    output_error    |x (merged - (W + delta))^T|, where the rows of x are the inputs that the layer
+                    had in the example of `merge`; None if it had none
+    output          |x (W + delta)^T|
     """
 
     name: str
@@ -39,6 +49,8 @@ class MergedLayer:
     error: float
     delta: float
     weight: float
+    output_error: float | None = None
+    output: float | None = None
 
     @property
     def error_of_delta(self) -> float:
@@ -47,13 +59,27 @@ class MergedLayer:
 
     @property
     def error_of_weight(self) -> float:
-        """error / weight."""
+        """error / weight.
+
+        It is also the error of the output, relative to it, that is expected for inputs with
+        uncorrelated features of one size: if E[x^T x] is the identity, E|x D^T|^2 is |D|^2. The
+        features in a real model are neither, so `error_of_output` measures it.
+        """
         return _ratio(self.error, self.weight)
 
+    @property
+    def error_of_output(self) -> float | None:
+        """output_error / output: how far this layer alone is off, given the same inputs."""
+        if self.output_error is None or self.output is None:
+            return None
+        return _ratio(self.output_error, self.output)
+
     def __str__(self) -> str:
+        output = self.error_of_output
         return (
             f"{self.name or '(the model)'}  {self.kind}  error {self.error_of_delta:.2%} of delta, "
             f"{self.error_of_weight:.3%} of the weight"
+            f"{'' if output is None else f', {output:.3%} of the output'}"
         )
 
 
@@ -67,10 +93,10 @@ class MergeReport:
     def total(self) -> MergedLayer:
         """The loss of all layers together."""
         kinds = sorted({layer.kind for layer in self.layers})
-        norms = {
-            name: math.hypot(*(getattr(layer, name) for layer in self.layers))
-            for name in ("error", "delta", "weight")
-        }
+        norms: dict[str, Any] = {}
+        for name in ("error", "delta", "weight", "output_error", "output"):
+            known = [norm for x in self.layers if (norm := getattr(x, name)) is not None]
+            norms[name] = math.hypot(*known) if known else None
         return MergedLayer(f"{len(self.layers)} layers", "+".join(kinds), **norms)
 
     def __repr__(self) -> str:
@@ -78,13 +104,27 @@ class MergeReport:
         return "\n".join(["MergeReport", *(f"  {row}" for row in (*rows, self.total))])
 
 
-def merge(model: nn.Module, keep_base: bool = True) -> MergeReport:
-    """Writes the LoRA of every layer into its base weight, so that it costs no more time.
+def merge(
+    model: nn.Module,
+    keep_base: bool = True,
+    dtype: torch.dtype | None = None,
+    example: Any = None,
+) -> MergeReport:
+    """Writes the LoRA of the active adapter into the base weights, so that it costs no more time.
 
     model        changed in place
     keep_base    true keeps the base weights as well, so that `unmerge` restores the very same
                  bytes; false frees them at the end and calls `pylora.unload`: the layers are plain
                  ones again, and the model cannot be unmerged
+    dtype        float32, bfloat16 or float16 makes every 4-bit layer of the model dense, whether it
+                 has LoRA or not: a layer gets dequantize(W4) + delta, which is what was trained,
+                 computed in fp32 and rounded once (with merge_aware, which was trained over it,
+                 Q(W4 + delta)). It needs keep_base=False. Layers that are dense already keep their
+                 dtype. None keeps the format of every layer
+    example      inputs on which the model runs once before it is merged, in eval mode, so that the
+                 report has the error of each layer's output: the model's keyword arguments in a
+                 mapping, its arguments in a tuple or list, or its only argument. The inputs of all
+                 layers with LoRA are kept while it runs, so one short batch is best
 
     A dense base gets W + delta in its dtype. An NF4 base is requantized with its own blocksize and
     double quantization, which may lose a good part of a small delta: the MergeReport that is
@@ -98,12 +138,15 @@ def merge(model: nn.Module, keep_base: bool = True) -> MergeReport:
     A merged model cannot be trained: a backward through a merged layer in training mode raises
     RuntimeError. Raises ValueError if the model has no LoRA, is merged already or has weights on
     the meta device, if a merged weight would not be finite, or if the model is in a wrapper that
-    would undo the merge (FSDP1, DeepSpeed); the model is then as it was.
+    would undo the merge (FSDP1, DeepSpeed, and any sharding if `dtype` is given); the model is then
+    as it was.
     """
     root = unwrapped(model)
     refuse_peft_model(root)
     refuse_to_write(model, "pylora.merge")
     refuse_flat(model, "pylora.merge")
+    if dtype is not None:
+        _check_export(model, dtype, keep_base)
     layers = _layers(root)
     for name, layer in layers.items():
         if layer.merged:
@@ -113,6 +156,7 @@ def merge(model: nn.Module, keep_base: bool = True) -> MergeReport:
                 raise ValueError(
                     f"{name} has weights on the meta device; they must be loaded before a merge"
                 )
+    inputs = {} if example is None else inputs_of(root, layers, example)
     settle(root)
     _refuse_shared_parts(root, layers)
     report = []
@@ -120,8 +164,14 @@ def merge(model: nn.Module, keep_base: bool = True) -> MergeReport:
     try:
         for name, layer in layers.items():
             with whole_parameters(layer):
-                merged, facts = _merged(name, layer)
-                layer.set_merged(merged, _merged_bias(name, layer))
+                merged, facts = _merged(name, layer, dtype, inputs.pop(name, []))
+                bias = _merged_bias(name, layer, dtype)
+                if isinstance(layer.base_layer, NF4Linear) and isinstance(merged, Tensor):
+                    linear: Any = dense_linear(layer.base_layer, dtype, merged)
+                    linear.bias = None if bias is None else frozen(bias)
+                    layer.set_merged_layer(linear)
+                else:
+                    layer.set_merged(merged, bias)
             done.append(layer)
             layer.keep_sharded_base()
             report.append(facts)
@@ -135,6 +185,8 @@ def merge(model: nn.Module, keep_base: bool = True) -> MergeReport:
             for layer in done:
                 layer.forget_base()
         else:
+            if dtype is not None:
+                make_dense(Site("", root), dtype)
             unload(root)
     return MergeReport(tuple(report))
 
@@ -179,14 +231,34 @@ def _refuse_shared_parts(model: nn.Module, layers: dict[str, LoRALinear]) -> Non
 
 
 def _layers(model: nn.Module) -> dict[str, LoRALinear]:
-    layers = lora_layers(model)
+    layers = adapted_layers(model)
     if not layers:
         raise ValueError("model has no LoRALinear; pylora.add_lora must have been called on it")
     return layers
 
 
+def _check_export(model: nn.Module, dtype: torch.dtype, keep_base: bool) -> None:
+    """Raises TypeError or ValueError if the 4-bit layers of the model cannot become dense."""
+    checks.floating_dtype("dtype", dtype)
+    if keep_base:
+        raise ValueError(
+            f"dtype is {dtype} and keep_base is True; keep_base must be False, because the 4-bit "
+            "weights are not kept"
+        )
+    if isinstance(unwrapped(model), LoRALinear):
+        raise ValueError("model is a LoRALinear itself; it must be a module that contains it")
+    refuse_to_change(model, "pylora.merge with a dtype")
+
+
 @torch.no_grad()
-def _merged(name: str, layer: LoRALinear) -> tuple[Tensor | NF4Weight, MergedLayer]:
+def _merged(
+    name: str, layer: LoRALinear, dtype: torch.dtype | None, inputs: list[Tensor]
+) -> tuple[Tensor | NF4Weight, MergedLayer]:
+    """The merged weight of a layer and what rounding it loses.
+
+    dtype     of the dense weight that a 4-bit base becomes; None if it stays one
+    inputs    those of the layer in the example
+    """
     base = layer.base_weight
     exact = layer.merged_weight()
     delta = exact - _dense(base)
@@ -196,36 +268,69 @@ def _merged(name: str, layer: LoRALinear) -> tuple[Tensor | NF4Weight, MergedLay
             f"{name}: the merged weight has {bad} non-finite elements; all must be finite"
         )
     merged: Tensor | NF4Weight
-    if not delta.any():
-        merged = base  # nothing was trained; requantizing would only add an error
+    if isinstance(base, NF4Weight) and dtype is not None:
+        trained = _dense(requantized(base, exact)) if layer.merge_aware else exact
+        merged = _rounded(name, trained, dtype)
     elif isinstance(base, NF4Weight):
-        merged = replace(quantize_nf4(exact, base.blocksize, base.double_quant), dtype=base.dtype)
+        merged = requantized(base, exact)
+    elif not delta.any():
+        merged = base
     else:
-        merged = exact.to(base.dtype)
-        if not merged.isfinite().all():
-            raise ValueError(f"{name}: the merged weight is too large for {base.dtype}")
-    return merged, loss_of(name, base, merged, exact)
+        merged = _rounded(name, exact, base.dtype)
+    return merged, loss_of(name, base, merged, exact, inputs)
 
 
 def loss_of(
-    name: str, base: Tensor | NF4Weight, merged: Tensor | NF4Weight, exact: Tensor
+    name: str,
+    base: Tensor | NF4Weight,
+    merged: Tensor | NF4Weight,
+    exact: Tensor,
+    inputs: list[Tensor] | None = None,
 ) -> MergedLayer:
-    """What was lost by rounding `exact`, the float32 sum of `base` and a delta, to `merged`."""
-    base_format = "nf4" if isinstance(base, NF4Weight) else str(base.dtype).removeprefix("torch.")
+    """What was lost by rounding `exact`, the float32 sum of `base` and a delta, to `merged`.
+
+    inputs    those of the layer, if the error of its outputs is wanted
+    """
+    kind = "nf4" if isinstance(merged, NF4Weight) else str(merged.dtype).removeprefix("torch.")
     error, delta = _dense(merged) - exact, exact - _dense(base)
-    return MergedLayer(name, base_format, _norm(error), _norm(delta), _norm(exact))
+    norms = (_norm(error), _norm(delta), _norm(exact))
+    given = inputs or []
+    return MergedLayer(
+        name, kind, *norms, _norm_of_outputs(given, error), _norm_of_outputs(given, exact)
+    )
 
 
-def _merged_bias(name: str, layer: LoRALinear) -> Tensor | None:
+def _rounded(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    rounded = weight.to(dtype)
+    if not rounded.isfinite().all():
+        raise ValueError(f"{name}: the merged weight is too large for {dtype}")
+    return rounded
+
+
+def _norm_of_outputs(inputs: list[Tensor], weight: Tensor) -> float | None:
+    """|x weight^T| over the inputs x of a layer; None if it had none."""
+    if not inputs:
+        return None
+    with autocast_off(weight.device.type):
+        return math.hypot(*(_norm(nn.functional.linear(x.float(), weight)) for x in inputs))
+
+
+def _merged_bias(name: str, layer: LoRALinear, dtype: torch.dtype | None) -> Tensor | None:
+    """The merged bias of a layer.
+
+    dtype    that of the bias beside a 4-bit base which becomes dense; None if it stays one
+    """
     bias = layer.bias
+    in_dtype = dtype if isinstance(layer.base_layer, NF4Linear) else None
     low_rank: Tensor | None = layer.lora_B_bias
     if low_rank is None:
-        return bias
+        return bias if bias is None or in_dtype is None else bias.detach().to(in_dtype)
     low_rank = layer.scaling * low_rank.detach().float()
     if not low_rank.isfinite().all():
         raise ValueError(f"{name}: lora_B_bias is not finite; all elements must be finite")
-    dtype = _base_dtype(layer) if bias is None else bias.dtype
-    return (low_rank if bias is None else bias.detach().float() + low_rank).to(dtype)
+    before = _base_dtype(layer) if bias is None else bias.dtype
+    low_rank = low_rank if bias is None else bias.detach().float() + low_rank
+    return low_rank.to(in_dtype or before)
 
 
 def _base_dtype(layer: LoRALinear) -> torch.dtype:

@@ -10,6 +10,7 @@ from torch import nn
 
 from pylora.models.wrappers import classes_of, inner_attribute, inside, plain_name
 from pylora.nn import LoRALinear, NF4Linear
+from pylora.nn.inactive import HOLDER
 
 # The attributes in which a module keeps its hooks.
 _HOOKS = (
@@ -21,7 +22,6 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-_FULLY_TRAINED = "_pylora_fully_trained"
 _ADDED_BIAS = "_pylora_added_bias"
 
 
@@ -93,8 +93,8 @@ def has_fast_path(parent: nn.Module | None) -> TypeGuard[nn.TransformerEncoderLa
 def sites(model: nn.Module) -> Iterator[Site]:
     """Yields every module but the model itself, parents first.
 
-    A module with two places comes twice. Wrappers, and the modules inside a LoRALinear or an
-    NF4Linear, are left out.
+    A module with two places comes twice. Wrappers, what holds inactive adapters, and the modules
+    inside a LoRALinear or an NF4Linear are left out.
     """
     model = inside(model)
     if isinstance(model, LoRALinear):
@@ -104,7 +104,7 @@ def sites(model: nn.Module) -> Iterator[Site]:
 
 def _below(parent: nn.Module, prefix: str) -> Iterator[Site]:
     for attribute, child in list(parent._modules.items()):
-        if child is None:
+        if child is None or attribute == HOLDER:
             continue
         module = inside(child)
         yield Site(prefix + attribute, module, parent, attribute)
@@ -123,19 +123,13 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return layers
 
 
-def mark_fully_trained(module: nn.Module) -> None:
-    """Marks `module` as trained and saved in full, beside the LoRA layers."""
-    setattr(module, _FULLY_TRAINED, True)
-
-
-def unmark_fully_trained(module: nn.Module) -> None:
-    """Takes the mark of `mark_fully_trained` off."""
-    delattr(module, _FULLY_TRAINED)
-
-
-def fully_trained_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that `mark_fully_trained` marked, by name."""
-    return {s.name: s.module for s in sites(model) if getattr(s.module, _FULLY_TRAINED, False)}
+def adapted_layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoRALinear]:
+    """The LoRALinears that have an adapter, by name; by default those that have the active one."""
+    return {
+        name: layer
+        for name, layer in lora_layers(model).items()
+        if (layer.active_adapter if adapter is None else adapter in layer.adapter_names)
+    }
 
 
 def mark_added_bias(module: nn.Module) -> None:

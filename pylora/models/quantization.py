@@ -14,7 +14,6 @@ from pylora.models.changes import changed
 from pylora.models.distributed import refuse_to_change
 from pylora.models.module_tree import (
     Site,
-    fully_trained_modules,
     holders,
     is_below,
     is_bitsandbytes_4bit,
@@ -30,6 +29,7 @@ from pylora.models.targets import (
     task_heads,
 )
 from pylora.models.torch_refusals import explain_refusals
+from pylora.models.trained_in_full import all_full_modules
 from pylora.models.weight_readers import why_not_nf4
 from pylora.models.wrappers import inside, plain_name, unwrapped
 from pylora.nf4 import DEFAULT_BLOCKSIZE, check_blocksize
@@ -77,7 +77,7 @@ def quantize_model(
     refuse_peft_model(root)
     if isinstance(root, nn.Linear):
         raise ValueError("model is an nn.Linear itself; use pylora.nn.NF4Linear.from_linear")
-    if lora_layers(root) or fully_trained_modules(root):
+    if lora_layers(root) or all_full_modules(root):
         raise ValueError("model has LoRA layers; it must be quantized before pylora.add_lora")
     skip = (skip_modules,) if isinstance(skip_modules, str) else tuple(skip_modules)
     layers = _places(_checked(_choose(root, skip)))

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TypeVar
 
 from torch import nn
 
+from pylora.models.adapters import adapter_names
 from pylora.models.changes import changed
 from pylora.models.distributed import refuse_to_change
 from pylora.models.module_tree import (
-    fully_trained_modules,
     lora_layers,
     mark_added_bias,
     refuse_peft_model,
     sites,
-    unmark_fully_trained,
 )
+from pylora.models.trained_in_full import all_full_modules, forget_full
 from pylora.models.wrappers import unwrapped
 from pylora.nn import LoRALinear
+
+logger = logging.getLogger(__name__)
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -31,7 +34,7 @@ def unload(model: _Model) -> _Model:
     keys. A merged layer leaves its merged weight; one that is not merged leaves the base weight,
     and its LoRA parameters are dropped (`pylora.save_adapter` keeps them in a file). Hooks and the
     training mode stay. Modules that were trained in full keep their trained weights. Parameters
-    that `add_lora` froze stay frozen.
+    that `add_lora` froze stay frozen. Inactive adapters are dropped, and the log names them.
 
     Raises ValueError if the model has no LoRA, or is sharded or in a wrapper that keeps its layers.
     """
@@ -43,8 +46,11 @@ def unload(model: _Model) -> _Model:
         base = root.base_layer
         return base.train(root.training)
     refuse_to_change(model, "pylora.unload")
-    for module in fully_trained_modules(root).values():
-        unmark_fully_trained(module)
+    others = adapter_names(root)[1:]
+    if others:
+        logger.warning("the inactive adapters %s are dropped", ", ".join(map(repr, others)))
+    for module in {id(m): m for m in all_full_modules(root).values()}.values():
+        forget_full(module)
     for site in list(sites(root)):
         layer = site.module
         if isinstance(layer, LoRALinear):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from pylora.nn.lora_adapters import NamedAdapters
 from pylora.nn.nf4_linear import BYTES, NF4Linear
 
 
@@ -45,12 +46,31 @@ class _WithoutBytes:
         return (b for b in self._model.buffers() if id(b) not in self._left_out)
 
 
+def _refuse_other_adapter(average: nn.Module, model: nn.Module) -> None:
+    """Raises ValueError if the model has another active adapter than its average.
+
+    torch pairs the parameters of the two by their order, in which the active adapter comes first.
+    """
+    layers = (
+        [module for module in root.modules() if isinstance(module, NamedAdapters)]
+        for root in (average, model)
+    )
+    for averaged, layer in zip(*layers, strict=True):
+        if averaged.active_adapter != layer.active_adapter:
+            raise ValueError(
+                f"{layer.active_adapter!r} is active in the model but {averaged.active_adapter!r} "
+                "in its average; pylora.set_active_adapters must make them the same: call it on "
+                "the model, or on the module inside the average"
+            )
+
+
 def install() -> None:
-    """Changes `AveragedModel.update_parameters` for models with NF4 layers."""
+    """Changes `AveragedModel.update_parameters` for models with layers of pylora."""
     update: Any = AveragedModel.update_parameters
 
     @wraps(update)
     def update_parameters(self: AveragedModel, model: nn.Module) -> None:
+        _refuse_other_adapter(self, model)
         if not _layers(self):
             return update(self, model)
         update(_WithoutBytes(self), _WithoutBytes(model))
