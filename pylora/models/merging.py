@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -261,7 +262,6 @@ def _merged(
     """
     base = layer.base_weight
     exact = layer.merged_weight()
-    delta = exact - _dense(base)
     bad = int((~exact.isfinite()).sum())
     if bad:
         raise ValueError(
@@ -273,7 +273,7 @@ def _merged(
         merged = _rounded(name, trained, dtype)
     elif isinstance(base, NF4Weight):
         merged = requantized(base, exact)
-    elif not delta.any():
+    elif torch.equal(exact, _dense(base)):
         merged = base
     else:
         merged = _rounded(name, exact, base.dtype)
@@ -285,19 +285,17 @@ def loss_of(
     base: Tensor | NF4Weight,
     merged: Tensor | NF4Weight,
     exact: Tensor,
-    inputs: list[Tensor] | None = None,
+    inputs: Sequence[Tensor] = (),
 ) -> MergedLayer:
     """What was lost by rounding `exact`, the float32 sum of `base` and a delta, to `merged`.
 
-    inputs    those of the layer, if the error of its outputs is wanted
+    inputs    those of the layer in the example
     """
     kind = "nf4" if isinstance(merged, NF4Weight) else str(merged.dtype).removeprefix("torch.")
-    error, delta = _dense(merged) - exact, exact - _dense(base)
-    norms = (_norm(error), _norm(delta), _norm(exact))
-    given = inputs or []
-    return MergedLayer(
-        name, kind, *norms, _norm_of_outputs(given, error), _norm_of_outputs(given, exact)
-    )
+    error = _dense(merged) - exact
+    norms = (_norm(error), _norm(exact - _dense(base)), _norm(exact))
+    of_outputs = (_norm_of_outputs(inputs, error), _norm_of_outputs(inputs, exact))
+    return MergedLayer(name, kind, *norms, *of_outputs)
 
 
 def _rounded(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -307,7 +305,7 @@ def _rounded(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return rounded
 
 
-def _norm_of_outputs(inputs: list[Tensor], weight: Tensor) -> float | None:
+def _norm_of_outputs(inputs: Sequence[Tensor], weight: Tensor) -> float | None:
     """|x weight^T| over the inputs x of a layer; None if it had none."""
     if not inputs:
         return None
