@@ -40,6 +40,7 @@ _load("adapter_models", ROOT / "tests" / "adapter_models.py")
 _load("flat_calls", ROOT / "tests" / "flat_calls.py")
 if importlib.util.find_spec("bitsandbytes"):
     _load("peft_models", ROOT / "tests" / "peft_models.py")
+_load("peft_nf4_models", ROOT / "tests" / "peft_nf4_models.py")
 _load("kept_objects", ROOT / "tools" / "kept_objects.py")
 _load("host_cuda", ROOT / "tests" / "host_cuda" / "__init__.py")
 

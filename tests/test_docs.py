@@ -46,6 +46,7 @@ def run(document: str, checkpoint: Path) -> dict[str, Any]:
 def test_drop_in_page_runs(checkpoint: Path) -> None:
     names = run("docs/drop-in.md", checkpoint)
     assert len(names["report"].swapped) == 14 and not names["report"].left
+    assert len(names["nf4_report"].swapped) == 14 and not names["nf4_report"].left
     assert sum(type(m) is pylora.nn.LoRALinear for m in names["model"].modules()) == 14
     assert pylora.patch().patched  # the page leaves nothing patched that this would not undo
     pylora.unpatch()

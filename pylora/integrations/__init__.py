@@ -11,8 +11,9 @@ from types import ModuleType
 
 from torch import nn
 
-from pylora.integrations import trl
+from pylora.integrations import peft_install, trl
 from pylora.models.changes import listen
+from pylora.nn.nf4_linear import when_first_made
 
 
 def _tell_transformers(model: nn.Module) -> None:
@@ -24,6 +25,7 @@ def _tell_transformers(model: nn.Module) -> None:
 
 listen(_tell_transformers)
 listen(trl.prepare)
+when_first_made(peft_install.install_with_peft)
 
 
 def __getattr__(name: str) -> ModuleType:

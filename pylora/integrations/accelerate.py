@@ -131,10 +131,13 @@ def _why_left(module: nn.Module) -> str | None:
 def _variant(module: Any) -> str:
     """The backend and variant that this layer's calls would take."""
     base = module.base_layer if hasattr(module, "base_layer") else module
-    nf4 = is_bitsandbytes_4bit(base)
-    weight = NF4Weight.from_bitsandbytes(base) if nf4 else dense_weight(base)
-    dtype = getattr(base, "compute_dtype", None) or (weight.dtype if nf4 else base.weight.dtype)
-    device = base.weight.device
+    if isinstance(base, NF4Linear):
+        weight: Any = base.nf4_weight
+    else:
+        nf4 = is_bitsandbytes_4bit(base)
+        weight = NF4Weight.from_bitsandbytes(base) if nf4 else dense_weight(base)
+    dtype = getattr(base, "compute_dtype", None) or weight.dtype
+    device = weight.device
     factors: list[Any] = []
     if base is not module:
         name = next((name for name in module.active_adapters if name in module.lora_A), None)

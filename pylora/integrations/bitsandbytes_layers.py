@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pylora import functional
 from pylora.integrations.swaps import Swap, why_not_replaceable
 from pylora.nf4_weight import NF4Weight
+from pylora.nn import NF4Linear
 
 T = TypeVar("T")
 
@@ -31,7 +32,7 @@ class OfWeight(Generic[T]):
         """
         if torch.compiler.is_compiling():
             return make(layer)
-        param = layer.weight
+        param = stored_weight(layer)
         state = getattr(param, "quant_state", None)
         memory = (param.data_ptr(), version)
         same = param is self._param and state is self._state and memory == self._memory
@@ -39,6 +40,11 @@ class OfWeight(Generic[T]):
             self._value = make(layer)
             self._param, self._state, self._memory = param, state, memory
         return self._value
+
+
+def stored_weight(layer: Any) -> Any:
+    """The parameter that holds the weight of a linear layer, packed or not."""
+    return layer.packed_weight if isinstance(layer, NF4Linear) else layer.weight
 
 
 def why_not_nf4(layer: Any) -> str | None:

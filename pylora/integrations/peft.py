@@ -1,4 +1,7 @@
-"""`as_peft_model` gives a model with LoRA layers of pylora the interface of PEFT's models.
+"""PEFT over layers of pylora.
+
+`install` makes PEFT's methods take NF4 layers; `pylora.integrations.peft_install` has it.
+`as_peft_model` gives a model with LoRA layers of pylora the interface of PEFT's models.
 
 TRL's DPO, KTO, GRPO and RLOO trainers compare the model with a reference. They disable the adapter
 for it only if the model is an instance of `peft.PeftModel`; for any other model they load the
@@ -19,12 +22,15 @@ from peft import PeftConfig, PeftModel, PeftType
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from pylora.integrations.peft_install import install, merge_report, uninstall
 from pylora.models import disable_adapter, load_adapter, merge, save_adapter, unload, unmerge
 from pylora.models.adapter_config import config_of
 from pylora.models.module_tree import adapted_layers, lora_layers, refuse_peft_model
 from pylora.models.trained_in_full import fully_trained_modules
 from pylora.models.wrappers import unwrapped
 from pylora.nn import LoRALinear
+
+__all__ = ["as_peft_model", "install", "merge_report", "uninstall"]
 
 _DEFAULT = "default"
 

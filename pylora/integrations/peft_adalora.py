@@ -19,10 +19,10 @@ from pylora.integrations.peft_base import (
     PeftSwap,
     drop_rate,
     in_compute_dtype,
+    in_dtype_of_base,
     why_not_called,
     why_not_input,
 )
-from pylora.nf4_weight import NF4Weight
 
 
 class AdaLoraSwap(PeftSwap):
@@ -53,7 +53,7 @@ class AdaLoraSwap(PeftSwap):
         y = functional.lora_linear(given, weight, **arguments)
         if self.must_verify():
             self.verify(y, functional.lora_linear, weight, given.to(y.dtype), **arguments)
-        return y.to(x.dtype) if isinstance(weight, NF4Weight) else y
+        return in_dtype_of_base(base, y, x)
 
     def without_base(self, module: Any, name: str, x: Tensor) -> Tensor:
         B = module.lora_B[name]

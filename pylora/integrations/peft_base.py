@@ -8,9 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pylora.integrations.bitsandbytes_layers import OfWeight, compute_dtype, why_not_nf4
+from pylora.integrations.bitsandbytes_layers import (
+    OfWeight,
+    compute_dtype,
+    stored_weight,
+    why_not_nf4,
+)
 from pylora.integrations.swaps import Swap, has_hooks, is_swapped, why_not_replaceable
 from pylora.nf4_weight import NF4Weight
+from pylora.nn import NF4Linear
 from pylora.nn.conv1d import dense_weight, is_conv1d
 
 # Subclasses of nn.Linear with a forward of their own that computes the same.
@@ -41,6 +47,8 @@ class PeftSwap(Swap):
         if reason is not None:
             return reason
         base = module.base_layer  # of PeftMixedModel it may be a layer with an adapter
+        if isinstance(base, NF4Linear):
+            return why_not_replaceable(base)
         if type(base).__name__ == "Linear4bit":
             return why_not_replaceable(base) or why_not_nf4(base)
         like_linear = type(base).__name__ in _LIKE_LINEAR or is_conv1d(base)
@@ -88,6 +96,8 @@ class PeftSwap(Swap):
 
     def weight_of(self, base: Any) -> Tensor | NF4Weight:
         """The weight of the base layer, dense or NF4."""
+        if isinstance(base, NF4Linear):
+            return base.nf4_weight
         if getattr(base.weight, "quant_state", None) is None:
             return dense_weight(base)
         return self._weight.get(base, NF4Weight.from_bitsandbytes)
@@ -114,6 +124,8 @@ def why_not_input(module: Any, base: Any, x: Any) -> str | None:
         return f"its input has shape {tuple(x.shape)}"
     if hasattr(base, "compute_dtype"):
         wanted = compute_dtype(base, x)
+    elif isinstance(base, NF4Linear):
+        wanted = x.dtype
     else:
         wanted = base.weight.dtype
     if x.dtype != wanted and not torch.is_autocast_enabled(x.device.type):
@@ -124,6 +136,11 @@ def why_not_input(module: Any, base: Any, x: Any) -> str | None:
 def in_compute_dtype(base: Any, x: Tensor) -> Tensor:
     """x in the dtype in which the base layer computes, which autocast may not have given it."""
     return x.to(compute_dtype(base, x)) if hasattr(base, "compute_dtype") else x
+
+
+def in_dtype_of_base(base: Any, y: Tensor, x: Tensor) -> Tensor:
+    """y in the dtype that the base layer returns: a Linear4bit gives that of x back."""
+    return y.to(x.dtype) if hasattr(base, "compute_dtype") else y
 
 
 def drop_rate(dropout: nn.Module) -> float:

@@ -11,24 +11,24 @@ from torch import Tensor, nn
 from pylora import functional
 from pylora.calls import Dropout
 from pylora.integrations import peft_rows
-from pylora.integrations.bitsandbytes_layers import OfWeight
+from pylora.integrations.bitsandbytes_layers import OfWeight, stored_weight
 from pylora.integrations.peft_base import (
     Parts,
     PeftSwap,
     drop_rate,
     in_compute_dtype,
+    in_dtype_of_base,
     why_not_called,
     why_not_input,
 )
-from pylora.nf4_weight import NF4Weight
-from pylora.nn import dora
+from pylora.nn import NF4Linear, dora
 from pylora.nn.conv1d import is_conv1d
 from pylora.nn.kept import Kept, Place
 from pylora.ops import run
 
 
 class PeftLoraSwap(PeftSwap):
-    """PEFT's LoRA over an nn.Linear or a Linear4bit: base and adapter in one op."""
+    """PEFT's LoRA over an nn.Linear, a Linear4bit or an NF4Linear: base and adapter in one op."""
 
     def __init__(self, name: str, verify: int) -> None:
         super().__init__(name, verify)
@@ -54,7 +54,7 @@ class PeftLoraSwap(PeftSwap):
         y = functional.multi_lora_linear(given, weight, **arguments)
         if self.must_verify():
             self.verify(y, functional.multi_lora_linear, weight, given.to(y.dtype), **arguments)
-        return y.to(x.dtype) if isinstance(weight, NF4Weight) else y
+        return in_dtype_of_base(module.base_layer, y, x)
 
     def _refuse_other_recomputation(self, module: nn.Module, names: Any) -> None:
         """Raises RuntimeError if a backward computes a batch with adapter names again without them.
@@ -118,7 +118,7 @@ class PeftLoraSwap(PeftSwap):
     def _fused(self, parts: Parts, scaling: float, x: Tensor) -> Tensor:
         base, A, B, dropout = parts
         p = drop_rate(dropout)
-        state = getattr(base.weight, "quant_state", None)
+        state = getattr(stored_weight(base), "quant_state", None)
         kept_for = (base, A, B, state)
         must_verify = self.must_verify()
         compiling = torch.compiler.is_compiling()
@@ -165,7 +165,7 @@ class PeftLoraSwap(PeftSwap):
             values = (*factors, magnitude, base.bias, dropped)
             rest = dict(zip(names, values, strict=True))
             self.verify(y, dora_in_torch, weight, given.to(y.dtype), **rest)
-        return y.to(x.dtype) if isinstance(weight, NF4Weight) else y
+        return in_dtype_of_base(module.base_layer, y, x)
 
 
 def _why_not_linear(module: Any, parts: Parts, x: Any) -> str | None:
@@ -202,8 +202,14 @@ def dora_in_torch(
 def _places(base: nn.Module, *factors: nn.Module) -> tuple[Place, ...] | None:
     if is_conv1d(base):  # a call reads a view of its weight, which must be taken each time
         return None
-    is_packed = hasattr(base.weight, "quant_state")
-    places = [Place(base._parameters, "weight", is_packed), Place(base._parameters, "bias")]
+    if isinstance(base, NF4Linear):
+        of_base = base.places()
+        if of_base is None:
+            return None
+        places = list(of_base)
+    else:
+        is_packed = hasattr(base.weight, "quant_state")
+        places = [Place(base._parameters, "weight", is_packed), Place(base._parameters, "bias")]
     for layer in factors:
         places += [Place(layer._parameters, name) for name in ("weight", "bias")]
     # FSDP, for one, takes the parameters out of a module, and gives it plain tensors in a forward.

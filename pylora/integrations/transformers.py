@@ -140,7 +140,8 @@ class NF4Quantizer(HfQuantizer):
             if parameter.requires_grad:
                 raise ValueError(
                     f"model is quantized and has no adapters, and {name} would be trained; call "
-                    "pylora.add_lora(model) before the Trainer is made, or freeze the model"
+                    "pylora.add_lora or peft.get_peft_model before the Trainer is made, or freeze "
+                    "the model"
                 )
         return True
 

@@ -162,7 +162,9 @@ def holders(model: nn.Module) -> dict[int, list[str]]:
 def is_bitsandbytes_4bit(module: nn.Module) -> bool:
     """True for a bitsandbytes Linear4bit, of whatever quant_type."""
     # The parameter's class identifies it, so bitsandbytes need not be installed.
-    return isinstance(module, nn.Linear) and type(module.weight).__name__ == "Params4bit"
+    if isinstance(module, NF4Linear) or not isinstance(module, nn.Linear):
+        return False
+    return type(module.weight).__name__ == "Params4bit"
 
 
 def is_4bit(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ they are; absmax in 16 bits would be another weight.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +34,19 @@ BYTES = ("weight", "absmax_bytes", "nested_bytes")
 _TENSORS = (*BYTES, "bias")
 # The parts of nested_bytes: 256 values of nested_code, nested_absmax, and the offset at the end.
 _CODE_END, _OFFSET_BEGIN = 256 * 4, -4
+
+# What to call when the first layer of the process is made.
+_waiting_for_a_layer: list[Callable[[], None]] = []
+
+
+def when_first_made(then: Callable[[], None]) -> None:
+    """Has `then` called before the first NF4Linear of this process is made or unpickled."""
+    _waiting_for_a_layer.append(then)
+
+
+def _tell_of_first_layer() -> None:
+    while _waiting_for_a_layer:
+        _waiting_for_a_layer.pop()()
 
 
 class NF4Linear(nn.Module):
@@ -76,6 +90,7 @@ class NF4Linear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        _tell_of_first_layer()
         super().__init__()
         self._kept: Kept | None = None
         self._waiting: dict[str, Tensor] = {}
@@ -137,6 +152,14 @@ class NF4Linear(nn.Module):
         )
 
     @property
+    def packed_weight(self) -> nn.Parameter:
+        """The packed codes; `weight` itself, except where PEFT reads `weight` as dense."""
+        return self.weight
+
+    def _held(self, name: str) -> Any:
+        return self.packed_weight if name == "weight" else getattr(self, name)
+
+    @property
     def absmax(self) -> Tensor:
         """The scales of the blocks: fp32, or uint8 codes under double quantization."""
         return self.absmax_bytes if self.double_quant else self.absmax_bytes.view(torch.float32)
@@ -163,7 +186,7 @@ class NF4Linear(nn.Module):
     def nf4_weight(self) -> NF4Weight:
         """The quantized weight; it shares the memory of this layer."""
         return NF4Weight(
-            self.weight,
+            self.packed_weight,
             self.absmax,
             torch.Size((self.out_features, self.in_features)),
             self.weight_dtype,
@@ -194,7 +217,7 @@ class NF4Linear(nn.Module):
         """
         w = self._checked(other.nf4_weight)
         self._kept = None
-        self.weight, self.absmax_bytes = other.weight, other.absmax_bytes
+        self.weight, self.absmax_bytes = other.packed_weight, other.absmax_bytes
         self.register_parameter("nested_bytes", other.nested_bytes)
         self._set_format(w)
 
@@ -228,6 +251,10 @@ class NF4Linear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_kept": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _tell_of_first_layer()
+        super().__setstate__(state)
 
     @classmethod
     def from_linear(
@@ -297,7 +324,7 @@ class NF4Linear(nn.Module):
         if not prefix:  # no model around the layer says what its bytes are
             shape = (self.out_features, self.in_features)
             destination[bnb_format.STATE_KEY] = bnb_format.description(
-                shape, self.weight_dtype, self.blocksize, self.weight.device
+                shape, self.weight_dtype, self.blocksize, self.packed_weight.device
             )
 
     def _load_from_state_dict(
@@ -322,7 +349,7 @@ class NF4Linear(nn.Module):
         if w is not None:
             self._take_format(w)
             own.update({prefix + name: value for name, value in stored_tensors(w).items()})
-        if self.weight.is_meta:  # there is no memory to copy into
+        if self.packed_weight.is_meta:  # there is no memory to copy into
             local_metadata = {**local_metadata, "assign_to_params_buffers": True}
         names = missing if missing else missing_keys
         super()._load_from_state_dict(
@@ -344,7 +371,7 @@ class NF4Linear(nn.Module):
             self._check_description(entries.pop(prefix + bnb_format.STATE_KEY))
         keys = [key for key in bnb_format.ENTRY_KEYS if prefix + key in entries]
         packed = {key: entries.pop(prefix + key) for key in keys}
-        if weight is not None and (keys or weight.shape != self.weight.shape):
+        if weight is not None and (keys or weight.shape != self.packed_weight.shape):
             packed["weight"] = entries.pop(prefix + "weight")
         w = self._read(packed) if packed else None
         for name in _TENSORS:
@@ -360,7 +387,7 @@ class NF4Linear(nn.Module):
                 raise ValueError(f"the weight has {name} {facts[name]}; it must be {held}")
 
     def _check_entry(self, name: str, given: Tensor) -> None:
-        held = getattr(self, name)
+        held = self._held(name)
         if name in BYTES and given.dtype != torch.uint8:
             raise ValueError(f"{name} has dtype {given.dtype}; it must be uint8")
         if held is not None and given.shape != held.shape:
@@ -388,10 +415,10 @@ class NF4Linear(nn.Module):
         self._kept = None
         self._set_format(w)
         for name, value in stored_tensors(w).items():
-            held = getattr(self, name)
+            held = self._held(name)
             if held is not None and held.shape == value.shape:
                 continue
-            sized = torch.empty_like(value, device=self.weight.device)
+            sized = torch.empty_like(value, device=self.packed_weight.device)
             if held is None:
                 self.register_parameter(name, frozen(sized))
             else:
