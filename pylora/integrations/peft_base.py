@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from pylora.integrations.bitsandbytes_layers import (
     OfWeight,
     compute_dtype,
-    stored_weight,
     why_not_nf4,
 )
 from pylora.integrations.swaps import Swap, has_hooks, is_swapped, why_not_replaceable
