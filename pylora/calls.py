@@ -219,6 +219,93 @@ class Adapters:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Norm:
+    """A normalization over the last dimension.
+
+    kind      "layer_norm" or "rms_norm", which subtracts no mean
+    weight    [hidden]
+    bias      [hidden]; None without a bias
+    eps       is added to the variance, or to the mean square
+    """
+
+    kind: str
+    weight: Tensor
+    bias: Tensor | None = None
+    eps: float = 1e-5
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bottleneck:
+    """The path of a bottleneck adapter:
+
+        norm_after(dropout(scaling * (act(norm_before(x) @ down^T + down_bias) @ up^T + up_bias)))
+
+    down [bottleneck, hidden], up [hidden, bottleneck], down_bias [bottleneck], up_bias [hidden].
+    All tensors have the same dtype, which may differ from that of x.
+    """
+
+    down: Tensor
+    up: Tensor
+    down_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    scaling: float = 1.0
+    activation: str = "relu"
+    dropout: Dropout | None = None
+    norm_before: Norm | None = None
+    norm_after: Norm | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of features in the bottleneck."""
+        return self.down.shape[0]
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The trainable tensors, in the order of `BottleneckWanted` behind x."""
+        before, after = self.norm_before, self.norm_after
+        return (
+            self.down,
+            self.down_bias,
+            self.up,
+            self.up_bias,
+            None if before is None else before.weight,
+            None if before is None else before.bias,
+            None if after is None else after.weight,
+            None if after is None else after.bias,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BottleneckWanted:
+    """The gradients that the backward of an adapter computes, in the order of its results."""
+
+    x: bool = False
+    down: bool = False
+    down_bias: bool = False
+    up: bool = False
+    up_bias: bool = False
+    before_weight: bool = False
+    before_bias: bool = False
+    after_weight: bool = False
+    after_bias: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BottleneckGradients:
+    """The gradients of an adapter; a field is None if its gradient is not wanted."""
+
+    x: Tensor | None = None
+    down: Tensor | None = None
+    down_bias: Tensor | None = None
+    up: Tensor | None = None
+    up_bias: Tensor | None = None
+    before_weight: Tensor | None = None
+    before_bias: Tensor | None = None
+    after_weight: Tensor | None = None
+    after_bias: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class QuantizeCall:
     """A call that returns (qweight, absmax), both flat; the weight may have any shape."""
 
@@ -355,6 +442,42 @@ class MultiLoraBackward:
     wanted: Wanted
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class BottleneckAdapterCall:
+    """A call that returns y, the path of the adapter plus its residual.
+
+    residual        of x's shape and dtype; None if the residual is x, or if there is none
+    add_residual    False if y is the path alone
+    """
+
+    op: ClassVar[str] = "bottleneck_adapter"
+    x: Tensor
+    residual: Tensor | None
+    add_residual: bool
+    adapter: Bottleneck
+
+    @property
+    def adds_x(self) -> bool:
+        """True if the residual is x itself."""
+        return self.add_residual and self.residual is None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BottleneckAdapterBackward:
+    """A call that returns BottleneckGradients; it computes the bottleneck again from x.
+
+    adds_x    True if x was the residual, so that grad is a part of its gradient. The gradient of
+              another residual is grad itself
+    """
+
+    op: ClassVar[str] = "bottleneck_adapter_backward"
+    grad: Tensor
+    x: Tensor
+    adds_x: bool
+    adapter: Bottleneck
+    wanted: BottleneckWanted
+
+
 Call = (
     QuantizeCall
     | DequantizeCall
@@ -368,4 +491,6 @@ Call = (
     | LoraMlpBackward
     | MultiLoraCall
     | MultiLoraBackward
+    | BottleneckAdapterCall
+    | BottleneckAdapterBackward
 )

@@ -110,13 +110,28 @@ def activations(
     name: str, x: Tensor, in_features: int, device: torch.device, name_of_weight: str
 ) -> Tensor:
     """Checks x [..., in_features]; returns it, cast if autocast casts the inputs of a matmul."""
+    token_vectors(name, x, in_features, device, name_of_weight)
+    if x.dtype != torch.float64 and under_autocast(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def token_vectors(
+    name: str,
+    x: Tensor,
+    features: int,
+    device: torch.device,
+    name_of_weight: str,
+    name_of_features: str = "in_features",
+) -> None:
+    """Raises unless x is a floating-point tensor [..., features] on the weight's device."""
     tensor(name, x)
     if not x.dtype.is_floating_point:
         raise TypeError(f"{name} has dtype {x.dtype}; it must be a floating-point dtype")
-    if x.dim() == 0 or x.shape[-1] != in_features:
+    if x.dim() == 0 or x.shape[-1] != features:
         raise ValueError(
             f"{name} has shape {tuple(x.shape)}; "
-            f"its last dimension must be in_features = {in_features}"
+            f"its last dimension must be {name_of_features} = {features}"
         )
     if x.device != device:
         if device.type == "meta":
@@ -128,9 +143,6 @@ def activations(
         raise ValueError(
             f"{name} is on {x.device}; it must be on {device}, where {name_of_weight} is"
         )
-    if x.dtype != torch.float64 and under_autocast(x.device.type):
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
 
 
 def same_dtype_as_x(name: str, value: Tensor, x: Tensor) -> Tensor:
@@ -151,10 +163,12 @@ def vector(
     size: int,
     device: torch.device,
     dtype: torch.dtype | None = None,
+    name_of_other: str = "lora_A",
 ) -> None:
     """Raises unless `value` is None or a floating-point tensor [size] on x's device.
 
-    dtype    lora_A's dtype, which it must have; any dtype if None
+    dtype            the dtype that it must have; any floating-point dtype if None
+    name_of_other    the tensor that `dtype` is the dtype of
     """
     if value is None:
         return
@@ -164,7 +178,9 @@ def vector(
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}; it must be on {device}, where x is")
     if dtype is not None and value.dtype != dtype:
-        raise TypeError(f"{name} has dtype {value.dtype}; it must be lora_A's dtype, {dtype}")
+        raise TypeError(
+            f"{name} has dtype {value.dtype}; it must be {name_of_other}'s dtype, {dtype}"
+        )
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name} has dtype {value.dtype}; it must be a floating-point dtype")
 
@@ -196,6 +212,18 @@ def lora_pair(
             f"it must be ({out_features}, {lora_A.shape[0]})"
         )
     same_dtype(name_B, lora_B, name_A, lora_A)
+
+
+def bottleneck_weight(name: str, value: Tensor) -> None:
+    """Raises unless `value` is a floating-point tensor [bottleneck, hidden], bottleneck >= 1."""
+    tensor(name, value)
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} has dtype {value.dtype}; it must be a floating-point dtype")
+    if value.dim() != 2 or value.shape[0] < 1:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}; "
+            "it must be [bottleneck, hidden] with bottleneck >= 1"
+        )
 
 
 def adapter_tensor(name: str, value: Tensor, device: torch.device) -> None:

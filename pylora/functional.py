@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from pylora import checks
+from pylora.bottleneck import bottleneck_of, residual_of
 from pylora.calls import (
     Adapters,
+    BottleneckAdapterCall,
     DequantizeCall,
     Dropout,
     Layer,
@@ -28,6 +30,7 @@ from pylora.calls import (
     LowRank,
     MultiLoraCall,
     Nf4LinearCall,
+    Norm,
     QuantizeCall,
 )
 from pylora.nf4 import DEFAULT_BLOCKSIZE, absmax_shape, check_blocksize, packed_shape
@@ -354,6 +357,106 @@ def multi_lora_linear(
     return y
 
 
+def _bottleneck_adapter_call(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    activation: str | None = "relu",
+    scaling: float = 1.0,
+    residual: Tensor | None = None,
+    add_residual: bool = True,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    norm_before: Norm | None = None,
+    norm_after: Norm | None = None,
+) -> BottleneckAdapterCall:
+    checks.bottleneck_weight("down_weight", down_weight)
+    hidden = down_weight.shape[1]
+    checks.token_vectors("x", x, hidden, down_weight.device, "down_weight", "hidden")
+    adapter = bottleneck_of(
+        x,
+        down_weight,
+        down_bias,
+        up_weight,
+        up_bias,
+        activation,
+        scaling,
+        _dropout(dropout_p, seed, x),
+        norm_before,
+        norm_after,
+    )
+    residual = residual_of(residual, add_residual, x)
+    if residual is not None and residual.dtype != x.dtype:
+        # The op adds residuals of x's dtype; torch adds this one.
+        residual, add_residual = None, False
+    return BottleneckAdapterCall(x, residual, add_residual, adapter)
+
+
+def bottleneck_adapter(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    activation: str | None = "relu",
+    scaling: float = 1.0,
+    residual: Tensor | None = None,
+    add_residual: bool = True,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    norm_before: Norm | None = None,
+    norm_after: Norm | None = None,
+) -> Tensor:
+    """A bottleneck adapter, in one op.
+
+        z = scaling * (act(norm_before(x) @ down_weight^T + down_bias) @ up_weight^T + up_bias)
+        y = residual + norm_after(dropout(z))
+
+    x             [..., hidden] floating point; autocast does not cast it
+    down_weight   [bottleneck, hidden]
+    down_bias     [bottleneck]; None without a bias
+    up_weight     [hidden, bottleneck]
+    up_bias       [hidden]; None without a bias
+    activation    "relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", or "identity" (also
+                  None), also by transformers' names: "swish", "gelu_pytorch_tanh", "gelu_new"
+    residual      of x's shape; x itself if None. If its dtype is not x's, torch adds it to the path
+    add_residual  False to leave the residual out: y is then the path alone, which a parallel
+                  adapter adds to the output of another layer
+    dropout_p     probability of dropping an element of z, in [0, 1)
+    seed          int or int64 scalar tensor that fixes the mask; drawn from torch's generator if
+                  None
+    norm_before, norm_after
+                  a `Norm` (LayerNorm or RMSNorm) over x, or over what the residual is added to;
+                  None without one
+
+    All tensors of the adapter have one dtype, which may differ from x's; the path runs in it.
+    Returns y [..., hidden] in x.dtype, or in the dtype to which torch promotes x's and the
+    residual's. It can be differentiated once in x, the residual and every tensor of the adapter.
+    The backward keeps x alone: it computes the bottleneck again, and regenerates the mask.
+    Raises TypeError or ValueError that names the argument that does not fit.
+    Source: Houlsby et al., arXiv:1902.00751; Pfeiffer et al., arXiv:2005.00247.
+    """
+    call = _bottleneck_adapter_call(
+        x,
+        down_weight,
+        down_bias,
+        up_weight,
+        up_bias,
+        activation,
+        scaling,
+        residual,
+        add_residual,
+        dropout_p,
+        seed,
+        norm_before,
+        norm_after,
+    )
+    y = run(call)
+    return residual + y if residual is not None and call.residual is None else y
+
+
 def _dropout(p: float, seed: int | Tensor | None, x: Tensor) -> Dropout | None:
     """The dropout of a call; None, without drawing a seed, if nothing is dropped."""
     checks.probability("dropout_p", p)
@@ -391,4 +494,5 @@ CALLS: dict[str, Callable[..., Any]] = {
     "lora_qkv": _lora_qkv_call,
     "lora_mlp": _lora_mlp_call,
     "multi_lora_linear": _multi_lora_linear_call,
+    "bottleneck_adapter": _bottleneck_adapter_call,
 }

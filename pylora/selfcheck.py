@@ -14,6 +14,10 @@ from pylora import dispatch, functional
 from pylora.backends import extension
 from pylora.backends.backend import Plan
 from pylora.calls import (
+    Bottleneck,
+    BottleneckAdapterBackward,
+    BottleneckAdapterCall,
+    BottleneckWanted,
     DequantizeCall,
     Dropout,
     Layer,
@@ -25,6 +29,7 @@ from pylora.calls import (
     MultiLoraBackward,
     Nf4LinearBackward,
     Nf4LinearCall,
+    Norm,
     QuantizeCall,
     Wanted,
 )
@@ -126,6 +131,7 @@ def cases(seed: int = 0, token_counts: Collection[int] | None = None) -> Iterato
                     normal, where, x, grad, w, bias, dropout_p, activation, lora_dtype, rank
                 )
                 yield from _composed_cases(normal, where, x, grad, w, dropout_p, lora_dtype, rank)
+                yield from _adapter_cases(normal, where, x, dropout_p, activation, lora_dtype, rank)
 
 
 def _lora_cases(
@@ -215,6 +221,38 @@ def _composed_cases(
     _, h = on_reference(multi)
     multi_wanted = Wanted(x=True, A=True, B=True, bias=True)
     yield Case.of(where, MultiLoraBackward(grad, x, h, multi.layer, multi.adapters, multi_wanted))
+
+
+def _adapter_cases(
+    normal: Callable[..., Tensor],
+    where: str,
+    x: Tensor,
+    dropout_p: float,
+    activation: str,
+    dtype: torch.dtype,
+    size: int,
+) -> Iterator[Case]:
+    """Yields bottleneck_adapter and its backward, over x and over another residual.
+
+    With dropout there are a LayerNorm before and an RMSNorm after the bottleneck as well.
+    """
+    where += f" bottleneck {size} {activation} p{dropout_p}"
+    hidden = x.shape[-1]
+    down = normal(size, hidden, dtype=dtype) / max(hidden, 1) ** 0.5
+    up = normal(hidden, size, dtype=dtype) / size**0.5
+    biases = normal(size, dtype=dtype), normal(hidden, dtype=dtype)
+    dropout = before = after = None
+    if dropout_p:
+        dropout = Dropout(dropout_p, torch.tensor(1234567890123))
+        before = Norm("layer_norm", normal(hidden, dtype=dtype), normal(hidden, dtype=dtype))
+        after = Norm("rms_norm", normal(hidden, dtype=dtype))
+    adapter = Bottleneck(down, up, *biases, 0.5, activation, dropout, before, after)
+    norms = bool(dropout_p)
+    wanted = BottleneckWanted(True, True, True, True, True, norms, norms, norms)
+    grad = normal(*x.shape, dtype=x.dtype)
+    yield Case.of(f"{where} residual", BottleneckAdapterCall(x, grad, True, adapter))
+    yield Case.of(where, BottleneckAdapterCall(x, None, True, adapter))
+    yield Case.of(where, BottleneckAdapterBackward(grad, x, True, adapter, wanted))
 
 
 @contextmanager

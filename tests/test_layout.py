@@ -26,7 +26,7 @@ LAYERS = [
     ("pylora.dispatch",),
     ("pylora.ops",),
     ("pylora.nf4_weight",),
-    ("pylora.checks", "pylora.projections"),
+    ("pylora.checks", "pylora.projections", "pylora.bottleneck"),
     ("pylora.functional",),
     ("pylora.nn", "pylora.explain", "pylora.testing"),
     ("pylora.models", "pylora.selfcheck"),
@@ -45,6 +45,7 @@ OPS = (
     "lora_qkv",
     "lora_mlp",
     "multi_lora_linear",
+    "bottleneck_adapter",
 )
 # The bench files that are not named after an op, and why they exist.
 BENCHES_BEYOND_OPS = {
@@ -213,7 +214,10 @@ def test_kernels_folder_cannot_be_imported_as_kernels() -> None:
 
 # Ops without a file of their own in kernels/ or csrc/, and why they need none.
 WITHOUT_KERNEL = {
-    "kernels": {"nf4_quantize": "Triton has no kernel for it: the C++ ones run on CPUs and GPUs"},
+    "kernels": {
+        "nf4_quantize": "Triton has no kernel for it: the C++ ones run on CPUs and GPUs",
+        "bottleneck_adapter": "GPU tensors run on the reference: only the CPU has a fused kernel",
+    },
     "csrc": {
         "lora_qkv": "the backends compose it of their single-layer ops",
         "lora_mlp": "the backends compose it of their single-layer ops",

@@ -7,6 +7,8 @@ from typing import Any
 from pylora import reference
 from pylora.backends.backend import Backend, Plan, Planner, in_python
 from pylora.calls import (
+    BottleneckAdapterBackward,
+    BottleneckAdapterCall,
     DequantizeCall,
     LoraLinearBackward,
     LoraLinearCall,
@@ -46,6 +48,8 @@ BACKEND = Backend(
             LoraMlpBackward,
             MultiLoraCall,
             MultiLoraBackward,
+            BottleneckAdapterCall,
+            BottleneckAdapterBackward,
         )
     },
     unavailable=lambda: None,

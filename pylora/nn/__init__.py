@@ -1,9 +1,10 @@
 """Drop-in modules: they hold parameters, have state dicts and call `pylora.functional`."""
 
 from pylora.nn import weight_averaging
+from pylora.nn.bottleneck_adapter import BottleneckAdapter
 from pylora.nn.lora_linear import LoRALinear
 from pylora.nn.nf4_linear import NF4Linear
 
-__all__ = ["LoRALinear", "NF4Linear"]
+__all__ = ["BottleneckAdapter", "LoRALinear", "NF4Linear"]
 
 weight_averaging.install()

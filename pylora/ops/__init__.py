@@ -5,6 +5,7 @@ chooses. `run(call)` runs a call record, through torch's dispatcher only if that
 """
 
 from pylora.ops import (
+    bottleneck_adapter,
     lora_linear,
     lora_mlp,
     lora_qkv,
@@ -16,6 +17,7 @@ from pylora.ops import (
 from pylora.ops.registration import run
 
 __all__ = [
+    "bottleneck_adapter",
     "lora_linear",
     "lora_mlp",
     "lora_qkv",

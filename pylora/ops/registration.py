@@ -22,8 +22,9 @@ from torch.autograd import forward_ad
 from pylora import dispatch
 from pylora.backends.backend import Plan
 from pylora.calls import Call
+from pylora.ops.arguments import Spec
 from pylora.ops.gradients import flat_tensors, requested
-from pylora.ops.spec import SPECS, Spec
+from pylora.ops.spec import SPECS
 from pylora.ops.transforms import run_transformed
 
 _LIBRARY = torch.library.Library("pylora", "DEF")

@@ -10,18 +10,19 @@ skips lists that hold None, so an empty tensor [0] stands for an absent one ther
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import astuple, replace
 from typing import Any
 
 from torch import Tensor
 
 from pylora.calls import (
     Adapters,
+    Bottleneck,
+    BottleneckAdapterBackward,
+    BottleneckAdapterCall,
+    BottleneckWanted,
     DequantizeCall,
-    Dropout,
     Layer,
     LoraLinearBackward,
     LoraLinearCall,
@@ -38,6 +39,7 @@ from pylora.calls import (
     Wanted,
     Weight,
 )
+from pylora.ops.arguments import Arguments, Spec, dropout_arguments, norm_arguments
 
 _ABSMAX = "Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, "
 _ABSMAX += "int blocksize, int nested_blocksize"
@@ -52,75 +54,6 @@ _LAYERS = (
 _LAYER_GRADIENTS = (
     "(Tensor dx, Tensor[] dweight, Tensor[] dlora_A, Tensor[] dlora_B, Tensor[] dbias)"
 )
-
-
-class Arguments:
-    """The flat arguments of an op, read from left to right."""
-
-    def __init__(self, flat: Sequence[Any]) -> None:
-        self._left: Iterator[Any] = iter(flat)
-
-    def next(self) -> Any:
-        """The next argument."""
-        return next(self._left)
-
-    def several(self, count: int) -> tuple[Any, ...]:
-        """The next `count` arguments."""
-        return tuple(islice(self._left, count))
-
-    def weight(self, out_features: int | None, in_features: int) -> Weight:
-        """The next weight; if `out_features` is None, it is the argument behind the weight."""
-        arguments = self.several(7)
-        rows = self.next() if out_features is None else out_features
-        return Weight.of(arguments, (rows, in_features))
-
-    def dropout(self) -> Dropout | None:
-        """The dropout of the next two arguments."""
-        p, seed = self.several(2)
-        return None if seed is None or p == 0.0 else Dropout(p, seed)
-
-
-def _dropout_arguments(dropout: Dropout | None) -> tuple[float, Tensor | None]:
-    return (0.0, None) if dropout is None else (dropout.p, dropout.layer_seed)
-
-
-@dataclass(frozen=True)
-class Spec:
-    """The schema of the op of one record type.
-
-    record     the type of the record
-    schema     arguments and results, as torch.library takes them
-    flatten    record -> arguments in the order of the schema
-    unflatten  arguments -> record
-    """
-
-    record: Any
-    schema: str
-    flatten: Callable[[Any], tuple[Any, ...]]
-    unflatten: Callable[[Arguments], Any]
-
-    @property
-    def name(self) -> str:
-        return self.record.op
-
-    @cached_property
-    def has_lists(self) -> bool:
-        """True if some of the op's results are lists of tensors."""
-        _, results = self.schema.split("->")
-        return "[]" in results
-
-    def read(self, flat: Sequence[Any]) -> Any:
-        """The record of flat arguments."""
-        return self.unflatten(Arguments(flat))
-
-    def read_with_gradient(self, grad: Any, flat: Sequence[Any], *mask: list[bool]) -> Any:
-        """The record of the arguments of a backward op, with `grad` in place of the first argument.
-
-        mask    takes the place of the last argument, which is the mask in every backward but that
-                of nf4_linear
-        """
-        _, *others = flat
-        return self.read((grad, *others[: len(others) - len(mask)], *mask))
 
 
 # nf4_quantize and nf4_dequantize
@@ -201,7 +134,7 @@ def _write_lora_linear(call: LoraLinearCall) -> tuple[Any, ...]:
         low.A_bias,
         low.B_bias,
         low.scaling,
-        *_dropout_arguments(low.dropout),
+        *dropout_arguments(low.dropout),
         low.activation,
     )
 
@@ -226,7 +159,7 @@ def _write_lora_linear_backward(call: LoraLinearBackward) -> tuple[Any, ...]:
         low.A,
         low.B,
         low.scaling,
-        *_dropout_arguments(low.dropout),
+        *dropout_arguments(low.dropout),
         low.activation,
         [
             wanted.x,
@@ -457,6 +390,68 @@ MULTI_LORA_LINEAR_BACKWARD = Spec(
     _read_multi_lora_backward,
 )
 
+# bottleneck_adapter
+
+_BOTTLENECK = (
+    "Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, float scaling, "
+    f"str activation, {_DROPOUT}, "
+    "str norm_before, Tensor? norm_before_weight, Tensor? norm_before_bias, float norm_before_eps, "
+    "str norm_after, Tensor? norm_after_weight, Tensor? norm_after_bias, float norm_after_eps"
+)
+
+
+def _write_bottleneck(adapter: Bottleneck) -> tuple[Any, ...]:
+    return (
+        adapter.down,
+        adapter.down_bias,
+        adapter.up,
+        adapter.up_bias,
+        adapter.scaling,
+        adapter.activation,
+        *dropout_arguments(adapter.dropout),
+        *norm_arguments(adapter.norm_before),
+        *norm_arguments(adapter.norm_after),
+    )
+
+
+def _read_bottleneck(take: Arguments) -> Bottleneck:
+    down, down_bias, up, up_bias, scaling, activation = take.several(6)
+    dropout = take.dropout()
+    norms = take.norm(), take.norm()
+    return Bottleneck(down, up, down_bias, up_bias, scaling, activation, dropout, *norms)
+
+
+def _read_adapter(take: Arguments) -> BottleneckAdapterCall:
+    x, residual, add_residual = take.several(3)
+    return BottleneckAdapterCall(x, residual, add_residual, _read_bottleneck(take))
+
+
+def _read_adapter_backward(take: Arguments) -> BottleneckAdapterBackward:
+    grad, x, adds_x = take.several(3)
+    adapter = _read_bottleneck(take)
+    return BottleneckAdapterBackward(grad, x, adds_x, adapter, BottleneckWanted(*take.next()))
+
+
+BOTTLENECK_ADAPTER = Spec(
+    BottleneckAdapterCall,
+    f"(Tensor x, Tensor? residual, bool add_residual, {_BOTTLENECK}) -> Tensor",
+    lambda call: (call.x, call.residual, call.add_residual, *_write_bottleneck(call.adapter)),
+    _read_adapter,
+)
+BOTTLENECK_ADAPTER_BACKWARD = Spec(
+    BottleneckAdapterBackward,
+    f"(Tensor grad, Tensor x, bool adds_x, {_BOTTLENECK}, bool[] output_mask) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda call: (
+        call.grad,
+        call.x,
+        call.adds_x,
+        *_write_bottleneck(call.adapter),
+        list(astuple(call.wanted)),
+    ),
+    _read_adapter_backward,
+)
+
 SPECS: dict[str, Spec] = {
     spec.name: spec
     for spec in (
@@ -472,5 +467,7 @@ SPECS: dict[str, Spec] = {
         LORA_MLP,
         MULTI_LORA_LINEAR_BACKWARD,
         MULTI_LORA_LINEAR,
+        BOTTLENECK_ADAPTER_BACKWARD,
+        BOTTLENECK_ADAPTER,
     )
 }

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 from pylora.calls import (
+    BottleneckAdapterCall,
     DequantizeCall,
     Layer,
     LoraLinearCall,
@@ -27,6 +28,7 @@ from pylora.calls import (
     token_matrix,
 )
 from pylora.reference.activation import GATED_ACTIVATIONS
+from pylora.reference.bottleneck_adapter import adapter_path
 from pylora.reference.lora_linear import low_rank_path
 from pylora.reference.multi_lora_linear import check_adapter_ids
 from pylora.reference.nf4_dequantize import dense, nf4_dequantize
@@ -126,6 +128,12 @@ def _multi_lora_linear(call: MultiLoraCall) -> tuple[Tensor, Tensor]:
     return y.view(*leading, y.shape[-1]), h.view(*leading, adapters.rank)
 
 
+def _bottleneck_adapter(call: BottleneckAdapterCall) -> Tensor:
+    y = adapter_path(call.x, call.adapter)
+    residual = call.x if call.adds_x else call.residual
+    return (y if residual is None else residual + y).to(call.x.dtype)
+
+
 _FUNCTIONS: dict[Any, Callable[[Any], Any]] = {
     DequantizeCall: nf4_dequantize,
     Nf4LinearCall: _nf4_linear,
@@ -134,4 +142,5 @@ _FUNCTIONS: dict[Any, Callable[[Any], Any]] = {
     LoraQkvCall: _lora_qkv,
     LoraMlpCall: _lora_mlp,
     MultiLoraCall: _multi_lora_linear,
+    BottleneckAdapterCall: _bottleneck_adapter,
 }

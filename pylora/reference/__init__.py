@@ -1,6 +1,10 @@
 """Pure-PyTorch references: the oracle of every op, and its implementation if no kernel takes it."""
 
 from pylora.reference.absmax import dequantize_absmax, quantize_absmax
+from pylora.reference.bottleneck_adapter import (
+    bottleneck_adapter,
+    bottleneck_adapter_backward,
+)
 from pylora.reference.lora_linear import lora_linear, lora_linear_backward
 from pylora.reference.lora_mlp import lora_mlp, lora_mlp_backward
 from pylora.reference.lora_qkv import lora_qkv, lora_qkv_backward
@@ -10,6 +14,8 @@ from pylora.reference.nf4_linear import nf4_linear, nf4_linear_backward
 from pylora.reference.nf4_quantize import nf4_quantize
 
 __all__ = [
+    "bottleneck_adapter",
+    "bottleneck_adapter_backward",
     "dense",
     "dequantize_absmax",
     "lora_linear",
