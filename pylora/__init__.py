@@ -3,6 +3,16 @@
 from typing import Any
 
 from pylora import functional, nn
+from pylora.adapters import (
+    Average,
+    BatchSplit,
+    Fuse,
+    HoulsbyConfig,
+    Parallel,
+    ParallelConfig,
+    PfeifferConfig,
+    Stack,
+)
 from pylora.dispatch import use_backend
 from pylora.explain import Explanation, explain
 from pylora.functional import dequantize_nf4, quantize_nf4
@@ -15,6 +25,7 @@ from pylora.models import (
     active_adapter,
     active_adapters,
     adapter_names,
+    add_adapter,
     add_lora,
     delete_adapter,
     disable_adapter,
@@ -23,6 +34,7 @@ from pylora.models import (
     quantize_model,
     save_adapter,
     set_active_adapters,
+    train_adapter,
     unload,
     unmerge,
 )
@@ -30,21 +42,34 @@ from pylora.models.peft_names import instead_of
 from pylora.nf4_weight import NF4Weight
 from pylora.settings import refresh
 
+# The same function under the name that it has beside `active_adapters`.
+adapters_disabled = disable_adapter
+
 __version__ = "0.1.0"
 
 __all__ = [
+    "Average",
+    "BatchSplit",
     "Explanation",
+    "Fuse",
+    "HoulsbyConfig",
     "LayerReport",
     "MergeReport",
     "MergedLayer",
     "NF4Config",
     "NF4Weight",
+    "Parallel",
+    "ParallelConfig",
     "PatchReport",
+    "PfeifferConfig",
     "Report",
+    "Stack",
     "accelerate",
     "active_adapter",
     "active_adapters",
     "adapter_names",
+    "adapters_disabled",
+    "add_adapter",
     "add_lora",
     "delete_adapter",
     "dequantize_nf4",
@@ -61,6 +86,7 @@ __all__ = [
     "restore",
     "save_adapter",
     "set_active_adapters",
+    "train_adapter",
     "unload",
     "unmerge",
     "unpatch",

@@ -29,6 +29,7 @@ LAYERS = [
     ("pylora.checks", "pylora.projections", "pylora.bottleneck"),
     ("pylora.functional",),
     ("pylora.nn", "pylora.explain", "pylora.testing"),
+    ("pylora.adapters",),
     ("pylora.models", "pylora.selfcheck"),
     ("pylora.integrations",),
     ("pylora", "pylora.__main__"),

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pylora.models.adapter_config import CONFIG_NAME
 from pylora.models.adapter_files import save_adapter
-from pylora.models.adapters import adapter_names
+from pylora.models.lora_switching import lora_names
 from pylora.models.module_tree import adapted_layers, is_4bit, merge_added_bias
 from pylora.nn import LoRALinear, NF4Linear
 
@@ -150,7 +150,7 @@ def _store_as_bitsandbytes(
 
 
 def _warn_of_others(model: nn.Module) -> None:
-    active, *others = adapter_names(model)
+    active, *others = lora_names(model)
     if others:
         logger.warning(
             "from_pretrained will load the adapter %r alone; pylora.save_adapter(model, path, "

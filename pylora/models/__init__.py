@@ -8,6 +8,7 @@ from pylora.models.adapters import (
     delete_adapter,
     set_active_adapters,
 )
+from pylora.models.bottleneck import add_adapter, train_adapter
 from pylora.models.disabling import disable_adapter
 from pylora.models.lora import add_lora
 from pylora.models.merging import MergedLayer, MergeReport, merge, unmerge
@@ -20,6 +21,7 @@ __all__ = [
     "active_adapter",
     "active_adapters",
     "adapter_names",
+    "add_adapter",
     "add_lora",
     "delete_adapter",
     "disable_adapter",
@@ -28,6 +30,7 @@ __all__ = [
     "quantize_model",
     "save_adapter",
     "set_active_adapters",
+    "train_adapter",
     "unload",
     "unmerge",
 ]

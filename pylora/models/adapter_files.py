@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pylora.adapters.slot import SLOTS
 from pylora.files import replacing
 from pylora.models.adapter_config import CONFIG_NAME, AdapterConfig, config_of, read_config
 from pylora.models.adapter_contents import (
@@ -31,9 +32,9 @@ from pylora.models.adapter_contents import (
     lora_shapes,
     read_contents,
 )
-from pylora.models.adapters import active_adapter, using
 from pylora.models.distributed import refuse_parts, refuse_to_change, refuse_to_write, settle
 from pylora.models.lora import LoraSettings, install
+from pylora.models.lora_switching import active_lora, check_is_lora, using
 from pylora.models.module_tree import adapted_layers, lora_layers, refuse_peft_model
 from pylora.models.saved_embeddings import put_embeddings
 from pylora.models.trained_in_full import fully_trained_modules, state_in_use
@@ -70,6 +71,7 @@ def save_adapter(
     if adapter_name is None:
         _save_active(model, Path(path))
     else:
+        check_is_lora(model, adapter_name)
         with using(model, adapter_name, "pylora.save_adapter"):
             _save_active(model, Path(path))
 
@@ -152,7 +154,7 @@ def load_adapter(
     refuse_to_write(model, "pylora.load_adapter")
     refuse_parts(model, "pylora.load_adapter")
     config = read_config(folder)
-    adapter = check_adapter_name(adapter_name or active_adapter(root) or DEFAULT_ADAPTER)
+    adapter = check_adapter_name(adapter_name or active_lora(root) or DEFAULT_ADAPTER)
     contents = read_contents(folder, config, root, dtype, adapter)
     settings = _settings(folder, config, contents, dtype)
     is_new = not adapted_layers(root, adapter)
@@ -306,7 +308,7 @@ def _warn_of_unsaved(
 ) -> None:
     saved = {id(p) for module in (*layers, *trained) for p in module.parameters()}
     for name, parameter in model.named_parameters():
-        inactive = HOLDER in name.split(".")
+        inactive = {HOLDER, SLOTS} & set(name.split("."))
         if parameter.requires_grad and id(parameter) not in saved and not inactive:
             logger.warning(
                 "%s is trainable but not saved: it is in no module to save", plain_name(model, name)

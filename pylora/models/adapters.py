@@ -1,142 +1,198 @@
-"""Several named adapters on one model: which ones there are, which one is active, and switching.
+"""The adapters of a model, LoRA and bottleneck adapters alike: which are active, and switching.
 
-A switch exchanges parameters between a layer and its holder of inactive adapters. It copies nothing
-and changes no value, so it is bit-identical back and forth.
+A switch copies nothing and changes no value, so it is bit-identical back and forth. Which
+bottleneck adapters are active is one value that all their slots read (`pylora.adapters.slot`). A
+switch of LoRA exchanges parameters (`pylora.models.lora_switching`).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TypeVar
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
 
 from torch import nn
 
+from pylora.adapters.composition import (
+    Block,
+    Composition,
+    Fuse,
+    Stack,
+    fusions_in,
+    names_in,
+    without,
+)
 from pylora.models.changes import changed
 from pylora.models.distributed import refuse_to_change
+from pylora.models.lora_switching import (
+    active_lora,
+    check_switch,
+    exchange,
+    lora_names,
+    lora_parameters,
+    train_active,
+    using,
+)
 from pylora.models.module_tree import lora_layers, refuse_peft_model, sites
 from pylora.models.peft_names import refuse_several
-from pylora.models.trained_in_full import (
-    all_full_modules,
-    delete_full,
-    fully_trained_modules,
-    train_full,
-    use_full,
+from pylora.models.slots import (
+    bottleneck_names,
+    bottleneck_parameters,
+    remove_adapters,
+    setup_of,
+    slots,
 )
+from pylora.models.trained_in_full import delete_full, fully_trained_modules
 from pylora.models.wrappers import unwrapped
 from pylora.nn import LoRALinear
-from pylora.nn.inactive import set_trainable
-from pylora.nn.lora_adapters import LORA_TENSORS
+
+logger = logging.getLogger(__name__)
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
-    """The names of the model's adapters, the active one first; empty without LoRA."""
-    layers = lora_layers(unwrapped(model)).values()
-    active = [layer.active_adapter for layer in layers if layer.active_adapter is not None]
-    return tuple(dict.fromkeys([*active, *(n for layer in layers for n in layer.adapter_names)]))
+    """The names of the model's adapters, the active ones first; empty without adapters."""
+    names = (*lora_names(model), *bottleneck_names(model))
+    active = names_in(active_adapter(model))
+    return tuple(dict.fromkeys((*active, *names)))
 
 
-def active_adapter(model: nn.Module) -> str | None:
-    """The name of the adapter that the model computes with and trains; None without LoRA."""
-    return next(iter(adapter_names(model)), None)
+def active_adapter(model: nn.Module) -> Composition | None:
+    """What the model computes with in this thread: a name, a composition of names, or None."""
+    lora, setup = active_lora(model), setup_of(model)
+    composition = None if setup is None else setup.current()
+    if lora is None or composition is None:
+        return composition if lora is None else lora
+    members = composition.members if isinstance(composition, Stack) else (composition,)
+    return Stack(lora, *members)
 
 
-def set_active_adapters(model: _Model, adapter_name: str) -> _Model:
-    """Has the model compute with this adapter and train it; returns the model.
+def set_active_adapters(model: _Model, adapter_name: Composition) -> _Model:
+    """Has the model compute with these adapters and train them; returns the model.
 
-    adapter_name    one of `adapter_names(model)`
+    adapter_name    one of `adapter_names(model)`, or a composition of several: Stack, Average,
+                    Fuse, BatchSplit or Parallel. LoRA is active by itself or as a member of a
+                    Stack, and at most one LoRA adapter is
 
-    As with PEFT's `set_adapter`, the parameters of this adapter, its modules_to_save included, are
-    trainable afterwards, and those of the others are frozen. They stay the same objects, so an
-    optimizer goes on with them when their adapter is active again; it leaves a parameter alone as
-    long as that has no gradient, so gradients must be set to None (`zero_grad`) before a switch.
+    As with PEFT's `set_adapter`, the parameters of these adapters, modules_to_save included, are
+    trainable afterwards, and those of the others are frozen. The members of a Fuse are frozen, and
+    its attention is trainable. `pylora.train_adapter` chooses one of several to train. All
+    parameters stay the same objects, so an optimizer goes on with them when their adapter is active
+    again; it leaves a parameter alone as long as that has no gradient, so gradients must be set to
+    None (`zero_grad`) before a switch.
 
     Raises ValueError if there is no such adapter, if the model is merged, or if it is sharded or in
     a wrapper, such as DistributedDataParallel, which goes on with the parameters that it found. The
     model is then as it was.
     """
-    root = _checked(model, adapter_name, "pylora.set_active_adapters")
-    _exchange(root, adapter_name)
-    for layer in lora_layers(root).values():
-        set_trainable(layer, LORA_TENSORS, True)
-        for name in layer.adapter_names:
-            if name != adapter_name:
-                set_trainable(layer.adapter(name), LORA_TENSORS, False)
-    for module in all_full_modules(root).values():
-        train_full(module)
+    call = "pylora.set_active_adapters"
+    root, lora, composition = _checked(model, adapter_name, call)
+    trained = _trained_by(root, composition)
+    changes = [p for p in bottleneck_parameters(root) if p.requires_grad != (id(p) in trained)]
+    if changes:
+        refuse_to_change(model, call)
+    if lora_names(root):
+        exchange(root, lora)
+        train_active(root)
+    setup = setup_of(root)
+    if setup is not None:
+        setup.composition = composition
+    for parameter in changes:
+        parameter.requires_grad_(not parameter.requires_grad)
     return model
 
 
+def set_trained(model: nn.Module, name: str | Fuse) -> None:
+    """Makes an adapter of the active composition, or the attention of a Fuse, the only trainable.
+
+    model    without wrappers
+    """
+    trained = _trained_by(model, name) if name not in lora_names(model) else set()
+    for parameter in bottleneck_parameters(model):
+        parameter.requires_grad_(id(parameter) in trained)
+    if name != active_lora(model):
+        for parameter in lora_parameters(model):
+            parameter.requires_grad_(False)
+
+
 @contextmanager
-def active_adapters(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Inside the `with` block the model computes with this adapter, as `set_active_adapters` says.
+def active_adapters(model: nn.Module, adapter_name: Composition) -> Iterator[None]:
+    """Inside the `with` block the model computes with these adapters.
 
     with pylora.active_adapters(model, "german"):
         logits = model(tokens).logits
 
-    Afterwards the adapter from before is active, and the same parameters are trainable as before. A
-    backward through a forward with gradient checkpointing must be inside the block as well.
+    Afterwards the adapters from before are active, and the same parameters are trainable as before.
+    A backward through a forward with gradient checkpointing must be inside the block as well.
+
+    Bottleneck adapters are active for the thread that is inside the block, and others are not
+    affected; which parameters are trainable does not change. A switch to another LoRA adapter, or
+    away from one, holds for all threads, and LoRA that the block activates is trainable in it.
     """
-    before = active_adapter(model)
-    trainable = [(p, p.requires_grad) for p in _all_parameters(model)]
-    set_active_adapters(model, adapter_name)
-    try:
+    root, lora, composition = _checked(model, adapter_name, "pylora.active_adapters")
+    setup = setup_of(root)
+    with ExitStack() as stack:
+        if lora_names(root):
+            stack.enter_context(_lora_block(model, lora))
+        if setup is not None:
+            stack.enter_context(setup.inside(composition))
         yield
-    finally:
-        if before is not None:
-            set_active_adapters(model, before)
-        for parameter, was_trainable in trainable:
-            parameter.requires_grad_(was_trainable)
-
-
-def _all_parameters(model: nn.Module) -> list[nn.Parameter]:
-    root = unwrapped(model)
-    modules = (*lora_layers(root).values(), *all_full_modules(root).values())
-    return [p for m in modules for p in m.parameters() if p.is_floating_point()]
 
 
 @contextmanager
-def using(model: nn.Module, adapter: str, call: str) -> Iterator[None]:
-    """Inside the block the parameters of an adapter have the places of the active one.
-
-    call    the name of the function that needs this, for errors
-
-    Which parameters are trainable does not change.
-    """
-    before = active_adapter(model)
-    if adapter == before:
-        yield
-        return
-    root = _checked(model, adapter, f"{call} of an inactive adapter")
-    _exchange(root, adapter)
-    try:
-        yield
-    finally:
-        _exchange(root, before)
+def _lora_block(model: nn.Module, lora: str | None) -> Iterator[None]:
+    trainable = [(p, p.requires_grad) for p in lora_parameters(model)]
+    with using(model, lora, "pylora.active_adapters"):
+        if lora is not None:
+            train_active(model)
+        try:
+            yield
+        finally:
+            for parameter, was_trainable in trainable:
+                parameter.requires_grad_(was_trainable)
 
 
 def delete_adapter(model: _Model, adapter_name: str) -> _Model:
     """Deletes an adapter and frees its parameters; returns the model.
 
-    If it was active, the first of the remaining ones becomes active, as in PEFT. Layers without any
-    adapter left are plain ones again, so that a model without its last adapter is the one from
-    before `pylora.add_lora`, with the weights from before for its modules_to_save.
+    If LoRA is deleted that was active by itself, the first of the remaining LoRA adapters becomes
+    active, as in PEFT. Layers without any adapter left are plain ones again, so that a model
+    without its last adapter is the one from before `pylora.add_lora` or `pylora.add_adapter`, with
+    the weights from before for its modules_to_save. With a bottleneck adapter goes the attention of
+    each Fuse over it. If it was part of the active composition, none of that is active afterwards,
+    and the log says so.
 
     Raises ValueError as `set_active_adapters` does, or if the model is a single LoRALinear, which
     its only adapter cannot leave.
     """
-    root = _checked(model, adapter_name, "pylora.delete_adapter")
+    refuse_several(adapter_name)
+    root, lora, _ = _checked(model, adapter_name, "pylora.delete_adapter")
     refuse_to_change(model, "pylora.delete_adapter")
-    remaining = [name for name in adapter_names(root) if name != adapter_name]
+    if lora is None:
+        setup = setup_of(root)
+        if setup is not None and adapter_name in names_in(setup.composition):
+            if setup.composition != adapter_name:
+                logger.warning("%s is no longer active: it has %r", setup.composition, adapter_name)
+            setup.composition = None
+        remove_adapters(root, {adapter_name})
+    else:
+        _delete_lora(root, adapter_name)
+    changed(root)
+    return model
+
+
+def _delete_lora(root: nn.Module, adapter_name: str) -> None:
+    remaining = [name for name in lora_names(root) if name != adapter_name]
     if not remaining and isinstance(root, LoRALinear):
         raise ValueError(
             f"model is a LoRALinear, of which {adapter_name!r} is the only adapter; its base_layer "
             "is the layer without it"
         )
-    if adapter_name == active_adapter(root) and remaining:
-        set_active_adapters(root, remaining[0])
+    if adapter_name == active_lora(root):
+        exchange(root, remaining[0] if remaining else None)
+        train_active(root)
     full = fully_trained_modules(root, adapter_name)
     for module in {id(module): module for module in full.values()}.values():
         delete_full(module, adapter_name)
@@ -146,31 +202,54 @@ def delete_adapter(model: _Model, adapter_name: str) -> _Model:
     for site in list(sites(root)):
         if isinstance(site.module, LoRALinear) and not site.module.adapter_names:
             site.replace(site.module.base_layer)
-    changed(root)
-    return model
 
 
-def _checked(model: nn.Module, adapter: str, call: str) -> nn.Module:
-    """The model without wrappers; raises ValueError if it cannot switch to the adapter."""
+def _checked(
+    model: nn.Module, adapter: Composition, call: str
+) -> tuple[nn.Module, str | None, Composition | None]:
+    """The model without wrappers, the LoRA to activate, and the composition of the others.
+
+    Raises ValueError or TypeError if the model cannot switch to them.
+    """
     root = unwrapped(model)
     refuse_peft_model(root)
-    refuse_several(adapter)
-    names = adapter_names(root)
-    if adapter not in names:
+    if not isinstance(adapter, Block):
+        refuse_several(adapter)
+    names, loras = adapter_names(root), lora_names(root)
+    for name in names_in(adapter):
+        if name not in names:
+            known = ", ".join(map(repr, names))
+            raise ValueError(
+                f"adapter_name is {adapter!r}; it must be one of the model's adapters: "
+                f"{known or '(it has none; pylora.add_lora and pylora.add_adapter add one)'}"
+            )
+    own = set(names_in(adapter)) & set(loras)
+    if len(own) > 1:
         raise ValueError(
-            f"adapter_name is {adapter!r}; it must be one of the model's adapters: "
-            f"{', '.join(map(repr, names)) or '(it has none; pylora.add_lora adds one)'}"
+            f"adapter_name is {adapter!r}, which has the LoRA adapters "
+            f"{', '.join(map(repr, sorted(own)))}; at most one can be active"
         )
-    for name, layer in lora_layers(root).items():
-        if layer.merged:
-            raise ValueError(f"{name} is merged; pylora.unmerge must be called first")
-    if adapter != names[0]:
-        refuse_to_change(model, call)
-    return root
+    composition = without(adapter, own)
+    for fuse in fusions_in(composition):
+        if not any(fuse.name in slot.fusions for slot in slots(root).values()):
+            raise ValueError(
+                f"{fuse} has no attention yet; pylora.train_adapter(model, {fuse}) makes and "
+                "trains it"
+            )
+    lora = next(iter(own), None)
+    if loras:
+        check_switch(model, lora, call)
+    return root, lora, composition
 
 
-def _exchange(model: nn.Module, adapter: str | None) -> None:
-    for layer in lora_layers(model).values():
-        layer.set_adapter(adapter if adapter in layer.adapter_names else None)
-    for module in all_full_modules(model).values():
-        use_full(module, adapter)
+def _trained_by(model: nn.Module, composition: Composition | None) -> set[int]:
+    """The ids of the parameters that training with a composition changes."""
+    fused = {name for fuse in fusions_in(composition) for name in names_in(fuse)}
+    names = set(names_in(composition)) - fused
+    fusions = {fuse.name for fuse in fusions_in(composition)}
+    trained: set[int] = set()
+    for slot in slots(model).values():
+        children: list[Any] = [slot.adapters[name] for name in names & set(slot.adapters)]
+        children += [slot.fusions[name] for name in fusions & set(slot.fusions)]
+        trained |= {id(p) for child in children for p in child.parameters()}
+    return trained

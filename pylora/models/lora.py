@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from pylora import checks
-from pylora.models.adapters import active_adapter
+from pylora.models.adapters import adapter_names
 from pylora.models.changes import changed
 from pylora.models.dense import make_dense
 from pylora.models.distributed import refuse_to_change
+from pylora.models.lora_switching import active_lora
 from pylora.models.module_tree import (
     Site,
     is_4bit,
@@ -25,6 +26,7 @@ from pylora.models.module_tree import (
     refuse_peft_model,
     sites,
 )
+from pylora.models.slots import bottleneck_names, slots
 from pylora.models.targets import (
     ALL_LINEAR,
     Targets,
@@ -128,6 +130,10 @@ def add_lora(
             "PEFT's configuration as arguments, such as r, lora_alpha and target_modules"
         )
     check_adapter_name(adapter_name)
+    if adapter_name in bottleneck_names(root):
+        raise ValueError(
+            f"adapter_name is {adapter_name!r}; the model has a bottleneck adapter of this name"
+        )
     numbers = (r, lora_alpha, lora_dropout)
     settings = LoraSettings(*numbers, use_rslora, use_dora, lora_bias, dtype, merge_aware)
     settings.check()
@@ -225,7 +231,7 @@ def install(
 
     Raises ValueError before anything has changed.
     """
-    active = active_adapter(model)
+    is_active = not adapter_names(model) or adapter == active_lora(model)
     _check_unmerged(model)
     already = [s.name for s in saved if any(isinstance(m, LoRALinear) for m in s.module.modules())]
     if already:
@@ -260,7 +266,6 @@ def install(
             layers[key] = settings[site.name].wrap(bases[key], adapter)
         site.replace(layers[key])
     full = _add_full(saved, adapter)
-    is_active = active in (None, adapter)
     for layer in layers.values():
         if is_active:
             layer.set_adapter(adapter)
@@ -335,8 +340,9 @@ def _base_of(site: Site, adapter: str) -> nn.Module:
 
 
 def _parameters_already_trained(model: nn.Module) -> set[int]:
-    """The ids of the parameters that an earlier `add_lora` left trainable."""
-    modules = (*lora_layers(model).values(), *all_full_modules(model).values())
+    """The ids of the parameters of adapters that are trainable."""
+    held = slots(model)
+    modules = (*lora_layers(model).values(), *all_full_modules(model).values(), *held.values())
     return {id(p) for module in modules for p in module.parameters() if p.requires_grad}
 
 

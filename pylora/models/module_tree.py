@@ -8,6 +8,7 @@ from typing import TypeGuard
 
 from torch import nn
 
+from pylora.adapters.slot import SLOTS
 from pylora.models.wrappers import classes_of, inner_attribute, inside, plain_name
 from pylora.nn import LoRALinear, NF4Linear
 from pylora.nn.inactive import HOLDER
@@ -93,8 +94,8 @@ def has_fast_path(parent: nn.Module | None) -> TypeGuard[nn.TransformerEncoderLa
 def sites(model: nn.Module) -> Iterator[Site]:
     """Yields every module but the model itself, parents first.
 
-    A module with two places comes twice. Wrappers, what holds inactive adapters, and the modules
-    inside a LoRALinear or an NF4Linear are left out.
+    A module with two places comes twice. Wrappers, what holds inactive or bottleneck adapters, and
+    the modules inside a LoRALinear or an NF4Linear are left out.
     """
     model = inside(model)
     if isinstance(model, LoRALinear):
@@ -104,7 +105,7 @@ def sites(model: nn.Module) -> Iterator[Site]:
 
 def _below(parent: nn.Module, prefix: str) -> Iterator[Site]:
     for attribute, child in list(parent._modules.items()):
-        if child is None or attribute == HOLDER:
+        if child is None or attribute in (HOLDER, SLOTS):
             continue
         module = inside(child)
         yield Site(prefix + attribute, module, parent, attribute)

@@ -21,6 +21,7 @@ from pylora.models.module_tree import (
     refuse_peft_model,
     sites,
 )
+from pylora.models.slots import slots
 from pylora.models.targets import (
     can_carry_lora,
     named_by,
@@ -79,6 +80,10 @@ def quantize_model(
         raise ValueError("model is an nn.Linear itself; use pylora.nn.NF4Linear.from_linear")
     if lora_layers(root) or all_full_modules(root):
         raise ValueError("model has LoRA layers; it must be quantized before pylora.add_lora")
+    if slots(root):
+        raise ValueError(
+            "model has bottleneck adapters; it must be quantized before pylora.add_adapter"
+        )
     skip = (skip_modules,) if isinstance(skip_modules, str) else tuple(skip_modules)
     layers = _places(_checked(_choose(root, skip)))
     before = _nbytes(root)

@@ -7,15 +7,16 @@ from typing import TypeVar
 
 from torch import nn
 
-from pylora.models.adapters import adapter_names
 from pylora.models.changes import changed
 from pylora.models.distributed import refuse_to_change
+from pylora.models.lora_switching import lora_names
 from pylora.models.module_tree import (
     lora_layers,
     mark_added_bias,
     refuse_peft_model,
     sites,
 )
+from pylora.models.slots import bottleneck_names, remove_adapters
 from pylora.models.trained_in_full import all_full_modules, forget_full
 from pylora.models.wrappers import unwrapped
 from pylora.nn import LoRALinear
@@ -46,7 +47,7 @@ def unload(model: _Model) -> _Model:
         base = root.base_layer
         return base.train(root.training)
     refuse_to_change(model, "pylora.unload")
-    others = adapter_names(root)[1:]
+    others = (*lora_names(root)[1:], *bottleneck_names(root))
     if others:
         logger.warning("the inactive adapters %s are dropped", ", ".join(map(repr, others)))
     for module in {id(m): m for m in all_full_modules(root).values()}.values():
@@ -57,5 +58,6 @@ def unload(model: _Model) -> _Model:
             if layer.merge_added_bias:
                 mark_added_bias(layer.base_layer)
             site.replace(layer.base_layer)
+    remove_adapters(root, set(bottleneck_names(root)))
     changed(root)
     return model
