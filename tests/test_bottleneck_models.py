@@ -17,7 +17,7 @@ from pylora.models.slots import slots
 
 pytest.importorskip("transformers")
 
-from benchmarks.models.families import DENSE, FAMILIES, Family  # noqa: E402
+from benchmarks.models.families import DENSE, FAMILIES, Family
 
 CONFIGS: dict[str, AdapterConfig] = {
     "houlsby": pylora.HoulsbyConfig(reduction_factor=8),

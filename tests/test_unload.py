@@ -90,7 +90,7 @@ def test_a_single_layer_is_unloaded_to_its_base() -> None:
 
 @pytest.mark.parametrize("function", [pylora.unload, pylora.disable_adapter])
 def test_models_without_lora_are_refused(function: Any) -> None:
-    with pytest.raises(ValueError, match="no LoRALinear|no adapter"):
+    with pytest.raises(ValueError, match=r"no (LoRALinear|adapter)"):
         with function(nn.Linear(4, 4)):
             pass
 

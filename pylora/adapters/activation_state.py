@@ -47,11 +47,11 @@ class ActiveSetup:
         composition = self.current()
         if not isinstance(composition, Parallel):
             return None
-        cache = kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length():
+        if kwargs.get("past_key_values") is not None:
             raise ValueError(
-                f"{composition} repeats the batch, so it cannot go on with past_key_values; repeat "
-                "the batch yourself and use BatchSplit, or pass use_cache=False"
+                f"{composition} repeats the batch of one call, so it cannot be used with "
+                "past_key_values, which generate() passes: repeat the batch yourself and use "
+                "BatchSplit"
             )
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()]
         if not tensors:
