@@ -25,6 +25,7 @@ from pylora.adapters.composition import (
     Stack,
     names_in,
 )
+from pylora.adapters.configs import AdapterConfig
 
 # The attribute of a block that holds its slots.
 SLOTS = "bottleneck_adapters"
@@ -45,6 +46,7 @@ class AdapterSlot(nn.Module):
         self.place, self.hidden_size, self.setup = place, hidden_size, setup
         self.adapters = nn.ModuleDict()
         self.fusions = nn.ModuleDict()
+        self.configs: dict[str, AdapterConfig] = {}
 
     def extra_repr(self) -> str:
         return f"{self.place}, hidden_size={self.hidden_size}"

@@ -1,4 +1,7 @@
-"""`save_adapter` and `load_adapter` write and read LoRA adapters in PEFT's own file format.
+"""`save_adapter` and `load_adapter` write and read the files of adapters.
+
+A bottleneck adapter has the format of AdapterHub (`pylora.models.adapterhub_files`), LoRA that of
+PEFT:
 
 adapter_config.json            see `pylora.models.adapter_config`
 adapter_model.safetensors      base_model.model.<module>.lora_A.weight, .lora_B.weight,
@@ -9,11 +12,9 @@ adapter_model.safetensors      base_model.model.<module>.lora_A.weight, .lora_B.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,28 +22,30 @@ import torch
 from torch import Tensor, nn
 
 from pylora.adapters.slot import SLOTS
-from pylora.files import replacing
 from pylora.models.adapter_config import CONFIG_NAME, AdapterConfig, config_of, read_config
 from pylora.models.adapter_contents import (
     LORA_KEYS,
     PREFIX,
     WEIGHTS_NAME,
     AdapterContents,
-    import_safetensors,
     lora_shapes,
     read_contents,
 )
+from pylora.models.adapter_writing import write_adapter
+from pylora.models.adapterhub_files import is_adapterhub, load_bottleneck, save_bottleneck
+from pylora.models.adapters import active_adapter, adapter_names
 from pylora.models.distributed import refuse_parts, refuse_to_change, refuse_to_write, settle
 from pylora.models.lora import LoraSettings, install
 from pylora.models.lora_switching import active_lora, check_is_lora, using
 from pylora.models.module_tree import adapted_layers, lora_layers, refuse_peft_model
 from pylora.models.saved_embeddings import put_embeddings
+from pylora.models.slots import bottleneck_names
 from pylora.models.trained_in_full import fully_trained_modules, state_in_use
 from pylora.models.wrappers import plain_name, refuse_unknown_wrappers, unwrapped
 from pylora.nn import LoRALinear
 from pylora.nn.inactive import HOLDER, check_adapter_name
 from pylora.nn.lora_adapters import DEFAULT_ADAPTER
-from pylora.sharding import gathered, is_first, mesh_of, others_wait, write
+from pylora.sharding import write
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +55,9 @@ _Model = TypeVar("_Model", bound=nn.Module)
 def save_adapter(
     model: nn.Module, path: str | os.PathLike[str], adapter_name: str | None = None
 ) -> None:
-    """Writes the LoRA layers and the fully trained modules of an adapter, as PEFT writes them.
+    """Writes an adapter: LoRA and fully trained modules as PEFT does, others as AdapterHub does.
 
-    model           a module with LoRALinear layers inside
+    model           a module with LoRALinear layers or bottleneck adapters inside
     path            the folder, which is made if it does not exist
     adapter_name    the adapter to write; None for the active one
 
@@ -68,8 +71,18 @@ def save_adapter(
     parts of the tensors (FSDP1, ZeRO-3); ImportError if safetensors is not installed. An adapter
     that is not active is refused under the conditions of `pylora.set_active_adapters`.
     """
+    if adapter_name is None and active_lora(model) is None and bottleneck_names(model):
+        active = active_adapter(model)
+        if not isinstance(active, str):
+            raise ValueError(
+                f"adapter_name is None, but the active composition is {active}; it must be one of "
+                f"{', '.join(map(repr, adapter_names(model)))}"
+            )
+        adapter_name = active
     if adapter_name is None:
         _save_active(model, Path(path))
+    elif adapter_name in bottleneck_names(model):
+        save_bottleneck(model, Path(path), adapter_name)
     else:
         check_is_lora(model, adapter_name)
         with using(model, adapter_name, "pylora.save_adapter"):
@@ -78,7 +91,6 @@ def save_adapter(
 
 def _save_active(model: nn.Module, folder: Path) -> None:
     root = unwrapped(model)
-    safetensors = import_safetensors()
     refuse_peft_model(root)
     layers = adapted_layers(root)
     if not layers:
@@ -102,22 +114,7 @@ def _save_active(model: nn.Module, folder: Path) -> None:
             "adapter that was added with merge_aware=True; any other computes without it"
         )
     _warn_of_unsaved(root, layers.values(), trained.values())
-    mesh = mesh_of(tensors.values())
-    stored = _for_safetensors(tensors, keep=is_first(mesh))
-    with others_wait(mesh):
-        if is_first(mesh):
-            folder.mkdir(parents=True, exist_ok=True)
-            _write_all(
-                folder,
-                {
-                    WEIGHTS_NAME: lambda temporary: safetensors.torch.save_file(
-                        stored, temporary, metadata={"format": "pt"}
-                    ),
-                    CONFIG_NAME: lambda temporary: temporary.write_text(
-                        json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8"
-                    ),
-                },
-            )
+    write_adapter(folder, WEIGHTS_NAME, tensors, CONFIG_NAME, config, metadata={"format": "pt"})
 
 
 @torch.inference_mode(False)  # the layers can be trained further
@@ -127,13 +124,13 @@ def load_adapter(
     dtype: torch.dtype = torch.float32,
     adapter_name: str | None = None,
 ) -> _Model:
-    """Loads an adapter that `save_adapter` or PEFT wrote into the model; returns the model.
+    """Loads an adapter that `save_adapter`, PEFT or AdapterHub wrote; returns the model.
 
     model           changed in place
     path            the folder of the adapter
-    dtype           the dtype of the LoRA parameters, if the model does not have the adapter yet
-    adapter_name    the adapter's name in the model; None for the active one, or "default" if there
-                    is none
+    dtype           the dtype of its parameters, if the model does not have the adapter yet
+    adapter_name    the adapter's name in the model; None for the active one with LoRA, or "default"
+                    if there is none, and for the name in the file with a bottleneck adapter
 
     A model without LoRA gets the layers that the adapter asks for, and can be trained further. If
     the model has other adapters, a new one is added beside them; as in PEFT, it is inactive until
@@ -153,6 +150,9 @@ def load_adapter(
     refuse_peft_model(root)
     refuse_to_write(model, "pylora.load_adapter")
     refuse_parts(model, "pylora.load_adapter")
+    if is_adapterhub(folder):
+        load_bottleneck(model, folder, dtype, adapter_name)
+        return model
     config = read_config(folder)
     adapter = check_adapter_name(adapter_name or active_lora(root) or DEFAULT_ADAPTER)
     contents = read_contents(folder, config, root, dtype, adapter)
@@ -262,45 +262,6 @@ def _lora_tensors(name: str, layer: LoRALinear) -> dict[str, Tensor]:
             )
         tensors[f"{PREFIX}{name}.{ending}"] = parameter
     return tensors
-
-
-def _for_safetensors(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """The tensors on the CPU, contiguous, without shared storage, which safetensors refuses.
-
-    keep    false drops each tensor as soon as it is gathered
-    """
-    stored: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for key, tensor in tensors.items():
-        tensor = gathered(tensor.detach())
-        if not keep:
-            continue
-        tensor = tensor.cpu().contiguous()
-        if tensor.untyped_storage().data_ptr() in seen:
-            tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-        stored[key] = tensor
-    return stored
-
-
-def _write_all(folder: Path, writers: dict[str, Callable[[Path], Any]]) -> None:
-    """Writes every file beside its place, and moves them there only when all are on the disk."""
-    with ExitStack() as stack:  # it replaces the files when all of them have been written
-        for name, write in writers.items():
-            temporary = stack.enter_context(replacing(folder / name))
-            write(temporary)
-            _sync(temporary)
-    if os.name == "posix":
-        _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    # Windows syncs only files that are open for writing, and no folders.
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _warn_of_unsaved(

@@ -24,11 +24,14 @@ class SubLayer:
     reads     its first argument is the input of the sub-layer
     writes    its output, or the first one of several, is what the block adds to its stream
     norm      the norm that the sum passes afterwards, in blocks that normalize there
+    hub       what holds the adapters of this sub-layer in the `adapters` library, whose files have
+              it in their keys; "" for `attention_adapters` or `output_adapters`
     """
 
     reads: str
     writes: str
     norm: str = ""
+    hub: str = ""
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -72,15 +75,22 @@ _LAYOUTS = (
     # T5: a decoder block has cross-attention between the two.
     *(
         Layout(
-            SubLayer("layer.0.SelfAttention", "layer.0.SelfAttention"),
-            SubLayer(f"layer.{last}.DenseReluDense", f"layer.{last}.DenseReluDense"),
+            SubLayer("layer.0.SelfAttention", "layer.0.SelfAttention", hub="layer.0"),
+            SubLayer(
+                f"layer.{last}.DenseReluDense", f"layer.{last}.DenseReluDense", hub=f"layer.{last}"
+            ),
         )
         for last in (2, 1)
     ),
     # BERT
     Layout(
-        SubLayer("attention.self", "attention.output.dense", "attention.output.LayerNorm"),
-        SubLayer("intermediate.dense", "output.dense", "output.LayerNorm"),
+        SubLayer(
+            "attention.self",
+            "attention.output.dense",
+            "attention.output.LayerNorm",
+            hub="attention.output",
+        ),
+        SubLayer("intermediate.dense", "output.dense", "output.LayerNorm", hub="output"),
     ),
     # Gemma 2 and 3 have a norm behind each sub-layer, before the sum.
     Layout(

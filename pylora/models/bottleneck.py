@@ -84,6 +84,7 @@ def add_adapter(
     setup = setup_of(root) or ActiveSetup()
     for (block, place, sub_layer), module in zip(new, modules, strict=True):
         slot = slot_at(root, block, place, sub_layer, setup)
+        slot.configs[name] = config
         slot.adapters[name] = module.train(slot.training).requires_grad_(False)
     if not before:
         set_active_adapters(root, name)

@@ -81,7 +81,7 @@ def remove_adapters(model: nn.Module, names: set[str]) -> None:
     setup = setup_of(root)
     for slot in slots(root).values():
         for name in names & set(slot.adapters):
-            del slot.adapters[name]
+            del slot.adapters[name], slot.configs[name]
         for name in [n for n in slot.fusions if names & set(n.split(","))]:
             del slot.fusions[name]
     for module in list(root.modules()):
