@@ -74,13 +74,14 @@ def test_a_copy_computes_with_its_own_adapters(copier: Any) -> None:
     assert not slots(twin) and slots(model)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("family", ["llama", "bert", "opt"])
+@pytest.mark.parametrize(
+    ("family", "config"), [("llama", "pfeiffer"), ("bert", "pfeiffer"), ("opt", "parallel")]
+)
 def test_a_compiled_model_follows_each_switch(family: str, config: str) -> None:
     model = two(config, family)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    for composition in (*COMPOSITIONS, "a"):
+    for composition in ("a", Stack("a", Fuse("a", "b"))):
         pylora.set_active_adapters(compiled, composition)
         with torch.no_grad():
             assert torch.equal(compiled(X).logits, model(X).logits), composition
