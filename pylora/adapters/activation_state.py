@@ -24,6 +24,8 @@ class ActiveSetup:
 
     def __init__(self) -> None:
         self.composition: Composition | None = None
+        # The slots that share this setup.
+        self.slots: list[Any] = []
 
     def current(self) -> Composition | None:
         """The composition for the forward that runs in this thread."""

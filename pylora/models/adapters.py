@@ -37,11 +37,11 @@ from pylora.models.lora_switching import (
 from pylora.models.module_tree import lora_layers, refuse_peft_model, sites
 from pylora.models.peft_names import refuse_several
 from pylora.models.slots import (
+    all_slots,
     bottleneck_names,
     bottleneck_parameters,
     remove_adapters,
     setup_of,
-    slots,
 )
 from pylora.models.trained_in_full import delete_full, fully_trained_modules
 from pylora.models.wrappers import unwrapped
@@ -93,7 +93,7 @@ def set_active_adapters(model: _Model, adapter_name: Composition) -> _Model:
     changes = [p for p in bottleneck_parameters(root) if p.requires_grad != (id(p) in trained)]
     if changes:
         refuse_to_change(model, call)
-    if lora_names(root):
+    if lora_layers(root):
         exchange(root, lora)
         train_active(root)
     setup = setup_of(root)
@@ -215,10 +215,10 @@ def _checked(
     refuse_peft_model(root)
     if not isinstance(adapter, Block):
         refuse_several(adapter)
-    names, loras = adapter_names(root), lora_names(root)
+    loras, held = lora_names(root), all_slots(root)
     for name in names_in(adapter):
-        if name not in names:
-            known = ", ".join(map(repr, names))
+        if name not in loras and not any(name in slot.adapters for slot in held):
+            known = ", ".join(map(repr, adapter_names(root)))
             raise ValueError(
                 f"adapter_name is {adapter!r}; it must be one of the model's adapters: "
                 f"{known or '(it has none; pylora.add_lora and pylora.add_adapter add one)'}"
@@ -231,7 +231,7 @@ def _checked(
         )
     composition = without(adapter, own)
     for fuse in fusions_in(composition):
-        if not any(fuse.name in slot.fusions for slot in slots(root).values()):
+        if not any(fuse.name in slot.fusions for slot in held):
             raise ValueError(
                 f"{fuse} has no attention yet; pylora.train_adapter(model, {fuse}) makes and "
                 "trains it"
@@ -248,7 +248,7 @@ def _trained_by(model: nn.Module, composition: Composition | None) -> set[int]:
     names = set(names_in(composition)) - fused
     fusions = {fuse.name for fuse in fusions_in(composition)}
     trained: set[int] = set()
-    for slot in slots(model).values():
+    for slot in all_slots(model):
         children: list[Any] = [slot.adapters[name] for name in names & set(slot.adapters)]
         children += [slot.fusions[name] for name in fusions & set(slot.fusions)]
         trained |= {id(p) for child in children for p in child.parameters()}

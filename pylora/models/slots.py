@@ -26,20 +26,27 @@ def slots(model: nn.Module) -> dict[str, AdapterSlot]:
 
 def setup_of(model: nn.Module) -> ActiveSetup | None:
     """What says which adapters are active; None if the model has no bottleneck adapter."""
-    return next((slot.setup for slot in slots(model).values()), None)
+    modules = unwrapped(model).modules()
+    return next((slot.setup for slot in modules if isinstance(slot, AdapterSlot)), None)
+
+
+def all_slots(model: nn.Module) -> list[AdapterSlot]:
+    """The slots of a model, without the time that their names take."""
+    setup = setup_of(model)
+    return [] if setup is None else setup.slots
 
 
 def bottleneck_names(model: nn.Module) -> tuple[str, ...]:
     """The names of the bottleneck adapters, those of the active composition first."""
     setup = setup_of(model)
     active = () if setup is None else tuple(names_in(setup.current()))
-    own = [name for slot in slots(model).values() for name in slot.adapters]
+    own = [name for slot in all_slots(model) for name in slot.adapters]
     return tuple(dict.fromkeys([*active, *own]))
 
 
 def bottleneck_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of all bottleneck adapters and of the attention over them."""
-    return [p for slot in slots(model).values() for p in slot.parameters()]
+    return [p for slot in all_slots(model) for p in slot.parameters()]
 
 
 def slot_at(
@@ -54,6 +61,7 @@ def slot_at(
             unwrapped(model).register_forward_pre_hook(setup.repeat_inputs, with_kwargs=True)
         slot = AdapterSlot(f"{block.name}.{place}", block.hidden_size(), setup)
         held[place] = slot.train(block.module.training)
+        setup.slots.append(slot)
         _hook(block, place, sub_layer, slot)
     return held[place]
 
@@ -79,7 +87,9 @@ def remove_adapters(model: nn.Module, names: set[str]) -> None:
     """Removes bottleneck adapters, and slots with their hooks if no adapter is left in them."""
     root = unwrapped(model)
     setup = setup_of(root)
-    for slot in slots(root).values():
+    if setup is None:
+        return
+    for slot in setup.slots:
         for name in names & set(slot.adapters):
             del slot.adapters[name], slot.configs[name]
         for name in [n for n in slot.fusions if names & set(n.split(","))]:
@@ -90,10 +100,11 @@ def remove_adapters(model: nn.Module, names: set[str]) -> None:
             continue
         for place in [place for place, slot in held.items() if not len(slot.adapters)]:
             _unhook(module, held[place])
+            setup.slots.remove(held[place])
             del held[place]
         if not len(held):
             del module._modules[SLOTS]
-    if setup is not None and setup_of(root) is None:
+    if not setup.slots:
         _unhook(root, setup)
 
 
