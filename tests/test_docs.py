@@ -52,6 +52,16 @@ def test_drop_in_page_runs(checkpoint: Path) -> None:
     pylora.unpatch()
 
 
+def test_adapters_page_runs(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the page writes an adapter
+    names = run("docs/adapters.md", checkpoint)
+    assert pylora.active_adapter(names["model"]) == "chat"
+    assert set(pylora.adapter_names(names["model"])) == {"chat", "code"}
+    assert (tmp_path / "adapters" / "chat" / "adapter.safetensors").exists()
+
+
 def test_adapters_and_merging_page_runs(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
