@@ -13,6 +13,7 @@
 
 #include "common/activation.h"
 #include "common/prepared.h"
+#include "cpu/bottleneck_adapter.h"
 #include "cpu/cpu_features.h"
 #include "cpu/lora_linear.h"
 #include "cuda/limits.h"
@@ -21,6 +22,7 @@
 #define NF4 "Tensor qweight, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, int blocksize, int nested_blocksize"
 #define LORA_OPTIONS "float scaling, float dropout_p, Tensor? seed, int activation"
 #define LORA NF4 ", int out_features, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? lora_A_bias, Tensor? lora_B_bias, " LORA_OPTIONS
+#define BOTTLENECK "Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, float scaling, int activation"
 
 STABLE_TORCH_LIBRARY(pylora_C, m) {
   m.def("nf4_quantize(Tensor weight, int blocksize) -> (Tensor qweight, Tensor absmax)");
@@ -44,6 +46,8 @@ STABLE_TORCH_LIBRARY(pylora_C, m) {
   m.def("lora_extend(Tensor x, Tensor lora_A, Tensor? lora_A_bias, " LORA_OPTIONS ") -> (Tensor wide, Tensor h)");
   m.def("multi_lora_linear(Tensor x, " NF4 ", int out_features, Tensor lora_A, Tensor lora_B, Tensor adapter_ids, Tensor scalings, Tensor? bias) -> (Tensor y, Tensor h)");
   m.def("lora_linear_backward(Tensor grad, Tensor x, Tensor h, " NF4 ", Tensor lora_A, Tensor lora_B, " LORA_OPTIONS ", bool[] output_mask) -> (Tensor dx, Tensor dweight, Tensor dlora_A, Tensor dlora_B, Tensor dbias, Tensor dlora_A_bias, Tensor dlora_B_bias)");
+  m.def("bottleneck_adapter(Tensor x, Tensor? residual, " BOTTLENECK ") -> Tensor");
+  m.def("bottleneck_adapter_backward(Tensor grad, Tensor x, bool adds_x, " BOTTLENECK ", bool[] output_mask) -> (Tensor dx, Tensor ddown_weight, Tensor ddown_bias, Tensor dup_weight, Tensor dup_bias)");
 }
 // clang-format on
 
@@ -60,6 +64,7 @@ namespace py = pybind11;
 // What the kernels cannot do at all, for Python's planners; that of cuda is the same in every build.
 py::dict limits() {
   py::dict cpu, cuda, all;
+  cpu["max_bottleneck"] = pylora::cpu::kMaxBottleneck;
   cpu["max_rank"] = pylora::cpu::kMaxRank;
   cuda["alignment"] = pylora::cuda::kAlignment;
   cuda["hopper_columns"] = pylora::cuda::kHopperColumns;

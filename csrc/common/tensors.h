@@ -181,6 +181,13 @@ struct DropoutArguments {
   float keep_scale = 1.0f;
 };
 
+inline Activation to_activation(int64_t code) {
+  STD_TORCH_CHECK(code >= 0 && code < kActivations, "activation must be a code from 0 (",
+                  kActivationNames[0], ") to ", kActivations - 1, " (",
+                  kActivationNames[kActivations - 1], "), got ", code);
+  return static_cast<Activation>(code);
+}
+
 struct LowRankOptions {
   using Fields = std::tuple<double, double, std::optional<Tensor>, int64_t>;
   double scaling, dropout_p;
@@ -196,13 +203,7 @@ struct LowRankOptions {
     seed_data = call.seed;
   }
 
-  Activation activation() const {
-    STD_TORCH_CHECK(activation_code >= 0 && activation_code < kActivations,
-                    "activation must be a code from 0 (", kActivationNames[0], ") to ",
-                    kActivations - 1, " (", kActivationNames[kActivations - 1], "), got ",
-                    activation_code);
-    return static_cast<Activation>(activation_code);
-  }
+  Activation activation() const { return to_activation(activation_code); }
 
   DropoutArguments dropout(const Tokens& x) const {
     STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p must be in [0, 1), got ",

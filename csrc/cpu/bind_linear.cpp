@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "common/boxed.h"
-#include "common/float16.h"
 #include "common/prepared.h"
 #include "cpu/bind.h"
 #include "cpu/lora_linear.h"
@@ -13,26 +12,6 @@
 
 namespace pylora::cpu {
 namespace {
-
-// Biases are added up here, in fp32; without any, there is no sum.
-class BiasSum {
- public:
-  void add(const char* name, std::optional<Tensor>& bias, int64_t size, const Tokens& x,
-           float scale = 1.0f) {
-    if (!bias.has_value()) return;
-    check_vector(name, *bias, size, x);
-    sum_.resize(static_cast<size_t>(size), 0.0f);
-    visit_dtype(to_dtype(name, bias->scalar_type()), [&](auto element) {
-      const auto* values = static_cast<const decltype(element)*>(bias->const_data_ptr());
-      for (size_t i = 0; i < sum_.size(); ++i) sum_[i] += scale * to_float(values[i]);
-    });
-  }
-
-  const float* data() const { return sum_.empty() ? nullptr : sum_.data(); }
-
- private:
-  std::vector<float> sum_;
-};
 
 NF4LinearArgs to_problem(const Tokens& x, const NF4Matrix& weight) {
   STD_TORCH_CHECK(x.cols > 0, x.name, " must have a column or more, got shape ",
@@ -159,17 +138,6 @@ void lora_linear_prepared(Tokens& x, const PreparedCall& call, NF4Tensors& weigh
   forward.run(call.y, call.h == nullptr ? h.data() : call.h);
 }
 
-// A vector of fp32 as a tensor of `like`'s dtype, each value times `scale`.
-Tensor to_tensor(const std::vector<float>& values, float scale, const Tensor& like) {
-  Tensor out = torch::stable::new_empty(like, {static_cast<int64_t>(values.size())});
-  visit_dtype(to_dtype("gradient", like.scalar_type()), [&](auto element) {
-    using T = decltype(element);
-    auto* data = static_cast<T*>(out.mutable_data_ptr());
-    for (size_t i = 0; i < values.size(); ++i) data[i] = from_float<T>(scale * values[i]);
-  });
-  return out;
-}
-
 // The gradients that output_mask leaves out are empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward_cpu(
     const Tensor& given_grad, const Tensor& given_x, const Tensor& given_h, NF4Tensors& weight,
@@ -188,10 +156,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_b
   check_dtype("h", h.tensor, ScalarType::Float);
   check_numel("h", h.tensor, x.count * rank, "the rank, ", rank, ", for every row of x");
 
-  const auto new_like = [](const Tensor& like, bool wanted) {
-    return wanted ? torch::stable::new_empty(like, like.sizes())
-                  : torch::stable::new_empty(like, {0});
-  };
   Tensor dx = new_like(x.tensor, output_mask[0]);
   Tensor dlora_A = new_like(lora_A, output_mask[2]);
   Tensor dlora_B = new_like(lora_B, output_mask[3]);

@@ -2,7 +2,6 @@
 
 #include <memory>
 
-#include "cpu/cpu_features.h"
 #include "cpu/parallel.h"
 
 namespace pylora::cpu {
@@ -19,6 +18,20 @@ Project* project_for(CpuIsa isa) {
   return project_portable;
 }
 
+// low = scaling * act(h)
+std::unique_ptr<float[]> scaled_activation(const LoraLinearArgs& args) {
+  const int64_t count = args.x.tokens * args.lora_A.rank;
+  auto low = low_rank_buffer(count);
+  parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      low[i] = static_cast<float>(activate(args.activation, args.h[i]) * args.scaling);
+    }
+  });
+  return low;
+}
+
+}  // namespace
+
 Gather* gather_for(CpuIsa isa) {
 #if defined(__x86_64__)
   if (isa >= CpuIsa::kAvx512) return gather_avx512;
@@ -34,19 +47,13 @@ std::unique_ptr<float[]> low_rank_buffer(int64_t count) {
   return buffer;
 }
 
-// low = scaling * act(h)
-std::unique_ptr<float[]> scaled_activation(const LoraLinearArgs& args) {
-  const int64_t count = args.x.tokens * args.lora_A.rank;
-  auto low = low_rank_buffer(count);
-  parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      low[i] = static_cast<float>(activate(args.activation, args.h[i]) * args.scaling);
-    }
-  });
-  return low;
+void column_sums(const float* values, int64_t rows, int64_t cols, float* sums) {
+  for (int64_t j = 0; j < cols; ++j) {
+    double sum = 0.0;
+    for (int64_t m = 0; m < rows; ++m) sum += values[m * cols + j];
+    sums[j] = static_cast<float>(sum);
+  }
 }
-
-}  // namespace
 
 void lora_linear(const LoraLinearArgs& args) {
   const CpuIsa isa = cpu_isa();
@@ -105,11 +112,7 @@ void lora_linear_backward(const LoraLinearArgs& args) {
     gather_for(isa)(grad, low.get(), out, args.grad_sums);
   }
   if (args.dlora_A_bias != nullptr) {
-    for (int64_t j = 0; j < rank; ++j) {
-      double sum = 0.0;
-      for (int64_t m = 0; m < args.x.tokens; ++m) sum += dh[m * rank + j];
-      args.dlora_A_bias[j] = static_cast<float>(sum);
-    }
+    column_sums(dh.get(), args.x.tokens, rank, args.dlora_A_bias);
   }
 }
 

@@ -16,8 +16,10 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 
 #include "common/activation.h"
+#include "cpu/cpu_features.h"
 #include "cpu/nf4_linear.h"
 #include "cpu/philox.h"
 
@@ -52,8 +54,14 @@ using Gather = void(const TokenMatrix& x, const float* low, const AdapterFactor&
                     float* sums);
 inline constexpr int64_t kLowPadding = 32;
 
+// `count` floats that are not initialized, and kLowPadding zeros behind them.
+std::unique_ptr<float[]> low_rank_buffer(int64_t count);
+// sums [cols] = the column sums of values [rows, cols], added up in fp64.
+void column_sums(const float* values, int64_t rows, int64_t cols, float* sums);
+
 Project project_portable, project_avx2, project_avx512;
 Gather gather_portable, gather_avx2, gather_avx512;
+Gather* gather_for(CpuIsa isa);
 
 struct LoraLinearArgs {
   NF4LinearArgs linear;  // backward: x is the gradient, y is dx, or null

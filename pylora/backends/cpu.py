@@ -19,6 +19,8 @@ from pylora.backends.backend import (
 )
 from pylora.backends.composition import composed
 from pylora.calls import (
+    BottleneckAdapterBackward,
+    BottleneckAdapterCall,
     DequantizeCall,
     Layer,
     LoraLinearBackward,
@@ -90,6 +92,30 @@ def _lora_linear_backward(call: LoraLinearBackward) -> Plan | Refusal:
     return _planned(reason, extension.lora_linear_backward)
 
 
+def _adapter_reason(
+    call: BottleneckAdapterCall | BottleneckAdapterBackward, **tensors: Tensor
+) -> Reason:
+    adapter = call.adapter
+    most = extension.hard_limits("cpu")["max_bottleneck"]
+    if adapter.size > most:
+        return f"the bottleneck has {adapter.size} features; the kernels take up to {most}"
+    for name, value in (("norm_before", adapter.norm_before), ("norm_after", adapter.norm_after)):
+        if value is not None:
+            return f"the adapter has a {name}, which the kernels do not compute"
+    if adapter.dropout is not None:
+        return "the adapter drops elements of its output, which the kernels do not do"
+    return _reason(**tensors, down_weight=adapter.down)
+
+
+def _bottleneck_adapter(call: BottleneckAdapterCall) -> Plan | Refusal:
+    return _planned(_adapter_reason(call, x=call.x), extension.bottleneck_adapter)
+
+
+def _bottleneck_adapter_backward(call: BottleneckAdapterBackward) -> Plan | Refusal:
+    reason = _adapter_reason(call, grad=call.grad, x=call.x)
+    return _planned(reason, extension.bottleneck_adapter_backward)
+
+
 _PLANNERS: dict[Any, Planner] = {
     QuantizeCall: _quantize,
     DequantizeCall: _dequantize,
@@ -97,6 +123,8 @@ _PLANNERS: dict[Any, Planner] = {
     Nf4LinearBackward: _nf4_linear_backward,
     LoraLinearCall: _lora_linear,
     LoraLinearBackward: _lora_linear_backward,
+    BottleneckAdapterCall: _bottleneck_adapter,
+    BottleneckAdapterBackward: _bottleneck_adapter_backward,
 }
 
 BACKEND = Backend(

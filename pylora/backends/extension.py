@@ -17,6 +17,10 @@ from torch import Tensor
 
 from pylora.backends.backend import PreparedForward
 from pylora.calls import (
+    Bottleneck,
+    BottleneckAdapterBackward,
+    BottleneckAdapterCall,
+    BottleneckGradients,
     DequantizeCall,
     Dropout,
     LayerGradients,
@@ -59,7 +63,7 @@ def load() -> tuple[ModuleType | None, str | None]:
 def hard_limits(backend: str) -> dict[str, int]:
     """The limits beyond which no kernel of "cpu" or "cuda" works at all.
 
-    cpu    max_rank
+    cpu    max_rank, max_bottleneck
     cuda   max_rank, max_elements (the weight has fewer), max_small_m, max_small_m_of_block_32,
            max_m, many_rows_columns and hopper_columns (in_features is a multiple),
            alignment (bytes)
@@ -213,3 +217,21 @@ def multi_lora_linear(call: MultiLoraCall) -> tuple[Tensor, Tensor]:
     base = (call.x, *weight.arguments, weight.out_features)
     stacks = (adapters.A, adapters.B, adapters.ids, scalings)
     return _op("multi_lora_linear")(*base, *stacks, call.layer.bias)
+
+
+def _bottleneck(adapter: Bottleneck) -> tuple[Any, ...]:
+    weights = (adapter.down, adapter.down_bias, adapter.up, adapter.up_bias)
+    return (*weights, adapter.scaling, ACTIVATION_CODES[adapter.activation])
+
+
+def bottleneck_adapter(call: BottleneckAdapterCall) -> Tensor:
+    residual = call.x if call.adds_x else call.residual
+    return _op("bottleneck_adapter")(call.x, residual, *_bottleneck(call.adapter))
+
+
+def bottleneck_adapter_backward(call: BottleneckAdapterBackward) -> BottleneckGradients:
+    want = call.wanted
+    mask = [want.x, want.down, want.down_bias, want.up, want.up_bias]
+    arguments = (call.grad, call.x, call.adds_x, *_bottleneck(call.adapter))
+    gradients = _op("bottleneck_adapter_backward")(*arguments, mask)
+    return BottleneckGradients(*(t if w else None for t, w in zip(gradients, mask, strict=True)))

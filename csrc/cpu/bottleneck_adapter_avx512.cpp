@@ -1,0 +1,12 @@
+#include "cpu/bottleneck_adapter_impl.h"
+#include "cpu/vec_avx512.h"
+
+namespace pylora::cpu {
+
+void adapter_forward_avx512(const BottleneckArgs& args) { adapter_forward_on<Avx512>(args); }
+
+void adapter_backward_avx512(const BottleneckArgs& args, float* low, float* dh) {
+  adapter_backward_on<Avx512>(args, low, dh);
+}
+
+}  // namespace pylora::cpu

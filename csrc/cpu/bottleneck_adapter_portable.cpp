@@ -1,0 +1,12 @@
+#include "cpu/bottleneck_adapter_impl.h"
+#include "cpu/vec_portable.h"
+
+namespace pylora::cpu {
+
+void adapter_forward_portable(const BottleneckArgs& args) { adapter_forward_on<Portable>(args); }
+
+void adapter_backward_portable(const BottleneckArgs& args, float* low, float* dh) {
+  adapter_backward_on<Portable>(args, low, dh);
+}
+
+}  // namespace pylora::cpu
