@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import nn
@@ -88,13 +89,14 @@ def set_active_adapters(model: _Model, adapter_name: Composition) -> _Model:
     model is then as it was.
     """
     call = "pylora.set_active_adapters"
-    root, lora, composition = _checked(model, adapter_name, call)
+    switch = _checked(model, adapter_name, call)
+    root, composition = switch.model, switch.composition
     trained = _trained_by(root, composition)
     changes = [p for p in bottleneck_parameters(root) if p.requires_grad != (id(p) in trained)]
     if changes:
         refuse_to_change(model, call)
-    if lora_layers(root):
-        exchange(root, lora)
+    if switch.has_lora:
+        exchange(root, switch.lora)
         train_active(root)
     setup = setup_of(root)
     if setup is not None:
@@ -131,13 +133,13 @@ def active_adapters(model: nn.Module, adapter_name: Composition) -> Iterator[Non
     affected; which parameters are trainable does not change. A switch to another LoRA adapter, or
     away from one, holds for all threads, and LoRA that the block activates is trainable in it.
     """
-    root, lora, composition = _checked(model, adapter_name, "pylora.active_adapters")
-    setup = setup_of(root)
+    switch = _checked(model, adapter_name, "pylora.active_adapters")
+    setup = setup_of(switch.model)
     with ExitStack() as stack:
-        if lora_names(root):
-            stack.enter_context(_lora_block(model, lora))
+        if switch.has_lora:
+            stack.enter_context(_lora_block(model, switch.lora))
         if setup is not None:
-            stack.enter_context(setup.inside(composition))
+            stack.enter_context(setup.inside(switch.composition))
         yield
 
 
@@ -168,9 +170,10 @@ def delete_adapter(model: _Model, adapter_name: str) -> _Model:
     its only adapter cannot leave.
     """
     refuse_several(adapter_name)
-    root, lora, _ = _checked(model, adapter_name, "pylora.delete_adapter")
+    switch = _checked(model, adapter_name, "pylora.delete_adapter")
+    root = switch.model
     refuse_to_change(model, "pylora.delete_adapter")
-    if lora is None:
+    if switch.lora is None:
         setup = setup_of(root)
         if setup is not None and adapter_name in names_in(setup.composition):
             if setup.composition != adapter_name:
@@ -204,10 +207,24 @@ def _delete_lora(root: nn.Module, adapter_name: str) -> None:
             site.replace(site.module.base_layer)
 
 
-def _checked(
-    model: nn.Module, adapter: Composition, call: str
-) -> tuple[nn.Module, str | None, Composition | None]:
-    """The model without wrappers, the LoRA to activate, and the composition of the others.
+@dataclass(frozen=True)
+class _Switch:
+    """A switch that a model can make.
+
+    model          without wrappers
+    has_lora       True if it has LoRA adapters
+    lora           the one to activate
+    composition    the bottleneck adapters to activate
+    """
+
+    model: nn.Module
+    has_lora: bool
+    lora: str | None
+    composition: Composition | None
+
+
+def _checked(model: nn.Module, adapter: Composition, call: str) -> _Switch:
+    """The switch to these adapters.
 
     Raises ValueError or TypeError if the model cannot switch to them.
     """
@@ -239,7 +256,7 @@ def _checked(
     lora = next(iter(own), None)
     if loras:
         check_switch(model, lora, call)
-    return root, lora, composition
+    return _Switch(root, bool(loras), lora, composition)
 
 
 def _trained_by(model: nn.Module, composition: Composition | None) -> set[int]:
