@@ -203,3 +203,21 @@ def test_bases_share_weights_and_have_no_active_adapter() -> None:
     base = base_of(model)
     assert torch.equal(base(X).logits, plain) and not torch.equal(model(X).logits, plain)
     assert base.lm_head.weight is model.lm_head.weight
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "nf4"])
+def test_a_checkpoint_has_the_base_and_the_file_has_the_adapter(
+    quantized: bool, tmp_path: Path
+) -> None:
+    """`from_pretrained` names the adapters' keys as unexpected; `load_adapter` brings them back."""
+    if quantized:
+        pytest.importorskip("bitsandbytes")
+    model = two(quantized=quantized)
+    model.save_pretrained(tmp_path)
+    pylora.save_adapter(model, tmp_path / "a")
+    loaded = type(model).from_pretrained(tmp_path, dtype="auto").eval()
+    with pylora.adapters_disabled(model), torch.no_grad():
+        torch.testing.assert_close(loaded(X).logits, model(X).logits)
+    pylora.load_adapter(loaded, tmp_path / "a")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(X).logits, model(X).logits)
