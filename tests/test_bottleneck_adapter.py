@@ -264,6 +264,20 @@ def test_results_repeat_bit_for_bit(backend: str, device: str) -> None:
     assert torch.equal(y, again) and all(map(torch.equal, grads, more))
 
 
+def test_threads_do_not_change_a_bit() -> None:
+    if cpu.BACKEND.unavailable() is not None:
+        pytest.skip("the extension was not built")
+    t = make(230, 300, 40, BF16, FP32)
+    grad, threads = torch.randn(230, 300).to(BF16), torch.get_num_threads()
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append(run(F.bottleneck_adapter, t, tensors_of(t), grad))
+    torch.set_num_threads(threads)
+    (y, grads), (again, more) = results
+    assert torch.equal(y, again) and all(map(torch.equal, grads, more))
+
+
 def test_nothing_but_x_and_the_weights_is_kept_for_the_backward() -> None:
     t = make(20, 48, 12)
     kept: list[Tensor] = []
