@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks import (
+    bench_bottleneck_adapter,
     bench_host,
     bench_lora_linear,
     bench_lora_mlp,
@@ -27,6 +28,7 @@ BENCHES: dict[str, Bench] = {
         bench_lora_qkv,
         bench_lora_mlp,
         bench_multi_lora_linear,
+        bench_bottleneck_adapter,
         bench_host,
     )
 }

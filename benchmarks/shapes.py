@@ -53,9 +53,10 @@ class Cell:
 
     @property
     def result_features(self) -> int:
-        """Returns the features of y. An MLP returns as many as it takes; the shape of its cell is
-        that of its gate and up layers."""
-        return self.in_features if self.op == "lora_mlp" else self.out_features
+        """Returns the features of y. An MLP and an adapter return as many as they take: the shape
+        of their cells is that of their first layers."""
+        same = self.op in ("lora_mlp", "bottleneck_adapter")
+        return self.in_features if same else self.out_features
 
     def __str__(self) -> str:
         tokens = f", M={self.tokens}" if self.tokens else ""

@@ -229,6 +229,7 @@ def test_only_the_full_suite_has_multi_layer_ops_and_host_times() -> None:
         "lora_qkv",
         "lora_mlp",
         "multi_lora_linear",
+        "bottleneck_adapter",
         "host",
     }
 

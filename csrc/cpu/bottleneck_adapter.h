@@ -10,10 +10,11 @@
 //           (M = tokens, K = hidden, R = bottleneck)
 // Numerics  Sums are fp32, and so is everything of width R, whatever the dtypes of x and weights.
 // Passes    The forward reads x once from memory and writes y once: a block of tokens stays in the
-//           second-level cache between its two products. The backward reads x and g once for dx and
+//           caches between its two products. The backward reads x and g once for dx and
 //           dh, and once more for the gradients of the weights.
-// Memory    Beside its outputs a call needs the weights once more as packed fp32 panels, the
-//           backward low and dh as well, and each thread a fixed workspace.
+// Memory    Beside its outputs a call needs the weights once more as packed fp32 panels (the calling
+//           thread keeps up to kKeptBytes of them for its next call), the backward low and dh as
+//           well, and each thread a fixed workspace.
 #pragma once
 
 #include <cstdint>

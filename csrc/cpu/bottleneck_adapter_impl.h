@@ -24,8 +24,8 @@ inline constexpr int64_t kTokensAhead = 4;
 inline constexpr int64_t kAdapterChain = 256;
 // Panels of so many floats together stay in the second-level cache.
 inline constexpr int64_t kStripFloats = 32 * 1024;
-// The bottleneck features that the second product broadcasts lie in segments of kTileK features.
-inline constexpr int64_t kSegments = kMaxBottleneck / kTileK;
+// The bottleneck features that the second product broadcasts lie in segments of a chain's length.
+inline constexpr int64_t kSegments = kMaxBottleneck / kAdapterChain;
 inline constexpr int64_t kSegmentFloats = kAdapterTokens * kTileLd;
 
 // A weight as fp32 panels of up to TokenTiles<S>::kWidth columns: [stretches of k][columns / kWidth]
@@ -113,8 +113,20 @@ __attribute__((noinline)) void expand_tile(int64_t depth, const float* factors, 
 #pragma GCC unroll 32
     for (int i = 0; i < I; ++i) acc[i][v] = first;
   }
-  for (int64_t start = 0; start < depth; start += kTileK, factors += kSegmentFloats) {
-    const int64_t count = depth - start < kTileK ? depth - start : kTileK;
+  float finished[I * V * L];  // the sum of all chains but the last
+  for (int64_t start = 0; start < depth; start += kAdapterChain, factors += kSegmentFloats) {
+    if (start > 0) {
+#pragma GCC unroll 32
+      for (int i = 0; i < I; ++i) {
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+          float* sum = finished + (i * V + v) * L;
+          S::store(sum, start > kAdapterChain ? S::add(acc[i][v], S::load(sum)) : acc[i][v]);
+          acc[i][v] = S::zero();
+        }
+      }
+    }
+    const int64_t count = depth - start < kAdapterChain ? depth - start : kAdapterChain;
     for (int64_t k = 0; k < count; ++k, panel += V * L) {
       F bv[V];
 #pragma GCC unroll 4
@@ -124,6 +136,15 @@ __attribute__((noinline)) void expand_tile(int64_t depth, const float* factors, 
         const F av = S::set1(factors[i * kTileLd + k]);
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) acc[i][v] = S::fma(av, bv[v], acc[i][v]);
+      }
+    }
+  }
+  if (depth > kAdapterChain) {
+#pragma GCC unroll 32
+    for (int i = 0; i < I; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        acc[i][v] = S::add(acc[i][v], S::load(finished + (i * V + v) * L));
       }
     }
   }
@@ -192,7 +213,7 @@ struct AdapterBlock {
   }
 
   float& factor(int64_t m, int64_t j) {
-    return factors[j / kTileK * kSegmentFloats + m * kTileLd + j % kTileK];
+    return factors[j / kAdapterChain * kSegmentFloats + m * kTileLd + j % kAdapterChain];
   }
 
   // out[tokens] = add + factors @ panels + bias; `add` and `bias` may be null. `add` and `out` point

@@ -13,11 +13,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import layer_norm
 
 from pylora.calls import Norm
 
 LAYER_NORM, RMS_NORM = "layer_norm", "rms_norm"
 NORMS = (LAYER_NORM, RMS_NORM)
+_aten = torch.ops.aten
 
 
 class NormGradients(NamedTuple):
@@ -32,34 +34,49 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _standardized(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    """(x of mean 0 and variance 1, or of mean square 1; what x was multiplied with [..., 1])."""
-    if norm.kind == LAYER_NORM:
-        x = x - x.mean(-1, keepdim=True)
-    factor = (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
-    return x * factor, factor
+def _mixed(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(x, weight, bias) in one dtype, in which the norm is computed."""
+    x, weight = _wide(x), _wide(norm.weight)
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    bias = None if norm.bias is None else norm.bias.to(dtype)
+    return x.to(dtype), weight.to(dtype), bias
+
+
+def _rms_factor(x: Tensor, norm: Norm) -> Tensor:
+    return (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
 
 
 def normalized(x: Tensor, norm: Norm) -> Tensor:
-    """norm(x) [..., hidden]."""
-    standardized, _ = _standardized(_wide(x), norm)
-    y = standardized * _wide(norm.weight)
-    return y if norm.bias is None else y + _wide(norm.bias)
+    """norm(x) [..., hidden]; nothing is done in place."""
+    x, weight, bias = _mixed(x, norm)
+    if norm.kind == LAYER_NORM:
+        return layer_norm(x, (x.shape[-1],), weight, bias, norm.eps)
+    y = x * _rms_factor(x, norm) * weight
+    return y if bias is None else y + bias
 
 
 def normalized_backward(grad: Tensor, x: Tensor, norm: Norm) -> NormGradients:
     """The gradients of norm(x) for x [tokens, hidden]; those of weight and bias in their dtype.
 
-    dstandardized = grad * weight
-    dx            = factor * (dstandardized - its mean - standardized * mean(dstandardized *
-                    standardized)), in which RMSNorm has no first mean
+    For RMSNorm, with dstandardized = grad * weight:
+
+        dx = factor * (dstandardized - standardized * mean(dstandardized * standardized))
     """
-    grad = _wide(grad)
-    standardized, factor = _standardized(_wide(x), norm)
-    dweight = (grad * standardized).sum(0).to(norm.weight.dtype)
-    dbias = None if norm.bias is None else grad.sum(0).to(norm.bias.dtype)
-    dx = grad * _wide(norm.weight)
-    projected = (dx * standardized).mean(-1, keepdim=True)
+    x, weight, bias = _mixed(x, norm)
+    grad = grad.to(x.dtype)
     if norm.kind == LAYER_NORM:
-        dx = dx - dx.mean(-1, keepdim=True)
-    return NormGradients((dx - standardized * projected) * factor, dweight, dbias)
+        shape = (x.shape[-1],)
+        _, mean, factor = _aten.native_layer_norm(x, shape, weight, bias, norm.eps)
+        arguments = (grad, x, shape, mean, factor, weight, bias)
+        dx, dweight, dbias = _aten.native_layer_norm_backward(
+            *arguments, [True, True, bias is not None]
+        )
+    else:
+        factor = _rms_factor(x, norm)
+        standardized = x * factor
+        dweight = (grad * standardized).sum(0)
+        dbias = grad.sum(0)
+        dx = grad * weight
+        dx = (dx - standardized * (dx * standardized).mean(-1, keepdim=True)) * factor
+    dbias = None if norm.bias is None else dbias.to(norm.bias.dtype)
+    return NormGradients(dx, dweight.to(norm.weight.dtype), dbias)
