@@ -102,16 +102,18 @@ class PeftSwap(Swap):
         return self._weight.get(base, NF4Weight.from_bitsandbytes)
 
 
-def why_not_called(parts: Parts) -> str | None:
-    """Why a layer must call its parts one by one; None if it need not."""
-    for part in parts:
-        if isinstance(part, nn.Module):
-            if has_hooks(part):
-                return "a hook must see the calls of its parts"
-            if "forward" in part.__dict__ and not is_swapped(part):
-                return "another library has replaced the forward of one of its parts"
-    if type(parts.dropout) not in (nn.Dropout, nn.Identity):
-        return f"its dropout is a {type(parts.dropout).__name__}"
+def why_not_called(called: Sequence[Any], dropout: Any) -> str | None:
+    """Why a layer must call its parts one by one; None if it need not.
+
+    called    the modules that the layer calls, its dropout among them
+    """
+    for part in called:
+        if has_hooks(part):
+            return "a hook must see the calls of its parts"
+        if "forward" in part.__dict__ and not is_swapped(part):
+            return "another library has replaced the forward of one of its parts"
+    if type(dropout) not in (nn.Dropout, nn.Identity):
+        return f"its dropout is a {type(dropout).__name__}"
     return None
 
 

@@ -170,8 +170,8 @@ class PeftLoraSwap(PeftSwap):
 
 def _why_not_linear(module: Any, parts: Parts, x: Any) -> str | None:
     """Why this adapter cannot be computed with the base layer; None if it can."""
-    base, A, B, _ = parts
-    why_not = why_not_called(parts)
+    base, A, B, dropout = parts
+    why_not = why_not_called(parts, dropout)
     if why_not is not None:
         return why_not
     if type(A) is not nn.Linear or type(B) is not nn.Linear or A.bias is not None:
