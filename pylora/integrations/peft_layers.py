@@ -154,7 +154,8 @@ class PeftLoraSwap(PeftSwap):
         weight = self.weight_of(base)
         given = in_compute_dtype(base, x)
         factors = (A.weight, B.weight, scaling)
-        version = 0 if base.weight.is_inference() else base.weight._version
+        stored = stored_weight(base)
+        version = 0 if stored.is_inference() else stored._version
         base_norm = self._norm.get(base, lambda _: dora.base_norm(weight), version)
         norm = dora.adapted_norm(weight, base_norm, *factors)
         dropped = dropout(given) if drop_rate(dropout) else None
