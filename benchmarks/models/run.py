@@ -138,9 +138,13 @@ def _measure(
     trainings: dict[str, Training] = {}
     found: dict[str, dict[str, Any]] = {}
     for contender in CONTENDERS:
-        model = contender.build(copy.deepcopy(dense).to(device))
-        training = Training(model, inputs, job.output)
         found[contender.name] = {"contender": contender.name, "note": ""}
+        try:
+            model = contender.build(copy.deepcopy(dense).to(device))
+        except ValueError as error:
+            found[contender.name]["note"] = f"refused: {error}"
+            continue
+        training = Training(model, inputs, job.output)
         peer = trainings.get(PEER)
         if peer is not None and training.trainable != peer.trainable:
             found[contender.name]["note"] = (
