@@ -27,7 +27,6 @@ from benchmarks.models.families import FAMILIES
 from benchmarks.models.measure import Decoding, Training, model_bytes
 from benchmarks.models.results import PEER
 from benchmarks.models.table import models_table
-from benchmarks.results import MODELS_FILE
 from benchmarks.statistics import rounds, summarize
 
 # The families are measured at a hidden size of 512, with 32 sequences in a batch.
@@ -87,7 +86,8 @@ def jobs(names: list[str] | None, dtype: torch.dtype) -> dict[str, Job]:
         if name in FAMILIES:
             family = FAMILIES[name]
             inputs = family.inputs(dtype, REPEAT)
-            decodes = family.model.endswith("ForCausalLM")
+            # Mamba has a cache of its own kind.
+            decodes = family.model.endswith("ForCausalLM") and name != "mamba"
             vocabulary = family.settings["vocab_size"] if decodes else 0
             build = lambda family=family: family.build(SCALE)  # noqa: E731
             chosen[name] = Job(build, inputs, family.output, vocabulary)
@@ -116,7 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
         "commit": machine.commit(),
         "models": [],
     }
-    path: Path = arguments.out / MODELS_FILE
+    path: Path = arguments.out / results.FILE
     bar = tqdm(jobs(arguments.model, dtype).items(), unit="model")
     for name, job in bar:
         bar.set_description(name)
