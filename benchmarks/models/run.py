@@ -41,12 +41,14 @@ class Job:
     build        makes it, dense, in float32, with random weights
     inputs       the batch of a training step
     output       the attribute of what its forward returns that is trained
+    targets      the layers that get LoRA
     vocabulary   if it is a causal language model, the number of its tokens; otherwise 0
     """
 
     build: Callable[[], Any]
     inputs: Mapping[str, torch.Tensor]
     output: str
+    targets: str | list[str]
     vocabulary: int
 
 
@@ -64,7 +66,13 @@ def smollm2() -> Job:
     )
     ids = torch.arange(256)[None] * 97 % config.vocab_size
     inputs = {"input_ids": ids, "labels": ids}
-    return Job(lambda: transformers.LlamaForCausalLM(config), inputs, "loss", config.vocab_size)
+    return Job(
+        lambda: transformers.LlamaForCausalLM(config),
+        inputs,
+        "loss",
+        "all-linear",
+        config.vocab_size,
+    )
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -90,7 +98,8 @@ def jobs(names: list[str] | None, dtype: torch.dtype) -> dict[str, Job]:
             decodes = family.model.endswith("ForCausalLM") and name != "mamba"
             vocabulary = family.settings["vocab_size"] if decodes else 0
             build = lambda family=family: family.build(SCALE)  # noqa: E731
-            chosen[name] = Job(build, inputs, family.output, vocabulary)
+            targets = family.targets if family.targets == "all-linear" else list(family.targets)
+            chosen[name] = Job(build, inputs, family.output, targets, vocabulary)
         else:
             chosen[name] = smollm2()
     return chosen
@@ -140,7 +149,7 @@ def _measure(
     for contender in CONTENDERS:
         found[contender.name] = {"contender": contender.name, "note": ""}
         try:
-            model = contender.build(copy.deepcopy(dense).to(device))
+            model = contender.build(copy.deepcopy(dense).to(device), job.targets)
         except ValueError as error:
             found[contender.name]["note"] = f"refused: {error}"
             continue
