@@ -26,12 +26,10 @@ class ModelContender:
     """A way to train LoRA.
 
     build     (dense model, targets of LoRA) -> the model to train, which may be the same, changed
-    has_nf4   its base has 4 bits
     """
 
     name: str
     build: Callable[[Any, Targets], Any]
-    has_nf4: bool = True
 
 
 def _with_peft(model: Any, targets: Targets) -> Any:
@@ -58,10 +56,9 @@ CONTENDERS = (
         ACCELERATED, lambda model, targets: _accelerated(_with_peft(in_4bit(model, DENSE), targets))
     ),
     ModelContender("pylora", _of_pylora),
-    ModelContender(DENSE_PEER, _with_peft, has_nf4=False),
+    ModelContender(DENSE_PEER, _with_peft),
     ModelContender(
         f"{DENSE_PEER}, accelerated",
         lambda model, targets: _accelerated(_with_peft(model, targets)),
-        has_nf4=False,
     ),
 )

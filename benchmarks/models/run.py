@@ -75,11 +75,11 @@ def smollm2() -> Job:
     )
 
 
-def default_dtype(device: torch.device) -> torch.dtype:
+def default_dtype(facts: Mapping[str, Any]) -> torch.dtype:
     """bfloat16, or float32 on a CPU without instructions for bfloat16, where torch is far slower
     in it than in float32."""
-    flags = machine.machine(device)["flags"]
-    fast = device.type != "cpu" or {"avx512_bf16", "amx_bf16", "bf16"} & set(flags)
+    fast = {"avx512_bf16", "amx_bf16", "bf16"} & set(facts["flags"])
+    fast = fast or facts["device"] != "cpu"
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -110,7 +110,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else default_dtype(device)
+    facts = machine.machine(device)
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else default_dtype(facts)
     seed = random.SystemRandom().randrange(2**31) if arguments.seed is None else arguments.seed
     # These facts are taken before this run loads the machine and adds files to the checkout.
     run: dict[str, Any] = {
@@ -120,7 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
         "seconds": arguments.seconds,
         "rank": RANK,
         "dtype": str(dtype).removeprefix("torch."),
-        "machine": machine.machine(device),
+        "machine": facts,
         "versions": machine.versions(),
         "commit": machine.commit(),
         "models": [],
