@@ -98,8 +98,7 @@ def jobs(names: list[str] | None, dtype: torch.dtype) -> dict[str, Job]:
             decodes = family.model.endswith("ForCausalLM") and name != "mamba"
             vocabulary = family.settings["vocab_size"] if decodes else 0
             build = lambda family=family: family.build(SCALE)  # noqa: E731
-            targets = family.targets if family.targets == "all-linear" else list(family.targets)
-            chosen[name] = Job(build, inputs, family.output, targets, vocabulary)
+            chosen[name] = Job(build, inputs, family.output, family.targets, vocabulary)
         else:
             chosen[name] = smollm2()
     return chosen
