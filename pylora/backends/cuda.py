@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pylora.backends import cuda_hopper, cuda_many_rows, extension, limits
+from pylora.backends import cuda_hopper, cuda_many_rows, cuda_products, extension, limits
 from pylora.backends.backend import (
     DENSE,
     KERNEL_DTYPES,
@@ -25,7 +25,11 @@ from pylora.backends.composition import composed
 from pylora.calls import (
     Adapters,
     DequantizeCall,
+    LoraLinearBackward,
     LoraLinearCall,
+    LoraMlpBackward,
+    LoraMlpCall,
+    LoraQkvBackward,
     LoraQkvCall,
     LowRank,
     MultiLoraCall,
@@ -175,7 +179,7 @@ def _lora_reason(x: Tensor, low: LowRank | None) -> Reason:
 
 
 def _linear(call: Nf4LinearCall | LoraLinearCall) -> Plan | Refusal:
-    """Chooses hopper if the user asked for it and it can run, else many_rows or small_m by tokens.
+    """Chooses hopper if it can run, else many_rows or small_m by tokens.
 
     The refusal gives the reason of the last kernel that was asked.
     """
@@ -211,12 +215,30 @@ def _prepare(op: str, variant: str) -> Callable[[Any], PreparedForward]:
 def _nf4_linear_backward(call: Nf4LinearBackward) -> Plan | Refusal:
     grad, weight = call.grad, call.weight
     reason = _any_kernel_reason("grad", grad, weight, None)
-    if reason is None and token_count(grad) >= limits.CUDA_MANY_ROWS_FROM:
+    if reason is None and token_count(grad) >= limits.CUDA_BACKWARD_PRODUCT_FROM:
         return Plan(MANY_ROWS, cuda_many_rows.nf4_linear_backward)
     if reason is None and weight.blocksize == 32:
         reason = "the blocksize is 32; the kernel takes 64 or more"
     reason = reason or _small_m_reason("grad", grad, weight)
     return Plan(SMALL_M, extension.nf4_linear_backward) if reason is None else Refusal(reason)
+
+
+def _lora_linear_backward(call: LoraLinearBackward) -> Plan | Refusal:
+    grad, layer, low = call.grad, call.layer, call.layer.low_rank
+    assert low is not None
+    if not layer.weight.is_nf4:
+        return Refusal(DENSE)
+    reason = _any_kernel_reason("grad", grad, layer.weight, layer.bias) or _lora_reason(grad, low)
+    reason = reason or cuda_products.reason(grad, low, call.wanted)
+    if reason is not None:
+        return Refusal(reason)
+    if not call.wanted.x:
+        return Plan("products", cuda_products.lora_linear_backward(None))
+    base = _nf4_linear_backward(Nf4LinearBackward(grad, layer.weight))
+    if isinstance(base, Refusal):
+        return base
+    run = cuda_products.lora_linear_backward(base)
+    return Plan(f"products around {base.variant}", run, base.note)
 
 
 def _multi_lora_linear(call: MultiLoraCall) -> Plan | Refusal:
@@ -242,6 +264,7 @@ _PLANNERS: dict[Any, Planner] = {
     Nf4LinearCall: _linear,
     Nf4LinearBackward: _nf4_linear_backward,
     LoraLinearCall: _linear,
+    LoraLinearBackward: _lora_linear_backward,
     MultiLoraCall: _multi_lora_linear,
 }
 
@@ -255,9 +278,13 @@ def _lora_qkv(composed_qkv: Planner, call: LoraQkvCall) -> Plan | Refusal:
     return plan
 
 
+_COMPOSED = composed(_PLANNERS)
+
 BACKEND = Backend(
     name="cuda",
-    planners=_PLANNERS | {LoraQkvCall: partial(_lora_qkv, composed(_PLANNERS)[LoraQkvCall])},
+    planners=_PLANNERS
+    | {record: _COMPOSED[record] for record in (LoraQkvBackward, LoraMlpCall, LoraMlpBackward)}
+    | {LoraQkvCall: partial(_lora_qkv, _COMPOSED[LoraQkvCall])},
     unavailable=_unavailable,
     compiled_for=_compiled_archs,
     device=lambda: "cuda",

@@ -7,19 +7,21 @@ compiled kernel cannot do at all is a hard limit and comes from the extension
 
 from __future__ import annotations
 
-# cuda: up to this many tokens the call is memory-bound and the small_m kernel runs. Estimate: no
-# GPU has run it.
-CUDA_SMALL_M = 64
-# cuda: the same for GPUs that give a CTA less shared memory than CUDA_LITTLE_SHARED_MEMORY bytes
-# (compute capability 8.6, 8.9 and 12.0). For more tokens they would write many partials to memory.
-# Estimate.
-CUDA_SMALL_M_OF_LITTLE_SHARED_MEMORY = 32
-CUDA_LITTLE_SHARED_MEMORY = 128 << 10
-# cuda: from this many tokens on the call is compute-bound, and the hopper kernel may run. Estimate.
-CUDA_HOPPER_FROM = 128
+# cuda: up to this many tokens the small_m kernel runs, for which up to 8 tokens cost about the same.
+# benchmarks/results/h100/sweep.json, 4096x4096, in microseconds: 18.7 at 4 tokens and 28.5 at 16,
+# where the hopper kernel takes 24.6 up to 32 tokens. The Triton kernels take 17.3, but their
+# launches cost the host more than the GPU saves unless a CUDA graph holds them.
+CUDA_SMALL_M = 8
+# cuda: from this many tokens on the hopper kernel runs, on GPUs that have it.
+CUDA_HOPPER_FROM = 9
 # cuda: from this many tokens on, writing the decoded weight and reading it again costs less than
-# decoding it for each tile of x, so the many_rows variant runs. Estimate.
-CUDA_MANY_ROWS_FROM = 513
-# triton: the same threshold for its dense product, by the bytes of an element of x. fp32 tiles lose
-# more against the vendor's product than 16-bit tiles. Estimate.
-TRITON_PRODUCT_FROM = {2: 513, 4: 65}
+# decoding it for each tile of x, so the many_rows variant runs where the hopper kernel cannot.
+# The same file, 14336x4096: the product takes 127 microseconds at 256 tokens and Triton's tiles 162;
+# at 128 tokens it is 117 against 79.
+CUDA_MANY_ROWS_FROM = 256
+# cuda: the same for a backward, whose tiles exist in Triton alone. Up to 255 tokens they are faster
+# on the GPU, but six launches of Triton cost the host 1.5 ms, and products of torch 0.1 ms.
+CUDA_BACKWARD_PRODUCT_FROM = 9
+# triton: the same threshold for its dense product, by the bytes of an element of x. That of fp32 is
+# an estimate: fp32 tiles lose more against the vendor's product than 16-bit tiles.
+TRITON_PRODUCT_FROM = {2: 256, 4: 65}
