@@ -75,6 +75,33 @@ def smollm2() -> Job:
     )
 
 
+def llama_3_8b_block() -> Job:
+    """One decoder layer of Llama-3 8B, attention and MLP, with random weights, and one sequence of
+    2,048 tokens. The vocabulary is small, so that the head does not hide the layer."""
+    config = transformers.LlamaConfig(
+        vocab_size=1024,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=1,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+    )
+    ids = torch.arange(2048)[None] * 97 % config.vocab_size
+    inputs = {"input_ids": ids, "labels": ids}
+    return Job(
+        lambda: transformers.LlamaForCausalLM(config),
+        inputs,
+        "loss",
+        "all-linear",
+        config.vocab_size,
+    )
+
+
+# These models are measured in their own size; the families are small.
+WHOLE = {"smollm2-135m": smollm2, "llama-3-8b-block": llama_3_8b_block}
+
+
 def default_dtype(facts: Mapping[str, Any]) -> torch.dtype:
     """bfloat16, or float32 on a CPU without instructions for bfloat16, where torch is far slower
     in it than in float32."""
@@ -83,14 +110,16 @@ def default_dtype(facts: Mapping[str, Any]) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def jobs(names: list[str] | None, dtype: torch.dtype) -> dict[str, Job]:
-    """The models with these names; by default all. Raises ValueError for an unknown name."""
-    known = ["smollm2-135m", *FAMILIES]
+def jobs(names: list[str] | None, dtype: torch.dtype, on_gpu: bool = False) -> dict[str, Job]:
+    """The models with these names; by default all that the device can train in seconds. Raises
+    ValueError for an unknown name."""
+    known = [*WHOLE, *FAMILIES]
     for name in names or ():
         if name not in known:
             raise ValueError(f"--model is {name!r}; it must be one of {', '.join(known)}")
     chosen = {}
-    for name in names or known:
+    too_large = () if on_gpu else ("llama-3-8b-block",)
+    for name in names or [name for name in known if name not in too_large]:
         if name in FAMILIES:
             family = FAMILIES[name]
             inputs = family.inputs(dtype, REPEAT)
@@ -100,7 +129,7 @@ def jobs(names: list[str] | None, dtype: torch.dtype) -> dict[str, Job]:
             build = lambda family=family: family.build(SCALE)  # noqa: E731
             chosen[name] = Job(build, inputs, family.output, family.targets, vocabulary)
         else:
-            chosen[name] = smollm2()
+            chosen[name] = WHOLE[name]()
     return chosen
 
 
@@ -126,7 +155,7 @@ def run(arguments: argparse.Namespace) -> int:
         "models": [],
     }
     path: Path = arguments.out / results.FILE
-    bar = tqdm(jobs(arguments.model, dtype).items(), unit="model")
+    bar = tqdm(jobs(arguments.model, dtype, device.type == "cuda").items(), unit="model")
     for name, job in bar:
         bar.set_description(name)
         run["models"].append(_measure(name, job, dtype, device, seed, arguments.seconds))
