@@ -77,17 +77,6 @@ def _has_matrix_instructions(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _has_little_shared_memory(device: torch.device) -> bool:
-    return _shared_memory(device) < limits.CUDA_LITTLE_SHARED_MEMORY
-
-
-@lru_cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a kernel may ask for; 0 if torch does not say."""
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", 0)
-
-
 def _is_aligned(tensor: Tensor) -> bool:
     return tensor.data_ptr() % _hard_limit("alignment") == 0
 
@@ -152,10 +141,6 @@ def _small_m_reason(name: str, x: Tensor, weight: Weight) -> Reason:
         most = f"{most_of_block_32} if the blocksize is 32"
     elif tokens > most_tokens:
         most = f"{most_tokens}"
-    elif tokens > limits.CUDA_SMALL_M_OF_LITTLE_SHARED_MEMORY and _has_little_shared_memory(
-        x.device
-    ):
-        most = f"{limits.CUDA_SMALL_M_OF_LITTLE_SHARED_MEMORY} on this GPU, for its shared memory"
     else:
         return None
     return f"{name} has {tokens} tokens; the small_m kernel takes up to {most}"
@@ -179,7 +164,7 @@ def _lora_reason(x: Tensor, low: LowRank | None) -> Reason:
 
 
 def _linear(call: Nf4LinearCall | LoraLinearCall) -> Plan | Refusal:
-    """Chooses hopper if it can run, else many_rows or small_m by tokens.
+    """Chooses small_m, hopper or many_rows by tokens, and by what they can run.
 
     The refusal gives the reason of the last kernel that was asked.
     """
@@ -191,15 +176,16 @@ def _linear(call: Nf4LinearCall | LoraLinearCall) -> Plan | Refusal:
     if reason is not None:
         return Refusal(reason)
     hopper = cuda_hopper.reason(x, tokens, weight) or _decoder_reason(weight)
-    if hopper is None:
+    product = None if low is None else cuda_many_rows.lora_reason(x, tokens, low)
+    if hopper is None and (tokens < limits.CUDA_HOPPER_TO or product is not None):
         hopper_op = f"{op}_hopper"
         return Plan(HOPPER, getattr(extension, hopper_op), prepare=_prepare(op, hopper_op))
+    hopper = hopper or f"from {limits.CUDA_HOPPER_TO} tokens on the dense product is faster"
     note = f"not the hopper kernel: {hopper}" if tokens >= limits.CUDA_HOPPER_FROM else ""
     if tokens >= limits.CUDA_MANY_ROWS_FROM:
-        reason = None if low is None else cuda_many_rows.lora_reason(x, tokens, low)
-        if reason is None:
+        if product is None:
             return Plan(MANY_ROWS, getattr(cuda_many_rows, op), note)
-        return Refusal(f"{reason}; {note}")
+        return Refusal(f"{product}; {note}")
     reason = _small_m_reason("x", x, weight)
     if reason is None:
         return Plan(SMALL_M, getattr(extension, op), prepare=_prepare(op, op))

@@ -8,12 +8,15 @@ compiled kernel cannot do at all is a hard limit and comes from the extension
 from __future__ import annotations
 
 # cuda: up to this many tokens the small_m kernel runs, for which up to 8 tokens cost about the same.
-# benchmarks/results/h100/sweep.json, 4096x4096, in microseconds: 18.7 at 4 tokens and 28.5 at 16,
+# benchmarks/results/h100-sxm/sweep.json, 4096x4096, in microseconds: 18.7 at 4 tokens and 28.5 at 16,
 # where the hopper kernel takes 24.6 up to 32 tokens. The Triton kernels take 17.3, but their
 # launches cost the host more than the GPU saves unless a CUDA graph holds them.
 CUDA_SMALL_M = 8
 # cuda: from this many tokens on the hopper kernel runs, on GPUs that have it.
 CUDA_HOPPER_FROM = 9
+# cuda: from this many tokens on the many_rows variant is as fast as the hopper kernel or faster. The
+# same file, at 8192 tokens: 431 microseconds each for 4096x4096, 1362 against 1469 for 14336x4096.
+CUDA_HOPPER_TO = 8192
 # cuda: from this many tokens on, writing the decoded weight and reading it again costs less than
 # decoding it for each tile of x, so the many_rows variant runs where the hopper kernel cannot.
 # The same file, 14336x4096: the product takes 127 microseconds at 256 tokens and Triton's tiles 162;
