@@ -91,7 +91,10 @@ def test_a_damaged_file_is_refused(folder: Path, tmp_path: Path, change: Any, me
 
 def test_an_unknown_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "--model", "llama9"]) == 2
-    assert "--model is 'llama9'; it must be one of smollm2-135m, llama-3-8b-block, llama" in capsys.readouterr().err
+    assert (
+        "--model is 'llama9'; it must be one of smollm2-135m, llama-3-8b-block, llama"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_tracked_peak_is_that_of_the_allocations() -> None:
