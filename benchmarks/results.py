@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 3
-# The file of whole models, which has a form of its own; see benchmarks.models.results.
-MODELS_FILE = "models.json"
+# A file whose name begins so is one of whole models, in another form: benchmarks.models.results.
+MODELS_FILES = "models"
 # Contenders that every table treats in a way of its own: pylora, pylora timed a second time, its
 # reference, and pylora without LoRA, which shows what LoRA costs and is no peer to win against.
 OURS, CONTROL = "pylora", "pylora (control)"
@@ -134,7 +134,7 @@ def load_all(paths: Iterable[Path]) -> list[dict[str, Any]]:
             raise InvalidResults(
                 f"{path} holds no .json file; run `python -m benchmarks run` first"
             )
-        runs += [load(file) for file in files if file.name != MODELS_FILE]
+        runs += [load(file) for file in files if not file.name.startswith(MODELS_FILES)]
     return runs
 
 

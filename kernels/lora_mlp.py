@@ -67,7 +67,8 @@ def _gated_shrink_kernel(
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(2)
     row = m.to(tl.int64)[:, None]
-    sums = (tl.zeros((BLOCK_M, BLOCK_R), tl.float32),) * len(factor_ptrs)
+    zeros = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    sums = (zeros, zeros)
     first = split * i_per_split
     for start in range(first, tl.minimum(first + i_per_split, I), BLOCK_K):
         # 1. Load a tile of each.

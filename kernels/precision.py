@@ -43,9 +43,16 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def dot_add(acc, a, b, PRECISION: tl.constexpr):
-    """Returns acc + a @ b, with acc as the accumulator of the matrix units."""
+    """Returns acc + a @ b, with acc as the accumulator of the matrix units.
+
+    A product in fp32 arithmetic begins at zero and is added to acc, so that a long sum is made of
+    short ones, and its error does not grow with its length as that of one long chain would.
+    """
     if INTERPRETED:
         return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    if PRECISION == "ieee":
+        # With the last argument, the compiler leaves the addition outside the product.
+        return acc + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
@@ -69,11 +76,11 @@ _DTYPES = {
 def fp32_precision() -> str:
     """Triton's `input_precision` for fp32 operands, from torch's switch for fp32 matrix products.
 
-    `allow_tf32` and `set_float32_matmul_precision` set the same switch. "tf32x3" splits each
-    operand into two TF32 numbers. It runs on the matrix units and agrees with fp32 arithmetic to a
-    few units in the last place.
+    `allow_tf32` and `set_float32_matmul_precision` set the same switch. "tf32x3", which splits each
+    operand into two TF32 numbers, is not accurate enough: the matrix units of an H100 round their
+    sums towards zero, and the errors are up to three times those of torch in fp32.
     """
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def lora_operands(dtype: torch.dtype, lora_dtype: torch.dtype) -> Operands:
@@ -96,10 +103,11 @@ def output_operands(dtype: torch.dtype, lora_dtype: torch.dtype) -> Operands:
 
     If x and the LoRA weights have different dtypes, the operands are TF32. It has the range of
     fp32, which fp16 lacks, and eight times the precision of bf16, whose errors would add up over
-    the layers of an MLP.
+    the layers of an MLP. If x is fp16, which has as many bits as TF32, each operand is two TF32
+    numbers.
     """
     if dtype == torch.float32:
         return lora_operands(dtype, lora_dtype)
     if dtype == lora_dtype:
         return Operands(_DTYPES[dtype], "tf32")
-    return Operands(tl.float32, "tf32")
+    return Operands(tl.float32, "tf32x3" if dtype == torch.float16 else "tf32")

@@ -145,6 +145,14 @@ def token_vectors(
         )
 
 
+def low_rank(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors of a low-rank path, cast to x's dtype under autocast, which casts the inputs of
+    every matmul; otherwise they are returned as they are."""
+    if x.dtype == torch.float64 or not under_autocast(x.device.type):
+        return tensors
+    return tuple(None if tensor is None else tensor.to(x.dtype) for tensor in tensors)
+
+
 def same_dtype_as_x(name: str, value: Tensor, x: Tensor) -> Tensor:
     """The dense weight in x's dtype, cast under autocast.
 

@@ -57,7 +57,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     A backward runs on the backend that a block around it asks for; if none does, on the one that a
     block around its forward asked for. Other threads, also those that the block starts, are not
-    affected.
+    affected: neither is the backward of a function that torch.compile compiled, which on a GPU runs
+    on autograd's own thread. PYLORA_BACKEND asks for all threads.
 
     Raises ValueError for an unknown name, RuntimeError for a backend that cannot run here.
     """

@@ -144,9 +144,8 @@ def _lora_linear_call(
     dropout = _dropout(dropout_p, seed, x)
     activation = checks.activation("activation", activation)
     checks.number("scaling", scaling)
-    low_rank = LowRank(
-        lora_A, lora_B, lora_A_bias, lora_B_bias, float(scaling), activation, dropout
-    )
+    tensors = checks.low_rank(x, lora_A, lora_B, lora_A_bias, lora_B_bias)
+    low_rank = LowRank(*tensors, float(scaling), activation, dropout)
     return LoraLinearCall(x, Layer(base, bias, low_rank))
 
 

@@ -94,6 +94,7 @@ def _layer(
     if lora_A is not None and lora_B is not None:
         checks.lora_pair(lora_A, lora_B, out_features, in_features, x.device, f"{name}.")
         mask = None if dropout is None else Dropout(dropout.p, dropout.seed, stream)
-        low_rank = LowRank(lora_A, lora_B, scaling=float(scaling), dropout=mask)
+        factors = checks.low_rank(x, lora_A, lora_B)
+        low_rank = LowRank(*factors, scaling=float(scaling), dropout=mask)
     checks.vector(f"{name}.bias", bias, out_features, x.device)
     return Layer(base_weight(f"{name}.weight", weight, x), bias, low_rank)

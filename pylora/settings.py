@@ -21,7 +21,7 @@ class Settings:
     """The values of the environment variables.
 
     backend     PYLORA_BACKEND: the name of a backend, or "" if none is asked for
-    hopper      PYLORA_HOPPER: true turns the hopper kernel on
+    hopper      PYLORA_HOPPER: false ("0") turns the hopper kernel off
     autotune    PYLORA_AUTOTUNE: true lets Triton's tile plans be measured
     """
 
@@ -35,7 +35,7 @@ def current() -> Settings:
     """The settings as they were when the variables were last read."""
     return Settings(
         backend=os.environ.get(BACKEND, ""),
-        hopper=os.environ.get(HOPPER) == "1",
+        hopper=os.environ.get(HOPPER, "1") != "0",
         autotune=os.environ.get(AUTOTUNE, "0") not in ("", "0"),
     )
 

@@ -66,9 +66,14 @@ def _parameter(variant: tuple[str, str, str | None]) -> Any:
 
 @pytest.fixture(params=map(_parameter, VARIANTS))
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Yields the name of each backend that can run here, for the CPU once per instruction set."""
+    """Yields the name of each backend that can run here, for the CPU once per instruction set.
+
+    Every backward runs on the thread of the test: on another one `use_backend` would not hold for
+    compiled functions.
+    """
     name, _, isa = request.param
-    with dispatch.use_backend(name), cpu_isa(isa):
+    one_thread = torch.autograd.set_multithreading_enabled(False)
+    with dispatch.use_backend(name), cpu_isa(isa), one_thread:
         yield name
 
 

@@ -22,7 +22,7 @@ from benchmarks.models import results, run, table
 from benchmarks.models.contenders import CONTENDERS
 from benchmarks.models.measure import model_bytes, tracked_peak
 from benchmarks.models.results import ACCELERATED, PEER
-from benchmarks.results import MODELS_FILE, InvalidResults
+from benchmarks.results import InvalidResults
 
 NAMES = [contender.name for contender in CONTENDERS]
 
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_contender_is_measured(folder: Path) -> None:
-    found = results.load(folder / MODELS_FILE)
+    found = results.load(folder / results.FILE)
     assert [model["model"] for model in found["models"]] == ["llama", "vit"]
     llama, vit = ({r["contender"]: r for r in model["results"]} for model in found["models"])
     assert list(llama) == list(vit) == NAMES
@@ -59,13 +59,13 @@ def test_every_contender_is_measured(folder: Path) -> None:
 def test_the_table_and_the_page_show_every_contender(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = results.load(folder / MODELS_FILE)
+    found = results.load(folder / results.FILE)
     text = table.models_table(found)
     assert text.count(f"{PEER}, accelerated") == 2 and "left out" in text
     assert main(["report", str(folder), "--out", str(folder / "page")]) == 0
     page = (folder / "page" / "report.html").read_text()
     assert "Whole models" in page and all(name in page for name in NAMES)
-    assert (folder / "page" / "models.png").stat().st_size > 0
+    assert (folder / "page" / "models-1.png").stat().st_size > 0
 
 
 @pytest.mark.parametrize(
@@ -82,16 +82,19 @@ def test_the_table_and_the_page_show_every_contender(
     ],
 )
 def test_a_damaged_file_is_refused(folder: Path, tmp_path: Path, change: Any, message: str) -> None:
-    found = json.loads((folder / MODELS_FILE).read_text())
+    found = json.loads((folder / results.FILE).read_text())
     change(found)
-    (tmp_path / MODELS_FILE).write_text(json.dumps(found))
+    (tmp_path / results.FILE).write_text(json.dumps(found))
     with pytest.raises(InvalidResults, match=message):
-        results.load(tmp_path / MODELS_FILE)
+        results.load(tmp_path / results.FILE)
 
 
 def test_an_unknown_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "--model", "llama9"]) == 2
-    assert "--model is 'llama9'; it must be one of smollm2-135m, llama" in capsys.readouterr().err
+    assert (
+        "--model is 'llama9'; it must be one of smollm2-135m, llama-3-8b-block, llama"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_tracked_peak_is_that_of_the_allocations() -> None:

@@ -44,8 +44,7 @@ def test_three_training_steps_of_a_family_are_right(family: str, base: str) -> N
     model = row.build()
     if base == "nf4":
         model = in_4bit(model, DENSE)
-    targets = row.targets if isinstance(row.targets, str) else list(row.targets)
-    lora = peft.LoraConfig(r=4, lora_alpha=2, target_modules=targets, init_lora_weights=False)
+    lora = peft.LoraConfig(r=4, lora_alpha=2, target_modules=row.targets, init_lora_weights=False)
     model = peft.get_peft_model(model, lora).train()
     report = pylora.accelerate(model, verify=1)
     assert len([layer for layer in report.swapped if " over " in layer.kind]) == row.swapped
@@ -57,9 +56,8 @@ def test_three_training_steps_of_a_family_are_right(family: str, base: str) -> N
 def test_a_step_of_a_family_needs_less_memory_over_4_bit_layers(family: str) -> None:
     """Less than PEFT over bitsandbytes, which decodes the whole weight in a backward."""
     row = FAMILIES[family]
-    targets = row.targets if isinstance(row.targets, str) else list(row.targets)
     torch.manual_seed(0)
-    lora = peft.LoraConfig(r=4, target_modules=targets)
+    lora = peft.LoraConfig(r=4, target_modules=row.targets)
     peer = peft.get_peft_model(in_4bit(row.build(scale=4), DENSE), lora).train()
     training = Training(peer, row.inputs(torch.float32, repeat=2), row.output)
     training.step()  # the optimizer makes its state

@@ -14,7 +14,7 @@ from flat_calls import chosen, reference_op
 
 import pylora
 from pylora import dispatch
-from pylora.backends import cuda, cuda_hopper, extension
+from pylora.backends import cuda, cuda_hopper, extension, limits
 from pylora.backends.backend import Plan, Refusal
 from pylora.calls import Layer, LoraLinearCall, LowRank, Nf4LinearCall, Weight
 from pylora.testing import assert_as_accurate_as_torch
@@ -135,7 +135,6 @@ class Calls:
         self._monkeypatch = monkeypatch
         monkeypatch.setattr(cuda, "_has_matrix_instructions", lambda device: True)
         monkeypatch.setattr(cuda, "_is_aligned", lambda tensor: True)
-        monkeypatch.setattr(cuda, "_shared_memory", lambda device: 163 << 10)
         self.on(9, 0)
 
     def on(self, *capability: int, compiled: bool = True) -> None:
@@ -168,7 +167,7 @@ class Calls:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
-    monkeypatch.setenv("PYLORA_HOPPER", "1")
+    monkeypatch.delenv("PYLORA_HOPPER", raising=False)
     pylora.refresh()
     with torch._subclasses.fake_tensor.FakeTensorMode():
         yield Calls(monkeypatch)
@@ -178,7 +177,7 @@ NEEDS = "the hopper kernel needs a multiple of 64"
 
 
 @pytest.mark.parametrize("has_lora", [False, True])
-@pytest.mark.parametrize("tokens", [128, 512, 513, 4096])
+@pytest.mark.parametrize("tokens", [9, 128, 513, 4096])
 def test_the_hopper_kernel_is_preferred_if_it_can_run(calls: Calls, tokens: int, has_lora: bool):
     assert calls.plan(tokens=tokens, has_lora=has_lora).variant == cuda.HOPPER
     straddling = calls.plan(tokens=tokens, blocksize=128, has_lora=has_lora)
@@ -221,27 +220,26 @@ def test_a_middle_number_of_tokens_is_refused_with_the_reason(
     assert calls.refusal(tokens=128, **options).endswith(f"not the hopper kernel: {reason}")
 
 
-def test_the_kernel_has_a_largest_number_of_tokens(calls: Calls):
+def test_the_kernel_is_for_a_middle_number_of_tokens(calls: Calls):
+    plan = calls.plan(tokens=limits.CUDA_HOPPER_TO)
+    assert plan.variant == cuda.MANY_ROWS
+    assert plan.note == "not the hopper kernel: from 8192 tokens on the dense product is faster"
     plan = calls.plan(tokens=8 * 65536)
     assert plan.variant == cuda.MANY_ROWS
     reason = "x has 524288 tokens; the hopper kernel takes up to 524280"
     assert plan.note == f"not the hopper kernel: {reason}"
-    assert calls.refusal(tokens=127) == "x has 127 tokens; the small_m kernel takes up to 64"
+    assert calls.plan(tokens=8).variant == cuda.SMALL_M
 
 
-@pytest.mark.parametrize("value", [None, "", "0"])
-def test_the_kernel_is_off_by_default(
-    calls: Calls, monkeypatch: pytest.MonkeyPatch, value: str | None
+def test_an_environment_variable_turns_the_kernel_off(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch
 ):
-    if value is None:
-        monkeypatch.delenv("PYLORA_HOPPER")
-    else:
-        monkeypatch.setenv("PYLORA_HOPPER", value)
+    monkeypatch.setenv("PYLORA_HOPPER", "0")
     pylora.refresh()
     plan, reason = calls.plan(tokens=513), calls.refusal(tokens=128)
     assert plan.variant == cuda.MANY_ROWS
     for text in (plan.note, reason):
-        assert "has not been measured" in text and "PYLORA_HOPPER=1" in text
+        assert "PYLORA_HOPPER=0 turns the hopper kernel off" in text
 
 
 def test_the_compiled_op_refuses_cpu_tensors():

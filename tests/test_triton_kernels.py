@@ -297,7 +297,7 @@ def test_autocast_changes_nothing_inside_an_op() -> None:
 def test_precision_follows_torchs_switch() -> None:
     before = torch.backends.cuda.matmul.allow_tf32
     try:
-        for allowed, precision in ((True, "tf32"), (False, "tf32x3")):
+        for allowed, precision in ((True, "tf32"), (False, "ieee")):
             torch.backends.cuda.matmul.allow_tf32 = allowed
             assert fp32_precision() == precision
     finally:

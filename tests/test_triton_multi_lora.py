@@ -245,11 +245,13 @@ def test_a_refusal_says_why() -> None:
 def test_a_cuda_graph_can_be_replayed_on_other_ids() -> None:
     """The graph is captured once, and then the ids change."""
     forward = arguments(torch.randint(-1, 4, (24,)), 256, 512, 4, 16, BF16, nested=True)
-    ops.multi_lora_linear(*forward)
+    _, h = ops.multi_lora_linear(*forward)
+    grad, x, _, *others = backward_arguments(forward, h)
+    ops.multi_lora_linear_backward(grad, x, h, *others)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y, h = ops.multi_lora_linear(*forward)
-        gradients = ops.multi_lora_linear_backward(*backward_arguments(forward, h))
+        gradients = ops.multi_lora_linear_backward(grad, x, h, *others)
     forward[11].copy_(torch.randint(-1, 4, (24,)))
     graph.replay()
     assert torch.equal(y, ops.multi_lora_linear(*forward)[0])

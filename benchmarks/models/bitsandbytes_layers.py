@@ -8,6 +8,8 @@ from typing import Any
 import bitsandbytes
 from torch import nn
 
+from pylora.nn.conv1d import is_plain_linear
+
 
 def linear4bit(dense: nn.Linear, double_quant: bool) -> nn.Module:
     """A Linear4bit (nf4) with the values of a dense layer, which computes in its dtype."""
@@ -26,7 +28,7 @@ def linear4bit(dense: nn.Linear, double_quant: bool) -> nn.Module:
 def in_4bit(model: Any, dense: str = r"lm_head\b") -> Any:
     """Makes linear layers 4-bit; those whose name matches the pattern `dense` stay."""
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and not re.match(dense, name):
+        if is_plain_linear(module) and not re.match(dense, name):
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, linear4bit(module, True))
     model.is_loaded_in_4bit = True

@@ -9,7 +9,6 @@ from typing import Any
 
 import peft
 import torch
-from torch import nn
 
 import pylora
 from benchmarks.models.bitsandbytes_layers import in_4bit
@@ -19,22 +18,22 @@ from benchmarks.models.results import ACCELERATED, PEER
 RANK = 16
 DENSE_PEER = "PEFT, dense"
 
+Targets = str | list[str]
+
 
 @dataclass(frozen=True)
 class ModelContender:
     """A way to train LoRA.
 
-    build     dense model -> the model to train, which may be the same, changed
-    has_nf4   its base has 4 bits
+    build     (dense model, targets of LoRA) -> the model to train, which may be the same, changed
     """
 
     name: str
-    build: Callable[[Any], Any]
-    has_nf4: bool = True
+    build: Callable[[Any, Targets], Any]
 
 
-def _with_peft(model: Any) -> Any:
-    config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+def _with_peft(model: Any, targets: Targets) -> Any:
+    config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets)
     return peft.get_peft_model(model, config)
 
 
@@ -43,22 +42,23 @@ def _accelerated(model: Any) -> Any:
     return model
 
 
-def _of_pylora(model: Any) -> Any:
-    skipped = [n for n, m in model.named_modules() if type(m) is nn.Linear and re.match(DENSE, n)]
+def _of_pylora(model: Any, targets: Targets) -> Any:
+    skipped = [name for name, _ in model.named_modules() if re.match(DENSE, name)]
     pylora.quantize_model(model, skip_modules=skipped, double_quant=True)
     # PEFT casts its factors to float32 over a base in bfloat16; so do we, to compare the same work.
-    pylora.add_lora(model, r=RANK, lora_alpha=2 * RANK, dtype=torch.float32)
+    pylora.add_lora(model, r=RANK, lora_alpha=2 * RANK, target_modules=targets, dtype=torch.float32)
     return model
 
 
 CONTENDERS = (
-    ModelContender(PEER, lambda model: _with_peft(in_4bit(model, DENSE))),
-    ModelContender(ACCELERATED, lambda model: _accelerated(_with_peft(in_4bit(model, DENSE)))),
+    ModelContender(PEER, lambda model, targets: _with_peft(in_4bit(model, DENSE), targets)),
+    ModelContender(
+        ACCELERATED, lambda model, targets: _accelerated(_with_peft(in_4bit(model, DENSE), targets))
+    ),
     ModelContender("pylora", _of_pylora),
-    ModelContender(DENSE_PEER, _with_peft, has_nf4=False),
+    ModelContender(DENSE_PEER, _with_peft),
     ModelContender(
         f"{DENSE_PEER}, accelerated",
-        lambda model: _accelerated(_with_peft(model)),
-        has_nf4=False,
+        lambda model, targets: _accelerated(_with_peft(model, targets)),
     ),
 )

@@ -95,7 +95,7 @@ class Family:
     batch: dict[str, Tensor] = field(default_factory=lambda: TEXT)
     left: frozenset[str] = frozenset()
     output: str = "loss"
-    targets: str | tuple[str, ...] = "all-linear"
+    targets: str | list[str] = "all-linear"
 
     def build(self, scale: int = 1) -> Any:
         """The model in float32, with random weights and without dropout.
@@ -186,7 +186,7 @@ FAMILIES = {
         "MambaConfig",
         {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 1, "state_size": 8},
         2,
-        targets=("in_proj", "x_proj"),  # its kernels read the weights of the others
+        targets=["in_proj", "x_proj"],  # its kernels read the weights of the others
     ),
     "bamba": causal(
         "Bamba",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import (
-    MODELS_FILE,
+    MODELS_FILES,
     NUMBER,
     InvalidResults,
     check_fields,
@@ -16,7 +16,7 @@ from benchmarks.results import (
     write_atomically,
 )
 
-SCHEMA = 1
+FILE, SCHEMA = "models.json", 1
 # The contender that the others are compared with.
 PEER = "PEFT over bitsandbytes"
 ACCELERATED = f"{PEER}, accelerated"
@@ -47,8 +47,11 @@ def save(path: Path, run: Mapping[str, Any]) -> None:
 
 def load_all(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """Returns the runs of whole models in these files and folders."""
-    files = [path / MODELS_FILE if path.is_dir() else path for path in paths]
-    return [load(file) for file in files if file.name == MODELS_FILE and file.exists()]
+    runs = []
+    for path in paths:
+        files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        runs += [load(file) for file in files if file.name.startswith(MODELS_FILES)]
+    return runs
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from benchmarks.models.families import FAMILIES
 from benchmarks.models.measure import Decoding, Training, model_bytes
 from benchmarks.models.results import PEER
 from benchmarks.models.table import models_table
-from benchmarks.results import MODELS_FILE
 from benchmarks.statistics import rounds, summarize
 
 # The families are measured at a hidden size of 512, with 32 sequences in a batch.
@@ -42,12 +41,14 @@ class Job:
     build        makes it, dense, in float32, with random weights
     inputs       the batch of a training step
     output       the attribute of what its forward returns that is trained
+    targets      the layers that get LoRA
     vocabulary   if it is a causal language model, the number of its tokens; otherwise 0
     """
 
     build: Callable[[], Any]
     inputs: Mapping[str, torch.Tensor]
     output: str
+    targets: str | list[str]
     vocabulary: int
 
 
@@ -65,34 +66,70 @@ def smollm2() -> Job:
     )
     ids = torch.arange(256)[None] * 97 % config.vocab_size
     inputs = {"input_ids": ids, "labels": ids}
-    return Job(lambda: transformers.LlamaForCausalLM(config), inputs, "loss", config.vocab_size)
+    return Job(
+        lambda: transformers.LlamaForCausalLM(config),
+        inputs,
+        "loss",
+        "all-linear",
+        config.vocab_size,
+    )
 
 
-def default_dtype(device: torch.device) -> torch.dtype:
+def llama_3_8b_block() -> Job:
+    """One decoder layer of Llama-3 8B, attention and MLP, with random weights, and one sequence of
+    2,048 tokens. The vocabulary is small, so that the head does not hide the layer."""
+    config = transformers.LlamaConfig(
+        vocab_size=1024,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=1,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+    )
+    ids = torch.arange(2048)[None] * 97 % config.vocab_size
+    inputs = {"input_ids": ids, "labels": ids}
+    return Job(
+        lambda: transformers.LlamaForCausalLM(config),
+        inputs,
+        "loss",
+        "all-linear",
+        config.vocab_size,
+    )
+
+
+# These models are measured in their own size; the families are small.
+WHOLE = {"smollm2-135m": smollm2, "llama-3-8b-block": llama_3_8b_block}
+
+
+def default_dtype(facts: Mapping[str, Any]) -> torch.dtype:
     """bfloat16, or float32 on a CPU without instructions for bfloat16, where torch is far slower
     in it than in float32."""
-    flags = machine.machine(device)["flags"]
-    fast = device.type != "cpu" or {"avx512_bf16", "amx_bf16", "bf16"} & set(flags)
+    fast = {"avx512_bf16", "amx_bf16", "bf16"} & set(facts["flags"])
+    fast = fast or facts["device"] != "cpu"
     return torch.bfloat16 if fast else torch.float32
 
 
-def jobs(names: list[str] | None, dtype: torch.dtype) -> dict[str, Job]:
-    """The models with these names; by default all. Raises ValueError for an unknown name."""
-    known = ["smollm2-135m", *FAMILIES]
+def jobs(names: list[str] | None, dtype: torch.dtype, on_gpu: bool = False) -> dict[str, Job]:
+    """The models with these names; by default all that the device can train in seconds. Raises
+    ValueError for an unknown name."""
+    known = [*WHOLE, *FAMILIES]
     for name in names or ():
         if name not in known:
             raise ValueError(f"--model is {name!r}; it must be one of {', '.join(known)}")
     chosen = {}
-    for name in names or known:
+    too_large = () if on_gpu else ("llama-3-8b-block",)
+    for name in names or [name for name in known if name not in too_large]:
         if name in FAMILIES:
             family = FAMILIES[name]
             inputs = family.inputs(dtype, REPEAT)
-            decodes = family.model.endswith("ForCausalLM")
+            # Mamba has a cache of its own kind.
+            decodes = family.model.endswith("ForCausalLM") and name != "mamba"
             vocabulary = family.settings["vocab_size"] if decodes else 0
             build = lambda family=family: family.build(SCALE)  # noqa: E731
-            chosen[name] = Job(build, inputs, family.output, vocabulary)
+            chosen[name] = Job(build, inputs, family.output, family.targets, vocabulary)
         else:
-            chosen[name] = smollm2()
+            chosen[name] = WHOLE[name]()
     return chosen
 
 
@@ -101,7 +138,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else default_dtype(device)
+    facts = machine.machine(device)
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else default_dtype(facts)
     seed = random.SystemRandom().randrange(2**31) if arguments.seed is None else arguments.seed
     # These facts are taken before this run loads the machine and adds files to the checkout.
     run: dict[str, Any] = {
@@ -111,13 +149,13 @@ def run(arguments: argparse.Namespace) -> int:
         "seconds": arguments.seconds,
         "rank": RANK,
         "dtype": str(dtype).removeprefix("torch."),
-        "machine": machine.machine(device),
+        "machine": facts,
         "versions": machine.versions(),
         "commit": machine.commit(),
         "models": [],
     }
-    path: Path = arguments.out / MODELS_FILE
-    bar = tqdm(jobs(arguments.model, dtype).items(), unit="model")
+    path: Path = arguments.out / results.FILE
+    bar = tqdm(jobs(arguments.model, dtype, device.type == "cuda").items(), unit="model")
     for name, job in bar:
         bar.set_description(name)
         run["models"].append(_measure(name, job, dtype, device, seed, arguments.seconds))
@@ -138,9 +176,13 @@ def _measure(
     trainings: dict[str, Training] = {}
     found: dict[str, dict[str, Any]] = {}
     for contender in CONTENDERS:
-        model = contender.build(copy.deepcopy(dense).to(device))
-        training = Training(model, inputs, job.output)
         found[contender.name] = {"contender": contender.name, "note": ""}
+        try:
+            model = contender.build(copy.deepcopy(dense).to(device), job.targets)
+        except ValueError as error:
+            found[contender.name]["note"] = f"refused: {error}"
+            continue
+        training = Training(model, inputs, job.output)
         peer = trainings.get(PEER)
         if peer is not None and training.trainable != peer.trainable:
             found[contender.name]["note"] = (

@@ -39,8 +39,9 @@ def rows(run: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 def _time(result: Mapping[str, Any], peer: Mapping[str, Any], what: str) -> tuple[str, str]:
     if what not in result:
         return "", ""
-    time, reference = result[what]["median"], peer[what]["median"]
-    return f"{time * 1e3:.1f} ms", f"{reference / time:.2f}"
+    time = result[what]["median"]
+    ratio = f"{peer[what]['median'] / time:.2f}" if what in peer else ""
+    return f"{time * 1e3:.1f} ms", ratio
 
 
 def models_table(run: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from benchmarks.report.plots import INK, LOSING, MUTED, OURS_COLOR, rendered
 def models_section(run: Mapping[str, Any], figures: dict[str, bytes]) -> Iterator[str]:
     """Gives the HTML in pieces, and adds the PNG of the picture to `figures` by its file name."""
     yield f"<h2>Whole models</h2><p>{escape(EXPLANATION.format(**run))}</p>"
-    svg, figures["models.png"] = rendered(ratios(run))
+    svg, figures[f"models-{len(figures) + 1}.png"] = rendered(ratios(run))
     yield f"<section>{svg}</section>"
     head = "".join(
         f'<th class="l">{escape(name)}</th>' if column < 2 else f"<th>{escape(name)}</th>"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pylora.backends import cuda_hopper, cuda_many_rows, extension, limits
+from pylora.backends import cuda_hopper, cuda_many_rows, cuda_products, extension, limits
 from pylora.backends.backend import (
     DENSE,
     KERNEL_DTYPES,
@@ -25,7 +25,11 @@ from pylora.backends.composition import composed
 from pylora.calls import (
     Adapters,
     DequantizeCall,
+    LoraLinearBackward,
     LoraLinearCall,
+    LoraMlpBackward,
+    LoraMlpCall,
+    LoraQkvBackward,
     LoraQkvCall,
     LowRank,
     MultiLoraCall,
@@ -71,17 +75,6 @@ def _not_on_cuda(**tensors: Tensor | None) -> Reason:
 @lru_cache
 def _has_matrix_instructions(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def _has_little_shared_memory(device: torch.device) -> bool:
-    return _shared_memory(device) < limits.CUDA_LITTLE_SHARED_MEMORY
-
-
-@lru_cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a kernel may ask for; 0 if torch does not say."""
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", 0)
 
 
 def _is_aligned(tensor: Tensor) -> bool:
@@ -148,10 +141,6 @@ def _small_m_reason(name: str, x: Tensor, weight: Weight) -> Reason:
         most = f"{most_of_block_32} if the blocksize is 32"
     elif tokens > most_tokens:
         most = f"{most_tokens}"
-    elif tokens > limits.CUDA_SMALL_M_OF_LITTLE_SHARED_MEMORY and _has_little_shared_memory(
-        x.device
-    ):
-        most = f"{limits.CUDA_SMALL_M_OF_LITTLE_SHARED_MEMORY} on this GPU, for its shared memory"
     else:
         return None
     return f"{name} has {tokens} tokens; the small_m kernel takes up to {most}"
@@ -175,7 +164,7 @@ def _lora_reason(x: Tensor, low: LowRank | None) -> Reason:
 
 
 def _linear(call: Nf4LinearCall | LoraLinearCall) -> Plan | Refusal:
-    """Chooses hopper if the user asked for it and it can run, else many_rows or small_m by tokens.
+    """Chooses small_m, hopper or many_rows by tokens, and by what they can run.
 
     The refusal gives the reason of the last kernel that was asked.
     """
@@ -187,15 +176,16 @@ def _linear(call: Nf4LinearCall | LoraLinearCall) -> Plan | Refusal:
     if reason is not None:
         return Refusal(reason)
     hopper = cuda_hopper.reason(x, tokens, weight) or _decoder_reason(weight)
-    if hopper is None:
+    product = None if low is None else cuda_many_rows.lora_reason(x, tokens, low)
+    if hopper is None and (tokens < limits.CUDA_HOPPER_TO or product is not None):
         hopper_op = f"{op}_hopper"
         return Plan(HOPPER, getattr(extension, hopper_op), prepare=_prepare(op, hopper_op))
+    hopper = hopper or f"from {limits.CUDA_HOPPER_TO} tokens on the dense product is faster"
     note = f"not the hopper kernel: {hopper}" if tokens >= limits.CUDA_HOPPER_FROM else ""
     if tokens >= limits.CUDA_MANY_ROWS_FROM:
-        reason = None if low is None else cuda_many_rows.lora_reason(x, tokens, low)
-        if reason is None:
+        if product is None:
             return Plan(MANY_ROWS, getattr(cuda_many_rows, op), note)
-        return Refusal(f"{reason}; {note}")
+        return Refusal(f"{product}; {note}")
     reason = _small_m_reason("x", x, weight)
     if reason is None:
         return Plan(SMALL_M, getattr(extension, op), prepare=_prepare(op, op))
@@ -211,12 +201,30 @@ def _prepare(op: str, variant: str) -> Callable[[Any], PreparedForward]:
 def _nf4_linear_backward(call: Nf4LinearBackward) -> Plan | Refusal:
     grad, weight = call.grad, call.weight
     reason = _any_kernel_reason("grad", grad, weight, None)
-    if reason is None and token_count(grad) >= limits.CUDA_MANY_ROWS_FROM:
+    if reason is None and token_count(grad) >= limits.CUDA_BACKWARD_PRODUCT_FROM:
         return Plan(MANY_ROWS, cuda_many_rows.nf4_linear_backward)
     if reason is None and weight.blocksize == 32:
         reason = "the blocksize is 32; the kernel takes 64 or more"
     reason = reason or _small_m_reason("grad", grad, weight)
     return Plan(SMALL_M, extension.nf4_linear_backward) if reason is None else Refusal(reason)
+
+
+def _lora_linear_backward(call: LoraLinearBackward) -> Plan | Refusal:
+    grad, layer, low = call.grad, call.layer, call.layer.low_rank
+    assert low is not None
+    if not layer.weight.is_nf4:
+        return Refusal(DENSE)
+    reason = _any_kernel_reason("grad", grad, layer.weight, layer.bias) or _lora_reason(grad, low)
+    reason = reason or cuda_products.reason(grad, low, call.wanted)
+    if reason is not None:
+        return Refusal(reason)
+    if not call.wanted.x:
+        return Plan("products", cuda_products.lora_linear_backward(None))
+    base = _nf4_linear_backward(Nf4LinearBackward(grad, layer.weight))
+    if isinstance(base, Refusal):
+        return base
+    run = cuda_products.lora_linear_backward(base)
+    return Plan(f"products around {base.variant}", run, base.note)
 
 
 def _multi_lora_linear(call: MultiLoraCall) -> Plan | Refusal:
@@ -242,6 +250,7 @@ _PLANNERS: dict[Any, Planner] = {
     Nf4LinearCall: _linear,
     Nf4LinearBackward: _nf4_linear_backward,
     LoraLinearCall: _linear,
+    LoraLinearBackward: _lora_linear_backward,
     MultiLoraCall: _multi_lora_linear,
 }
 
@@ -255,9 +264,13 @@ def _lora_qkv(composed_qkv: Planner, call: LoraQkvCall) -> Plan | Refusal:
     return plan
 
 
+_COMPOSED = composed(_PLANNERS)
+
 BACKEND = Backend(
     name="cuda",
-    planners=_PLANNERS | {LoraQkvCall: partial(_lora_qkv, composed(_PLANNERS)[LoraQkvCall])},
+    planners=_PLANNERS
+    | {record: _COMPOSED[record] for record in (LoraQkvBackward, LoraMlpCall, LoraMlpBackward)}
+    | {LoraQkvCall: partial(_lora_qkv, _COMPOSED[LoraQkvCall])},
     unavailable=_unavailable,
     compiled_for=_compiled_archs,
     device=lambda: "cuda",

@@ -42,10 +42,7 @@ def reason(x: Tensor, tokens: int, weight: Weight) -> Reason:
     if tokens < CUDA_HOPPER_FROM:
         return f"x has {tokens} tokens; the hopper kernel is for {CUDA_HOPPER_FROM} or more"
     if not settings.current().hopper:
-        return (
-            "the hopper kernel has not been measured against dequantize and matmul; "
-            f"{settings.HOPPER}=1 turns it on"
-        )
+        return f"{settings.HOPPER}=0 turns the hopper kernel off"
     reason_of_device = device_reason(x.device)
     if reason_of_device is not None:
         return reason_of_device

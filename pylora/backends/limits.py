@@ -7,19 +7,26 @@ compiled kernel cannot do at all is a hard limit and comes from the extension
 
 from __future__ import annotations
 
-# cuda: up to this many tokens the call is memory-bound and the small_m kernel runs. Estimate: no
-# GPU has run it.
-CUDA_SMALL_M = 64
-# cuda: the same for GPUs that give a CTA less shared memory than CUDA_LITTLE_SHARED_MEMORY bytes
-# (compute capability 8.6, 8.9 and 12.0). For more tokens they would write many partials to memory.
-# Estimate.
-CUDA_SMALL_M_OF_LITTLE_SHARED_MEMORY = 32
-CUDA_LITTLE_SHARED_MEMORY = 128 << 10
-# cuda: from this many tokens on the call is compute-bound, and the hopper kernel may run. Estimate.
-CUDA_HOPPER_FROM = 128
+# The measurements are those of an H100 (benchmarks/results/h100-sxm/sweep.json) in microseconds,
+# for a weight [out_features, in_features]. Other GPUs have not been measured.
+#
+# cuda: up to this many tokens the small_m kernel runs, to which up to 8 tokens cost about the same:
+# [4096, 4096] takes 18.7 at 4 tokens and 28.5 at 16, and the hopper kernel 24.6 at 32. The Triton
+# kernels take 17.3, but their launches cost the host more than the GPU saves unless a CUDA graph
+# holds them.
+CUDA_SMALL_M = 8
+# cuda: from this many tokens on the hopper kernel runs, on GPUs that have it.
+CUDA_HOPPER_FROM = 9
+# cuda: from this many tokens on the many_rows variant is as fast as the hopper kernel or faster. At
+# 8192 tokens both take 431 for [4096, 4096]; for [14336, 4096] it takes 1362 and the kernel 1469.
+CUDA_HOPPER_TO = 8192
 # cuda: from this many tokens on, writing the decoded weight and reading it again costs less than
-# decoding it for each tile of x, so the many_rows variant runs. Estimate.
-CUDA_MANY_ROWS_FROM = 513
-# triton: the same threshold for its dense product, by the bytes of an element of x. fp32 tiles lose
-# more against the vendor's product than 16-bit tiles. Estimate.
-TRITON_PRODUCT_FROM = {2: 513, 4: 65}
+# decoding it for each tile of x, so the many_rows variant runs if the hopper kernel cannot.
+# [14336, 4096] takes 127 at 256 tokens, and Triton's tiles take 162; at 128 it is 117 against 79.
+CUDA_MANY_ROWS_FROM = 256
+# cuda: the same for a backward, whose tiles exist in Triton alone. Up to 255 tokens they are faster
+# on the GPU, but their six launches cost the host 1.5 ms, and the products of torch 0.1 ms.
+CUDA_BACKWARD_PRODUCT_FROM = 9
+# triton: the same threshold for its dense product, by the bytes of an element of x. That of fp32 is
+# an estimate: fp32 tiles lose more against the vendor's product than 16-bit tiles.
+TRITON_PRODUCT_FROM = {2: 256, 4: 65}

@@ -44,8 +44,9 @@ def accelerate(
     verify    the first `verify` calls of each layer are compared with float64 by the numerics rule;
               AssertionError names the layer that fails
 
-    It takes PEFT's LoRA, DoRA and AdaLoRA over nn.Linear, Conv1D and Linear4bit (nf4), and plain
-    Linear4bit.
+    It takes PEFT's LoRA, DoRA and AdaLoRA over nn.Linear, Conv1D, Linear4bit (nf4) and NF4Linear,
+    and plain Linear4bit.
+
     A call that pylora does not compute (such as one with a hook on a part of the layer) goes
     through PEFT's own forward, over a base that pylora computes; the log
     (`pylora.integrations.swaps`) says why. PEFT's methods work as before: adapters may be added,

@@ -25,6 +25,7 @@ from pylora.models.adapter_files import save_adapter
 from pylora.models.lora_switching import lora_names
 from pylora.models.module_tree import adapted_layers, is_4bit, merge_added_bias
 from pylora.nn import LoRALinear, NF4Linear
+from pylora.nn.conv1d import is_plain_linear
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +212,7 @@ def bitsandbytes_config(model: Any) -> dict[str, Any] | None:
         name = name.removesuffix(".base_layer")
         if is_4bit(module):
             packed.append((name, module))
-        elif type(module) is nn.Linear or isinstance(module, Conv1D):
+        elif is_plain_linear(module) or isinstance(module, Conv1D):
             dense.append(name)
     if not packed:
         return None

@@ -35,7 +35,8 @@ class AdaLoraSwap(PeftSwap):
     def why_not_fused(self, module: Any, active: Sequence[str], parts: Parts, x: Any) -> str | None:
         if parts.A.shape[0] == 0:
             return "its rank is 0"
-        return why_not_called(parts) or why_not_input(module, parts.base, x)
+        why_not = why_not_called((parts.base, parts.dropout), parts.dropout)
+        return why_not or why_not_input(module, parts.base, x)
 
     def with_base(self, module: Any, name: str, parts: Parts, x: Tensor) -> Tensor:
         base, _, B, dropout = parts

@@ -16,10 +16,7 @@ from pylora.integrations.bitsandbytes_layers import (
 from pylora.integrations.swaps import Swap, has_hooks, is_swapped, why_not_replaceable
 from pylora.nf4_weight import NF4Weight
 from pylora.nn import NF4Linear
-from pylora.nn.conv1d import dense_weight, is_conv1d
-
-# Subclasses of nn.Linear with a forward of their own that computes the same.
-_LIKE_LINEAR = ("FalconLinear",)
+from pylora.nn.conv1d import dense_weight, is_conv1d, is_plain_linear
 
 
 class Parts(NamedTuple):
@@ -50,7 +47,7 @@ class PeftSwap(Swap):
             return why_not_replaceable(base)
         if type(base).__name__ == "Linear4bit":
             return why_not_replaceable(base) or why_not_nf4(base)
-        like_linear = type(base).__name__ in _LIKE_LINEAR or is_conv1d(base)
+        like_linear = is_plain_linear(base) or is_conv1d(base)
         if not like_linear and getattr(type(base), "forward", None) is not nn.Linear.forward:
             return f"its base layer is a {type(base).__name__}"
         return why_not_replaceable(base)
@@ -102,16 +99,18 @@ class PeftSwap(Swap):
         return self._weight.get(base, NF4Weight.from_bitsandbytes)
 
 
-def why_not_called(parts: Parts) -> str | None:
-    """Why a layer must call its parts one by one; None if it need not."""
-    for part in parts:
-        if isinstance(part, nn.Module):
-            if has_hooks(part):
-                return "a hook must see the calls of its parts"
-            if "forward" in part.__dict__ and not is_swapped(part):
-                return "another library has replaced the forward of one of its parts"
-    if type(parts.dropout) not in (nn.Dropout, nn.Identity):
-        return f"its dropout is a {type(parts.dropout).__name__}"
+def why_not_called(called: Sequence[Any], dropout: Any) -> str | None:
+    """Why a layer must call its parts one by one; None if it need not.
+
+    called    the modules that the layer calls, its dropout among them
+    """
+    for part in called:
+        if has_hooks(part):
+            return "a hook must see the calls of its parts"
+        if "forward" in part.__dict__ and not is_swapped(part):
+            return "another library has replaced the forward of one of its parts"
+    if type(dropout) not in (nn.Dropout, nn.Identity):
+        return f"its dropout is a {type(dropout).__name__}"
     return None
 
 

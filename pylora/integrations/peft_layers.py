@@ -154,7 +154,8 @@ class PeftLoraSwap(PeftSwap):
         weight = self.weight_of(base)
         given = in_compute_dtype(base, x)
         factors = (A.weight, B.weight, scaling)
-        version = 0 if base.weight.is_inference() else base.weight._version
+        stored = stored_weight(base)
+        version = 0 if stored.is_inference() else stored._version
         base_norm = self._norm.get(base, lambda _: dora.base_norm(weight), version)
         norm = dora.adapted_norm(weight, base_norm, *factors)
         dropped = dropout(given) if drop_rate(dropout) else None
@@ -170,8 +171,8 @@ class PeftLoraSwap(PeftSwap):
 
 def _why_not_linear(module: Any, parts: Parts, x: Any) -> str | None:
     """Why this adapter cannot be computed with the base layer; None if it can."""
-    base, A, B, _ = parts
-    why_not = why_not_called(parts)
+    base, A, B, dropout = parts
+    why_not = why_not_called(parts, dropout)
     if why_not is not None:
         return why_not
     if type(A) is not nn.Linear or type(B) is not nn.Linear or A.bias is not None:

@@ -14,7 +14,7 @@ from pylora.models.module_tree import Site, is_below, is_bitsandbytes_4bit, site
 from pylora.models.weight_readers import why_not_lora
 from pylora.models.wrappers import inside
 from pylora.nn import LoRALinear, NF4Linear
-from pylora.nn.conv1d import is_conv1d
+from pylora.nn.conv1d import is_conv1d, is_plain_linear
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +32,9 @@ def named_by(name: str, entries: Collection[str]) -> bool:
 def can_carry_lora(module: nn.Module) -> bool:
     """True for the layers that LoRALinear can wrap.
 
-    Subclasses of nn.Linear are not among them, because they may compute something else.
+    Other subclasses of nn.Linear are not among them, because they may compute something else.
     """
-    plain = type(module) is nn.Linear or is_conv1d(module)
+    plain = is_plain_linear(module) or is_conv1d(module)
     return plain or isinstance(module, NF4Linear) or is_bitsandbytes_4bit(module)
 
 

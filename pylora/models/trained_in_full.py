@@ -29,9 +29,9 @@ from pylora.nn.inactive import (
     set_trainable,
 )
 
-# Where a module that is trained in full, and each module inside that holds tensors, has its state.
+# A module that is trained in full has its state here, as has each module inside with tensors.
 _STATE, _PART_OF = "_pylora_trained_in_full", "_pylora_part_of"
-# Where a module keeps its base while an adapter's tensors are in use. A tuple hides it from torch.
+# A module keeps its base here while an adapter's tensors are in use. A tuple hides it from torch.
 _BASE = "_pylora_base"
 
 

@@ -1,11 +1,25 @@
-"""The Conv1D of transformers, which GPT-2 has in the place of linear layers.
+"""Dense linear layers of other classes than nn.Linear: which they are, and their weights.
 
-It is a linear layer whose weight is stored transposed: [in_features, out_features].
+The Conv1D of transformers, which GPT-2 has, stores its weight transposed: [in_features,
+out_features].
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
+
+# Subclasses of nn.Linear with a forward of their own that computes the same.
+_SAME_AS_LINEAR = ("FalconLinear",)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """True for an nn.Linear, and for a subclass that is known to compute the same.
+
+    Other subclasses may compute something else.
+    """
+    if type(module) is nn.Linear:
+        return True
+    return isinstance(module, nn.Linear) and type(module).__name__ in _SAME_AS_LINEAR
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -80,17 +80,20 @@ def layer_backward(
     If neither dweight nor dlora_A is wanted, only the shape and dtype of x are read.
     """
     flat_grad, low = token_matrix(grad), layer.low_rank
-    dx = base_linear_backward(grad, layer.weight) if wanted.x else None
     dweight = flat_grad.t() @ token_matrix(x) if wanted.weight else None
     dbias = flat_grad.sum(0) if wanted.bias else None
     if low is None or not wanted.any:
+        dx = base_linear_backward(grad, layer.weight) if wanted.x else None
         return LayerGradients(dx, dweight, bias=dbias)
 
     act = ACTIVATIONS[low.activation]
-    # The scaling multiplies the small results, and not grad, which would take another such matrix.
-    grad_in_lora = flat_grad.to(low.A.dtype)
+    scaled = flat_grad.to(low.A.dtype) * low.scaling
     h = token_matrix(h).to(low.A.dtype)
-    dh = act.backward(grad_in_lora @ low.B * low.scaling, h)
+    dh = act.backward(scaled @ low.B, h)
+    dlora_B = scaled.t() @ act.forward(h) if wanted.B else None
+    dB_bias = scaled.sum(0) if wanted.B_bias else None
+    del scaled  # it is as large as grad, and dx, which comes next, is as large as x
+    dx = base_linear_backward(grad, layer.weight) if wanted.x else None
     if dx is not None and low.dropout is None and dx.dtype == dh.dtype:
         dx = torch.addmm(token_matrix(dx), dh, low.A).view(x.shape)
     elif dx is not None:
@@ -102,10 +105,10 @@ def layer_backward(
         x=dx,
         weight=dweight,
         A=dlora_A,
-        B=grad_in_lora.t() @ act.forward(h) * low.scaling if wanted.B else None,
+        B=dlora_B,
         bias=dbias,
         A_bias=dh.sum(0) if wanted.A_bias else None,
-        B_bias=grad_in_lora.sum(0) * low.scaling if wanted.B_bias else None,
+        B_bias=dB_bias,
     )
 
 

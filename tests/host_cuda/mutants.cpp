@@ -53,7 +53,7 @@ template <bool kWait, bool kBarrier, int kPending>
 void reverse_copied(const int* in, int* out) {
   auto* copied = reinterpret_cast<int*>(dynamic_shared_memory());
   const unsigned thread = threadIdx.x;
-  if (thread < kThreads / 4) copy_async_16(copied + 4 * thread, in + 4 * thread, 0);
+  if (thread < kThreads / 4) copy_async_16(copied + 4 * thread, in + 4 * thread);
   copy_async_commit();
   if (kWait) copy_async_wait<kPending>();
   if (kBarrier) __syncthreads();

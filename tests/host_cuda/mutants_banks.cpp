@@ -56,7 +56,7 @@ void load_swizzled_rows(int* out) {
 template <int kStride>
 void copy_strided(int* out) {
   uint8_t* memory = tiled_shared_memory();
-  for (int i = 0; i < kTimes; ++i) copy_async_16(memory + kStride * threadIdx.x, out, 0);
+  for (int i = 0; i < kTimes; ++i) copy_async_16(memory + kStride * threadIdx.x, out);
   copy_async_commit();
   copy_async_wait<0>();
 }

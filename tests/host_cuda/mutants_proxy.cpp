@@ -70,7 +70,7 @@ void multiply_stored(TensorMap b_map, const uint16_t* a, const uint16_t* b, floa
     if (kBug == Bug::kPlainStores) {
       *place(thread, unit) = *source(unit);
     } else if (kBug == Bug::kNoFenceOfCopies) {
-      copy_async_16(place(thread, unit), source(unit), 0);
+      copy_async_16(place(thread, unit), source(unit));
     } else {
       store_shared(place(thread, unit), *source(unit));
     }

@@ -100,11 +100,8 @@ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
   return product;
 }
 
-inline uint64_t evict_first_policy() { return 0; }
-
 // The copy lands as late as it may, which is when its thread waits for it.
-inline void copy_async_16(void* shared, const void* global, uint64_t /*policy*/,
-                          const Where& where = Where::current()) {
+inline void copy_async_16(void* shared, const void* global, const Where& where = Where::current()) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 ||
       reinterpret_cast<uintptr_t>(global) % 16 != 0) {
     host_cuda::fail("cp.async of 16 bytes from or to an address that is no multiple of 16");

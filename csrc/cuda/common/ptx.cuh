@@ -104,19 +104,14 @@ __device__ __forceinline__ uint32_t multiply_pairs<__nv_bfloat16>(uint32_t a, ui
   return product;
 }
 
-// The cache policy of L2 for data that is read once.
-__device__ __forceinline__ uint64_t evict_first_policy() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
 // Copies 16 bytes from global to shared memory without going through registers. They may be read
 // after commit, wait and a barrier.
-__device__ __forceinline__ void copy_async_16(void* shared, const void* global, uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(
-                   shared_address(shared)),
-               "l"(global), "l"(policy)
+//
+// It has no cache policy: where the shared address has a uniform part, ptxas 13.0 for sm_90a names
+// registers for the policy that hold something else, and the GPU stops with an illegal instruction.
+__device__ __forceinline__ void copy_async_16(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(shared)),
+               "l"(global)
                : "memory");
 }
 // `commit` closes a group of this thread's copies. `wait` waits until at most `kPending` groups are

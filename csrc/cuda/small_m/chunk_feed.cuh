@@ -35,7 +35,6 @@ class ChunkFeed {
   __device__ __forceinline__ ChunkFeed(const LoraLinearSmallMParams& params, const Chunks& chunks,
                                        int row_warp, int lane)
       : params_(params),
-        policy_(evict_first_policy()),
         chunks_(chunks),
         row_warp_(row_warp),
         lane_(lane),
@@ -54,8 +53,8 @@ class ChunkFeed {
           min(chunk * kChunkGranules + lane_ % kChunkGranules, row_granules_ - 1));
       uint8_t* place = stage + chunk_offset(2 * (lane_ % kChunkGranules), lane_ / kChunkGranules);
       const auto* qweight = reinterpret_cast<const uint4*>(weight.qweight);
-      copy_async_16(place, qweight + (upper_ + granule), policy_);
-      copy_async_16(place + kPairRow, qweight + (lower_ + granule), policy_);
+      copy_async_16(place, qweight + (upper_ + granule));
+      copy_async_16(place + kPairRow, qweight + (lower_ + granule));
 #pragma unroll
       for (int i = 0; i < kAbsmax; ++i) {
         const int column =
@@ -81,7 +80,6 @@ class ChunkFeed {
   }
 
   const LoraLinearSmallMParams& params_;
-  uint64_t policy_;
   Chunks chunks_;
   int row_warp_, lane_, row_granules_;
   uint32_t upper_ = 0, lower_ = 0;  // the two rows whose bytes this lane copies

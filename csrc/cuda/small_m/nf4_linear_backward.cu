@@ -30,7 +30,6 @@ class BackwardChunkFeed {
   __device__ __forceinline__ BackwardChunkFeed(const NF4LinearBackwardSmallMParams& params,
                                                const Chunks& chunks, int column_warp, int lane)
       : params_(params),
-        policy_(evict_first_policy()),
         chunks_(chunks),
         column_warp_(column_warp),
         lane_(lane),
@@ -48,9 +47,8 @@ class BackwardChunkFeed {
       const NF4Matrix& weight = params_.args.weight;
       const auto* qweight = reinterpret_cast<const uint4*>(weight.qweight);
       const uint32_t lower = granule_ + kRowsOfStep * granules_;
-      copy_async_16(place, qweight + min(granule_, final_granule_), policy_);
-      copy_async_16(place + kStageHoles / 2 * kPairRow, qweight + min(lower, final_granule_),
-                    policy_);
+      copy_async_16(place, qweight + min(granule_, final_granule_));
+      copy_async_16(place + kStageHoles / 2 * kPairRow, qweight + min(lower, final_granule_));
       absmax.load(weight, min(block_, final_block_), params_.nested_block_shift);
     }
     const uint32_t rows = params_.plan.sum_warps * kChunkRows;
@@ -78,7 +76,6 @@ class BackwardChunkFeed {
   }
 
   const NF4LinearBackwardSmallMParams& params_;
-  uint64_t policy_;
   Chunks chunks_;
   int column_warp_, lane_;
   uint32_t granules_;  // in a row
