@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from pylora.reference.activation import ACTIVATIONS, GATED_ACTIVATIONS
 
 # The names of activations in the configurations of transformers and AdapterHub, and our names.
 _ALIASES = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "swish": "silu"}
+
+_OptionalTensor = TypeVar("_OptionalTensor", Tensor, Tensor | None)
 
 
 def tensor(name: str, value: object) -> None:
@@ -145,12 +148,12 @@ def token_vectors(
         )
 
 
-def low_rank(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors of a low-rank path, cast to x's dtype under autocast, which casts the inputs of
-    every matmul; otherwise they are returned as they are."""
-    if x.dtype == torch.float64 or not under_autocast(x.device.type):
-        return tensors
-    return tuple(None if tensor is None else tensor.to(x.dtype) for tensor in tensors)
+def low_rank(tensor: _OptionalTensor, x: Tensor) -> _OptionalTensor:
+    """A tensor of a low-rank path, cast to x's dtype under autocast, which casts the inputs of
+    every matmul; otherwise the tensor as it is."""
+    if tensor is None or x.dtype == torch.float64 or not under_autocast(x.device.type):
+        return tensor
+    return tensor.to(x.dtype)
 
 
 def same_dtype_as_x(name: str, value: Tensor, x: Tensor) -> Tensor:

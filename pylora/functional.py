@@ -144,8 +144,15 @@ def _lora_linear_call(
     dropout = _dropout(dropout_p, seed, x)
     activation = checks.activation("activation", activation)
     checks.number("scaling", scaling)
-    tensors = checks.low_rank(x, lora_A, lora_B, lora_A_bias, lora_B_bias)
-    low_rank = LowRank(*tensors, float(scaling), activation, dropout)
+    low_rank = LowRank(
+        checks.low_rank(lora_A, x),
+        checks.low_rank(lora_B, x),
+        checks.low_rank(lora_A_bias, x),
+        checks.low_rank(lora_B_bias, x),
+        float(scaling),
+        activation,
+        dropout,
+    )
     return LoraLinearCall(x, Layer(base, bias, low_rank))
 
 

@@ -94,7 +94,7 @@ def _layer(
     if lora_A is not None and lora_B is not None:
         checks.lora_pair(lora_A, lora_B, out_features, in_features, x.device, f"{name}.")
         mask = None if dropout is None else Dropout(dropout.p, dropout.seed, stream)
-        factors = checks.low_rank(x, lora_A, lora_B)
-        low_rank = LowRank(*factors, scaling=float(scaling), dropout=mask)
+        A, B = checks.low_rank(lora_A, x), checks.low_rank(lora_B, x)
+        low_rank = LowRank(A, B, scaling=float(scaling), dropout=mask)
     checks.vector(f"{name}.bias", bias, out_features, x.device)
     return Layer(base_weight(f"{name}.weight", weight, x), bias, low_rank)

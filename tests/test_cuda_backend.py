@@ -101,7 +101,11 @@ def test_nf4_linear_backward_explains_its_limits(change: dict[str, Any], reason:
         ({"lora_dtype": torch.float32, "rank": 37}, None),
         ({"lora_dtype": torch.float16}, "lora_A is torch.float16; the kernel takes torch.bfloat16"),
         ({"rank": 0}, "the rank is 0; the kernel takes 1 to 1024"),
-        ({"dense": True}, "the base weight is dense"),
+        ({"dense": True}, None),
+        (
+            {"dense": True, "lora_dtype": torch.float32},
+            "lora_A is torch.float32; the products take torch.bfloat16, as x has",
+        ),
         ({"tokens": 80}, "x has 80 tokens"),
         ({"tokens": 514, "rank": 37, "blocksize": 128, "shape": (96, 192)}, None),
         ({"tokens": 514, "rank": 0}, "the rank is 0; the kernel takes 1 to 1024"),

@@ -324,7 +324,8 @@ def test_autocast_computes_in_its_dtype(backend: str, device: str) -> None:
             y = F.lora_linear(t["x"], base, t["lora_A"], t["lora_B"], 0.5)
         assert y.dtype == torch.bfloat16
         cast = base if isinstance(base, pylora.NF4Weight) else base.bfloat16()
-        assert torch.equal(y, F.lora_linear(t["x"].bfloat16(), cast, t["lora_A"], t["lora_B"], 0.5))
+        x, A, B = (t[name].bfloat16() for name in ("x", "lora_A", "lora_B"))
+        assert torch.equal(y, F.lora_linear(x, cast, A, B, 0.5))
         y.sum().backward()
         assert t["lora_A"].grad is not None and t["lora_A"].grad.dtype == torch.float32
 

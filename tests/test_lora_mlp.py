@@ -269,7 +269,10 @@ def test_autocast_computes_in_its_dtype(backend: str, device: str, small: Any) -
     x, mlp = small
     with torch.autocast(device, dtype=BF16):
         y = F.lora_mlp(x, *mlp)
-    cast = [p._replace(weight=p.weight.to(BF16)) if p is mlp[1] else p for p in mlp]
+    cast = [
+        Projection(*(t.to(BF16) if type(t) in (Tensor, torch.nn.Parameter) else t for t in p))
+        for p in mlp
+    ]
     assert torch.equal(y, F.lora_mlp(x.to(BF16), *cast))
     y.sum().backward()
     assert mlp[0].lora_A.grad.dtype == FP32 and mlp[1].weight.grad.dtype == FP32

@@ -61,9 +61,15 @@ def dequantized_by_bitsandbytes(packed: torch.Tensor, state: bnb.QuantState) -> 
 
 @torch.compiler.set_stance("force_eager")  # bitsandbytes compiles parts of its CPU code
 def assert_same_as_bitsandbytes(weight: torch.Tensor, blocksize: int, double_quant: bool) -> None:
+    """The bits are those of bitsandbytes on a CPU, also if ours are made on a GPU.
+
+    On a GPU bitsandbytes rounds otherwise near ties.
+    """
     packed, state = bnb.quantize_4bit(
-        weight, blocksize=blocksize, quant_type="nf4", compress_statistics=double_quant
+        weight.cpu(), blocksize=blocksize, quant_type="nf4", compress_statistics=double_quant
     )
+    packed = packed.to(weight.device)
+    state.to(weight.device)
     w = pylora.quantize_nf4(weight, blocksize, double_quant)
     assert torch.equal(w.qweight.view(-1), packed.view(-1))
     assert torch.equal(w.absmax.view(-1), state.absmax)

@@ -25,6 +25,7 @@ from pylora.backends.composition import composed
 from pylora.calls import (
     Adapters,
     DequantizeCall,
+    Layer,
     LoraLinearBackward,
     LoraLinearCall,
     LoraMlpBackward,
@@ -170,6 +171,9 @@ def _linear(call: Nf4LinearCall | LoraLinearCall) -> Plan | Refusal:
     """
     x, layer, low = call.x, call.layer, call.layer.low_rank
     weight, tokens, op = layer.weight, token_count(call.x), call.op
+    if low is not None and not weight.is_nf4:
+        reason = _products_reason("x", x, layer, low)
+        return Plan("products", cuda_products.lora_linear) if reason is None else Refusal(reason)
     if not weight.is_nf4:
         return Refusal(DENSE)
     reason = _any_kernel_reason("x", x, weight, layer.bias) or _lora_reason(x, low)
@@ -209,17 +213,24 @@ def _nf4_linear_backward(call: Nf4LinearBackward) -> Plan | Refusal:
     return Plan(SMALL_M, extension.nf4_linear_backward) if reason is None else Refusal(reason)
 
 
+def _products_reason(name: str, x: Tensor, layer: Layer, low: LowRank) -> Reason:
+    """Why products of torch do not run a layer with LoRA; None if they may.
+
+    name    the argument that x is, "x" or "grad"
+    """
+    reason = _any_kernel_reason(name, x, layer.weight, layer.bias) or _lora_reason(x, low)
+    return reason or cuda_products.reason(name, x, low)
+
+
 def _lora_linear_backward(call: LoraLinearBackward) -> Plan | Refusal:
     grad, layer, low = call.grad, call.layer, call.layer.low_rank
     assert low is not None
-    if not layer.weight.is_nf4:
-        return Refusal(DENSE)
-    reason = _any_kernel_reason("grad", grad, layer.weight, layer.bias) or _lora_reason(grad, low)
-    reason = reason or cuda_products.reason(grad, low, call.wanted)
+    reason = _products_reason("grad", grad, layer, low)
     if reason is not None:
         return Refusal(reason)
-    if not call.wanted.x:
-        return Plan("products", cuda_products.lora_linear_backward(None))
+    if not call.wanted.x or not layer.weight.is_nf4:
+        dense = cuda_products.DENSE_BACKWARD if call.wanted.x else None
+        return Plan("products", cuda_products.lora_linear_backward(dense))
     base = _nf4_linear_backward(Nf4LinearBackward(grad, layer.weight))
     if isinstance(base, Refusal):
         return base
