@@ -22,7 +22,6 @@ from pylora.calls import (
     Adapters,
     BottleneckAdapterCall,
     DequantizeCall,
-    Dropout,
     Layer,
     LoraLinearCall,
     LoraMlpCall,
@@ -33,6 +32,7 @@ from pylora.calls import (
     Norm,
     QuantizeCall,
 )
+from pylora.dropout import dropout_of
 from pylora.nf4 import DEFAULT_BLOCKSIZE, absmax_shape, check_blocksize, packed_shape
 from pylora.nf4_weight import NF4Weight
 from pylora.ops import run
@@ -141,7 +141,7 @@ def _lora_linear_call(
     checks.vector("bias", bias, out_features, x.device)
     checks.vector("lora_A_bias", lora_A_bias, lora_A.shape[0], x.device, lora_A.dtype)
     checks.vector("lora_B_bias", lora_B_bias, out_features, x.device, lora_A.dtype)
-    dropout = _dropout(dropout_p, seed, x)
+    dropout = dropout_of(dropout_p, seed, x)
     activation = checks.activation("activation", activation)
     checks.number("scaling", scaling)
     low_rank = LowRank(
@@ -221,7 +221,7 @@ def _lora_qkv_call(
 ) -> LoraQkvCall:
     projections = {"q": q, "k": k, "v": v}
     x = input_of(projections, x)
-    dropout = _dropout(dropout_p, seed, x)
+    dropout = dropout_of(dropout_p, seed, x)
     in_features = dict.fromkeys(projections, x.shape[-1])
     return LoraQkvCall(x, layers_of(projections, x, in_features, dropout))
 
@@ -272,7 +272,7 @@ def _lora_mlp_call(
         )
     in_features = {"gate": x.shape[-1], "up": x.shape[-1], "down": intermediate}
     activation = checks.gated_activation("activation", activation)
-    dropout = _dropout(dropout_p, seed, x)
+    dropout = dropout_of(dropout_p, seed, x)
     return LoraMlpCall(x, layers_of(projections, x, in_features, dropout), activation)
 
 
@@ -389,7 +389,7 @@ def _bottleneck_adapter_call(
         up_bias,
         activation,
         scaling,
-        _dropout(dropout_p, seed, x),
+        dropout_of(dropout_p, seed, x),
         norm_before,
         norm_after,
     )
@@ -461,33 +461,6 @@ def bottleneck_adapter(
     )
     y = run(call)
     return residual + y if residual is not None and call.residual is None else y
-
-
-def _dropout(p: float, seed: int | Tensor | None, x: Tensor) -> Dropout | None:
-    """The dropout of a call; None, without drawing a seed, if nothing is dropped."""
-    checks.probability("dropout_p", p)
-    return Dropout(float(p), dropout_seed(seed, x.device)) if p > 0.0 else None
-
-
-def dropout_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """`seed` as an int64 scalar tensor on `device`; drawn from torch's generator if it is None.
-
-    Raises TypeError or ValueError if `seed` is something else.
-    """
-    if seed is None:
-        return torch.randint(2**62, (), dtype=torch.int64, device=device)
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise TypeError(
-                f"seed is a {seed.dtype} tensor of {seed.numel()} elements; "
-                "it must be an int or an int64 tensor of one element"
-            )
-        return seed.reshape(()).to(device)
-    if not isinstance(seed, int):
-        raise TypeError(f"seed is {seed!r}; it must be an int or an int64 tensor of one element")
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed is {seed}; it must fit in 64 bits with a sign")
-    return torch.tensor(seed, dtype=torch.int64, device=device)
 
 
 # The name of a public function -> the function that makes the record of a call to it. explain and

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from pylora import functional
+from pylora.dropout import dropout_seed
 from pylora.integrations.peft_base import (
     Parts,
     PeftSwap,
@@ -49,7 +50,7 @@ class AdaLoraSwap(PeftSwap):
             "scaling": 1.0,
             "bias": base.bias,
             "dropout_p": p,
-            "seed": functional.dropout_seed(None, x.device) if p else None,
+            "seed": dropout_seed(None, x.device) if p else None,
         }
         y = functional.lora_linear(given, weight, **arguments)
         if self.must_verify():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pylora import functional
 from pylora.calls import Dropout
+from pylora.dropout import dropout_seed
 from pylora.integrations import peft_rows
 from pylora.integrations.bitsandbytes_layers import OfWeight, stored_weight
 from pylora.integrations.peft_base import (
@@ -122,7 +123,7 @@ class PeftLoraSwap(PeftSwap):
         kept_for = (base, A, B, state)
         must_verify = self.must_verify()
         compiling = torch.compiler.is_compiling()
-        seed = functional.dropout_seed(None, x.device) if p else None
+        seed = dropout_seed(None, x.device) if p else None
         if self._kept is not None and not compiling and not must_verify:
             same = all(now is then for now, then in zip(kept_for, self._kept_for, strict=True))
             call = self._kept.call_with(x) if same else None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pylora import checks, functional
 from pylora.calls import Dropout
+from pylora.dropout import dropout_seed
 from pylora.nn import dora
 from pylora.nn.conv1d import is_conv1d
 from pylora.nn.inactive import rename_for, set_trainable
@@ -102,7 +103,7 @@ class LoRALinear(MergeableLoRA):
             return self._long_forward(x)
         dropout = None
         if self.training and self.lora_dropout:
-            dropout = Dropout(self.lora_dropout, functional.dropout_seed(None, kept.device))
+            dropout = Dropout(self.lora_dropout, dropout_seed(None, kept.device))
         return call.run(x, self.scaling, dropout)
 
     def _long_forward(self, x: Tensor) -> Tensor:
