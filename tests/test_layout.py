@@ -26,7 +26,7 @@ LAYERS = [
     ("pylora.dispatch",),
     ("pylora.ops",),
     ("pylora.nf4_weight",),
-    ("pylora.checks", "pylora.projections", "pylora.bottleneck"),
+    ("pylora.checks", "pylora.projections", "pylora.bottleneck", "pylora.dropout"),
     ("pylora.functional",),
     ("pylora.nn", "pylora.explain", "pylora.testing"),
     ("pylora.adapters",),
