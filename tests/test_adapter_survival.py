@@ -19,6 +19,7 @@ import pylora
 from pylora import Average, Fuse, Stack
 from pylora.adapters import AdapterConfig
 from pylora.models.slots import slots
+from pylora.nn import LoRALinear
 
 pytest.importorskip("transformers")
 
@@ -72,6 +73,57 @@ def test_a_copy_computes_with_its_own_adapters(copier: Any) -> None:
     assert pylora.active_adapter(model) == "a" and not torch.equal(b, expected)
     pylora.delete_adapter(pylora.delete_adapter(twin, "a"), "b")
     assert not slots(twin) and slots(model)
+
+
+def test_a_switch_looks_for_the_adapters_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = two()
+    expected = model(X).logits
+    pylora.set_active_adapters(model, "b")
+
+    def walk(*_: Any) -> None:
+        raise AssertionError("the switch looks through the model")
+
+    monkeypatch.setattr(model, "modules", walk)
+    monkeypatch.setattr(model, "named_modules", walk)
+    with pylora.active_adapters(model, "a"):
+        assert torch.equal(model(X).logits, expected)
+    pylora.set_active_adapters(model, "a")
+    assert torch.equal(model(X).logits, expected)
+
+
+def lora_by_hand(model: Any) -> None:
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = LoRALinear(attention.q_proj, r=4)
+
+
+def lora_in_a_part(model: Any) -> None:
+    pylora.add_lora(model.model.layers[0], r=4)
+
+
+def lora_in_a_copy(model: Any) -> None:
+    lora_by_hand(model)
+    pylora.set_active_adapters(model, "default")
+    attention = model.model.layers[0].self_attn
+    copied = copy.deepcopy(attention.q_proj)
+    copied.base_layer = attention.o_proj
+    attention.o_proj = copied
+
+
+@pytest.mark.parametrize("add", [lora_by_hand, lora_in_a_part, lora_in_a_copy])
+def test_a_switch_finds_layers_that_come_later(add: Any) -> None:
+    model, without = two(), two()
+    with pylora.active_adapters(model, "b"):
+        model(X)
+    add(model)
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    for layer in layers:
+        nn.init.normal_(layer.adapter("default").lora_B)
+    pylora.set_active_adapters(model, Stack("default", "b"))
+    assert {layer.active_adapter for layer in layers} == {"default"}
+    pylora.set_active_adapters(model, "b")
+    assert {layer.active_adapter for layer in layers} == {None}
+    expected = pylora.set_active_adapters(without, "b")(X).logits
+    assert torch.equal(model(X).logits, expected)
 
 
 @pytest.mark.parametrize(

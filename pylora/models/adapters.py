@@ -94,7 +94,7 @@ def set_active_adapters(model: _Model, adapter_name: Composition) -> _Model:
     trained = _trained_by(root, composition)
     changes = [p for p in bottleneck_parameters(root) if p.requires_grad != (id(p) in trained)]
     if changes:
-        refuse_to_change(model, call)
+        refuse_to_change(model, call, changes)
     if switch.has_lora:
         exchange(root, switch.lora)
         train_active(root)

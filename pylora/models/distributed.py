@@ -6,11 +6,12 @@ gather. Several libraries keep the parameters that they found, and do not notice
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
 
-from pylora.models.wrappers import classes_of, plain_name
+from pylora.models.wrappers import classes_of, plain_name, wrappers_around
 from pylora.sharding import is_sharded
 
 _ORDER = (
@@ -30,29 +31,35 @@ _KEEPS_PARAMETERS = {
 }
 
 
-def refuse_to_change(model: nn.Module, call: str) -> None:
+def refuse_to_change(
+    model: nn.Module, call: str, parameters: Collection[nn.Parameter] | None = None
+) -> None:
     """Raises ValueError if layers of the model cannot be replaced because of its wrappers.
 
-    call    the name of the function that would replace them
+    call          the name of the function that would replace them
+    parameters    those that it replaces, or whose requires_grad it changes; None for a function
+                  that may replace any. Fewer are checked sooner
     """
-    reason = why_unchangeable(model, call)
+    reason = why_unchangeable(model, call, parameters)
     if reason is not None:
         raise ValueError(reason)
 
 
-def why_unchangeable(model: nn.Module, call: str) -> str | None:
+def why_unchangeable(
+    model: nn.Module, call: str, parameters: Collection[nn.Parameter] | None = None
+) -> str | None:
     """Why `call` cannot replace layers of the model because of its wrappers; None if it can."""
-    for module in model.modules():
+    for module in model.modules() if parameters is None else wrappers_around(model):
         for name in classes_of(module) & _KEEPS_PARAMETERS.keys():
             return (
                 f"model is {_KEEPS_PARAMETERS[name]}; {call} replaces parameters and must be "
                 f"called before: {_ORDER}"
             )
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters() if parameters is None else parameters:
         kind = None
         if is_sharded(parameter):
             return (
-                f"{plain_name(model, name)} is a DTensor, which {call} cannot replace. Tensor "
+                f"{_name(model, parameter)} is a DTensor, which {call} cannot replace. Tensor "
                 "parallelism cannot split pylora's layers either: call it before the model is "
                 "parallelized, leave its layers out of the plan, and shard them with fully_shard"
             )
@@ -64,10 +71,15 @@ def why_unchangeable(model: nn.Module, call: str) -> str | None:
             kind = "part of a FlatParameter of FullyShardedDataParallel"
         if kind is not None:
             return (
-                f"{plain_name(model, name)} is {kind}; {call} replaces parameters and needs plain, "
+                f"{_name(model, parameter)} is {kind}; {call} replaces parameters and needs plain, "
                 f"whole parameters: {_ORDER}"
             )
     return None
+
+
+def _name(model: nn.Module, parameter: nn.Parameter) -> str:
+    name = next(name for name, held in model.named_parameters() if held is parameter)
+    return plain_name(model, name)
 
 
 def refuse_to_write(model: nn.Module, call: str) -> None:

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from pylora.models.adapted import adapted
 from pylora.models.distributed import refuse_to_change
 from pylora.models.module_tree import lora_layers, refuse_peft_model
-from pylora.models.trained_in_full import all_full_modules, train_full, use_full
+from pylora.models.trained_in_full import train_full, use_full
 from pylora.models.wrappers import unwrapped
 from pylora.nn.inactive import set_trainable
 from pylora.nn.lora_adapters import LORA_TENSORS
@@ -21,15 +22,15 @@ from pylora.nn.lora_adapters import LORA_TENSORS
 
 def lora_names(model: nn.Module) -> tuple[str, ...]:
     """The names of the model's LoRA adapters, the active one first; empty without LoRA."""
-    layers = lora_layers(unwrapped(model)).values()
+    layers = adapted(model).lora
     active = [layer.active_adapter for layer in layers if layer.active_adapter is not None]
     return tuple(dict.fromkeys([*active, *(n for layer in layers for n in layer.adapter_names)]))
 
 
 def active_lora(model: nn.Module) -> str | None:
     """The LoRA adapter that the model computes with; None if there is none."""
-    layers = lora_layers(unwrapped(model)).values()
-    return next((x.active_adapter for x in layers if x.active_adapter is not None), None)
+    active = (layer.active_adapter for layer in adapted(model).lora)
+    return next((name for name in active if name is not None), None)
 
 
 def check_is_lora(model: nn.Module, adapter: str) -> None:
@@ -46,38 +47,36 @@ def check_switch(model: nn.Module, adapter: str | None, call: str) -> None:
     """Raises ValueError if the model cannot switch to a LoRA adapter that it has, or to none."""
     root = unwrapped(model)
     refuse_peft_model(root)
-    for name, layer in lora_layers(root).items():
-        if layer.merged:
-            raise ValueError(f"{name} is merged; pylora.unmerge must be called first")
+    if any(layer.merged for layer in adapted(root).lora):
+        name = next(name for name, layer in lora_layers(root).items() if layer.merged)
+        raise ValueError(f"{name} is merged; pylora.unmerge must be called first")
     if adapter != active_lora(root):
-        refuse_to_change(model, call)
+        refuse_to_change(model, call, lora_parameters(root))
 
 
 def exchange(model: nn.Module, adapter: str | None) -> None:
     """Gives the parameters of an adapter the places of the active one; None leaves the base."""
-    root = unwrapped(model)
-    for layer in lora_layers(root).values():
+    for layer in adapted(model).lora:
         layer.set_adapter(adapter if adapter in layer.adapter_names else None)
-    for module in all_full_modules(root).values():
+    for module in adapted(model).full:
         use_full(module, adapter)
 
 
 def train_active(model: nn.Module) -> None:
     """Makes the parameters of the active adapter trainable, and freezes those of the others."""
-    root = unwrapped(model)
-    for layer in lora_layers(root).values():
+    for layer in adapted(model).lora:
         set_trainable(layer, LORA_TENSORS, True)
         for name in layer.adapter_names:
             if name != layer.active_adapter:
                 set_trainable(layer.adapter(name), LORA_TENSORS, False)
-    for module in all_full_modules(root).values():
+    for module in adapted(model).full:
         train_full(module)
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of LoRA layers and of modules that are trained in full."""
-    root = unwrapped(model)
-    modules = (*lora_layers(root).values(), *all_full_modules(root).values())
+    found = adapted(model)
+    modules = (*found.lora, *found.full)
     return [p for m in modules for p in m.parameters() if p.is_floating_point()]
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from pylora.adapters.slot import SLOTS
 from pylora.models.wrappers import classes_of, inner_attribute, inside, plain_name
 from pylora.nn import LoRALinear, NF4Linear
+from pylora.nn.changes import note_change
 from pylora.nn.inactive import HOLDER
 
 # The attributes in which a module keeps its hooks.
@@ -50,6 +51,7 @@ class Site:
         new.training = self.module.training
         holder, attribute = self._holder()
         setattr(holder, attribute, new)
+        note_change()
         if has_fast_path(self.parent):
             # Torch takes the path only if this is 1 or 2, and reads it for nothing else.
             self.parent.activation_relu_or_gelu = 0

@@ -10,8 +10,10 @@ from torch import nn
 from pylora.adapters.activation_state import ActiveSetup
 from pylora.adapters.composition import names_in
 from pylora.adapters.slot import SLOTS, AdapterSlot
+from pylora.models.adapted import adapted
 from pylora.models.blocks import SubLayer, TransformerBlock, submodule
 from pylora.models.wrappers import plain_name, unwrapped
+from pylora.nn.changes import note_change
 
 
 def slots(model: nn.Module) -> dict[str, AdapterSlot]:
@@ -26,12 +28,11 @@ def slots(model: nn.Module) -> dict[str, AdapterSlot]:
 
 def setup_of(model: nn.Module) -> ActiveSetup | None:
     """What says which adapters are active; None if the model has no bottleneck adapter."""
-    modules = unwrapped(model).modules()
-    return next((slot.setup for slot in modules if isinstance(slot, AdapterSlot)), None)
+    return adapted(model).setup
 
 
 def all_slots(model: nn.Module) -> list[AdapterSlot]:
-    """The slots of a model, without the time that their names take."""
+    """The slots of a model, in the order in which they were added."""
     setup = setup_of(model)
     return [] if setup is None else setup.slots
 
@@ -46,7 +47,9 @@ def bottleneck_names(model: nn.Module) -> tuple[str, ...]:
 
 def bottleneck_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of all bottleneck adapters and of the attention over them."""
-    return [p for slot in all_slots(model) for p in slot.parameters()]
+    # `parameters()` takes twice as long, because it makes names.
+    modules = (module for slot in all_slots(model) for module in slot.modules())
+    return [p for module in modules for p in module._parameters.values() if p is not None]
 
 
 def slot_at(
@@ -62,6 +65,7 @@ def slot_at(
         slot = AdapterSlot(f"{block.name}.{place}", block.hidden_size(), setup)
         held[place] = slot.train(block.module.training)
         setup.slots.append(slot)
+        note_change()
         _hook(block, place, sub_layer, slot)
     return held[place]
 
@@ -106,6 +110,7 @@ def remove_adapters(model: nn.Module, names: set[str]) -> None:
             del module._modules[SLOTS]
     if not setup.slots:
         _unhook(root, setup)
+    note_change()
 
 
 def _unhook(module: nn.Module, owner: object) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pylora.models.module_tree import sites
 from pylora.models.wrappers import plain_state
+from pylora.nn.changes import note_change
 from pylora.nn.inactive import (
     HOLDER,
     InactiveAdapter,
@@ -65,6 +66,7 @@ def add_full(module: nn.Module, name: str, copies: dict[int, Tensor]) -> None:
         adapter._non_persistent_buffers_set |= base._non_persistent_buffers_set
         hold(part, name, adapter)
     state.names.append(name)
+    note_change()
 
 
 def _copied(tensor: Tensor, copies: dict[int, Tensor]) -> Any:
@@ -129,6 +131,7 @@ def forget_full(module: nn.Module) -> None:
         vars(part).pop(_BASE, None)
         vars(part).pop(_PART_OF, None)
     del vars(module)[_STATE]
+    note_change()
 
 
 def full_adapters(module: nn.Module) -> tuple[str, ...]:
@@ -137,9 +140,14 @@ def full_adapters(module: nn.Module) -> tuple[str, ...]:
     return () if state is None else tuple(state.names)
 
 
+def is_trained_in_full(module: nn.Module) -> bool:
+    """True if some adapter trains this module in full."""
+    return _STATE in vars(module)
+
+
 def all_full_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that some adapter trains in full, by name."""
-    return {site.name: site.module for site in sites(model) if _STATE in vars(site.module)}
+    return {site.name: site.module for site in sites(model) if is_trained_in_full(site.module)}
 
 
 def fully_trained_modules(model: nn.Module, adapter: str | None = None) -> dict[str, nn.Module]:

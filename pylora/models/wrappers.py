@@ -38,12 +38,21 @@ def inner_attribute(module: nn.Module) -> str | None:
     return None
 
 
+def wrappers_around(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and, if it is a wrapper, what is in it: further wrappers, and at last the model.
+
+    The first one comes first.
+    """
+    inner: nn.Module | None = module
+    while inner is not None:
+        yield inner
+        attribute = inner_attribute(inner)
+        inner = None if attribute is None else inner._modules[attribute]
+
+
 def inside(module: nn.Module) -> nn.Module:
     """The module itself or, if it is a wrapper, the module inside it and all further wrappers."""
-    while (attribute := inner_attribute(module)) is not None:
-        inner = module._modules[attribute]
-        assert inner is not None
-        module = inner
+    *_, module = wrappers_around(module)
     return module
 
 

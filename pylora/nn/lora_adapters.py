@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pylora import checks
 from pylora.nf4_weight import NF4Weight
 from pylora.nn import dora
+from pylora.nn.changes import note_change
 from pylora.nn.conv1d import dense_weight
 from pylora.nn.inactive import (
     InactiveAdapter,
@@ -67,11 +68,16 @@ class NamedAdapters(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        note_change()
         self.active_adapter: str | None = None
         self._set_settings(_NO_SETTINGS)
         for name in LORA_TENSORS:
             self.register_parameter(name, None)
         self.register_load_state_dict_post_hook(_refresh_after_load)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        note_change()  # this is a copy, or comes from a file
+        super().__setstate__(state)
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
