@@ -20,6 +20,7 @@ from pylora.calls import (
     Nf4LinearCall,
     QuantizeCall,
 )
+from pylora.reference.lora_linear import native
 
 _VARIANT = "pure PyTorch"
 
@@ -27,6 +28,10 @@ _VARIANT = "pure PyTorch"
 def _always(record: Any) -> Planner:
     plan = Plan(_VARIANT, in_python(getattr(reference, record.op)))
     return lambda call: plan
+
+
+def _lora_linear(call: LoraLinearCall) -> Plan:
+    return Plan(_VARIANT, in_python(reference.lora_linear), native=native(call))
 
 
 BACKEND = Backend(
@@ -38,7 +43,6 @@ BACKEND = Backend(
             DequantizeCall,
             Nf4LinearCall,
             Nf4LinearBackward,
-            LoraLinearCall,
             LoraLinearBackward,
             LoraQkvCall,
             LoraQkvBackward,
@@ -47,7 +51,8 @@ BACKEND = Backend(
             MultiLoraCall,
             MultiLoraBackward,
         )
-    },
+    }
+    | {LoraLinearCall: _lora_linear},
     unavailable=lambda: None,
     compiled_for=lambda: _VARIANT,
     device=lambda: "cpu",
