@@ -133,7 +133,9 @@ def lora_shrink(
     masks = masks or [Mask()] * len(factors)
     ranks = tuple(factor.shape[0 if rank_first else 1] for factor in factors)
     fp32 = operands.dtype == tl.float32
-    config, splits, k_per_split = shrink_config(M, K, max(ranks), fp32, facts(x))
+    config, splits, k_per_split = shrink_config(
+        M, K, max(ranks), fp32, facts(x), factors=len(factors)
+    )
     partials = [x.new_empty(splits, M, rank, dtype=torch.float32) for rank in ranks]
     grid = (triton.cdiv(M, config.block_m), triton.cdiv(max(ranks), config.block_r), splits)
     with on_device_of(x):
