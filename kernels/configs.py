@@ -220,14 +220,16 @@ def _block_r(rank: int, most: int) -> int:
 
 
 def shrink_config(
-    M: int, K: int, rank: int, fp32: bool, facts: Facts, adapters: int = 1
+    M: int, K: int, rank: int, fp32: bool, facts: Facts, adapters: int = 1, factors: int = 1
 ) -> tuple[ShrinkConfig, int, int]:
     """(config, splits of K, per_split) of projections of [M, K] to [M, R], R <= rank.
 
     If there are several adapters, the splits suit the worst case: one adapter has all the tokens.
+    A program computes the projections on several factors at once.
     """
-    block_m = 16 if _few_tokens_each(M, adapters) else 64
-    config = ShrinkConfig(block_m, _block_r(rank, 64), 64, 4, 4)
+    block_m, block_r = 16 if _few_tokens_each(M, adapters) else 64, _block_r(rank, 64)
+    # Four warps have too few registers for the sums of three ranks of 64 and one more product.
+    config = ShrinkConfig(block_m, block_r, 64, 8 if block_m * block_r * factors > 8192 else 4, 4)
     if fp32:
         config = ShrinkConfig(block_m, _block_r(rank, 32), 32, 4, 2)
     tiles = cdiv(M, block_m) * cdiv(rank, config.block_r)

@@ -14,7 +14,7 @@ from pylora.kernels.configs import shrink_config
 from pylora.kernels.epilogue import factor_pointers
 from pylora.kernels.launch import MAX_REGISTERS, facts, on_device_of
 from pylora.kernels.philox import Mask, keep_mask
-from pylora.kernels.precision import Operands, as_operand, dot
+from pylora.kernels.precision import Operands, as_operand, dot, finished_dot
 
 
 @triton.jit(do_not_specialize=["threshold", "M"])
@@ -92,7 +92,14 @@ def _lora_shrink_kernel(
                 factor = tl.load(pointers)
             else:
                 factor = tl.load(pointers, mask=inside[:, None], other=0.0)
-            product = dot(as_operand(kept, OPERAND), as_operand(factor, OPERAND), PRECISION)
+            a, b = as_operand(kept, OPERAND), as_operand(factor, OPERAND)
+            # Only if nothing but the products reads the tile of x may they run on into the next
+            # turn. Triton keeps no extra buffer for a tile that is also loaded to registers, and
+            # would overwrite it with a later tile while a product still reads it.
+            if copy_ptr is None and up_ptr is None and seed_ptrs[i] is None and x.dtype == OPERAND:
+                product = dot(a, b, PRECISION)
+            else:
+                product = finished_dot(a, b, PRECISION)
             added = added + (sums[i] + product,)
         sums = added
     for i in tl.static_range(len(factor_ptrs)):
@@ -126,7 +133,9 @@ def lora_shrink(
     masks = masks or [Mask()] * len(factors)
     ranks = tuple(factor.shape[0 if rank_first else 1] for factor in factors)
     fp32 = operands.dtype == tl.float32
-    config, splits, k_per_split = shrink_config(M, K, max(ranks), fp32, facts(x))
+    config, splits, k_per_split = shrink_config(
+        M, K, max(ranks), fp32, facts(x), factors=len(factors)
+    )
     partials = [x.new_empty(splits, M, rank, dtype=torch.float32) for rank in ranks]
     grid = (triton.cdiv(M, config.block_m), triton.cdiv(max(ranks), config.block_r), splits)
     with on_device_of(x):

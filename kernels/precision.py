@@ -48,12 +48,21 @@ def dot_add(acc, a, b, PRECISION: tl.constexpr):
     A product in fp32 arithmetic begins at zero and is added to acc, so that a long sum is made of
     short ones, and its error does not grow with its length as that of one long chain would.
     """
-    if INTERPRETED:
-        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    if PRECISION == "ieee":
-        # With the last argument, the compiler leaves the addition outside the product.
-        return acc + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1)
+    if INTERPRETED or PRECISION == "ieee":
+        return acc + finished_dot(a, b, PRECISION)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def finished_dot(a, b, PRECISION: tl.constexpr):
+    """Returns what `dot` returns, but the compiler keeps what is added to it out of the product.
+
+    So the program waits for the product before the addition. An addition that became a part of the
+    product would let a product of the Hopper matrix unit run on into the next turn of the loop.
+    """
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1)
 
 
 class Operands(NamedTuple):

@@ -8,6 +8,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from importlib import metadata
+from itertools import groupby
 
 import torch
 
@@ -61,6 +62,9 @@ def check(
 ) -> int:
     """Prints a table of every backend and op against the reference.
 
+    Each wrong result is printed at once, and the rows of a backend when it is done, so that a check
+    that is cut off has said what it found.
+
     seed            the seed of the random data
     only            the name of the only backend to check
     ops             the only ops to check; all if empty
@@ -69,29 +73,33 @@ def check(
     Returns 0 if everything is right by the numerics rule, and 1 if not or if the last three leave
     nothing to run.
     """
-    table: dict[tuple[str, str, str], list[selfcheck.Outcome]] = defaultdict(list)
 
     def chosen(case: selfcheck.Case) -> bool:
         return not ops or case.op in ops
 
-    for outcome in selfcheck.run(seed, chosen, only, token_counts):
-        table[outcome.backend, outcome.compiled_for, outcome.case.op].append(outcome)
-    failures = [o for outcomes in table.values() for o in outcomes if o.failure is not None]
     columns = f"{'backend':8} {'compiled for':24} {'op':27} {'cases':>5} {'wrong':>5}"
-    print(f"{columns}  error allowed and used")
-    for (backend, compiled_for, op), outcomes in table.items():
-        wrong = sum(o.failure is not None for o in outcomes)
-        used = max((o.accuracy.used for o in outcomes if o.accuracy is not None), default=0.0)
-        print(f"{backend:8} {compiled_for[:24]:24} {op:27} {len(outcomes):5} {wrong:5}  {used:.0%}")
-    for outcome in failures:
-        where = f"{outcome.backend} {outcome.compiled_for}"
-        print(f"WRONG {where} {outcome.case.op} {outcome.case.description}")
-        print(f"      {outcome.failure}")
+    print(f"{columns}  error allowed and used", flush=True)
+    total = failures = 0
+    all_outcomes = selfcheck.run(seed, chosen, only, token_counts)
+    for (backend, compiled_for), group in groupby(
+        all_outcomes, lambda outcome: (outcome.backend, outcome.compiled_for)
+    ):
+        by_op: dict[str, list[selfcheck.Outcome]] = defaultdict(list)
+        for outcome in group:
+            by_op[outcome.case.op].append(outcome)
+            if outcome.failure is not None:
+                print(f"WRONG {backend} {compiled_for} {outcome.case.op}", end=" ")
+                print(f"{outcome.case.description}\n      {outcome.failure}", flush=True)
+        for op, outcomes in by_op.items():
+            wrong = sum(outcome.failure is not None for outcome in outcomes)
+            used = max((o.accuracy.used for o in outcomes if o.accuracy is not None), default=0.0)
+            name = f"{backend:8} {compiled_for[:24]:24} {op:27}"
+            print(f"{name} {len(outcomes):5} {wrong:5}  {used:.0%}", flush=True)
+            total, failures = total + len(outcomes), failures + wrong
     for backend_ in dispatch.BACKENDS.values():
         if only in (None, backend_.name) and backend_.unavailable() is not None:
             print(f"not run: {backend_.name}: {backend_.unavailable()}")
-    total = sum(map(len, table.values()))
-    print(f"{total - len(failures)} of {total} right by the numerics rule (seed {seed})")
+    print(f"{total - failures} of {total} right by the numerics rule (seed {seed})")
     is_narrowed = only is not None or bool(ops) or token_counts is not None
     return 1 if failures or (is_narrowed and total == 0) else 0
 

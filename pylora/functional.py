@@ -35,7 +35,7 @@ from pylora.calls import (
 from pylora.dropout import dropout_of
 from pylora.nf4 import DEFAULT_BLOCKSIZE, absmax_shape, check_blocksize, packed_shape
 from pylora.nf4_weight import NF4Weight
-from pylora.ops import run
+from pylora.ops import run, run_output
 from pylora.projections import Projection, base_weight, input_of, layers_of
 from pylora.reference.absmax import quantize_absmax
 
@@ -207,8 +207,7 @@ def lora_linear(
         lora_A_bias,
         lora_B_bias,
     )
-    y, _ = run(call)
-    return y
+    return run_output(call)
 
 
 def _lora_qkv_call(

@@ -129,8 +129,9 @@ SUMS = ("lora_linear_small_m", "load 4")
     [
         (1, {}),
         (2, {}),
-        (3, {("lora_linear_small_m", "load 16"): 1000}),  # x_pitch(3) is 3, not 2 modulo 4
-        (4, {STAGING: 4000}),
+        # x_pitch(3) is 3, not 2 modulo 4.
+        (3, {("lora_linear_small_m", "load 16"): 1000, SUMS: 667}),
+        (4, {STAGING: 4000, SUMS: 667}),
         (8, {SUMS: 667}),
         (16, {SUMS: 667}),
         (24, {SUMS: 667}),

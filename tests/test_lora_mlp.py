@@ -269,10 +269,11 @@ def test_autocast_computes_in_its_dtype(backend: str, device: str, small: Any) -
     x, mlp = small
     with torch.autocast(device, dtype=BF16):
         y = F.lora_mlp(x, *mlp)
-    cast = [
-        Projection(*(t.to(BF16) if type(t) in (Tensor, torch.nn.Parameter) else t for t in p))
-        for p in mlp
-    ]
+    cast = []
+    for p in mlp:
+        A, B = (None if t is None else t.to(BF16) for t in (p.lora_A, p.lora_B))
+        weight = p.weight.to(BF16) if p is mlp[1] else p.weight
+        cast.append(p._replace(weight=weight, lora_A=A, lora_B=B))
     assert torch.equal(y, F.lora_mlp(x.to(BF16), *cast))
     y.sum().backward()
     assert mlp[0].lora_A.grad.dtype == FP32 and mlp[1].weight.grad.dtype == FP32

@@ -280,10 +280,11 @@ def test_autocast_computes_in_its_dtype(backend: str, device: str, grouped: Any)
     x, qkv = grouped
     with torch.autocast(device, dtype=BF16):
         outputs = F.lora_qkv(x, *qkv)
-    cast = [
-        Projection(*(t.to(BF16) if type(t) in (Tensor, torch.nn.Parameter) else t for t in p))
-        for p in qkv
-    ]
+    cast = []
+    for p in qkv:
+        A, B = (None if t is None else t.to(BF16) for t in (p.lora_A, p.lora_B))
+        weight = p.weight.to(BF16) if p is qkv[1] else p.weight
+        cast.append(p._replace(weight=weight, lora_A=A, lora_B=B))
     assert all(map(torch.equal, outputs, F.lora_qkv(x.to(BF16), *cast)))
     sum(y.sum() for y in outputs).backward()
     assert qkv[0].lora_A.grad.dtype == FP32 and qkv[1].weight.grad.dtype == FP32

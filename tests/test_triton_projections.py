@@ -23,6 +23,8 @@ if BACKEND.unavailable() is not None:
     pytest.skip(f"no Triton kernels here: {BACKEND.unavailable()}", allow_module_level=True)
 
 from pylora.kernels import configs, launch, lora_linear, lora_linear_backward
+from pylora.kernels.lora_shrink import lora_shrink
+from pylora.kernels.precision import lora_operands
 
 DEVICE = BACKEND.device()
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -174,6 +176,20 @@ def test_large_m_obeys_the_numerics_rule(
     check_qkv(x, [q, k, make_projection(36, 64, 33, "dense", **options)], p)
     gate, up = (make_projection(64, 64, rank, "nf4", **options) for rank in (20, 33))
     check_mlp(x, [gate, up, make_projection(40, 64, 17, "nested", **options)], "silu", p)
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16])
+@pytest.mark.parametrize("columns", [64, 320])
+def test_projections_are_right_while_the_input_is_copied(dtype: torch.dtype, columns: int) -> None:
+    """Later tiles of x, and the zeros behind the last one, must not replace a tile in use."""
+    x = torch.randn(256, columns).to(DEVICE, dtype)
+    factors = [torch.randn(64, columns).to(DEVICE, dtype) for _ in range(3)]
+    copy = x.new_empty(256, columns + 16)
+    partials = lora_shrink(x, factors, lora_operands(dtype, dtype), copy=copy)
+    assert torch.equal(copy[:, :columns], x)
+    for factor, projection in zip(factors, partials, strict=True):
+        expected = x.double() @ factor.double().T
+        torch.testing.assert_close(projection.double().sum(0), expected, rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize("activation", GATED_ACTIVATIONS)

@@ -14,8 +14,11 @@ pytest.importorskip("triton")
 if interpreted():
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+import triton.language as tl
+
 from benchmarks.resources import sass
 from benchmarks.resources import triton as resources
+from benchmarks.resources.overwrites import overwrites
 from benchmarks.resources.triton_launches import launches
 
 
@@ -35,10 +38,67 @@ def test_hopper_multiplies_on_its_matrix_unit_without_spills() -> None:
     assert numbers["matrix"] > 0 and numbers["spills"] == 0
     assert numbers["cycles"]["tensor"] > 0
     assert not resources.absolute_problems(tiles[0], 90, numbers)
-    worse = numbers | {"matrix": 0, "spills": 3, "shared": 300_000}
-    assert len(resources.absolute_problems(tiles[0], 90, worse)) == 3
+    worse = numbers | {"matrix": 0, "spills": 3, "shared": 300_000, "overwrites": ["a copy"]}
+    assert len(resources.absolute_problems(tiles[0], 90, worse)) == 4
     without = {key: value for key, value in numbers.items() if key != "cycles"}
     assert resources.absolute_problems(tiles[0], 90, without) == ["no main loop found"]
+
+
+def test_hopper_overwrites_no_operand_of_a_running_product() -> None:
+    """The test compiles the projections of 16-bit inputs that are also copied, masked or gated."""
+    risky = [
+        v
+        for v in launches(90)
+        if v.kernel == "lora_shrink"
+        and v.blocks["BLOCK_M"] == 64
+        and v.constant("OPERAND") != tl.float32
+        and any(flag in str(v) for flag in (" copy", " dropout", " gated"))
+    ]
+    assert {flag for v in risky for flag in str(v).split()} >= {"x3", "copy", "dropout", "gated"}
+    for variant in risky:
+        ttgir = resources.compile_variant(variant, 90).asm["ttgir"]
+        assert "ttng.warp_group_dot " in ttgir and overwrites(ttgir) == [], str(variant)
+
+
+LOOP = """
+    %x = ttg.local_alloc : () -> !ttg.memdesc<{slots}x64x64xf16, #shared, #smem, mutable>
+    %x_0 = ttg.memdesc_index %x[%c0_i32] : !ttg.memdesc<{slots}x64x64xf16>
+    %x_1 = ttg.async_copy_global_to_local %pointers, %x_0 mask %m : tensor<64x64x!tt.ptr<f16>>
+    %x_2 = ttg.memdesc_index %x[%c1_i32] : !ttg.memdesc<{slots}x64x64xf16>
+    %x_3 = ttg.async_copy_global_to_local %pointers, %x_2 mask %m : tensor<64x64x!tt.ptr<f16>>
+    %sums = scf.for %i = %c0 to %n step %c64 iter_args(%sum = %zero) -> (tensor<64x64xf32>) : i32 {{
+      %x_4 = ttg.memdesc_index %x[%read] : !ttg.memdesc<{slots}x64x64xf16>
+      %x_5 = ttg.local_load %x_4 : !ttg.memdesc<64x64xf16> -> tensor<64x64xf16>
+      %x_6 = ttg.memdesc_trans %x_4 {{order = array<i32: 1, 0>}} : !ttg.memdesc<64x64xf16>
+      %a = ttng.warp_group_dot {operand}, %factor, %sum {{isAsync = true}} : tensor<64x64xf32>
+      %b:2 = ttng.warp_group_dot_wait %a, %x_4 {{pendings = {running} : i32}} : tensor<64x64xf32>
+      %x_7 = ttg.memdesc_index %x[%write] : !ttg.memdesc<{slots}x64x64xf16>
+      %x_8 = ttg.async_copy_global_to_local %later, %x_7 mask %m : tensor<64x64x!tt.ptr<f16>>
+      scf.yield %b#0 : tensor<64x64xf32>
+    }}
+"""
+
+
+@pytest.mark.parametrize(
+    ("slots", "operand", "running", "expected"),
+    [
+        (2, "%x_6", 1, "a copy to the 2 slots of %x overwrites the operand"),
+        (3, "%x_6", 1, None),
+        (3, "%x_6", 2, "a copy to the 3 slots of %x overwrites the operand"),
+        (2, "%x_6", 0, None),
+        (2, "%x_5", 1, "%x_5, which each turn makes anew, is an operand"),
+        (2, "%x_5", 0, None),
+    ],
+)
+def test_an_operand_that_may_be_overwritten_is_reported(
+    slots: int, operand: str, running: int, expected: str | None
+) -> None:
+    """Two tiles are copied ahead, and `running` products may run on."""
+    found = overwrites(LOOP.format(slots=slots, operand=operand, running=running))
+    if expected is None:
+        assert found == []
+    else:
+        assert found == [f"{expected} of a product that may be running"]
 
 
 def test_only_a_changed_variant_is_compiled(monkeypatch, tmp_path, capsys) -> None:

@@ -10,11 +10,11 @@
 
 No GPU is needed. `triton_launches` lists every variant that the backend launches; each is compiled
 ahead of time and disassembled with the tools of the Triton wheel. With any version of Triton it is
-an error if a variant spills, takes too much shared memory, or lacks a matrix instruction or a main
-loop. With the version that made the table it is also an error if a variant takes more registers, or
-more cycles in the slowest part of the SM, than the table says. The cycles come from `cycle_model`,
-which assumes that no access to shared memory meets a bank conflict. Nobody has checked that by hand
-for these kernels.
+an error if a variant spills, takes too much shared memory, lacks a matrix instruction or a main
+loop, or may overwrite an operand of a running product (`overwrites`). With the version that made
+the table it is also an error if a variant takes more registers, or more cycles in the slowest part
+of the SM, than the table says. The cycles come from `cycle_model`, which assumes that no access to
+shared memory meets a bank conflict. Nobody has checked that by hand for these kernels.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from triton.compiler import ASTSource
 from benchmarks.resources import cycle_model, sass
 from benchmarks.resources.cuda import write_json
 from benchmarks.resources.cycle_model import ARCHS, Loop
+from benchmarks.resources.overwrites import overwrites
 from benchmarks.resources.sources import everything, key_of
 from benchmarks.resources.triton_launches import Variant, launches
 
@@ -139,6 +140,9 @@ def measure(variant: Variant, capability: int) -> Numbers:
         "loads_16": sum(".128" in opcode for opcode in loads),
         "loads_8": sum(".64" in opcode for opcode in loads),
     }
+    overwritten = overwrites(compiled.asm["ttgir"])
+    if overwritten:
+        numbers |= {"overwrites": overwritten}
     loop = decoding_loop(variant, code)
     if loop is not None:
         columns = cycle_model.cycles(loop, ARCHS[f"sm_{capability}"])
@@ -170,9 +174,9 @@ def decodes(variant: Variant) -> bool:
 
 
 def absolute_problems(variant: Variant, capability: int, numbers: Numbers) -> list[str]:
-    """Returns what is wrong whatever the version of Triton: spills, too much shared memory, no
-    matrix instruction, no main loop."""
-    problems = []
+    """Returns what is wrong whatever the version of Triton: operands overwritten while a product
+    may read them, spills, too much shared memory, no matrix instruction, no main loop."""
+    problems = list(numbers.get("overwrites", []))
     tiles = variant.kernel in ("linear_tiles", "linear_tiles_backward")
     if numbers["spills"]:
         problems.append(f"{numbers['spills']} spills")

@@ -291,6 +291,7 @@ def launches(capability: int) -> list[Variant]:
                 step(M, False, 16, bf16, 0.0)
             for M, p in ((512, 0.1), (512, 0.0), (8192, 0.1)):
                 step(M, True, 64, fp32, p)
+            step(8192, True, 64, bf16, 0.0)
         # Many adapters, each with few or with many tokens, with and without a split sum.
         for M in (16, 512, 8192):
             _multi_lora_step(M, N, K, nested, 8, 16, bf16, bf16)

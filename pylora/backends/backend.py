@@ -34,12 +34,15 @@ class Plan:
     run      runs a call with the same shapes, dtypes and devices as the planned one
     note     anything else the caller should know, such as why a requested kernel cannot run
     prepare  makes the forward of a layer that is called many times; None if `run` is as fast
+    native   the first result as torch's own differentiable ops, which autograd then records itself;
+             None if the op runs under a node of its own
     """
 
     variant: str
     run: Callable[[Any], Any]
     note: str = ""
     prepare: Callable[[Any], PreparedForward] | None = None
+    native: Callable[[Any], Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)

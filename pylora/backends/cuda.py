@@ -40,6 +40,7 @@ from pylora.calls import (
     Weight,
     token_count,
 )
+from pylora.reference.lora_linear import native
 
 SMALL_M, MANY_ROWS, HOPPER = "small_m", "many_rows", "hopper"
 
@@ -171,9 +172,11 @@ def _linear(call: Nf4LinearCall | LoraLinearCall) -> Plan | Refusal:
     """
     x, layer, low = call.x, call.layer, call.layer.low_rank
     weight, tokens, op = layer.weight, token_count(call.x), call.op
-    if low is not None and not weight.is_nf4:
+    if low is not None and isinstance(call, LoraLinearCall) and not weight.is_nf4:
         reason = _products_reason("x", x, layer, low)
-        return Plan("products", cuda_products.lora_linear) if reason is None else Refusal(reason)
+        if reason is not None:
+            return Refusal(reason)
+        return Plan("products", cuda_products.lora_linear, native=native(call))
     if not weight.is_nf4:
         return Refusal(DENSE)
     reason = _any_kernel_reason("x", x, weight, layer.bias) or _lora_reason(x, low)

@@ -22,6 +22,7 @@ from pylora.calls import (
     Nf4LinearCall,
     QuantizeCall,
 )
+from pylora.reference.lora_linear import native
 
 _VARIANT = "pure PyTorch"
 
@@ -29,6 +30,10 @@ _VARIANT = "pure PyTorch"
 def _always(record: Any) -> Planner:
     plan = Plan(_VARIANT, in_python(getattr(reference, record.op)))
     return lambda call: plan
+
+
+def _lora_linear(call: LoraLinearCall) -> Plan:
+    return Plan(_VARIANT, in_python(reference.lora_linear), native=native(call))
 
 
 BACKEND = Backend(
@@ -40,7 +45,6 @@ BACKEND = Backend(
             DequantizeCall,
             Nf4LinearCall,
             Nf4LinearBackward,
-            LoraLinearCall,
             LoraLinearBackward,
             LoraQkvCall,
             LoraQkvBackward,
@@ -51,7 +55,8 @@ BACKEND = Backend(
             BottleneckAdapterCall,
             BottleneckAdapterBackward,
         )
-    },
+    }
+    | {LoraLinearCall: _lora_linear},
     unavailable=lambda: None,
     compiled_for=lambda: _VARIANT,
     device=lambda: "cpu",

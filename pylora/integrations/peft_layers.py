@@ -25,7 +25,7 @@ from pylora.integrations.peft_base import (
 from pylora.nn import NF4Linear, dora
 from pylora.nn.conv1d import is_conv1d
 from pylora.nn.kept import Kept, Place
-from pylora.ops import run
+from pylora.ops import run_output
 
 
 class PeftLoraSwap(PeftSwap):
@@ -144,7 +144,7 @@ class PeftLoraSwap(PeftSwap):
         if not compiling:
             self._kept = Kept.of(_places(base, A, B), x, call_record)
             self._kept_for = kept_for
-        y, _ = run(call_record)
+        y = run_output(call_record)
         if must_verify:
             self.verify(y, functional.lora_linear, weight, call_record.x, **arguments)
         return y if state is None else y.to(x.dtype)

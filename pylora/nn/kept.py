@@ -25,6 +25,7 @@ from pylora.calls import Dropout
 from pylora.ops.registration import (
     OPS,
     RepeatedGradient,
+    first,
     only_autograd_watches,
     run_plan,
     watched,
@@ -72,10 +73,6 @@ def places_of(
     return tuple(places)
 
 
-def _first(results: Tensor | Sequence[Tensor]) -> Tensor:
-    return results if isinstance(results, Tensor) else results[0]
-
-
 class KeptCall:
     """Runs a layer's calls with an x of one shape and dtype."""
 
@@ -93,16 +90,18 @@ class KeptCall:
         scaling, dropout   those of the low-rank path, if the layer has one
         """
         forward = self._forward
+        if self._plan.native is not None and dropout is None:
+            return self._plan.native(self._call(x, scaling, None))
         # A prepared forward reads the memory of x, which must have the elements as they are.
         if forward is None or not x.is_contiguous() or x.is_neg() or x._is_zerotensor():
-            return _first(run_plan(self._op, self._call(x, scaling, dropout), self._plan))
+            return first(run_plan(self._op, self._call(x, scaling, dropout), self._plan))
         if not torch.is_grad_enabled():
             return forward(x, scaling, dropout, False)[0]
         low = self._layer.low_rank
         if dropout is not None or (low is not None and low.scaling != scaling):
             call = self._call(x, scaling, dropout)
             run = partial(forward, x, scaling, dropout, True)
-            return _first(with_gradient(self._op, call, run))
+            return first(with_gradient(self._op, call, run))
         if self._gradient is None:
             with torch.no_grad():
                 results = forward(x, scaling, None, True)

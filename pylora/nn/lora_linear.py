@@ -19,7 +19,7 @@ from pylora.nn.lora_adapters import DEFAULT_ADAPTER, LORA_TENSORS
 from pylora.nn.lora_merging import MergeableLoRA
 from pylora.nn.merge_aware import merge_aware_linear, requantized
 from pylora.nn.nf4_linear import NF4Linear
-from pylora.ops import run
+from pylora.ops import run_output
 from pylora.sharding import refuse_sharded_forward
 
 logger = logging.getLogger(__name__)
@@ -127,8 +127,7 @@ class LoRALinear(MergeableLoRA):
         call = functional.CALLS["lora_linear"](*arguments, dropout_p, lora_B_bias=self.lora_B_bias)
         if not torch.compiler.is_compiling():
             self._kept = Kept.of(self._places(), x, call)
-        y, _ = run(call)
-        return y
+        return run_output(call)
 
     def _places(self) -> tuple[Place, ...] | None:
         """Where this layer and its base hold the tensors that a call reads."""

@@ -1,7 +1,8 @@
 """The registered ops `torch.ops.pylora.*`, one file per op: its fake (meta) function and autograd.
 
 Importing this package registers them all. Each op runs on the backend that `pylora.dispatch`
-chooses. `run(call)` runs a call record, through torch's dispatcher only if that is needed.
+chooses. `run(call)` runs a call record, through torch's dispatcher only if that is needed;
+`run_output(call)` gives its first result alone.
 """
 
 from pylora.ops import (
@@ -14,7 +15,7 @@ from pylora.ops import (
     nf4_linear,
     nf4_quantize,
 )
-from pylora.ops.registration import run
+from pylora.ops.registration import run, run_output
 
 __all__ = [
     "bottleneck_adapter",
@@ -26,4 +27,5 @@ __all__ = [
     "nf4_linear",
     "nf4_quantize",
     "run",
+    "run_output",
 ]

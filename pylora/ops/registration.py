@@ -141,6 +141,20 @@ def run(call: Call) -> Any:
     return run_plan(op, call, plan)
 
 
+def run_output(call: Call) -> Tensor:
+    """The first result of `call`, with autograd."""
+    op = OPS[type(call)]
+    if not only_autograd_watches(op.gradient.inputs(call)):
+        return first(op.overload(*op.spec.flatten(call)))
+    _, plan = dispatch.choose(call)
+    return plan.native(call) if plan.native is not None else first(run_plan(op, call, plan))
+
+
+def first(results: Tensor | Sequence[Tensor]) -> Tensor:
+    """The result of an op, or the first of several."""
+    return results if isinstance(results, Tensor) else results[0]
+
+
 def run_plan(op: Op, call: Any, plan: Plan) -> Any:
     """The results of `call` by its plan, in the op's schema, with autograd, which alone watches."""
     if torch.is_grad_enabled():

@@ -24,6 +24,7 @@ struct Work {
   int chunk;            // terms that a warp takes in a step
   int output_warps;     // warps of a CTA that have outputs of their own
   int64_t fixed_bytes;  // of shared memory, beside the staged x or grad
+  int filled;           // CTAs that each SM gets before sums are no longer split for their sake
 };
 
 // The plan with `splits` splits, or fewer if some would be empty. It still lacks the grid.
@@ -61,12 +62,12 @@ SmallMPlan plan_work(const Work& work, const DeviceLimits& limits) {
       splits_in(half_sm) <= std::min(std::max(kWorthwhileSplits, idle_splits), chunks);
   const int64_t needed = splits_in(pair_up ? half_sm : limits.shared_per_cta);
 
-  // Split more if some SMs would have no tile, but not beyond a chunk for each warp. A second CTA for
-  // each SM is not worth a split: on an H100 4096x4096 with 4 tokens takes 19.2 us in 2 splits and
-  // 20.7 us in 4.
-  const int64_t ctas = static_cast<int64_t>(limits.processors) * (pair_up ? 2 : 1);
+  // Split more if some SMs would have too few tiles, but not beyond a chunk for each warp.
+  const int64_t ctas_per = pair_up ? 2 : 1;
+  const int64_t ctas = limits.processors * ctas_per;
   const int64_t finest = ceil_div(chunks, whole.sum_warps);
-  const int64_t filling = std::min<int64_t>(limits.processors / whole.tiles, finest);
+  const int64_t filled = limits.processors * std::min<int64_t>(work.filled, ctas_per);
+  const int64_t filling = std::min(filled / whole.tiles, finest);
   SmallMPlan plan = cut(work, std::max(needed, filling));
   plan.grid = static_cast<int>(std::min<int64_t>(ctas, int64_t{plan.tiles} * plan.splits));
   return plan;
@@ -74,7 +75,9 @@ SmallMPlan plan_work(const Work& work, const DeviceLimits& limits) {
 
 Work forward_work(int64_t tokens, int64_t rows, int64_t cols, int row_warps) {
   const int64_t sums = 4 * sum_floats(pass_tiles(token_tiles(tokens)));
-  return {tokens, rows, cols, kWarpRows, kChunk, row_warps, kPairBytes + sums};
+  // A second CTA for each SM is not worth a split: on an H100, 4096x4096 with 4 tokens takes 19.2 us
+  // in 2 splits and 20.7 us in 4.
+  return {tokens, rows, cols, kWarpRows, kChunk, row_warps, kPairBytes + sums, 1};
 }
 
 }  // namespace
@@ -113,7 +116,7 @@ const char* choose_small_m(const SmallMChoice& choice, int64_t tokens, int64_t r
 SmallMPlan plan_small_m_backward(int64_t tokens, int64_t rows, int64_t cols,
                                  const DeviceLimits& limits) {
   const int64_t fixed_bytes = kPairBytes + kBackwardSumBytes;
-  return plan_work({tokens, cols, rows, kWarpColumns, kChunkRows, kColumnWarps, fixed_bytes},
+  return plan_work({tokens, cols, rows, kWarpColumns, kChunkRows, kColumnWarps, fixed_bytes, 2},
                    limits);
 }
 
