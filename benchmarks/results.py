@@ -11,6 +11,8 @@ from typing import Any
 SCHEMA = 3
 # A file whose name begins so is one of whole models, in another form: benchmarks.models.results.
 MODELS_FILES = "models"
+# These files of a folder with results hold no runs of ops; the other two are those of a GPU run.
+OTHER_FILES = (MODELS_FILES, "sweep", "primitives")
 # Contenders that every table treats in a way of its own: pylora, pylora timed a second time, its
 # reference, and pylora without LoRA, which shows what LoRA costs and is no peer to win against.
 OURS, CONTROL = "pylora", "pylora (control)"
@@ -134,7 +136,7 @@ def load_all(paths: Iterable[Path]) -> list[dict[str, Any]]:
             raise InvalidResults(
                 f"{path} holds no .json file; run `python -m benchmarks run` first"
             )
-        runs += [load(file) for file in files if not file.name.startswith(MODELS_FILES)]
+        runs += [load(file) for file in files if not file.name.startswith(OTHER_FILES)]
     return runs
 
 

@@ -189,15 +189,15 @@ def test_cost_model_charges_every_regime() -> None:
     from benchmarks.resources import cost_model
 
     device = cost_model.Device(4e12, 8e14, 1e13, 132)
-    for M, names in (
-        (1, ["shrink", "tiles", "expand"]),
-        (512, ["shrink", "tiles"]),
-        (8192, ["shrink", "hidden", "dequantize", "matmul"]),
+    for M, N, names in (
+        (1, 4096, ["shrink", "tiles", "expand"]),
+        (192, 14336, ["shrink", "tiles"]),
+        (8192, 4096, ["shrink", "hidden", "dequantize", "matmul"]),
     ):
-        launches_ = cost_model.forward(M, 4096, 4096, 16, device)
+        launches_ = cost_model.forward(M, N, 4096, 16, device)
         assert [launch.name for launch in launches_] == names
         total = sum(launch.seconds(device) for launch in launches_)
-        assert cost_model.floor_seconds(M, 4096, 4096, 16, device) < total
-        several = cost_model.multi_forward(M, 4096, 4096, 16, 8, device)
+        assert cost_model.floor_seconds(M, N, 4096, 16, device) < total
+        several = cost_model.multi_forward(M, N, 4096, 16, 8, device)
         middle = [name for name in names if name in ("tiles", "dequantize", "matmul")]
         assert [launch.name for launch in several] == ["rows", "shrink", *middle, "expand"]

@@ -147,9 +147,9 @@ def steps(target: Target) -> dict[str, Step]:
             arch="90a",
         ),
         measure("goals", 300, "lora_linear"),
-        measure("goals-others", 450, *OTHER_OPS),
         Step("memcheck-cuda", sanitized("memcheck", "cuda", *few_rows), 95, no_cache),
         Step("memcheck-triton", sanitized("memcheck", "triton", *few_rows), 95, no_cache),
+        measure("goals-others", 450, *OTHER_OPS),
         Step("racecheck-cuda", sanitized("racecheck", "cuda"), 300),
         Step("initcheck-cuda", sanitized("initcheck", "cuda"), 300, no_cache),
     ]

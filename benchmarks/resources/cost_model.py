@@ -22,7 +22,7 @@ from benchmarks.shapes import MODELS
 from pylora.kernels import configs
 from pylora.kernels.launch import Facts
 
-TOKENS = (1, 4, 16, 64, 128, 512, 2048, 8192)
+TOKENS = (1, 4, 16, 64, 128, 192, 512, 2048, 8192)
 BLOCKSIZE = 64
 BITS = 4 + 32 / BLOCKSIZE  # for each weight, with its share of an fp32 absmax
 

@@ -35,8 +35,8 @@ _TYPES = {
 # Numbers of tokens, one in each bucket of the rules. fp16 has the tiles of bf16, so that one of its
 # buckets is enough.
 TOKENS = {
-    torch.bfloat16: (1, 32, 64, 128, 512, 8192),
-    torch.float16: (512,),
+    torch.bfloat16: (1, 32, 64, 128, 192, 8192),
+    torch.float16: (192,),
     torch.float32: (16, 64, 2048),
 }
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
@@ -279,25 +279,25 @@ def launches(capability: int) -> list[Variant]:
             _lora_step(M, 1024, K, _weight(1024, K, 64, False), 16, bf16, bf16, 0.0, "silu", False)
         nested, short = _weight(N, K, 64, True), _weight(N, K, 32, False)
         base = (torch.empty(N, K, dtype=bf16, device="meta"), None, None, None, None, 0, 0)
-        for M in (1, 512, 8192):
+        for M in (1, 192, 8192):
             # QLoRA uses double quantization, fp32 LoRA weights and dropout.
             _lora_step(M, N, K, nested, 64, bf16, fp32, 0.1, "identity", False)
-        for M in (32, 512):
+        for M in (32, 192):
             _lora_step(M, N, K, short, 8, bf16, bf16, 0.0, "gelu", True)
             _lora_step(M, N, K, base, 16, bf16, bf16, 0.1, "identity", False)
         _lora_step(8192, N, K, base, 16, bf16, bf16, 0.0, "silu", True)
         for step in (_qkv_step, _mlp_step):
-            for M in (16, 128, 512, 8192):
+            for M in (16, 128, 192, 8192):
                 step(M, False, 16, bf16, 0.0)
-            for M, p in ((512, 0.1), (512, 0.0), (8192, 0.1)):
+            for M, p in ((192, 0.1), (192, 0.0), (8192, 0.1)):
                 step(M, True, 64, fp32, p)
             step(8192, True, 64, bf16, 0.0)
         # Many adapters, each with few or with many tokens, with and without a split sum.
-        for M in (16, 512, 8192):
+        for M in (16, 192, 8192):
             _multi_lora_step(M, N, K, nested, 8, 16, bf16, bf16)
             _multi_lora_step(M, N, K, nested, 8, 64, bf16, fp32)
         _multi_lora_step(16, 1024, K, _weight(1024, K, 64, False), 8, 16, bf16, bf16)
-        _multi_lora_step(512, N, K, plain, 8, 16, torch.float16, torch.float16)
+        _multi_lora_step(192, N, K, plain, 8, 16, torch.float16, torch.float16)
         for M in (64, 2048):
             _multi_lora_step(M, N, K, plain, 8, 16, fp32, fp32)
     return list(variants)

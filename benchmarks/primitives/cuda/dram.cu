@@ -82,11 +82,10 @@ __global__ void __launch_bounds__(512)
   const int warps = static_cast<int>(blockDim.x) / 32;
   const uint8_t* mine = data + blockIdx.x * range;
   const int64_t copies = range / kWarpBytes;
-  const uint64_t policy = evict_first_policy();
   int64_t next = warp;
   const auto fetch = [&](int stage) {
     if (next < copies) {
-      copy_async_16(stages + stage * stage_bytes, mine + place<kOrder>(next, lane), policy);
+      copy_async_16(stages + stage * stage_bytes, mine + place<kOrder>(next, lane));
     }
     copy_async_commit();
     next += warps;

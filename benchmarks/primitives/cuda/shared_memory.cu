@@ -132,11 +132,10 @@ struct Copies : PlainBody {
 
   __device__ Copies(uint8_t* shared, const Input& input, int thread)
       : place(shared + thread * 16),
-        source(input.global + blockIdx.x % kAreas * kAreaBytes + thread * 16),
-        policy(evict_first_policy()) {}
+        source(input.global + blockIdx.x % kAreas * kAreaBytes + thread * 16) {}
   __device__ __forceinline__ void slot(int i) {
     constexpr int kStep = kMaxThreads * 16;
-    if (i < kUsed) copy_async_16(place + i * kStep, source + i * kStep, policy);
+    if (i < kUsed) copy_async_16(place + i * kStep, source + i * kStep);
   }
   __device__ __forceinline__ void end_round() {
     copy_async_commit();
@@ -161,7 +160,6 @@ struct Copies : PlainBody {
 
   uint8_t* place;
   const uint8_t* source;
-  uint64_t policy;
 };
 
 // The number is odd, so that shuffled values do not end where they began.
