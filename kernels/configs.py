@@ -241,18 +241,23 @@ def gated_shrink_config(
 ) -> tuple[ShrinkConfig, int, int]:
     """`shrink_config` for gated_shrink, which makes its inputs itself and needs more registers."""
     config, splits, per_split = shrink_config(M, K, rank, fp32, facts)
-    return replace(config, num_warps=8), splits, per_split
+    # Without the matrix units of sm_90, sums of rank 64 leave too few registers.
+    block_r = min(config.block_r, 32) if facts.capability < 90 else config.block_r
+    return replace(config, num_warps=8, block_r=block_r), splits, per_split
 
 
 def weight_grad_config(
-    M: int, columns: int, rank: int, fp32: bool, facts: Facts
+    M: int, columns: int, rank: int, fp32: bool, facts: Facts, factors: int = 1
 ) -> tuple[ShrinkConfig, int, int]:
     """(config, splits of M, per_split) of sums over M to [columns, R], R <= rank.
 
-    block_m is the width of a tile of columns, and block_k the step over M.
+    block_m is the width of a tile of columns, and block_k the step over M. A program computes the
+    gradients of several factors at once.
     """
-    config = ShrinkConfig(64, _block_r(rank, 64), 64, 4, 3)
+    # Four warps have too few registers for the sums of three factors and one more product.
+    num_warps = 8 if factors > 2 else 4
+    config = ShrinkConfig(64, _block_r(rank, 64), 64, num_warps, 2 if factors > 2 else 3)
     if fp32:
-        config = ShrinkConfig(64, _block_r(rank, 32), 32, 4, 3)
+        config = ShrinkConfig(64, _block_r(rank, 32), 32, num_warps, 3)
     tiles = cdiv(columns, config.block_m) * cdiv(rank, config.block_r)
     return config, *_split(M, config.block_k, tiles, facts, 2, 256)

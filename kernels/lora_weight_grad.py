@@ -106,7 +106,9 @@ def lora_weight_grad(
     ranks = tuple(matrix.shape[1] for matrix in narrow)
     masks = masks or [Mask()] * len(narrow)
     fp32 = operands.dtype == tl.float32
-    config, splits, m_per_split = weight_grad_config(M, P, max(ranks), fp32, facts(wide))
+    config, splits, m_per_split = weight_grad_config(
+        M, P, max(ranks), fp32, facts(wide), len(ranks)
+    )
     partials = [wide.new_empty(splits, rank, P, dtype=torch.float32) for rank in ranks]
     grid = (triton.cdiv(P, config.block_m), triton.cdiv(max(ranks), config.block_r), splits)
     with on_device_of(wide):

@@ -173,6 +173,11 @@ def decodes(variant: Variant) -> bool:
     return bool(variant.constant("BLOCKSIZE"))
 
 
+def computes_in_fp32(variant: Variant) -> bool:
+    """Returns True if the operands of the main product are fp32."""
+    return variant.constant("PRECISION") == "ieee" and " fp32 " in f"{variant} "
+
+
 def absolute_problems(variant: Variant, capability: int, numbers: Numbers) -> list[str]:
     """Returns what is wrong whatever the version of Triton: operands overwritten while a product
     may read them, spills, too much shared memory, no matrix instruction, no main loop."""
@@ -182,6 +187,8 @@ def absolute_problems(variant: Variant, capability: int, numbers: Numbers) -> li
         problems.append(f"{numbers['spills']} spills")
     if numbers["shared"] > SHARED[capability]:
         problems.append(f"{numbers['shared']} bytes of shared memory")
+    if tiles and computes_in_fp32(variant):  # by multiply-adds, in a loop without matrix units
+        return problems
     if tiles and variant.blocks["BLOCK_M"] >= 64 and not numbers["matrix"]:
         problems.append(f"no {MATRIX[capability]}")
     if tiles and decodes(variant) and "cycles" not in numbers:
@@ -253,9 +260,10 @@ def main() -> int:
     committed = json.loads(TABLE.read_text()) if TABLE.exists() else {"triton": None}
     limits = json.loads(LIMITS.read_text()) if LIMITS.exists() else {"triton": None}
     writes = arguments.write or arguments.write_limits
-    compares = committed["triton"] == triton.__version__ and not writes
+    is_current = committed["triton"] == triton.__version__
+    compares = is_current and not writes
     known: dict[str, dict[str, str]] = {}
-    if compares:
+    if compares or (is_current and arguments.write):
         known = {
             arch: {name: row.get("key", "") for name, row in rows.items()}
             for arch, rows in committed["kernels"].items()
@@ -285,8 +293,13 @@ def main() -> int:
             name: numbers | {"key": keys[name]}
             for name, numbers in zip(changed, measured, strict=True)
         }
+        if arguments.write:  # what has not changed stays in the table
+            table[arch] = {
+                name: table[arch].get(name) or committed["kernels"][arch][name] for name in variants
+            }
         for name, numbers in table[arch].items():
-            show(name, numbers)
+            if name in changed:
+                show(name, numbers)
             variant = variants[name]
             problems = absolute_problems(variant, capability, numbers)
             if compares:
