@@ -171,8 +171,8 @@ def test_verify_names_the_layer_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -
 
     model = peft_model("nf4")
     pylora.accelerate(model, verify=1)
-    right = peft_layers.run
-    monkeypatch.setattr(peft_layers, "run", lambda call: tuple(1.01 * y for y in right(call)))
+    right = peft_layers.run_output
+    monkeypatch.setattr(peft_layers, "run_output", lambda call: 1.01 * right(call))
     with pytest.raises(AssertionError, match=r"base_model.model.up.0 is not as accurate as torch"):
         model(IDS)
 
@@ -228,7 +228,12 @@ def test_compiled_models_are_right(base: str) -> None:
     model = peft_model(base)
     pylora.accelerate(model)
     compiled = torch.compile(model, backend="aot_eager")
-    assert all(map(torch.equal, outcome(compiled, IDS), outcome(model, IDS)))
+    (y, *gradients), (expected, *others) = outcome(compiled, IDS), outcome(model, IDS)
+    assert torch.equal(y, expected)
+    for gradient, other in zip(gradients, others, strict=True):
+        # Over a dense weight the eager backward is autograd's own, which adds in another order.
+        tolerance = 0.0 if base == "nf4" else 1e-5
+        torch.testing.assert_close(gradient, other, rtol=tolerance, atol=tolerance)
 
 
 def test_copies_and_pickles_compute_on_their_own() -> None:
@@ -424,8 +429,8 @@ def test_patch_verifies(patched: pylora.PatchReport, monkeypatch: pytest.MonkeyP
     model = peft_model("nf4")
     model(IDS)
     pylora.patch(verify=1)
-    right = peft_layers.run
-    monkeypatch.setattr(peft_layers, "run", lambda call: tuple(1.01 * y for y in right(call)))
+    right = peft_layers.run_output
+    monkeypatch.setattr(peft_layers, "run_output", lambda call: 1.01 * right(call))
     with pytest.raises(AssertionError, match="a Linear4bit is not as accurate as torch"):
         model(IDS)
 

@@ -110,6 +110,8 @@ def test_no_function_is_compiled_for_two_instruction_sets(monkeypatch: pytest.Mo
         # The compiler uses AMX only for intrinsics, so the AMX flags change no other code.
         isa = [f for f in setup.isa_flags(path.name.split(".")[0]) or [] if "amx" not in f]
         for line in listed.splitlines():
-            flags[line.split(" ", 2)[2]].add((*isa,))
+            name = line.split(" ", 2)[2]
+            if not name.startswith("DW.ref."):  # a pointer to a function, which holds no code
+                flags[name].add((*isa,))
     assert len({isa for sets in flags.values() for isa in sets}) > 1
     assert not [name for name, sets in flags.items() if len(sets) > 1]

@@ -1,10 +1,11 @@
 """Registers the ops of the library `pylora::` and runs call records on them.
 
-A call record runs in one of two ways, with the same bits. If only plain autograd watches, `run`
-goes straight to the backend's plan, through one autograd node if a gradient is needed. If
-anything else watches (torch.compile, fake tensors, tensor subclasses, a dispatch mode), it sees the
-registered op `torch.ops.pylora.<name>`, which is also what other frameworks call. Inside transforms
-of torch.func and forward-mode AD, a call runs as operations of PyTorch: see `ops.transforms`.
+A call record runs in one of two ways, with the same bits, but for gradients over a dense weight,
+whose parts autograd may add in another order. If only plain autograd watches, `run` goes straight
+to the backend's plan, through one autograd node if a gradient is needed. If anything else watches
+(torch.compile, fake tensors, tensor subclasses, a dispatch mode), it sees the registered op
+`torch.ops.pylora.<name>`, which is also what other frameworks call. Inside transforms of torch.func
+and forward-mode AD, a call runs as operations of PyTorch: see `ops.transforms`.
 """
 
 from __future__ import annotations
