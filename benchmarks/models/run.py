@@ -52,9 +52,23 @@ class Job:
     vocabulary: int
 
 
+def _llama(tokens: int, **settings: Any) -> Job:
+    """A Llama with these settings and random weights, and one sequence of so many tokens."""
+    config = transformers.LlamaConfig(max_position_embeddings=8192, **settings)
+    ids = torch.arange(tokens)[None] * 97 % config.vocab_size
+    return Job(
+        lambda: transformers.LlamaForCausalLM(config),
+        {"input_ids": ids, "labels": ids},
+        "loss",
+        "all-linear",
+        config.vocab_size,
+    )
+
+
 def smollm2() -> Job:
     """SmolLM2-135M with random weights, and one sequence of 256 tokens."""
-    config = transformers.LlamaConfig(
+    return _llama(
+        256,
         vocab_size=49152,
         hidden_size=576,
         intermediate_size=1536,
@@ -62,39 +76,20 @@ def smollm2() -> Job:
         num_attention_heads=9,
         num_key_value_heads=3,
         tie_word_embeddings=True,
-        max_position_embeddings=8192,
-    )
-    ids = torch.arange(256)[None] * 97 % config.vocab_size
-    inputs = {"input_ids": ids, "labels": ids}
-    return Job(
-        lambda: transformers.LlamaForCausalLM(config),
-        inputs,
-        "loss",
-        "all-linear",
-        config.vocab_size,
     )
 
 
 def llama_3_8b_block() -> Job:
     """One decoder layer of Llama-3 8B, attention and MLP, with random weights, and one sequence of
     2,048 tokens. The vocabulary is small, so that the head does not hide the layer."""
-    config = transformers.LlamaConfig(
+    return _llama(
+        2048,
         vocab_size=1024,
         hidden_size=4096,
         intermediate_size=14336,
         num_hidden_layers=1,
         num_attention_heads=32,
         num_key_value_heads=8,
-        max_position_embeddings=8192,
-    )
-    ids = torch.arange(2048)[None] * 97 % config.vocab_size
-    inputs = {"input_ids": ids, "labels": ids}
-    return Job(
-        lambda: transformers.LlamaForCausalLM(config),
-        inputs,
-        "loss",
-        "all-linear",
-        config.vocab_size,
     )
 
 

@@ -19,9 +19,8 @@ from benchmarks.report.tables import (
     seconds_as_called,
     shape_name,
 )
-from benchmarks.results import OURS, load, result_of
+from benchmarks.results import OURS, load, result_of, write_atomically
 from benchmarks.timing import EAGER, GRAPH
-from pylora.files import replacing
 
 RESULTS = ROOT / "benchmarks" / "results" / "h100-sxm"
 README = ROOT / "README.md"
@@ -99,8 +98,7 @@ def with_section(text: str, new: str) -> str:
 
 def main(path: Path = README) -> None:
     text = with_section(path.read_text(), section())
-    with replacing(path) as part:
-        part.write_text(text)
+    write_atomically(path, text)
 
 
 if __name__ == "__main__":

@@ -174,8 +174,9 @@ def decodes(variant: Variant) -> bool:
 
 
 def computes_in_fp32(variant: Variant) -> bool:
-    """Returns True if the operands of the main product are fp32."""
-    return variant.constant("PRECISION") == "ieee" and " fp32 " in f"{variant} "
+    """Returns True if the operands of the main product are fp32; the second word of a variant's
+    name is the dtype of x."""
+    return variant.constant("PRECISION") == "ieee" and str(variant).split()[1] == "fp32"
 
 
 def absolute_problems(variant: Variant, capability: int, numbers: Numbers) -> list[str]:

@@ -172,18 +172,15 @@ def _linear(call: Nf4LinearCall | LoraLinearCall) -> Plan | Refusal:
     """
     x, layer, low = call.x, call.layer, call.layer.low_rank
     weight, tokens, op = layer.weight, token_count(call.x), call.op
-    if low is not None and isinstance(call, LoraLinearCall) and not weight.is_nf4:
-        reason = _products_reason("x", x, layer, low)
-        if reason is not None:
-            return Refusal(reason)
-        return Plan("products", cuda_products.lora_linear, native=native(call))
     if not weight.is_nf4:
         return Refusal(DENSE)
     reason = _any_kernel_reason("x", x, weight, layer.bias) or _lora_reason(x, low)
     if reason is not None:
         return Refusal(reason)
     hopper = cuda_hopper.reason(x, tokens, weight) or _decoder_reason(weight)
-    product = None if low is None else cuda_many_rows.lora_reason(x, tokens, low)
+    product = None
+    if low is not None and tokens >= limits.CUDA_MANY_ROWS_FROM:
+        product = cuda_many_rows.lora_reason(x, tokens, low)
     if hopper is None and (tokens < limits.CUDA_HOPPER_TO or product is not None):
         hopper_op = f"{op}_hopper"
         return Plan(HOPPER, getattr(extension, hopper_op), prepare=_prepare(op, hopper_op))
@@ -225,6 +222,17 @@ def _products_reason(name: str, x: Tensor, layer: Layer, low: LowRank) -> Reason
     return reason or cuda_products.reason(name, x, low)
 
 
+def _lora_linear(call: LoraLinearCall) -> Plan | Refusal:
+    layer, low = call.layer, call.layer.low_rank
+    assert low is not None
+    if layer.weight.is_nf4:
+        return _linear(call)
+    reason = _products_reason("x", call.x, layer, low)
+    if reason is not None:
+        return Refusal(reason)
+    return Plan("products", cuda_products.lora_linear, native=native(call))
+
+
 def _lora_linear_backward(call: LoraLinearBackward) -> Plan | Refusal:
     grad, layer, low = call.grad, call.layer, call.layer.low_rank
     assert low is not None
@@ -263,7 +271,7 @@ _PLANNERS: dict[Any, Planner] = {
     DequantizeCall: _dequantize,
     Nf4LinearCall: _linear,
     Nf4LinearBackward: _nf4_linear_backward,
-    LoraLinearCall: _linear,
+    LoraLinearCall: _lora_linear,
     LoraLinearBackward: _lora_linear_backward,
     MultiLoraCall: _multi_lora_linear,
 }

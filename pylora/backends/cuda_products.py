@@ -47,12 +47,8 @@ def reason(name: str, x: Tensor, low: LowRank) -> Reason:
 lora_linear = in_python(reference.lora_linear)
 
 
-def _dense_backward(call: Nf4LinearBackward) -> Tensor:
-    return call.grad @ call.weight.data
-
-
 # The plan of grad @ W over a dense weight.
-DENSE_BACKWARD = Plan("matmul", _dense_backward)
+DENSE_BACKWARD = Plan("matmul", reference.nf4_linear_backward)
 
 
 def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
