@@ -220,18 +220,28 @@ def _block_r(rank: int, most: int) -> int:
 
 
 def shrink_config(
-    M: int, K: int, rank: int, fp32: bool, facts: Facts, adapters: int = 1, factors: int = 1
+    M: int,
+    K: int,
+    rank: int,
+    fp32: bool,
+    facts: Facts,
+    adapters: int = 1,
+    factors: int = 1,
+    widest: int = 64,
 ) -> tuple[ShrinkConfig, int, int]:
     """(config, splits of K, per_split) of projections of [M, K] to [M, R], R <= rank.
 
     If there are several adapters, the splits suit the worst case: one adapter has all the tokens.
-    A program computes the projections on several factors at once.
+    A program computes the projections on several factors at once, at most `widest` ranks of each.
     """
-    block_m, block_r = 16 if _few_tokens_each(M, adapters) else 64, _block_r(rank, 64)
-    # Four warps have too few registers for the sums of three ranks of 64 and one more product.
-    config = ShrinkConfig(block_m, block_r, 64, 8 if block_m * block_r * factors > 8192 else 4, 4)
+    block_m = 16 if _few_tokens_each(M, adapters) else 64
+    # The sums of all factors and one more product must fit into the registers.
+    block_r, block_k, stages, most = _block_r(rank, widest), 64, 4, 8192
     if fp32:
-        config = ShrinkConfig(block_m, _block_r(rank, 32), 32, 4, 2)
+        block_r, block_k, stages, most = _block_r(rank, 32), 32, 2, 4096
+    config = ShrinkConfig(block_m, block_r, block_k, 4, stages)
+    if block_m * block_r * factors > most:
+        config = replace(config, num_warps=8)
     tiles = cdiv(M, block_m) * cdiv(rank, config.block_r)
     return config, *_split(K, config.block_k, tiles, facts, 2, 256)
 
@@ -240,10 +250,8 @@ def gated_shrink_config(
     M: int, K: int, rank: int, fp32: bool, facts: Facts
 ) -> tuple[ShrinkConfig, int, int]:
     """`shrink_config` for gated_shrink, which makes its inputs itself and needs more registers."""
-    config, splits, per_split = shrink_config(M, K, rank, fp32, facts)
-    # Without the matrix units of sm_90, sums of rank 64 leave too few registers.
-    block_r = min(config.block_r, 32) if facts.capability < 90 else config.block_r
-    return replace(config, num_warps=8, block_r=block_r), splits, per_split
+    config, splits, per_split = shrink_config(M, K, rank, fp32, facts, widest=32)
+    return replace(config, num_warps=8), splits, per_split
 
 
 def weight_grad_config(
