@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -55,7 +57,17 @@ def poisoned_buffers() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
-    pylora.refresh()  # reads the environment anew: the test may have changed it
+
+
+@pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """Gives the process its environment back, which a test or a library may have changed.
+
+    PEFT leaves CXX=gcc behind if the extension of its BOFT layers does not compile.
+    """
+    with mock.patch.dict(os.environ):
+        yield
+    pylora.refresh()  # reads the environment anew
 
 
 def _parameter(variant: tuple[str, str, str | None]) -> Any:
