@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pylora.backends.limits import TRITON_PRODUCT_FROM
+from pylora.backends.limits import TRITON_MAX_BOTTLENECK, TRITON_PRODUCT_FROM
 from pylora.kernels.launch import Facts
 
 
@@ -269,3 +269,19 @@ def weight_grad_config(
         config = ShrinkConfig(64, _block_r(rank, 32), 32, num_warps, 3)
     tiles = cdiv(columns, config.block_m) * cdiv(rank, config.block_r)
     return config, *_split(M, config.block_k, tiles, facts, 2, 256)
+
+
+def bottleneck_tile(M: int, bottleneck: int, fp32: bool, facts: Facts) -> ShrinkConfig:
+    """The tile of bottleneck_adapter: block_m tokens with the whole bottleneck, block_k of hidden.
+
+    Each program reads both weights, so tiles are as tall as they can be while every multiprocessor
+    has one. The backward has two sums of block_m x block_r in registers.
+    """
+    block_r = _block_r(bottleneck, TRITON_MAX_BOTTLENECK)
+    tallest = 16 if block_r > 64 and fp32 else 64 if block_r <= 64 else 32
+    sizes = (size for size in (16, 32, 64) if cdiv(M, size) <= facts.multiprocessors)
+    block_m = min(next(sizes, tallest), tallest)
+    # Three stages of a tile of x and one of the factor take up to 64 KiB of shared memory.
+    fit = (64 << 10) // (3 * (4 if fp32 else 2) * (block_m + block_r))
+    block_k = max(16, min(128, 1 << fit.bit_length() - 1))
+    return ShrinkConfig(block_m, block_r, block_k, 8 if block_m * block_r > 2048 else 4, 3)

@@ -12,7 +12,7 @@ from torch.nn.functional import layer_norm, linear, rms_norm
 
 import pylora
 import pylora.functional as F
-from pylora.backends import cpu
+from pylora.backends import cpu, triton
 from pylora.functional import Norm
 from pylora.reference.activation import ACTIVATIONS
 from pylora.reference.dropout import dropout_mask
@@ -27,6 +27,7 @@ SHAPES = {
     "several blocks": (203, 96, 16),
     "odd": (50, 37, 45),
     "several chains": (30, 600, 20),
+    "tiles of tokens": (90, 200, 150),
     "a wide bottleneck": (26, 40, 530),
     "one token": (1, 40, 33),
     "one feature": (40, 37, 1),
@@ -159,9 +160,9 @@ def test_forward_and_backward_obey_the_numerics_rule(
     backend: str, device: str, case: str, dtype: torch.dtype
 ) -> None:
     t = make(*SHAPES[case], dtype=dtype, device=device)
-    if backend == "cpu":
+    if backend == "cpu" or (backend == "triton" and case != "a wide bottleneck"):
         explanation = pylora.explain("bottleneck_adapter", **t)
-        assert explanation.backend == explanation.backward.backend == "cpu"
+        assert explanation.backend == explanation.backward.backend == backend
     check(t)
 
 
@@ -405,6 +406,30 @@ def test_explain_says_why_the_cpu_kernels_do_not_run(
     assert chosen("bottleneck_adapter", *flat) == ("cpu" if reason is None else "reference")
     explanation = pylora.explain("bottleneck_adapter", **t)
     assert (explanation.backward.backend == "cpu") == (reason is None)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, None),
+        ({"bottleneck": 256, "weight_dtype": torch.float16}, None),
+        ({"before": "rms_norm"}, "the adapter has a norm_before"),
+        ({"dropout_p": 0.1, "seed": 1}, "the adapter drops elements of its output"),
+        ({"weight_dtype": torch.float64}, "down_weight is torch.float64; the kernels take"),
+        ({"bottleneck": 257}, "the bottleneck has 257 features; the kernels take up to 256"),
+    ],
+)
+def test_the_triton_kernels_say_why_they_do_not_run(
+    options: dict[str, Any], reason: str | None
+) -> None:
+    if triton.BACKEND.unavailable() is not None:
+        pytest.skip("Triton kernels cannot run here")
+    t = make(
+        **{"tokens": 4, "hidden": 16, "bottleneck": 8, "device": triton.BACKEND.device()} | options
+    )
+    flat = flat_of(F.CALLS["bottleneck_adapter"](**t))
+    refusal = refusal_of(triton.BACKEND, "bottleneck_adapter", *flat)
+    assert refusal is None if reason is None else reason in (refusal or "")
 
 
 def test_errors_name_the_argument(backend: str) -> None:

@@ -217,7 +217,6 @@ def test_kernels_folder_cannot_be_imported_as_kernels() -> None:
 WITHOUT_KERNEL = {
     "kernels": {
         "nf4_quantize": "Triton has no kernel for it: the C++ ones run on CPUs and GPUs",
-        "bottleneck_adapter": "GPU tensors run on the reference: only the CPU has a fused kernel",
     },
     "csrc": {
         "lora_qkv": "the backends compose it of their single-layer ops",

@@ -1,4 +1,4 @@
-"""What the committed tables were made from, so that only what has changed is compiled again.
+"""The keys of the rows of the committed tables, so that only what has changed is compiled again.
 
 A row of a table holds a key: a digest of all that decides its numbers. These are the kernel's
 source with what it includes or calls, how it is compiled, the versions of the compilers, and the
@@ -23,12 +23,12 @@ READERS.append(Path(__file__).with_name("cycle_model.py"))
 
 
 def everything() -> bool:
-    """Whether rows with the key of today are measured as well."""
+    """Returns True if rows with the key of today are measured as well."""
     return os.environ.get("CI_FULL", "") not in ("", "0")
 
 
 def key_of(words: Iterable[str]) -> str:
-    """A digest of the words and of READERS."""
+    """Returns a digest of the words and of READERS."""
     digest = hashlib.sha256("\0".join(words).encode())
     for path in READERS:
         digest.update(path.read_bytes())
@@ -44,13 +44,13 @@ class CudaFiles:
 
     @property
     def missing(self) -> str | None:
-        """Why nothing can be compiled; None if it can."""
+        """Returns why nothing can be compiled; None if it can."""
         if isinstance(self.toolkit, str):
             return self.toolkit
         return None if self.setup.find_compiler() else "no C++ compiler was found"
 
     def keys(self) -> dict[str, str]:
-        """By path in the repository."""
+        """Returns the keys of the CUDA files by their paths in the repository."""
         setup, folders = self.setup, [self.setup.ROOT / "csrc"]
         words = [*self.toolkit.flags(), setup.tool_version(str(self.toolkit.nvcc))]
         return {
@@ -61,7 +61,7 @@ class CudaFiles:
         }
 
     def objects(self, files: Iterable[str]) -> dict[str, Path]:
-        """The compiled object of each file."""
+        """Returns the compiled object of each file."""
         setup = self.setup
         compilation = setup.Compilation(setup.find_compiler(), Path(), self.toolkit, "")
         made = compilation.cuda_objects(setup.ROOT / file for file in files)

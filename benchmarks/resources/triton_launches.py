@@ -20,6 +20,12 @@ from torch import Tensor
 
 import pylora
 from pylora.backends import triton_runs
+from pylora.calls import (
+    Bottleneck,
+    BottleneckAdapterBackward,
+    BottleneckAdapterCall,
+    BottleneckWanted,
+)
 from pylora.kernels import launch
 from pylora.ops.registration import OPS
 from pylora.ops.spec import SPECS
@@ -257,6 +263,23 @@ def _multi_lora_step(
     _call("multi_lora_linear_backward", grad, x, h, *base, *low_rank, mask)
 
 
+def _bottleneck_step(
+    M: int, hidden: int, bottleneck: int, dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
+    """Runs the forward and backward of bottleneck_adapter."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=weight_dtype, device="meta")
+
+    x = torch.empty(M, hidden, dtype=dtype, device="meta")
+    adapter = Bottleneck(
+        empty(bottleneck, hidden), empty(hidden, bottleneck), empty(bottleneck), empty(hidden)
+    )
+    wanted = BottleneckWanted(True, True, True, True, True)
+    y = triton_runs.bottleneck_adapter(BottleneckAdapterCall(x, None, True, adapter))
+    triton_runs.bottleneck_adapter_backward(BottleneckAdapterBackward(y, x, True, adapter, wanted))
+
+
 def launches(capability: int) -> list[Variant]:
     """Returns the variants for one architecture, with every rule of `configs` and every feature."""
     N, K = 14336, 4096
@@ -300,4 +323,13 @@ def launches(capability: int) -> list[Variant]:
         _multi_lora_step(192, N, K, plain, 8, 16, torch.float16, torch.float16)
         for M in (64, 2048):
             _multi_lora_step(M, N, K, plain, 8, 16, fp32, fp32)
+        # Adapters that are narrow, usual and as wide as they can be; tiles of every height.
+        for M in (16, 4096, 8192):
+            for bottleneck in (16, 64, 256):
+                _bottleneck_step(M, K, bottleneck, bf16, bf16)
+        for bottleneck in (64, 256):
+            _bottleneck_step(8192, K, bottleneck, bf16, fp32)
+            _bottleneck_step(8192, K, bottleneck, fp32, fp32)
+        _bottleneck_step(4096, 768, 48, torch.float16, torch.float16)
+        _bottleneck_step(4096, 768, 48, torch.float16, fp32)
     return list(variants)

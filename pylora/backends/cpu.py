@@ -15,6 +15,7 @@ from pylora.backends.backend import (
     Planner,
     Reason,
     Refusal,
+    bottleneck_reason,
     dequantize_refusal,
 )
 from pylora.backends.composition import composed
@@ -95,16 +96,9 @@ def _lora_linear_backward(call: LoraLinearBackward) -> Plan | Refusal:
 def _adapter_reason(
     call: BottleneckAdapterCall | BottleneckAdapterBackward, **tensors: Tensor
 ) -> Reason:
-    adapter = call.adapter
     most = extension.hard_limits("cpu")["max_bottleneck"]
-    if adapter.size > most:
-        return f"the bottleneck has {adapter.size} features; the kernels take up to {most}"
-    for name, value in (("norm_before", adapter.norm_before), ("norm_after", adapter.norm_after)):
-        if value is not None:
-            return f"the adapter has a {name}, which the kernels do not compute"
-    if adapter.dropout is not None:
-        return "the adapter drops elements of its output, which the kernels do not do"
-    return _reason(**tensors, down_weight=adapter.down)
+    reason = bottleneck_reason(call.adapter, most)
+    return reason or _reason(**tensors, down_weight=call.adapter.down)
 
 
 def _bottleneck_adapter(call: BottleneckAdapterCall) -> Plan | Refusal:

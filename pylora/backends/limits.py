@@ -30,3 +30,6 @@ CUDA_BACKWARD_PRODUCT_FROM = 9
 # triton: the same threshold for its dense product, by the bytes of an element of x. That of fp32 is
 # an estimate: fp32 tiles lose more against the vendor's product than 16-bit tiles.
 TRITON_PRODUCT_FROM = {2: 256, 4: 65}
+# triton: the widest bottleneck of an adapter, whose sums a program holds in registers. It is an
+# estimate of what fits.
+TRITON_MAX_BOTTLENECK = 256

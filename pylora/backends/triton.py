@@ -24,11 +24,14 @@ from pylora.backends.backend import (
     Planner,
     Reason,
     Refusal,
+    bottleneck_reason,
     dequantize_refusal,
     in_python,
 )
-from pylora.backends.limits import TRITON_PRODUCT_FROM
+from pylora.backends.limits import TRITON_MAX_BOTTLENECK, TRITON_PRODUCT_FROM
 from pylora.calls import (
+    BottleneckAdapterBackward,
+    BottleneckAdapterCall,
     DequantizeCall,
     Layer,
     LoraLinearBackward,
@@ -177,6 +180,22 @@ def _multi_lora_linear_backward(call: MultiLoraBackward) -> Plan | Refusal:
     return _planned(reason, call.grad, triton_runs.multi_lora_linear_backward)
 
 
+def _bottleneck_plan(
+    call: BottleneckAdapterCall | BottleneckAdapterBackward, run: Any, **tensors: Tensor
+) -> Plan | Refusal:
+    reason = bottleneck_reason(call.adapter, TRITON_MAX_BOTTLENECK)
+    reason = reason or _reason(**tensors, x=call.x, down_weight=call.adapter.down)
+    return Plan("one pass", in_python(run)) if reason is None else Refusal(reason)
+
+
+def _bottleneck_adapter(call: BottleneckAdapterCall) -> Plan | Refusal:
+    return _bottleneck_plan(call, triton_runs.bottleneck_adapter)
+
+
+def _bottleneck_adapter_backward(call: BottleneckAdapterBackward) -> Plan | Refusal:
+    return _bottleneck_plan(call, triton_runs.bottleneck_adapter_backward, grad=call.grad)
+
+
 _PLANNERS: dict[Any, Planner] = {
     DequantizeCall: _dequantize,
     Nf4LinearCall: _nf4_linear,
@@ -189,6 +208,8 @@ _PLANNERS: dict[Any, Planner] = {
     LoraMlpBackward: _lora_mlp_backward,
     MultiLoraCall: _multi_lora_linear,
     MultiLoraBackward: _multi_lora_linear_backward,
+    BottleneckAdapterCall: _bottleneck_adapter,
+    BottleneckAdapterBackward: _bottleneck_adapter_backward,
 }
 
 BACKEND = Backend(

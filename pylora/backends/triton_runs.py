@@ -13,6 +13,9 @@ from torch import Tensor
 
 from pylora.calls import (
     Adapters,
+    BottleneckAdapterBackward,
+    BottleneckAdapterCall,
+    BottleneckGradients,
     DequantizeCall,
     Layer,
     LayerGradients,
@@ -184,3 +187,21 @@ def multi_lora_linear_backward(call: MultiLoraBackward) -> LayerGradients:
     gradients = multi_lora_linear_backward(grad, x, h, call.layer, adapters, call.wanted)
     gradients = _completed(gradients, call.layer, call.wanted, grad, x)
     return gradients.with_x(None if gradients.x is None else _shaped_like(gradients.x, call.x))
+
+
+def bottleneck_adapter(call: BottleneckAdapterCall) -> Tensor:
+    from pylora.kernels.bottleneck_adapter import bottleneck_adapter
+
+    x = _matrix(call.x)
+    residual = x if call.adds_x else call.residual
+    if residual is not None and residual is not x:
+        residual = _matrix(residual)
+    return _shaped_like(bottleneck_adapter(x, residual, call.adapter), call.x)
+
+
+def bottleneck_adapter_backward(call: BottleneckAdapterBackward) -> BottleneckGradients:
+    from pylora.kernels.bottleneck_adapter import bottleneck_adapter_backward
+
+    grad, x = _matrix(call.grad), _matrix(call.x)
+    of = bottleneck_adapter_backward(grad, x, call.adds_x, call.adapter, call.wanted)
+    return replace(of, x=None if of.x is None else _shaped_like(of.x, call.x))
