@@ -189,6 +189,16 @@ def test_wheel_lists_every_package() -> None:
     assert not [p for p in (ROOT / "kernels").iterdir() if p.is_dir() and p.name != "__pycache__"]
 
 
+def test_old_names_are_gone() -> None:
+    """Each concept has the one name that the glossary of CONTRIBUTING gives it."""
+    old = re.compile(r"\b(few_rows|request_only|row_steps|as_rows|adapter_rows)\b", re.IGNORECASE)
+    folders = ("pylora", "kernels", "csrc", "benchmarks", "examples", "tools")
+    files = [f for folder in folders for f in (ROOT / folder).rglob("*.*") if f.is_file()]
+    sources = [f for f in files if f.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")]
+    assert len(sources) > 300
+    assert not [(f, match) for f in sources for match in old.findall(f.read_text())]
+
+
 def test_files_are_short() -> None:
     patterns = (
         "pylora/**/*.py",

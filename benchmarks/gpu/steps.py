@@ -86,7 +86,7 @@ def steps(target: Target) -> dict[str, Step]:
     results = target.work / "results"
 
     # The sanitizers are slow, and so is a CPU in a dry run: each kernel gets one shape.
-    few_rows = ("--tokens", "9,131" if is_dry else "1,8,9,131,513")
+    few_tokens = ("--tokens", "9,131" if is_dry else "1,8,9,131,513")
 
     def sanitized(tool: str, backend: str, *options: str) -> tuple[str, ...]:
         check = ("check", "--backend", "cpu" if is_dry else backend, *options)
@@ -94,7 +94,7 @@ def steps(target: Target) -> dict[str, Step]:
 
     def check(backend: str, seconds: int) -> Step:
         command = (*pylora, "check", "--backend", "cpu" if is_dry else backend)
-        return Step(f"check-{backend}", (*command, *(few_rows * is_dry)), seconds)
+        return Step(f"check-{backend}", (*command, *(few_tokens * is_dry)), seconds)
 
     hopper_ops = ("--op", "nf4_linear", "--op", "lora_linear", "--tokens", HOPPER_ROWS)
 
@@ -147,8 +147,8 @@ def steps(target: Target) -> dict[str, Step]:
             arch="90a",
         ),
         measure("goals", 300, "lora_linear"),
-        Step("memcheck-cuda", sanitized("memcheck", "cuda", *few_rows), 95, no_cache),
-        Step("memcheck-triton", sanitized("memcheck", "triton", *few_rows), 95, no_cache),
+        Step("memcheck-cuda", sanitized("memcheck", "cuda", *few_tokens), 95, no_cache),
+        Step("memcheck-triton", sanitized("memcheck", "triton", *few_tokens), 95, no_cache),
         measure("goals-others", 450, *OTHER_OPS),
         Step("racecheck-cuda", sanitized("racecheck", "cuda"), 300),
         Step("initcheck-cuda", sanitized("initcheck", "cuda"), 300, no_cache),
