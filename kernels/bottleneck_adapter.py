@@ -6,6 +6,8 @@ all tokens, are products of their own.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -34,6 +36,7 @@ def _projected(
     stride_wide,
     row,  # int64 [BLOCK_M], the tokens of this program
     factor_ptr,  # [R, H] if RANK_FIRST, else [H, R]
+    bias_ptr,  # [R] or None
     H,
     R,
     RANK_FIRST: tl.constexpr,
@@ -43,7 +46,7 @@ def _projected(
     BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Returns wide @ factor in fp32, [BLOCK_M, BLOCK_R]. Columns beyond R repeat the last one."""
+    """Returns wide @ factor + bias in fp32, [BLOCK_M, BLOCK_R]; columns beyond R mean nothing."""
     rank = tl.minimum(tl.arange(0, BLOCK_R), R - 1)
     total = tl.zeros((row.shape[0], BLOCK_R), tl.float32)
     for start in range(0, H, BLOCK_H):
@@ -63,6 +66,8 @@ def _projected(
             total = dot_add(total, a, b, PRECISION)
         else:  # a tile that was converted in registers must outlive its product (`lora_shrink`)
             total += finished_dot(a, b, PRECISION)
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + rank).to(tl.float32)[None, :]
     return total
 
 
@@ -153,6 +158,7 @@ def _bottleneck_adapter_kernel(
         stride_x,
         row,
         down_weight_ptr,
+        down_bias_ptr,
         H,
         R,
         True,
@@ -162,8 +168,6 @@ def _bottleneck_adapter_kernel(
         BLOCK_H,
         BLOCK_R,
     )
-    if down_bias_ptr is not None:
-        h += tl.load(down_bias_ptr + r, mask=r < R, other=0.0).to(tl.float32)[None, :]
     # 2. Activate.
     a = tl.where((r < R)[None, :], activate(h, ACTIVATION), 0.0)
     # 3. Project back.
@@ -232,6 +236,7 @@ def _bottleneck_adapter_backward_kernel(
         stride_x,
         row,
         down_weight_ptr,
+        down_bias_ptr,
         H,
         R,
         True,
@@ -241,14 +246,13 @@ def _bottleneck_adapter_backward_kernel(
         BLOCK_H,
         BLOCK_R,
     )
-    if down_bias_ptr is not None:
-        h += tl.load(down_bias_ptr + r, mask=r < R, other=0.0).to(tl.float32)[None, :]
     # 2. Project grad.
     da = _projected(
         grad_ptr,
         stride_grad,
         row,
         up_weight_ptr,
+        None,
         H,
         R,
         False,
@@ -285,6 +289,29 @@ def _bottleneck_adapter_backward_kernel(
         )
 
 
+def _launch(x: Tensor, adapter: Bottleneck) -> tuple[tuple[int], dict[str, Any]]:
+    """(the grid, the constants and options) of both kernels for x [M, H]."""
+    M, H = x.shape
+    operands = lora_operands(x.dtype, adapter.down.dtype)
+    out = output_operands(x.dtype, adapter.down.dtype)
+    config = bottleneck_tile(M, adapter.size, operands.dtype == tl.float32, facts(x))
+    options = {
+        "ACTIVATION": adapter.activation,
+        "OPERAND": operands.dtype,
+        "PRECISION": operands.precision,
+        "OUT_OPERAND": out.dtype,
+        "OUT_PRECISION": out.precision,
+        "EVEN_H": H % config.block_k == 0,
+        "BLOCK_M": config.block_m,
+        "BLOCK_H": config.block_k,
+        "BLOCK_R": config.block_r,
+        "num_warps": config.num_warps,
+        "maxnreg": MAX_REGISTERS,
+        "num_stages": config.num_stages,
+    }
+    return (triton.cdiv(M, config.block_m),), options
+
+
 def bottleneck_adapter(x: Tensor, residual: Tensor | None, adapter: Bottleneck) -> Tensor:
     """y [M, H] in x's dtype.
 
@@ -292,12 +319,10 @@ def bottleneck_adapter(x: Tensor, residual: Tensor | None, adapter: Bottleneck) 
     residual    like x, or None; it may be x
     """
     M, H = x.shape
-    operands = lora_operands(x.dtype, adapter.down.dtype)
-    out = output_operands(x.dtype, adapter.down.dtype)
-    config = bottleneck_tile(M, adapter.size, operands.dtype == tl.float32, facts(x))
+    grid, options = _launch(x, adapter)
     y = x.new_empty(M, H)
     with on_device_of(x):
-        _bottleneck_adapter_kernel[(triton.cdiv(M, config.block_m),)](
+        _bottleneck_adapter_kernel[grid](
             x,
             residual,
             y,
@@ -311,18 +336,7 @@ def bottleneck_adapter(x: Tensor, residual: Tensor | None, adapter: Bottleneck) 
             adapter.size,
             x.stride(0),
             0 if residual is None else residual.stride(0),
-            ACTIVATION=adapter.activation,
-            OPERAND=operands.dtype,
-            PRECISION=operands.precision,
-            OUT_OPERAND=out.dtype,
-            OUT_PRECISION=out.precision,
-            EVEN_H=H % config.block_k == 0,
-            BLOCK_M=config.block_m,
-            BLOCK_H=config.block_k,
-            BLOCK_R=config.block_r,
-            num_warps=config.num_warps,
-            maxnreg=MAX_REGISTERS,
-            num_stages=config.num_stages,
+            **options,
         )
     return y
 
@@ -337,13 +351,11 @@ def bottleneck_adapter_backward(
     adds_x    True if x was the residual
     """
     M, H = x.shape
-    dtype = adapter.down.dtype
-    operands, out = lora_operands(x.dtype, dtype), output_operands(x.dtype, dtype)
-    config = bottleneck_tile(M, adapter.size, operands.dtype == tl.float32, facts(x))
+    grid, options = _launch(x, adapter)
     dx = x.new_empty(M, H) if wanted.x else None
     activated, dh = (x.new_empty(M, adapter.size, dtype=torch.float32) for _ in range(2))
     with on_device_of(x):
-        _bottleneck_adapter_backward_kernel[(triton.cdiv(M, config.block_m),)](
+        _bottleneck_adapter_backward_kernel[grid](
             grad,
             x,
             grad if adds_x else None,
@@ -359,19 +371,10 @@ def bottleneck_adapter_backward(
             adapter.size,
             grad.stride(0),
             x.stride(0),
-            ACTIVATION=adapter.activation,
-            OPERAND=operands.dtype,
-            PRECISION=operands.precision,
-            OUT_OPERAND=out.dtype,
-            OUT_PRECISION=out.precision,
-            EVEN_H=H % config.block_k == 0,
-            BLOCK_M=config.block_m,
-            BLOCK_H=config.block_k,
-            BLOCK_R=config.block_r,
-            num_warps=config.num_warps,
-            maxnreg=MAX_REGISTERS,
-            num_stages=config.num_stages,
+            **options,
         )
+    dtype = adapter.down.dtype
+    operands = lora_operands(x.dtype, dtype)
     down = up = down_bias = up_bias = None
     if wanted.down:
         down = lora_weight_grad(x, [dh], operands)[0].to(dtype)

@@ -278,7 +278,9 @@ def bottleneck_tile(M: int, bottleneck: int, fp32: bool, facts: Facts) -> Shrink
     has one. The backward has two sums of block_m x block_r in registers.
     """
     block_r = _block_r(bottleneck, TRITON_MAX_BOTTLENECK)
-    tallest = 16 if block_r > 64 and fp32 else 64 if block_r <= 64 else 32
+    tallest = 64
+    if block_r > 64:
+        tallest = 16 if fp32 else 32
     sizes = (size for size in (16, 32, 64) if cdiv(M, size) <= facts.multiprocessors)
     block_m = min(next(sizes, tallest), tallest)
     # Three stages of a tile of x and one of the factor take up to 64 KiB of shared memory.

@@ -193,9 +193,9 @@ def bottleneck_adapter(call: BottleneckAdapterCall) -> Tensor:
     from pylora.kernels.bottleneck_adapter import bottleneck_adapter
 
     x = _matrix(call.x)
-    residual = x if call.adds_x else call.residual
-    if residual is not None and residual is not x:
-        residual = _matrix(residual)
+    residual = x if call.adds_x else None
+    if call.residual is not None:
+        residual = _matrix(call.residual)
     return _shaped_like(bottleneck_adapter(x, residual, call.adapter), call.x)
 
 
