@@ -16,7 +16,7 @@ from pylora.models.distributed import refuse_to_change
 from pylora.models.module_tree import lora_layers, refuse_peft_model
 from pylora.models.trained_in_full import train_full, use_full
 from pylora.models.wrappers import unwrapped
-from pylora.nn.inactive import set_trainable
+from pylora.nn.inactive import inactive_adapters, set_trainable
 from pylora.nn.lora_adapters import LORA_TENSORS
 
 
@@ -74,10 +74,12 @@ def train_active(model: nn.Module) -> None:
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of LoRA layers and of modules that are trained in full."""
+    """The floating-point parameters of all LoRA adapters, and of modules trained in full."""
     found = adapted(model)
-    modules = (*found.lora, *found.full)
-    return [p for m in modules for p in m.parameters() if p.is_floating_point()]
+    holders = [(layer, *inactive_adapters(layer).values()) for layer in found.lora]
+    of_lora = (h._parameters.get(name) for hs in holders for h in hs for name in LORA_TENSORS)
+    in_full = (p for module in found.full for p in module.parameters())
+    return [p for p in (*of_lora, *in_full) if p is not None and p.is_floating_point()]
 
 
 @contextmanager

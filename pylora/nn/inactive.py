@@ -83,6 +83,28 @@ def move_tensors(source: nn.Module, target: nn.Module, names: Iterable[str]) -> 
                 target._non_persistent_buffers_set.add(name)
 
 
+def change_places(
+    module: nn.Module, active: str, name: str, names: Iterable[str], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Makes the inactive adapter `name` the active one; the active one takes its place.
+
+    active      the name of the active adapter
+    names       the parameters that an adapter has
+    settings    those of the active adapter
+
+    Returns the settings of the other one. The child module that held it holds the active one
+    afterwards, since making a module takes longer than the rest of a switch.
+    """
+    held: Any = module._modules[HOLDER]
+    adapter = held._modules.pop(name)
+    for key in names:
+        mine, other = module._parameters.get(key), adapter._parameters.get(key)
+        module._parameters[key], adapter._parameters[key] = other, mine
+    taken, adapter.settings = adapter.settings, dict(settings)
+    held._modules[active] = adapter
+    return taken
+
+
 def set_trainable(module: nn.Module, names: Iterable[str], trainable: bool) -> None:
     """Sets `requires_grad` of these parameters, if they are of a floating-point dtype."""
     for name in names:

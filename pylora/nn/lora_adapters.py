@@ -16,6 +16,7 @@ from pylora.nn.changes import note_change
 from pylora.nn.conv1d import dense_weight
 from pylora.nn.inactive import (
     InactiveAdapter,
+    change_places,
     check_adapter_name,
     drop,
     hold,
@@ -70,7 +71,7 @@ class NamedAdapters(nn.Module):
         super().__init__()
         note_change()
         self.active_adapter: str | None = None
-        self._set_settings(_NO_SETTINGS)
+        self.__dict__.update(_NO_SETTINGS)
         for name in LORA_TENSORS:
             self.register_parameter(name, None)
         self.register_load_state_dict_post_hook(_refresh_after_load)
@@ -183,27 +184,27 @@ class NamedAdapters(nn.Module):
             raise ValueError("the layer is merged; unmerge must be called first")
         if name is not None and name not in inactive_adapters(self):
             raise KeyError(name)
-        if self.active_adapter is not None:
-            settings = {key: getattr(self, key) for key in _NO_SETTINGS}
+        before, attributes = self.active_adapter, self.__dict__
+        settings = {key: attributes[key] for key in _NO_SETTINGS}
+        new_settings = _NO_SETTINGS
+        if before is not None and name is not None:
+            new_settings = change_places(self, before, name, LORA_TENSORS, settings)
+        elif before is not None:
             away = InactiveAdapter(settings)
             move_tensors(self, away, LORA_TENSORS)
-            hold(self, self.active_adapter, away)
-        self._set_settings(_NO_SETTINGS)
-        if name is not None:
+            hold(self, before, away)
+        elif name is not None:
             taken = drop(self, name)
             move_tensors(taken, self, LORA_TENSORS)
-            self._set_settings(taken.settings)
-        self.active_adapter, self._kept = name, None
+            new_settings = taken.settings
+        # torch's __setattr__ would look for modules and parameters among these values.
+        attributes.update(new_settings, active_adapter=name, _kept=None)
 
     def delete_adapter(self, name: str) -> None:
         """Deletes an adapter; raises KeyError if there is none of this name."""
         if name == self.active_adapter:
             self.set_adapter(None)
         drop(self, name)
-
-    def _set_settings(self, settings: dict[str, Any]) -> None:
-        for key, value in settings.items():
-            setattr(self, key, value)
 
     def set_scaling(self, lora_alpha: float, use_rslora: bool) -> None:
         """Sets scaling = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`."""
