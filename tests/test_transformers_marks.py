@@ -70,6 +70,30 @@ def test_a_quantized_model_with_adapters_of_peft_is_trained(tmp_path: Path) -> N
         trainer(peft.get_peft_model(pylora.quantize_model(mistral()), config), tmp_path).train()
 
 
+@pytest.mark.parametrize("base", ["dense", "nf4", "bitsandbytes"])
+def test_a_model_with_bottleneck_adapters_is_trained(tmp_path: Path, base: str) -> None:
+    model = mistral()
+    if base == "nf4":
+        pylora.quantize_model(model)
+    elif base == "bitsandbytes":
+        pytest.importorskip("bitsandbytes")
+        from benchmarks.models.bitsandbytes_layers import in_4bit
+
+        in_4bit(model).is_quantized = True  # as transformers marks what it has loaded
+        with pytest.raises(ValueError, match="purely quantized"):
+            trainer(model, tmp_path)
+    pylora.add_adapter(model, "task", pylora.PfeifferConfig(reduction_factor=4))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in trained]
+    trainer(model, tmp_path).train()
+    assert trained and not any(map(torch.equal, trained, before))
+    if base != "dense":
+        pylora.delete_adapter(model, "task")
+        model.lm_head.requires_grad_()
+        with pytest.raises(ValueError, match=r"purely quantized|would be trained"):
+            trainer(model, tmp_path)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_trains(tmp_path: Path, reentrant: bool) -> None:
     model = pylora.add_lora(pylora.quantize_model(mistral()), r=4)

@@ -25,11 +25,13 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from pylora.adapters.slot import AdapterSlot
 from pylora.integrations.accelerate import accelerate
 from pylora.integrations.checkpoints import SavePretrained, plain_state
 from pylora.integrations.report import Report
 from pylora.models.dense import make_dense
 from pylora.models.module_tree import Site, is_bitsandbytes_4bit, lora_layers
+from pylora.models.slots import all_slots
 from pylora.nn import LoRALinear, NF4Linear
 
 logger = logging.getLogger(__name__)
@@ -46,8 +48,9 @@ def _mark(model: Any) -> None:
     layers = list(model.modules())
     nf4 = [layer for layer in layers if isinstance(layer, NF4Linear)]
     has_lora = any(isinstance(layer, LoRALinear) for layer in layers)
+    has_adapters = has_lora or any(isinstance(layer, AdapterSlot) for layer in layers)
     has_bitsandbytes = any(map(is_bitsandbytes_4bit, layers))
-    _mark_bitsandbytes(model, has_lora, has_bitsandbytes)
+    _mark_bitsandbytes(model, has_adapters, has_bitsandbytes)
     marks = vars(model)
     if nf4 and not has_bitsandbytes:
         if not isinstance(marks.get("hf_quantizer"), NF4Quantizer):
@@ -70,15 +73,17 @@ def _mark(model: Any) -> None:
         marks.pop("_apply", None)
 
 
-def _mark_bitsandbytes(model: Any, has_lora: bool, has_bitsandbytes: bool) -> None:
+def _mark_bitsandbytes(model: Any, has_adapters: bool, has_bitsandbytes: bool) -> None:
     """Sets the marks of a model that transformers loaded by bitsandbytes.
+
+    has_adapters    true if pylora has given it LoRA or bottleneck adapters
 
     transformers' Trainer refuses a model that `is_quantized` without PEFT's adapters. The other
     marks make `.half()` and `.to(dtype)` refuse, which is right while bitsandbytes layers are left.
     """
     marks = vars(model)
     if marks.get("is_loaded_in_4bit"):
-        marks["is_quantized"] = has_bitsandbytes and not has_lora
+        marks["is_quantized"] = has_bitsandbytes and not has_adapters
         if not has_bitsandbytes:
             marks["is_loaded_in_4bit"] = False
             marks.pop("quantization_method", None)
@@ -134,14 +139,14 @@ class NF4Quantizer(HfQuantizer):
         `hf_quantizer`, but heeds the answer only if the model is marked `is_quantized`.
         """
         model = self.model
-        if lora_layers(model) or hasattr(model, "peft_config"):
+        if lora_layers(model) or all_slots(model) or hasattr(model, "peft_config"):
             return True
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 raise ValueError(
                     f"model is quantized and has no adapters, and {name} would be trained; call "
-                    "pylora.add_lora or peft.get_peft_model before the Trainer is made, or freeze "
-                    "the model"
+                    "pylora.add_lora, pylora.add_adapter or peft.get_peft_model before the Trainer "
+                    "is made, or freeze the model"
                 )
         return True
 

@@ -16,6 +16,7 @@ from pylora.adapters.fusion import AdapterFusion
 from pylora.adapters.slot import AdapterSlot
 from pylora.models.adapters import adapter_names, set_active_adapters, set_trained
 from pylora.models.blocks import TransformerBlock, places, transformer_blocks
+from pylora.models.changes import changed
 from pylora.models.distributed import refuse_to_change
 from pylora.models.lora_switching import lora_parameters
 from pylora.models.module_tree import refuse_peft_model
@@ -88,6 +89,7 @@ def add_adapter(
         slot.adapters[name] = module.train(slot.training).requires_grad_(False)
     if not before:
         set_active_adapters(root, name)
+    changed(root)
     return model
 
 
