@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from pylora import functional
 from pylora.integrations.swaps import Swap, why_not_replaceable
 from pylora.nf4_weight import NF4Weight
 from pylora.nn import NF4Linear
+from pylora.nn.kept import Kept, Place
+from pylora.ops import run_output
 
 T = TypeVar("T")
 
@@ -56,17 +58,50 @@ def why_not_nf4(layer: Any) -> str | None:
     return None
 
 
+class Packed(NamedTuple):
+    """What a Linear4bit computes with, beside its tensors."""
+
+    layer: Any
+    state: Any
+    compute_dtype: torch.dtype | None
+
+    @classmethod
+    def of(cls, layer: Any) -> Packed | None:
+        """None for a layer that is no Linear4bit."""
+        state = getattr(stored_weight(layer), "quant_state", None)
+        return None if state is None else cls(layer, state, layer.compute_dtype)
+
+    def has_changed(self) -> bool:
+        """True if the layer computes with something else now."""
+        layer, state, compute_dtype = self
+        return layer.weight.quant_state is not state or layer.compute_dtype is not compute_dtype
+
+
+def packed_places(layer: Any) -> tuple[Place, ...]:
+    """The places of weight and bias of a layer whose weight may be packed by bitsandbytes."""
+    is_packed = hasattr(layer.weight, "quant_state")
+    held = layer._parameters
+    return Place(held, "weight", is_packed), Place(held, "bias")
+
+
 class Linear4bitSwap(Swap):
     """bitsandbytes' Linear4bit with NF4: y = x @ W^T + bias in the layer's compute dtype."""
 
     def __init__(self, name: str, verify: int) -> None:
         super().__init__(name, verify)
         self._weight: OfWeight[NF4Weight] = OfWeight()
+        # The record of a call, and what else it depends on; None if the next one must be checked.
+        self._kept: tuple[Kept, Packed] | None = None
 
     def why_not(self, module: nn.Module) -> str | None:
         return why_not_replaceable(module) or why_not_nf4(module)
 
     def forward(self, module: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._kept is not None and not (args or kwargs or torch.compiler.is_compiling()):
+            kept, packed = self._kept
+            call = None if packed.has_changed() else kept.call_with(x)
+            if call is not None and x.dtype is packed.compute_dtype:
+                return call.run(x)
         if args or kwargs or not isinstance(x, Tensor):  # its own forward refuses them
             why = "it was not called with one tensor alone"
             return self.as_before(module, why, x, *args, **kwargs)
@@ -78,10 +113,19 @@ class Linear4bitSwap(Swap):
         given = x.to(dtype)
         if x.shape[-1:] != (weight.in_features,):  # torch raises, as it does for bitsandbytes
             return nn.functional.linear(given, weight.dequantize(dtype), module.bias)
-        y = functional.nf4_linear(given, weight, module.bias)
+        call = functional.CALLS["nf4_linear"](given, weight, module.bias)
+        y = run_output(call)
         if self.must_verify():
             self.verify(y, nn.functional.linear, weight, given, bias=module.bias)
+        elif not torch.compiler.is_compiling():
+            self._keep(module, x, call)
         return y.to(x.dtype)
+
+    def _keep(self, module: Any, x: Tensor, call: Any) -> None:
+        places, packed = packed_places(module), Packed.of(module)
+        held = all(place.name in place.held for place in places)
+        kept = Kept.of(places if held else None, x, call)
+        self._kept = None if kept is None or packed is None else (kept, packed)
 
 
 def compute_dtype(layer: Any, x: Tensor) -> torch.dtype:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pylora import functional
-from pylora.calls import Dropout
 from pylora.dropout import dropout_seed
 from pylora.integrations import peft_rows
 from pylora.integrations.bitsandbytes_layers import OfWeight, stored_weight
@@ -22,9 +22,8 @@ from pylora.integrations.peft_base import (
     why_not_called,
     why_not_input,
 )
-from pylora.nn import NF4Linear, dora
-from pylora.nn.conv1d import is_conv1d
-from pylora.nn.kept import Kept, Place
+from pylora.integrations.peft_kept import KeptPeftCall, places_of_parts
+from pylora.nn import dora
 from pylora.ops import run_output
 
 
@@ -33,12 +32,18 @@ class PeftLoraSwap(PeftSwap):
 
     def __init__(self, name: str, verify: int) -> None:
         super().__init__(name, verify)
-        self._kept: Kept | None = None
-        self._kept_for: tuple[Any, ...] = ()
+        self._kept: KeptPeftCall | None = None
         self._norm: OfWeight[Tensor] = OfWeight()  # of the rows of the base, for DoRA
+        self._dora_weight: Any = None
+        self._dora_calls = dora.DoraCalls()
         self._trained_by_row = False
 
     def forward(self, module: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        kept = self._kept
+        if kept is not None and not (args or kwargs or self._trained_by_row):
+            y = None if torch.compiler.is_compiling() else kept.result(module, x)
+            if y is not None:
+                return y
         names = kwargs.get("adapter_names")
         if names is not None or self._trained_by_row:
             self._refuse_other_recomputation(module, names)
@@ -109,45 +114,34 @@ class PeftLoraSwap(PeftSwap):
     def with_base(self, module: Any, name: str, parts: Parts, x: Tensor) -> Tensor:
         if name in module.lora_variant:
             return self._dora(module, name, parts, x)
-        return self._fused(parts, module.scaling[name], x)
+        return self._fused(module, name, parts, x)
 
     def without_base(self, module: Any, name: str, x: Tensor) -> Tensor:
         A, B = module.lora_A[name], module.lora_B[name]
         dropped: Tensor = module.lora_dropout[name](x.to(A.weight.dtype))
         return B(A(dropped)) * module.scaling[name]
 
-    def _fused(self, parts: Parts, scaling: float, x: Tensor) -> Tensor:
+    def _fused(self, module: Any, name: str, parts: Parts, x: Tensor) -> Tensor:
         base, A, B, dropout = parts
         p = drop_rate(dropout)
-        state = getattr(stored_weight(base), "quant_state", None)
-        kept_for = (base, A, B, state)
-        must_verify = self.must_verify()
-        compiling = torch.compiler.is_compiling()
-        seed = dropout_seed(None, x.device) if p else None
-        if self._kept is not None and not compiling and not must_verify:
-            same = all(now is then for now, then in zip(kept_for, self._kept_for, strict=True))
-            call = self._kept.call_with(x) if same else None
-            if call is not None:
-                return call.run(x, scaling, None if seed is None else Dropout(p, seed))
         weight = self.weight_of(base)
         given = in_compute_dtype(base, x)
         arguments = {
             "lora_A": A.weight,
             "lora_B": B.weight,
-            "scaling": scaling,
+            "scaling": module.scaling[name],
             "bias": base.bias,
             "dropout_p": p,
-            "seed": seed,
+            "seed": dropout_seed(None, x.device) if p else None,
             "lora_B_bias": B.bias,
         }
         call_record = functional.CALLS["lora_linear"](given, weight, **arguments)
-        if not compiling:
-            self._kept = Kept.of(_places(base, A, B), x, call_record)
-            self._kept_for = kept_for
         y = run_output(call_record)
-        if must_verify:
+        if self.must_verify():
             self.verify(y, functional.lora_linear, weight, call_record.x, **arguments)
-        return y if state is None else y.to(x.dtype)
+        elif not torch.compiler.is_compiling():
+            self._kept = KeptPeftCall.of(module, name, parts, x, call_record)
+        return in_dtype_of_base(base, y, x)
 
     def _dora(self, module: Any, name: str, parts: Parts, x: Tensor) -> Tensor:
         base, A, B, dropout = parts
@@ -158,10 +152,15 @@ class PeftLoraSwap(PeftSwap):
         stored = stored_weight(base)
         version = 0 if stored.is_inference() else stored._version
         base_norm = self._norm.get(base, lambda _: dora.base_norm(weight), version)
-        norm = dora.adapted_norm(weight, base_norm, *factors)
+        if weight is not self._dora_weight:
+            self._dora_weight, self._dora_calls = weight, dora.DoraCalls()
+        rescale = magnitude / self._dora_calls.norm(weight, base_norm, *factors)
         dropped = dropout(given) if drop_rate(dropout) else None
-        rescale = magnitude / norm
-        y = dora.dora_linear(given, weight, *factors, rescale, base.bias, dropped)
+        if dropped is None:
+            places = partial(places_of_parts, parts)
+            y = self._dora_calls.linear(given, weight, *factors, rescale, base.bias, places)
+        else:
+            y = dora.dora_linear(given, weight, *factors, rescale, base.bias, dropped)
         if self.must_verify():
             names = ("lora_A", "lora_B", "scaling", "magnitude", "bias", "dropped")
             values = (*factors, magnitude, base.bias, dropped)
@@ -199,20 +198,3 @@ def dora_in_torch(
     low_rank = linear(linear(given.to(lora_A.dtype), lora_A), lora_B) * scaling
     delta = (rescale - 1) * linear(given, weight) + rescale * low_rank
     return linear(x, weight, bias) + delta.to(x.dtype)
-
-
-def _places(base: nn.Module, *factors: nn.Module) -> tuple[Place, ...] | None:
-    if is_conv1d(base):  # a call reads a view of its weight, which must be taken each time
-        return None
-    if isinstance(base, NF4Linear):
-        of_base = base.places()
-        if of_base is None:
-            return None
-        places = list(of_base)
-    else:
-        is_packed = hasattr(base.weight, "quant_state")
-        places = [Place(base._parameters, "weight", is_packed), Place(base._parameters, "bias")]
-    for layer in factors:
-        places += [Place(layer._parameters, name) for name in ("weight", "bias")]
-    # FSDP, for one, takes the parameters out of a module, and gives it plain tensors in a forward.
-    return tuple(places) if all(place.name in place.held for place in places) else None

@@ -7,6 +7,9 @@ The norm |...| is taken of each row and has no gradient. Source: DoRA, arXiv:240
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -14,6 +17,9 @@ from torch.autograd import forward_ad
 from pylora import functional
 from pylora.backends.backend import autocast_off
 from pylora.nf4_weight import NF4Weight
+from pylora.nn.kept import Kept, Place
+from pylora.ops import run_output
+from pylora.ops.registration import only_autograd_watches
 
 
 @torch.no_grad()
@@ -48,6 +54,114 @@ def adapted_norm(
     return (norm**2 + cross + of_lora).clamp(min=0).sqrt().to(lora_A.dtype)
 
 
+class DoraCalls:
+    """What a layer with DoRA keeps between its calls: a checked product, and the norms.
+
+    The norms take as long as a product with as many tokens as the rank. They are the same for each
+    token that a model writes, so calls without gradients keep them, on a CPU. The sums of both
+    factors tell of a change that torch does not count, such as `parameter.data.copy_(...)`.
+    """
+
+    __slots__ = ("_kept", "_norms")
+
+    def __init__(self) -> None:
+        self._kept: Kept | None = None
+        self._norms: _Norms | None = None
+
+    def again(
+        self,
+        x: Tensor,
+        norm: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        magnitude: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor | None:
+        """The result for x by what is kept; None if anything must be computed or checked first."""
+        kept, norms = self._kept, self._norms
+        if kept is None or norms is None:
+            return None
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        call = kept.call_with(x)
+        if call is None or not norms.are_of((norm, lora_A, lora_B), scaling):
+            return None
+        return _rescaled(call.run(x, scaling), magnitude / norms.value, bias)
+
+    def norm(
+        self,
+        weight: Tensor | NF4Weight,
+        norm: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        """`adapted_norm` of these arguments."""
+        if torch.compiler.is_compiling():
+            return adapted_norm(weight, norm, lora_A, lora_B, scaling)
+        tensors = (norm, lora_A, lora_B)
+        on_cpu = lora_A.device.type == "cpu"
+        if torch.is_grad_enabled() or not on_cpu or not only_autograd_watches(tensors):
+            self._norms = None
+            return adapted_norm(weight, norm, lora_A, lora_B, scaling)
+        norms = self._norms
+        if norms is None or not norms.are_of(tensors, scaling):
+            value = adapted_norm(weight, norm, lora_A, lora_B, scaling)
+            self._norms = norms = _Norms(value, tensors, _state_of(tensors, scaling))
+        return norms.value
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: Tensor | NF4Weight,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        rescale: Tensor,
+        bias: Tensor | None,
+        places: Callable[[], tuple[Place, ...] | None],
+    ) -> Tensor:
+        """`dora_linear` of these arguments, without dropout.
+
+        places    returns the places of the weight and of both factors in their modules
+        """
+        compiling = torch.compiler.is_compiling()
+        call = None if compiling or self._kept is None else self._kept.call_with(x)
+        if call is not None:
+            return _rescaled(call.run(x, scaling), rescale, bias)
+        record = functional.CALLS["lora_linear"](x, weight, lora_A, lora_B, scaling)
+        if not compiling:
+            self._kept = Kept.of(places(), x, record)
+        return _rescaled(run_output(record), rescale, bias)
+
+
+class _Norms(NamedTuple):
+    """What `adapted_norm` has returned, and for what: threads see either all of it or nothing."""
+
+    value: Tensor
+    tensors: tuple[Tensor, ...]
+    state: tuple[Any, ...]
+
+    def are_of(self, tensors: tuple[Tensor, ...], scaling: float) -> bool:
+        """True if these are the same tensors, and have not changed."""
+        for now, then in zip(tensors, self.tensors, strict=True):
+            if now is not then:
+                return False
+        return _state_of(tensors, scaling) == self.state
+
+
+def _state_of(tensors: tuple[Tensor, ...], scaling: float) -> tuple[Any, ...]:
+    """Numbers, of which a change of the scaling or of a factor changes one or more."""
+    _, *factors = tensors  # a change of the base weight makes another tensor of its norms
+    state: list[Any] = [scaling]
+    for factor in factors:
+        version = 0 if factor.is_inference() else factor._version
+        total = factor.sum(dtype=torch.promote_types(factor.dtype, torch.float32))
+        state += [version, factor.data_ptr(), total.item()]
+    return tuple(state)
+
+
 def dora_linear(
     x: Tensor,
     weight: Tensor | NF4Weight,
@@ -67,13 +181,17 @@ def dora_linear(
     """
     if dropped is None:
         y = functional.lora_linear(x, weight, lora_A, lora_B, scaling)
-        y = y * rescale.to(y.dtype)  # under autocast, y has another dtype than x
-        return y if bias is None else y + bias.to(y.dtype)
+        return _rescaled(y, rescale, bias)
     linear = nn.functional.linear
     low_rank = linear(linear(dropped.to(lora_A.dtype), lora_A), lora_B)
     delta = (rescale - 1) * _base(dropped, weight) + rescale * scaling * low_rank
     y = _base(x, weight, bias)
     return y + delta.to(y.dtype)
+
+
+def _rescaled(y: Tensor, rescale: Tensor, bias: Tensor | None) -> Tensor:
+    y = y * rescale.to(y.dtype)  # under autocast, y has another dtype than x
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def _base(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = None) -> Tensor:

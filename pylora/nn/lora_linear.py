@@ -84,6 +84,7 @@ class LoRALinear(MergeableLoRA):
             )
         checks.plain_weight("base", base)
         self._kept: Kept | None = None
+        self._dora = dora.DoraCalls()
         self.lora_enabled = True
         self.base_layer: Any = base
         self.out_features, self.in_features = self.base_weight.shape
@@ -112,13 +113,13 @@ class LoRALinear(MergeableLoRA):
             return self._merged_forward(x)
         if not self.lora_enabled or self.active_adapter is None:
             return self.base_layer(x)
+        if self.use_dora and self.lora_magnitude is not None:
+            return self._dora_forward(x, self.lora_magnitude)
         refuse_sharded_forward(self)
         if self.merge_aware:
             merged = requantized(self.base_layer.nf4_weight, self.merged_weight())
             factors = (self.lora_A, self.lora_B, self.scaling)
             return merge_aware_linear(x, merged, self.base_layer.bias, *factors)
-        if self.use_dora and self.lora_magnitude is not None:
-            return self._dora_forward(x, self.lora_magnitude)
         return self._checked_forward(x, self.lora_dropout if self.training else 0.0)
 
     def _checked_forward(self, x: Tensor, dropout_p: float) -> Tensor:
@@ -139,15 +140,22 @@ class LoRALinear(MergeableLoRA):
         return None if of_base is None or of_lora is None else (*of_base, *of_lora)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_kept": None}
+        return {**super().__getstate__(), "_kept": None, "_dora": dora.DoraCalls()}
 
     def _dora_forward(self, x: Tensor, magnitude: Tensor) -> Tensor:
-        p = self.lora_dropout if self.training else 0.0
-        dropped = nn.functional.dropout(x, p) if p else None
-        rescale = magnitude / self.weight_norm()
+        norm, bias = self.base_norm, self.base_layer.bias
         factors = (self.lora_A, self.lora_B, self.scaling)
-        bias = self.base_layer.bias
-        return dora.dora_linear(x, self.base_weight, *factors, rescale, bias, dropped)
+        drops = self.training and self.lora_dropout
+        y = None if drops else self._dora.again(x, norm, *factors, magnitude, bias)
+        if y is not None:
+            return y
+        refuse_sharded_forward(self)
+        weight = self.base_weight
+        rescale = magnitude / self._dora.norm(weight, norm, *factors)
+        if drops:
+            dropped = nn.functional.dropout(x, self.lora_dropout)
+            return dora.dora_linear(x, weight, *factors, rescale, bias, dropped)
+        return self._dora.linear(x, weight, *factors, rescale, bias, self._places)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
