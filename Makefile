@@ -11,7 +11,7 @@ export PYTHONSAFEPATH := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test asan check headers bench gpu gpu-code gpu-extension gpu-wheels kernels lint format clean
+.PHONY: help install demo test asan check headers bench methods readme gpu gpu-code gpu-extension gpu-wheels kernels lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -64,6 +64,12 @@ headers: $(INSTALLED) ## the files that include torch compile against every torc
 bench: $(INSTALLED) ## the quick benchmark suite on this CPU and its report, in build/bench (OP=… for one op)
 	env -u PYTHONSAFEPATH $(PY) -m benchmarks run --suite quick --device cpu $(if $(OP),--op $(OP)) --out build/bench
 	env -u PYTHONSAFEPATH $(PY) -m benchmarks report build/bench
+
+methods: $(INSTALLED) ## train the demo's job by every method with three seeds; a table and a plot in build/methods (takes hours; OPTIONS="--steps 48 …")
+	$(PY) examples/finetune_qlora.py --compare --resume --seeds 3 --out build/methods $(OPTIONS)
+
+readme: $(INSTALLED) ## rewrite the tables of README.md from the committed JSON
+	env -u PYTHONSAFEPATH $(PY) -m benchmarks.report.readme
 
 # Made for a bare machine without a network: any Python that has torch will do. PYTHON=… names it; without,
 # it is that of .venv if there is one.

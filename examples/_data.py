@@ -306,8 +306,11 @@ def grouped_by_length(
     return [item for batch in batches for item in batch]
 
 
-def completion_collator(tokenizer: Any) -> Any:
+def completion_collator(tokenizer: Any, virtual_tokens: int = 0) -> Any:
     """Makes batches for the Trainer.
+
+    tokenizer         pads on the left from now on
+    virtual_tokens    how many tokens prompt tuning puts before each row of the batch
 
     Logits over a large vocabulary are the largest tensors of a step, and only those of the
     completions are needed. The batch is therefore padded on the left, so that all completions end
@@ -323,6 +326,8 @@ def completion_collator(tokenizer: Any) -> Any:
         # The logits at one position predict the token at the next, so one more position is needed.
         kept = int((batch["labels"] != IGNORED).sum(1).max()) + 1
         batch["labels"] = batch["labels"][:, -kept:]
+        if virtual_tokens:  # PEFT puts as many labels before these, and counts positions itself
+            return {**batch, "logits_to_keep": kept + virtual_tokens}
         positions = batch["attention_mask"].cumsum(1) - 1
         return {**batch, "position_ids": positions.clamp(min=0), "logits_to_keep": kept}
 

@@ -107,6 +107,8 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # PEFT calls a function of transformers by a name that is about to change.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    # PEFT says so when it generates with prompt tuning, for which it counts the positions itself.
+    warnings.filterwarnings("ignore", "Position ids are not supported", UserWarning)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

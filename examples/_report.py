@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import textwrap
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from typing import Any
 
 import matplotlib
 import torch
+from _methods import saved_bytes
 from _model import chosen_kernels, frozen_bytes, trained_parameters
 from _options import METHODS
 
@@ -78,11 +80,9 @@ class Report:
         print(flush=True)
 
     def stopped(self, state: Any, saved: Path, command: str) -> None:
-        print(
-            f"\nStopped after step {state.global_step} of {state.max_steps}. Saved:\n"
-            f"  {saved}\n  {self.options.out / 'checkpoints'}\nTo go on:\n  {command}",
-            flush=True,
-        )
+        print(f"\nStopped after step {state.global_step} of {state.max_steps}. Saved:\n  {saved}")
+        if command:
+            print(f"  {self.options.out / 'checkpoints'}\nTo go on:\n  {command}", flush=True)
 
     def finished(
         self,
@@ -125,6 +125,7 @@ class Report:
         saved: Path,
         after: dict[str, Any] | None,
         check: dict[str, Any] | None,
+        switch: float | None = None,
     ) -> None:
         """Writes loss.png and summary.json."""
         options, facts = self.options, _history(state)
@@ -140,6 +141,7 @@ class Report:
                 "options": {k: v for k, v in vars(options).items() if k != "job"},
                 "learning_rate": options.learning_rate,
                 "compute_dtype": self.dtype,
+                "parameters": self.parameters,
                 "trained_parameters": self.trained,
                 "frozen_bytes": self.frozen,
                 "before": before,
@@ -147,6 +149,9 @@ class Report:
                 "peft_check": check,
                 "tokens_per_second": facts["tokens_per_second"],
                 "train_seconds": facts["seconds"],
+                "step_seconds": facts["step_seconds"],
+                "switch_seconds": switch,
+                "saved_bytes": saved_bytes(saved),
                 "total_seconds": time.perf_counter() - self.started,
                 "memory_bytes": {
                     "what": "resident set" if options.device == "cpu" else "allocated by torch",
@@ -168,6 +173,7 @@ def _history(state: Any) -> dict[str, Any]:
         "losses": [entry["loss"] for entry in steps],
         "peak": max(entry["peak_bytes"] for entry in steps),
         "seconds": steps[-1]["train_runtime"],
+        "step_seconds": statistics.median(entry["seconds"] for entry in steps),
         "tokens_per_second": steps[-1]["train_tokens_per_second"],
     }
 

@@ -9,6 +9,7 @@ import math
 import resource
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any
 
 import torch
 from _data import IGNORED, completion_collator, prompt_text
-from _options import UserError
+from _methods import AllocateRanks, scored_model
+from _options import PEFT_METHODS, UserError
 from torch import nn
 from transformers import (
     ProgressCallback,
@@ -64,20 +66,23 @@ def make_trainer(
         disable_tqdm=False,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs would make the Trainer split batches
-    trainer_class = Trainer if options.method in ("full", "peft") else LoraTrainer
+    trainer_class = Trainer if options.method in ("full", *PEFT_METHODS) else AdapterTrainer
+    virtual_tokens = options.virtual_tokens if options.method == "prompt" else 0
     trainer = trainer_class(
         model,
         arguments,
-        data_collator=completion_collator(tokenizer),
+        data_collator=completion_collator(tokenizer, virtual_tokens),
         train_dataset=train_items,
         eval_dataset=validation_items,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Console(torch.device(options.device)))
+    if options.method == "adalora":
+        trainer.add_callback(AllocateRanks())
     return trainer
 
 
-class LoraTrainer(Trainer):
+class AdapterTrainer(Trainer):
     """A Trainer whose checkpoints keep only the adapter, not the whole model."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -88,17 +93,27 @@ class LoraTrainer(Trainer):
 
 
 class Console(ProgressCallback):
-    """Shows a progress bar with loss, speed and memory, and adds the peak memory to the history."""
+    """Shows a progress bar with loss, speed and memory, and adds the peak memory and the time of
+    each step to the history.
+    """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device = device
+        self.started = self.seconds = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         self.training_bar.set_description("training")
         if not sys.stderr.isatty():
             self.training_bar.mininterval = 10.0  # in a log file each refresh is a new line
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds = time.perf_counter() - self.started
+        super().on_step_end(args, state, control, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" not in logs:
@@ -113,6 +128,7 @@ class Console(ProgressCallback):
         if state.global_step % 10 == 0:
             give_back_free_memory(self.device)
         state.log_history[-1]["peak_bytes"] = peak = peak_memory(self.device)
+        state.log_history[-1]["seconds"] = self.seconds
         self.training_bar.set_postfix_str(
             f"loss {logs['loss']:.3f}, {logs['train_tokens_per_second']:.0f} tokens/s, "
             f"{peak / 2**20:.0f} MiB",
@@ -170,7 +186,7 @@ def measure(
     asked = asked[: options.samples]
     trainer.model.eval()
     with torch.no_grad(), torch.autocast(options.device, torch.bfloat16, enabled=trainer.args.bf16):
-        loss = validation_loss(trainer)
+        loss = validation_loss(trainer, scored_model(trainer.model, options.method))
         texts = generate(trainer.model, tokenizer, asked, options.sample_tokens) if asked else []
     return {
         "loss": loss,
@@ -182,12 +198,12 @@ def measure(
     }
 
 
-def validation_loss(trainer: Trainer) -> float:
+def validation_loss(trainer: Trainer, model: nn.Module) -> float:
     """Returns the mean over all completion tokens. `Trainer.evaluate` averages over batches."""
     total, tokens = 0.0, 0
     for batch in trainer.get_eval_dataloader():
         count = int((batch["labels"][:, 1:] != IGNORED).sum())
-        total += trainer.model(**batch).loss.item() * count
+        total += model(**batch).loss.item() * count
         tokens += count
     return total / tokens
 

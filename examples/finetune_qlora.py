@@ -2,8 +2,8 @@
 
     python examples/finetune_qlora.py                     SmolLM2-135M learns to document Python
     python examples/finetune_qlora.py --data my.jsonl --model path/to/a/causal-lm
-    python examples/finetune_qlora.py --method full       lora, hybrid, full, peft: see --help
-    python examples/finetune_qlora.py --compare           all of them, in one table
+    python examples/finetune_qlora.py --method full       lora, dora, adapter, ...: see --help
+    python examples/finetune_qlora.py --compare           all methods, in one table
 
 Ctrl-C saves the adapter and a checkpoint; `--resume` goes on from there. `finetune` is the whole
 story; each file beside this one does one part of it.
@@ -23,7 +23,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parent))
 
 from _data import encode, fingerprint, grouped_by_length, load_examples, split_examples
-from _options import LASTING, NF4_METHODS, UserError, parse_options
+from _options import LASTING, RESUMABLE, UserError, parse_options
 
 INTERRUPTED = 130  # the exit code that a shell reports after Ctrl-C
 
@@ -56,6 +56,7 @@ def finetune(options: argparse.Namespace) -> int:
     # 2. The model: loaded, quantized, with LoRA added.
     print("Loading the model ...", flush=True)
     import torch
+    from _methods import build_model, save, switch_seconds
     from _model import (
         bundled_model,
         check_model_folder,
@@ -121,71 +122,10 @@ def finetune(options: argparse.Namespace) -> int:
 
         batches = [trainer.data_collator([item]) for item in validation_items[:4]]
         check = check_with_peft(model, batches, saved, folder, dtype, device, options)
-    report.write(trainer.state, job["before"], saved, after, check)
+    switch = switch_seconds(model, saved, options) if options.measure_switch else None
+    report.write(trainer.state, job["before"], saved, after, check, switch)
     report.finished(trainer.state, job["before"], saved, after, check)
     return 0 if check.get("agrees", True) else 1
-
-
-def build_model(folder: Path, dtype: Any, device: Any, options: argparse.Namespace) -> Any:
-    """Returns the model, ready to be trained by the method, and its number of parameters when
-    loaded.
-
-    QLoRA is both steps, `quantize_model` and `add_lora`; the other methods leave out one or two.
-    """
-    import torch
-    from _model import load_model
-
-    import pylora
-
-    if options.method == "peft":
-        from _compare import load_peft_model
-
-        return load_peft_model(folder, dtype, device, options)
-    if options.method == "full":
-        model = load_model(folder, torch.float32, device)
-        return model, model.num_parameters()
-
-    model = load_model(folder, dtype, device)
-    parameters = model.num_parameters()
-    whole = ()
-    if options.method == "hybrid":
-        layers = model.config.num_hidden_layers
-        whole = options.full_modules or (f"model.layers.{layers - 1}.mlp",)
-    try:
-        if options.method in NF4_METHODS:
-            pylora.quantize_model(model, skip_modules=("lm_head", *whole), double_quant=True)
-        pylora.add_lora(
-            model,
-            r=options.r,
-            lora_alpha=options.alpha,
-            lora_dropout=options.dropout,
-            modules_to_save=whole,
-        )
-    except ValueError as error:
-        where = "--full-modules" if whole else f"--model {folder}"
-        raise UserError(f"{where}: {error}") from error
-    for parameter in model.parameters():
-        if parameter.requires_grad:  # bf16 is too coarse to add up many small steps
-            parameter.data = parameter.data.float()
-    return model, parameters
-
-
-def save(model: Any, options: argparse.Namespace) -> Path:
-    import torch
-    from _model import replace_files
-
-    import pylora
-
-    if options.method == "full":
-        weights = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
-        model.config.dtype = torch.bfloat16
-        return replace_files(
-            options.out / "model", lambda folder: model.save_pretrained(folder, state_dict=weights)
-        )
-    if options.method == "peft":
-        return replace_files(options.out / "adapter", model.save_pretrained)
-    pylora.save_adapter(model, options.out / "adapter")
-    return options.out / "adapter"
 
 
 # --- resuming -------------------------------------------------------------------------------------
@@ -210,6 +150,9 @@ def start_checkpoints(folder: Path, job: dict[str, Any], write_json: Any) -> Non
 
 
 def resume_command(options: argparse.Namespace) -> str:
+    """Returns the command that goes on with this run, or "" if the method cannot be resumed."""
+    if options.method not in RESUMABLE:
+        return ""
     python = os.path.relpath(sys.executable)
     words = [python if not python.startswith("..") else sys.executable, sys.argv[0]]
     words += ["--out", str(options.out), "--resume"]

@@ -1,12 +1,8 @@
-"""The tables of the README with the times of a GPU, made from the committed JSON.
-
-python -m benchmarks.report.gpu_table    rewrites the part of README.md between its two marks
-"""
+"""The README's tables with the times of a GPU, made from the committed JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import ROOT
@@ -19,12 +15,10 @@ from benchmarks.report.tables import (
     seconds_as_called,
     shape_name,
 )
-from benchmarks.results import OURS, load, result_of, write_atomically
+from benchmarks.results import OURS, load, result_of
 from benchmarks.timing import EAGER, GRAPH
 
 RESULTS = ROOT / "benchmarks" / "results" / "h100-sxm"
-README = ROOT / "README.md"
-BEGIN, END = "<!-- begin of the GPU's times -->\n", "<!-- end of the GPU's times -->\n"
 HEAD = (
     "| | M | device, µs | bnb + PEFT | decode + `addmm_` | dense, no LoRA "
     "| called, µs | bnb + PEFT |\n"
@@ -71,7 +65,7 @@ def block_lines(run: Mapping[str, Any]) -> Iterator[str]:
 
 
 def section() -> str:
-    """The text between the marks."""
+    """The text between the marks of the README."""
     linear, block = load(RESULTS / "lora_linear.json"), models.load(RESULTS / "models.json")
     versions = ", ".join(
         f"{name} {linear['versions'][name]}" for name in ("torch", "bitsandbytes", "peft", "triton")
@@ -87,19 +81,3 @@ def section() -> str:
         + "\nOne decoder layer of Llama-3 8B with 2,048 tokens: an eager training step under\n"
         "autocast, and a token that is decoded eagerly.\n\n" + "".join(block_lines(block))
     )
-
-
-def with_section(text: str, new: str) -> str:
-    """The text of the README with a new part between the marks."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}{new}{END}{after}"
-
-
-def main(path: Path = README) -> None:
-    text = with_section(path.read_text(), section())
-    write_atomically(path, text)
-
-
-if __name__ == "__main__":
-    main()
