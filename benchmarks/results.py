@@ -11,8 +11,9 @@ from typing import Any
 SCHEMA = 3
 # A file whose name begins so is one of whole models, in another form: benchmarks.models.results.
 MODELS_FILES = "models"
-# These files of a folder with results hold no runs of ops; the other two are those of a GPU run.
-OTHER_FILES = (MODELS_FILES, "sweep", "primitives")
+# These files of a folder with results hold no runs of ops: whole models, `make methods`, and the
+# two of a GPU run.
+OTHER_FILES = (MODELS_FILES, "methods", "sweep", "primitives")
 # Contenders that every table treats in a way of its own: pylora, pylora timed a second time, its
 # reference, and pylora without LoRA, which shows what LoRA costs and is no peer to win against.
 OURS, CONTROL = "pylora", "pylora (control)"
