@@ -70,6 +70,20 @@ def same_environment() -> Iterator[None]:
     pylora.refresh()  # reads the environment anew
 
 
+@pytest.fixture(autouse=True, scope="session")
+def bitsandbytes_keeps_its_weights() -> Iterator[None]:
+    """Gives bitsandbytes the same results on every CPU, so that it can be compared with.
+
+    On a CPU with AVX-512 BF16 its layers repack themselves in their first forward in eval mode,
+    round their absmax to bf16, and compute in bf16. The tests of that switch it on.
+    """
+    if "bitsandbytes" not in sys.modules:
+        yield
+        return
+    with mock.patch("bitsandbytes.nn.modules.has_avx512bf16", return_value=False):
+        yield
+
+
 def _parameter(variant: tuple[str, str, str | None]) -> Any:
     name, _, isa = variant
     marks = [pytest.mark.gpu] if dispatch.BACKENDS[name].device() == "cuda" else []

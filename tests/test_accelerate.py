@@ -35,8 +35,8 @@ class TinyModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(32, 64)
-        self.up = nn.ModuleList(nn.Linear(64, 96) for _ in range(2))
-        self.down = nn.ModuleList(nn.Linear(96, 64, bias=False) for _ in range(2))
+        self.up = nn.ModuleList(nn.Linear(64, 128) for _ in range(2))
+        self.down = nn.ModuleList(nn.Linear(128, 64, bias=False) for _ in range(2))
         self.head = nn.Linear(64, 32, bias=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -277,7 +277,7 @@ def test_layers_that_change_later_are_seen() -> None:
     with torch.no_grad():
         layer.base_layer.weight.data = layer.base_layer.weight.flip(0).contiguous()
     assert_right(model)
-    layer.base_layer.weight = linear4bit(nn.Linear(64, 96), False).weight
+    layer.base_layer.weight = linear4bit(nn.Linear(64, 128), False).weight
     assert_right(model)
     model.set_scale("default", 0.25) if hasattr(model, "set_scale") else layer.set_scale(
         "default", 0.25
@@ -314,7 +314,7 @@ def test_plain_4bit_layers_compute_in_their_compute_dtype() -> None:
 
 def test_what_is_left_is_reported_with_its_reason() -> None:
     model = base_model("nf4")
-    model.up[0] = bnb.nn.Linear4bit(64, 96, quant_type="fp4").to("cpu")
+    model.up[0] = bnb.nn.Linear4bit(64, 128, quant_type="fp4").to("cpu")
     model.down[1].forward = lambda x: x[..., :64]
     report = pylora.accelerate(model)
     left = {layer.name: layer.reason for layer in report.left}
@@ -363,9 +363,9 @@ def test_dora_is_fused_and_verified(base: str, dropout: float, caplog: Any) -> N
     assert not caplog.records
     layer = model.base_model.model.up[0]
     layer.base_layer.weight = (
-        nn.Parameter(torch.randn(96, 64), False)
+        nn.Parameter(torch.randn(128, 64), False)
         if base == "dense"
-        else linear4bit(nn.Linear(64, 96), True).weight
+        else linear4bit(nn.Linear(64, 128), True).weight
     )
     assert_right(model.eval())  # the norm of the rows is that of the new weight
 
@@ -415,7 +415,7 @@ def test_patch_is_idempotent_and_unpatch_undoes_it() -> None:
 def test_patched_layers_that_pylora_cannot_compute_go_on(
     patched: pylora.PatchReport, caplog: pytest.LogCaptureFixture
 ) -> None:
-    layer, x = bnb.nn.Linear4bit(64, 96, quant_type="fp4").to("cpu").train(), torch.randn(2, 64)
+    layer, x = bnb.nn.Linear4bit(64, 128, quant_type="fp4").to("cpu").train(), torch.randn(2, 64)
     with caplog.at_level(logging.INFO, "pylora.integrations.swaps"):
         y = layer(x)
     assert "a Linear4bit computes as before: source has quant_type 'fp4'" in caplog.text
@@ -441,7 +441,7 @@ def test_the_callback_accelerates_the_model_of_a_trainer(tmp_path: Path) -> None
     config = transformers.LlamaConfig(
         vocab_size=32,
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=128,
         num_hidden_layers=1,
         num_attention_heads=4,
     )

@@ -268,6 +268,8 @@ def test_a_checkpoint_has_the_base_and_the_file_has_the_adapter(
     model.save_pretrained(tmp_path)
     pylora.save_adapter(model, tmp_path / "a")
     loaded = type(model).from_pretrained(tmp_path, dtype="auto").eval()
+    if quantized:  # on AVX-512 bitsandbytes misreads rows that end within a block, as here
+        pylora.quantize_model(loaded)
     with pylora.adapters_disabled(model), torch.no_grad():
         torch.testing.assert_close(loaded(X).logits, model(X).logits)
     pylora.load_adapter(loaded, tmp_path / "a")

@@ -333,10 +333,10 @@ def test_compare_prints_one_table(
     assert [run["losses"] for run in again] == [run["losses"] for run in table["runs"]]
     path = out / "compare" / "seed-1" / "qlora" / "summary.json"
     options = summary(path.parent)["options"]
-    assert _compare.is_finished(path, options)
-    assert not _compare.is_finished(path, {**options, "steps": 3})
+    assert _compare.finished_before(path, options) is not None
+    assert _compare.finished_before(path, {**options, "steps": 3}) is None
     path.write_text(json.dumps({**summary(path.parent), "finished": False}))
-    assert not _compare.is_finished(path, options)
+    assert _compare.finished_before(path, options) is None
 
 
 def test_the_table_has_the_mean_and_the_spread_of_the_seeds() -> None:

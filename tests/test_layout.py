@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -213,14 +216,22 @@ def test_files_are_short() -> None:
     assert sorted(lengths.values())[len(lengths) // 2] <= 250
 
 
-def test_kernels_folder_cannot_be_imported_as_kernels() -> None:
-    """A Python started in the repository root must not take it for Hugging Face's `kernels`."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("kernels", ROOT / "kernels" / "__init__.py")
-    assert spec is not None and spec.loader is not None
-    with pytest.raises(ImportError, match=r"pylora\.kernels"):
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+def test_kernels_folder_hides_no_other_package(tmp_path: Path) -> None:
+    """A Python in the repository root finds Hugging Face's `kernels`, if it is installed."""
+    script = "import kernels; print(getattr(kernels, '__file__', None)); import kernels.lora_linear"
+    package = tmp_path / "kernels"
+    for is_installed in (False, True):
+        if is_installed:
+            package.mkdir()
+            (package / "__init__.py").touch()
+            (package / "lora_linear.py").write_text("print('the other one')")
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path)))}
+        command = [sys.executable, "-c", script]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if is_installed:
+            assert result.stdout.split("\n")[:2] == [str(package / "__init__.py"), "the other one"]
+        else:
+            assert result.stdout == "None\n" and "No module named 'kernels.lora" in result.stderr
 
 
 # Ops without a file of their own in kernels/ or csrc/, and why they need none.
