@@ -142,12 +142,8 @@ def compare(options: argparse.Namespace) -> int:
     # does so for every method.
     jobs = [(seed, method) for seed in seeds for method in METHODS]
     with ThreadPoolExecutor(options.jobs) as pool:
-        try:
-            results = list(pool.map(lambda job: run_method(options, *job), jobs))
-            memory = list(pool.map(lambda method: run_for_memory(options, method), METHODS))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # Ctrl-C has reached the children as well
-            raise
+        results = list(pool.map(lambda job: run_method(options, *job), jobs))
+        memory = list(pool.map(lambda method: run_for_memory(options, method), METHODS))
     by_method = {
         method: [result for result in results if result["method"] == method] for method in METHODS
     }
@@ -223,9 +219,10 @@ def run_method(
             values = value if isinstance(value, list) else [value]
             command += [flag(name), *map(str, values)]
     summary, log = out / "summary.json", out / "log.txt"
-    if options.resume and is_finished(summary, chosen):
+    before = finished_before(summary, chosen) if options.resume else None
+    if before is not None:
         print(f"{method}, {out.parent.name}: has finished before", flush=True)
-        return json.loads(summary.read_text("utf-8"))
+        return before
     print(f"{method}, {out.parent.name} ...", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     with log.open("w") as stream:
@@ -241,16 +238,15 @@ def run_method(
     return json.loads(summary.read_text("utf-8"))
 
 
-def is_finished(summary: Path, chosen: dict[str, Any]) -> bool:
-    """Returns True if the run of this summary has finished and had these options."""
+def finished_before(summary: Path, chosen: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns this summary if its run has finished and had these options, otherwise None."""
     if not summary.is_file():
-        return False
+        return None
     result = json.loads(summary.read_text("utf-8"))
     given = json.loads(json.dumps(chosen, default=str))
     names = (*LASTING, "model", "data", "threads", "device")
-    return result["finished"] and all(
-        given[name] in (None, [], result["options"][name]) for name in names
-    )
+    same = all(given[name] in (None, [], result["options"][name]) for name in names)
+    return result if result["finished"] and same else None
 
 
 def table(

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.machine import ROOT
+from benchmarks.models.table import MIB
 
 RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc-avx2" / "methods.json"
 NAMES = {
@@ -33,7 +34,6 @@ HEAD = (
     "| | trained | loss after | above full | gain | published | step, s | peak, MiB "
     "| switch, ms | MB a task |\n|---|---|---|---|---|---|---|---|---|---|\n"
 )
-MIB = 2**20
 
 Runs = Sequence[Mapping[str, Any]]
 

@@ -156,11 +156,8 @@ class PeftLoraSwap(PeftSwap):
             self._dora_weight, self._dora_calls = weight, dora.DoraCalls()
         rescale = magnitude / self._dora_calls.norm(weight, base_norm, *factors)
         dropped = dropout(given) if drop_rate(dropout) else None
-        if dropped is None:
-            places = partial(places_of_parts, parts)
-            y = self._dora_calls.linear(given, weight, *factors, rescale, base.bias, places)
-        else:
-            y = dora.dora_linear(given, weight, *factors, rescale, base.bias, dropped)
+        places = partial(places_of_parts, parts)
+        y = self._dora_calls.linear(given, weight, *factors, rescale, base.bias, places, dropped)
         if self.must_verify():
             names = ("lora_A", "lora_B", "scaling", "magnitude", "bias", "dropped")
             values = (*factors, magnitude, base.bias, dropped)

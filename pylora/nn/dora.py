@@ -121,11 +121,22 @@ class DoraCalls:
         rescale: Tensor,
         bias: Tensor | None,
         places: Callable[[], tuple[Place, ...] | None],
+        dropped: Tensor | None = None,
     ) -> Tensor:
-        """`dora_linear` of these arguments, without dropout.
+        """y [..., out_features] of a layer with DoRA.
 
-        places    returns the places of the weight and of both factors in their modules
+        rescale    magnitude / |W + scaling B A| [out_features]
+        places     returns the places of the weight and of both factors in their modules
+        dropped    x after dropout, None without dropout; as in PEFT, it is the input of everything
+                   that DoRA adds to the base layer
+        the others as in `pylora.functional.lora_linear`
         """
+        if dropped is not None:
+            linear = nn.functional.linear
+            low_rank = linear(linear(dropped.to(lora_A.dtype), lora_A), lora_B)
+            delta = (rescale - 1) * _base(dropped, weight) + rescale * scaling * low_rank
+            y = _base(x, weight, bias)
+            return y + delta.to(y.dtype)
         compiling = torch.compiler.is_compiling()
         call = None if compiling or self._kept is None else self._kept.call_with(x)
         if call is not None:
@@ -160,33 +171,6 @@ def _state_of(tensors: tuple[Tensor, ...], scaling: float) -> tuple[Any, ...]:
         total = factor.sum(dtype=torch.promote_types(factor.dtype, torch.float32))
         state += [version, factor.data_ptr(), total.item()]
     return tuple(state)
-
-
-def dora_linear(
-    x: Tensor,
-    weight: Tensor | NF4Weight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    rescale: Tensor,
-    bias: Tensor | None = None,
-    dropped: Tensor | None = None,
-) -> Tensor:
-    """y [..., out_features] of a layer with DoRA.
-
-    rescale    magnitude / |W + scaling B A| [out_features]
-    dropped    x after dropout, None without dropout; as in PEFT, it is the input of everything
-               that DoRA adds to the base layer
-    the others as in `pylora.functional.lora_linear`
-    """
-    if dropped is None:
-        y = functional.lora_linear(x, weight, lora_A, lora_B, scaling)
-        return _rescaled(y, rescale, bias)
-    linear = nn.functional.linear
-    low_rank = linear(linear(dropped.to(lora_A.dtype), lora_A), lora_B)
-    delta = (rescale - 1) * _base(dropped, weight) + rescale * scaling * low_rank
-    y = _base(x, weight, bias)
-    return y + delta.to(y.dtype)
 
 
 def _rescaled(y: Tensor, rescale: Tensor, bias: Tensor | None) -> Tensor:

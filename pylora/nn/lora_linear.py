@@ -152,10 +152,8 @@ class LoRALinear(MergeableLoRA):
         refuse_sharded_forward(self)
         weight = self.base_weight
         rescale = magnitude / self._dora.norm(weight, norm, *factors)
-        if drops:
-            dropped = nn.functional.dropout(x, self.lora_dropout)
-            return dora.dora_linear(x, weight, *factors, rescale, bias, dropped)
-        return self._dora.linear(x, weight, *factors, rescale, bias, self._places)
+        dropped = nn.functional.dropout(x, self.lora_dropout) if drops else None
+        return self._dora.linear(x, weight, *factors, rescale, bias, self._places, dropped)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
