@@ -98,13 +98,21 @@ struct EmulatedTiles {
   }
 };
 
+// The vector primitives beside AMX: two tiles lie side by side.
+struct AmxVectors : Avx512Bf16 {
+  static constexpr int kMaxV = 2;
+};
+
 template <class S, class Tiles>
 struct AmxMac : Bf16Mac<S> {
   static constexpr int kGrain = kAmxTileElements;
   static constexpr bool kRowMajorOnly = true;
   static constexpr int64_t kForwardPanel = 96;
+  static constexpr int64_t kRowsUnit = 2 * kAmxTileRows;
+  static constexpr int64_t kChain = 256;
+  static constexpr bool kChainFirst = true;
   using Scope = typename Tiles::Scope;
-  PYLORA_INLINE static constexpr int rows_for(int) { return 2 * kAmxTileRows; }
+  PYLORA_INLINE static constexpr int rows_for(int) { return kRowsUnit; }
 };
 
 // c[32][kColumns tiles] (+)= a[32][k_count] b[k_count][kColumns tiles].

@@ -8,7 +8,9 @@
 //
 // Shapes    x, residual, g [M, K]; h, low, dh [M, R]; down [R, K]; up [K, R]
 //           (M = tokens, K = hidden, R = bottleneck)
-// Numerics  Sums are fp32, and so is everything of width R, whatever the dtypes of x and weights.
+// Numerics  Sums are fp32, and so is everything of width R, whatever the dtypes of x and weights,
+//           with one exception: where the processor has bf16 products and both are bf16, low and dh
+//           are rounded to bf16 for the products that they enter, as torch rounds them.
 // Passes    The forward reads x once from memory and writes y once: a block of tokens stays in the
 //           caches between its two products. The backward reads x and g once for dx and
 //           dh, and once more for the gradients of the weights.
@@ -60,6 +62,9 @@ using AdapterBackward = void(const BottleneckArgs& args, float* low, float* dh);
 
 AdapterForward adapter_forward_portable, adapter_forward_avx2, adapter_forward_avx512;
 AdapterBackward adapter_backward_portable, adapter_backward_avx2, adapter_backward_avx512;
+// Those with bf16 products take only bf16.
+AdapterForward adapter_forward_avx512_bf16, adapter_forward_amx, adapter_forward_amx_emulated;
+AdapterBackward adapter_backward_avx512_bf16, adapter_backward_amx, adapter_backward_amx_emulated;
 
 void bottleneck_adapter(const BottleneckArgs& args);
 void bottleneck_adapter_backward(const BottleneckArgs& args);

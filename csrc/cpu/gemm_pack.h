@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "common/float16.h"
 #include "cpu/gemm_tile.h"
@@ -51,6 +52,42 @@ PYLORA_INLINE void widen_row(const T* x, int64_t count, float* out) {
   int64_t i = 0;
   for (; i + S::kLanes <= count; i += S::kLanes) S::store(out + i, S::load(x + i));
   for (; i < count; ++i) out[i] = to_float(x[i]);
+}
+
+// Writes `count` values of a row as elements, with zeros from there to the end of the last grain.
+template <class S, template <class> class Mac, class T>
+PYLORA_INLINE void copy_row(const T* x, int64_t count, float* out) {
+  if constexpr (Mac<S>::kStep == 1) {
+    widen_row<S>(x, count, out);
+  } else {
+    static_assert(std::is_same_v<T, BFloat16>);
+    auto* values = reinterpret_cast<BFloat16*>(out);
+    std::memcpy(values, x, static_cast<size_t>(count) * sizeof(BFloat16));
+    const int64_t end = elements_of<Mac<S>>(count) * Mac<S>::kStep;
+    for (int64_t i = count; i < end; ++i) values[i] = BFloat16{};
+  }
+}
+
+// Packs `count` rows of x, whose columns already lie along the vectors: `cols` of them, from x on,
+// into [elements][v * kLanes]. Zeros follow the last column and the last row.
+template <class S, template <class> class Mac, class T>
+void pack_rows(const T* x, int64_t ld, int64_t count, int64_t cols, int v, float* packed) {
+  const int64_t width = v * S::kLanes;
+  for (int64_t e = 0; e < elements_of<Mac<S>>(count); ++e, packed += width) {
+    if constexpr (Mac<S>::kStep == 1) {
+      widen_row<S>(x + e * ld, cols, packed);
+      for (int64_t j = cols; j < width; ++j) packed[j] = 0.0f;
+    } else {
+      const T* row = x + 2 * e * ld;
+      for (int64_t j = 0; j < width; j += S::kLanes) {
+        const int n = static_cast<int>(cols - j < S::kLanes ? cols - j : S::kLanes);
+        S::store(packed + j,
+                 2 * e >= count
+                     ? S::zero()
+                     : S::load_pairs(row + j, 2 * e + 1 < count ? row + ld + j : nullptr, n));
+      }
+    }
+  }
 }
 
 // Packs one tile: `count` values along k of tokens [0, tokens) of x, whose rows are `ld` apart, into

@@ -14,6 +14,12 @@
 
 namespace pylora::cpu {
 
+// The longest call, in elements along k; and the distance of two rows of a row-major `a`, in
+// elements. The distance is fixed, so that a row is a constant address offset, and it is an odd
+// number of cache lines, so that rows do not share a cache set.
+inline constexpr int64_t kTileK = 512;
+inline constexpr int64_t kTileLd = kTileK + 16;
+
 // How a product wants its operands laid out.
 template <class S, int kValues>
 struct MacLayout {
@@ -21,6 +27,9 @@ struct MacLayout {
   static constexpr int kGrain = 1;       // k is padded with zeros to a multiple of so many elements
   static constexpr bool kRowMajorOnly = false;  // `a` is row-major even in the backward
   static constexpr int64_t kForwardPanel = 48;  // rows of W, a multiple of every rows_for(v)
+  static constexpr int64_t kChain = kTileK;     // the longest sum that a tile takes at once
+  static constexpr bool kChainFirst = false;    // tiles of a chain run one after the other
+  static constexpr int64_t kRowsUnit = 24;      // the least common multiple of every rows_for(v)
   struct Scope {};                              // an object of it lives while a thread multiplies
   PYLORA_INLINE static constexpr int rows_for(int v) { return S::rows_for(v); }
 };
@@ -36,12 +45,6 @@ struct Bf16Mac : MacLayout<S, 2> {
   using F = typename S::F;
   PYLORA_INLINE static F mac(F acc, F a, F b) { return S::dot(acc, a, b); }
 };
-
-// The longest call, in elements along k; and the distance of two rows of a row-major `a`, in
-// elements. The distance is fixed, so that a row is a constant address offset, and it is an odd
-// number of cache lines, so that rows do not share a cache set.
-inline constexpr int64_t kTileK = 512;
-inline constexpr int64_t kTileLd = kTileK + 16;
 
 // How many elements `count` values along k take.
 template <class Mac>

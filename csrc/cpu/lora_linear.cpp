@@ -32,12 +32,16 @@ std::unique_ptr<float[]> scaled_activation(const LoraLinearArgs& args) {
 
 }  // namespace
 
-Gather* gather_for(CpuIsa isa) {
+Gather* gather_for(CpuIsa isa, DType tokens, DType factor) {
+  const bool bf16 = tokens == DType::kBFloat16 && factor == DType::kBFloat16;
 #if defined(__x86_64__)
+  if (isa == CpuIsa::kAmx && bf16) return gather_amx;
+  if (isa == CpuIsa::kAmxEmulated && bf16) return gather_amx_emulated;
+  if (isa >= CpuIsa::kAvx512Bf16 && bf16) return gather_avx512_bf16;
   if (isa >= CpuIsa::kAvx512) return gather_avx512;
   if (isa >= CpuIsa::kAvx2) return gather_avx2;
 #endif
-  (void)isa;
+  (void)isa, (void)bf16;
   return gather_portable;
 }
 
@@ -102,14 +106,14 @@ void lora_linear_backward(const LoraLinearArgs& args) {
   if (args.dlora_A != nullptr) {
     AdapterFactor out = args.lora_A;
     out.data = args.dlora_A;
-    gather_for(isa)(args.x, dh.get(), out, nullptr);
+    gather_for(isa, args.x.dtype, out.dtype)(args.x, dh.get(), out, nullptr);
   }
   if (args.dlora_B != nullptr || args.grad_sums != nullptr) {
     std::unique_ptr<float[]> low;
     if (args.dlora_B != nullptr) low = scaled_activation(args);
     AdapterFactor out = args.lora_B;
     out.data = args.dlora_B;
-    gather_for(isa)(grad, low.get(), out, args.grad_sums);
+    gather_for(isa, grad.dtype, out.dtype)(grad, low.get(), out, args.grad_sums);
   }
   if (args.dlora_A_bias != nullptr) {
     column_sums(dh.get(), args.x.tokens, rank, args.dlora_A_bias);

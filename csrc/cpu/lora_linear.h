@@ -8,7 +8,9 @@
 //              the gradients of the biases are column sums
 //
 // Shapes    x [M, K]; g [M, N]; h, low, dh [M, R] fp32; lora_A [R, K]; lora_B [N, R]
-// Numerics  Everything of rank R is fp32, whatever the dtypes of x and of the adapter are.
+// Numerics  Everything of rank R is fp32, whatever the dtypes of x and of the adapter are, with one
+//           exception: where the processor has bf16 products and both are bf16, low and dh are
+//           rounded to bf16 for dlora_B and dlora_A, as torch rounds them.
 // Passes    The forward reads x twice (for h, then for y); the backward reads g three times and x
 //           once.
 // Memory    Beside its outputs a call needs low and dh, which are as large as h, and a fixed
@@ -61,7 +63,10 @@ void column_sums(const float* values, int64_t rows, int64_t cols, float* sums);
 
 Project project_portable, project_avx2, project_avx512;
 Gather gather_portable, gather_avx2, gather_avx512;
-Gather* gather_for(CpuIsa isa);
+// Those with bf16 products take only bf16, and round low to it.
+Gather gather_avx512_bf16, gather_amx, gather_amx_emulated;
+// The kernel for tokens and a factor of these dtypes.
+Gather* gather_for(CpuIsa isa, DType tokens, DType factor);
 
 struct LoraLinearArgs {
   NF4LinearArgs linear;  // backward: x is the gradient, y is dx, or null

@@ -144,7 +144,7 @@ struct LinearTask {
   template <template <class> class M>
   void multiply(const float* from, int64_t elements, int64_t width, float* target, int64_t height,
                 int64_t p, bool accumulate) {
-    const int64_t chain = M<S>::kStep > 1              ? kTileK
+    const int64_t chain = M<S>::kStep > 1              ? M<S>::kChain
                           : tiles.tokens <= kFewTokens ? kFewTokensChain
                                                        : kManyTokensChain;
     for (int64_t t = 0; t < tiles.count(); ++t) {
@@ -153,13 +153,20 @@ struct LinearTask {
       const int step = M<S>::rows_for(v);
       float* c = target + tiles.offset(t, height) + p * tokens;
       const float* b = from + tiles.offset(t, elements);
-      for (int64_t i = 0; i < width; i += step) {
-        const float* a = panel + (kByColumn<M<S>> ? i : i * kTileLd);
+      // The innermost loop reuses a chain of the tokens (kChainFirst) or of the panel.
+      const auto add_chain = [&](int64_t i, int64_t k) {
+        const float* a = panel + (kByColumn<M<S>> ? i + k * kPanel : i * kTileLd + k);
+        run_tile<kByColumn<M<S>> ? Broadcast::kColMajor : Broadcast::kRowMajor>(
+            M<S>{}, v, elements - k < chain ? elements - k : chain, a, kPanel, b + k * tokens,
+            c + i * tokens, accumulate || k > 0);
+      };
+      if constexpr (M<S>::kChainFirst) {
         for (int64_t k = 0; k < elements; k += chain) {
-          run_tile<kByColumn<M<S>> ? Broadcast::kColMajor : Broadcast::kRowMajor>(
-              M<S>{}, v, elements - k < chain ? elements - k : chain,
-              a + (kByColumn<M<S>> ? k * kPanel : k), kPanel, b + k * tokens, c + i * tokens,
-              accumulate || k > 0);
+          for (int64_t i = 0; i < width; i += step) add_chain(i, k);
+        }
+      } else {
+        for (int64_t i = 0; i < width; i += step) {
+          for (int64_t k = 0; k < elements; k += chain) add_chain(i, k);
         }
       }
     }

@@ -12,6 +12,19 @@ struct Avx512Bf16 : Avx512 {
   PYLORA_INLINE static F dot(F acc, F a, F b) {  // acc + a0 b0 + a1 b1, pairs of bf16 in each lane
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
+  // Pairs (even[i], odd[i]) for i < n, and zeros behind them; odd[i] is 0 if `odd` is null.
+  PYLORA_INLINE static F load_pairs(const BFloat16* even, const BFloat16* odd, int n) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), even));
+    if (odd == nullptr) return _mm512_castsi512_ps(low);
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), odd));
+    return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+  // Pairs of the values of two vectors, rounded to bf16.
+  PYLORA_INLINE static F to_pairs(F even, F odd) {
+    const __m512i low = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(even)));
+    const __m512i high = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(odd)));
+    return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
   // A table of 32 bf16: code * absmax of one block, then of another. Each is rounded once to fp32
   // and once to bf16, as a dequantized weight is.
   PYLORA_INLINE static __m512i table(float absmax, float other) {

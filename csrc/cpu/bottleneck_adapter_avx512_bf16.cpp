@@ -1,0 +1,14 @@
+#include "cpu/bottleneck_adapter_impl.h"
+#include "cpu/vec_avx512_bf16.h"
+
+namespace pylora::cpu {
+
+void adapter_forward_avx512_bf16(const BottleneckArgs& args) {
+  adapter_forward_bf16<Avx512Bf16, Bf16Mac>(args);
+}
+
+void adapter_backward_avx512_bf16(const BottleneckArgs& args, float* low, float* dh) {
+  adapter_backward_bf16<Avx512Bf16, Bf16Mac>(args, low, dh);
+}
+
+}  // namespace pylora::cpu

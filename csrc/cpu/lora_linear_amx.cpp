@@ -1,0 +1,11 @@
+#include "cpu/lora_linear_bf16_impl.h"
+#include "cpu/nf4_linear_amx_impl.h"
+
+namespace pylora::cpu {
+
+void gather_amx(const TokenMatrix& x, const float* low, const AdapterFactor& gradient,
+                float* sums) {
+  gather_bf16<AmxVectors, Amx<HardwareTiles>::Mac>(x, low, gradient, sums);
+}
+
+}  // namespace pylora::cpu
