@@ -17,15 +17,16 @@ from benchmarks.calls import bind, comparable, draw
 from benchmarks.contender import Bench, BuiltLayer, Contender, NotApplicable
 from benchmarks.cuda_timing import GraphTimer, eager_timer, host_timer
 from benchmarks.layer_tensors import LayerTensors
-from benchmarks.machine import last_level_cache
+from benchmarks.machine import last_level_cache, memory_bytes
 from benchmarks.results import CONTROL
 from benchmarks.shapes import BACKWARD, Cell
 from benchmarks.statistics import equal_counts, rounds, sample_counts, summarize
 from benchmarks.timing import EAGER, GRAPH, HOST, Call, Timer
 
 # A rotation is a number of calls, each on a copy of the layer, that are timed in turn. They move
-# CACHES times the bytes of the last-level cache, but there are at most MOST_LAYERS of them.
-CACHES, MOST_LAYERS = 3, 256
+# CACHES times the bytes of the last-level cache, but at most MOST_MEMORY of the bytes of the memory,
+# which holds the rotations of a dozen contenders; and there are at most MOST_LAYERS of them.
+CACHES, MOST_MEMORY, MOST_LAYERS = 3, 1 / 64, 256
 # A graph holds GRAPH_CALLS calls, or as many as take GRAPH_SECONDS. In either case its launch takes
 # a small part of its time.
 GRAPH_CALLS, GRAPH_SECONDS = 32, 2e-3
@@ -137,7 +138,10 @@ class Harness:
         shape = (bench.op, cell.out_features, cell.in_features, cell.dtype)
         if shape != self._layers_of:
             self._layers, self._layers_of = {}, shape
-        needed = CACHES * last_level_cache(self.device) / bench.work(cell, contender).bytes
+        wanted = min(
+            CACHES * last_level_cache(self.device), MOST_MEMORY * memory_bytes(self.device)
+        )
+        needed = wanted / bench.work(cell, contender).bytes
         # Zero seconds mean a dry run, which checks everything and whose times mean nothing.
         count = max(2, min(MOST_LAYERS, math.ceil(needed))) if self.seconds else 2
         if bench.host_time:

@@ -58,6 +58,13 @@ def last_level_cache(device: torch.device) -> int:
     return caches[max(caches)] if caches else _UNKNOWN_CACHE
 
 
+def memory_bytes(device: torch.device) -> int:
+    """Returns the bytes of the memory in which the tensors of a device lie."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def cuda_l2_bytes() -> int:
     return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
 
