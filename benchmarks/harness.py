@@ -24,8 +24,8 @@ from benchmarks.statistics import equal_counts, rounds, sample_counts, summarize
 from benchmarks.timing import EAGER, GRAPH, HOST, Call, Timer
 
 # A rotation is a number of calls, each on a copy of the layer, that are timed in turn. They move
-# CACHES times the bytes of the last-level cache, but at most MOST_MEMORY of the bytes of the memory,
-# which holds the rotations of a dozen contenders; and there are at most MOST_LAYERS of them.
+# CACHES times the bytes of the last-level cache, but at most MOST_MEMORY of the bytes of the
+# memory, which must hold the rotations of a dozen contenders. There are at most MOST_LAYERS copies.
 CACHES, MOST_MEMORY, MOST_LAYERS = 3, 1 / 64, 256
 # A graph holds GRAPH_CALLS calls, or as many as take GRAPH_SECONDS. In either case its launch takes
 # a small part of its time.
