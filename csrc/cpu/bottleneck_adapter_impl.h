@@ -21,6 +21,9 @@ struct AdapterBlock {
   // So many tokens are copied at a time, and then multiplied by each panel.
   static constexpr int64_t kCopied = Mac<S>::kRowsUnit;
   static_assert(kAdapterTokens % kCopied == 0);
+  // The first product sums over the whole width of x, in fp32 in chains as short as torch's.
+  // Products of bf16 are exact in fp32, and need none.
+  static constexpr int64_t kShrinkChain = kStep == 1 ? 32 : kAdapterChain;
   float* values;   // [kCopied][kTileLd], the elements of a stretch of tokens
   float* sums;     // by tile of bottleneck features: [kAdapterTokens][features]
   float* second;   // another one
@@ -49,9 +52,14 @@ struct AdapterBlock {
           const int v = panels.tiles.vectors(t);
           const int64_t width = v * S::kLanes;
           float* sum = out + t * kWide * kAdapterTokens + first * width;
+          const int64_t elements = panels.elements(k);
           for (int64_t i = 0; i < rows; i += Mac<S>::rows_for(v)) {
-            run_tile<Broadcast::kRowMajor>(Mac<S>{}, v, panels.elements(k), values + i * kTileLd, 0,
-                                           panels.panel(k, t), sum + i * width, k > 0);
+            for (int64_t c = 0; c < elements; c += kShrinkChain) {
+              run_tile<Broadcast::kRowMajor>(
+                  Mac<S>{}, v, elements - c < kShrinkChain ? elements - c : kShrinkChain,
+                  values + i * kTileLd + c, 0, panels.panel(k, t) + c * width, sum + i * width,
+                  k + c > 0);
+            }
           }
         }
       }
