@@ -21,27 +21,31 @@ from benchmarks.contenders_torch import explained
 from benchmarks.layer_tensors import LayerTensors
 from benchmarks.shapes import BACKWARD, FORWARD, TRAINING, Cell
 
-BOTTLENECKS = (16, 64, 256)
-HIDDEN = (768, 4096)
+SHAPES = tuple((bottleneck, hidden) for hidden in (768, 4096) for bottleneck in (16, 64, 256))
 
 
-def _weights(tensors: LayerTensors, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Returns copies of down_weight, down_bias, up_weight and up_bias, all trainable."""
+def draw_adapter(tensors: LayerTensors) -> tuple[Tensor, ...]:
+    """Draws down_weight, down_bias, up_weight and up_bias for the shape of the cell."""
     bottleneck, hidden = tensors.cell.out_features, tensors.cell.in_features
+    return (
+        tensors.normal(bottleneck, hidden, scale=hidden**-0.5),
+        tensors.normal(bottleneck, scale=0.1),
+        tensors.normal(hidden, bottleneck, scale=bottleneck**-0.5),
+        tensors.normal(hidden, scale=0.1),
+    )
 
-    def draw() -> tuple[Tensor, ...]:
-        return (
-            tensors.normal(bottleneck, hidden, scale=hidden**-0.5),
-            tensors.normal(bottleneck, scale=0.1),
-            tensors.normal(hidden, bottleneck, scale=bottleneck**-0.5),
-            tensors.normal(hidden, scale=0.1),
-        )
 
-    drawn = tensors.remembered("adapter", draw)
+def trainable(drawn: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Returns copies of the tensors, all trainable."""
     return tuple(t.detach().to(dtype, copy=True).requires_grad_() for t in drawn)
 
 
-def _pylora(tensors: LayerTensors, dtype: torch.dtype = torch.bfloat16) -> BuiltLayer:
+def _weights(tensors: LayerTensors, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    drawn = tensors.remembered("adapter", lambda: draw_adapter(tensors))
+    return trainable(drawn, dtype)
+
+
+def _pylora(tensors: LayerTensors, dtype: torch.dtype) -> BuiltLayer:
     weights = _weights(tensors, dtype)
     return BuiltLayer(
         lambda x: F.bottleneck_adapter(x, *weights),
@@ -55,7 +59,7 @@ def in_torch(x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Te
     return x + linear(torch.relu(linear(x, down, down_bias)), up, up_bias)
 
 
-def _eager(tensors: LayerTensors, dtype: torch.dtype = torch.bfloat16) -> BuiltLayer:
+def _eager(tensors: LayerTensors, dtype: torch.dtype) -> BuiltLayer:
     weights = _weights(tensors, dtype)
     return BuiltLayer(
         lambda x: in_torch(x, *weights), lambda x: "linear, relu, linear, add", weights
@@ -77,7 +81,7 @@ def _oracle(
     return compute, (x, grad, weights)
 
 
-def _work(cell: Cell, contender: Contender) -> Work:
+def adapter_work(cell: Cell, contender: Contender) -> Work:
     """Returns the least work: two products of 2 M bottleneck hidden FLOP in a forward, and four in
     a backward that is given the bottleneck. A forward reads x and writes y, and a backward reads x
     and the gradient and writes dx; each reads the weights, and a backward writes theirs."""
@@ -91,35 +95,35 @@ def _work(cell: Cell, contender: Contender) -> Work:
     return backward if cell.mode == BACKWARD else forward
 
 
-BENCH = Bench(
-    op="bottleneck_adapter",
-    contenders=(
-        Contender("pylora", _pylora, ("pylora-kernels",), weights="dense", is_ours=True),
+def contenders(
+    ours: Callable[[LayerTensors, torch.dtype], BuiltLayer],
+    eager: Callable[[LayerTensors, torch.dtype], BuiltLayer],
+) -> tuple[Contender, ...]:
+    """Returns ours, its reference and eager torch, in bf16 and in fp32."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    kernels, dense = ("pylora-kernels",), {"weights": "dense"}
+    return (
+        Contender("pylora", lambda t: ours(t, bf16), kernels, **dense, is_ours=True),
         Contender(
             "pylora reference",
-            lambda tensors: replace(_pylora(tensors), backend="reference"),
-            ("pylora-kernels", "torch"),
-            weights="dense",
+            lambda t: replace(ours(t, bf16), backend="reference"),
+            (*kernels, "torch"),
+            **dense,
         ),
-        Contender("eager torch", _eager, weights="dense"),
+        Contender("eager torch", lambda t: eager(t, bf16), **dense),
         Contender(
-            "pylora fp32",
-            lambda tensors: _pylora(tensors, torch.float32),
-            ("pylora-kernels",),
-            weights="dense",
-            dtype="float32",
-            is_ours=True,
+            "pylora fp32", lambda t: ours(t, fp32), kernels, **dense, dtype="float32", is_ours=True
         ),
-        Contender(
-            "eager torch fp32",
-            lambda tensors: _eager(tensors, torch.float32),
-            weights="dense",
-            dtype="float32",
-        ),
-    ),
-    work=_work,
+        Contender("eager torch fp32", lambda t: eager(t, fp32), **dense, dtype="float32"),
+    )
+
+
+BENCH = Bench(
+    op="bottleneck_adapter",
+    contenders=contenders(_pylora, _eager),
+    work=adapter_work,
     oracle=_oracle,
-    shapes=tuple((bottleneck, hidden) for hidden in HIDDEN for bottleneck in BOTTLENECKS),
+    shapes=SHAPES,
     tokens=(512,),
     modes=(FORWARD, TRAINING),
     in_quick=False,

@@ -10,6 +10,7 @@ from benchmarks import (
     bench_lora_linear,
     bench_lora_mlp,
     bench_lora_qkv,
+    bench_multi_bottleneck_adapter,
     bench_multi_lora_linear,
     bench_nf4_dequantize,
     bench_nf4_linear,
@@ -29,6 +30,7 @@ BENCHES: dict[str, Bench] = {
         bench_lora_mlp,
         bench_multi_lora_linear,
         bench_bottleneck_adapter,
+        bench_multi_bottleneck_adapter,
         bench_host,
     )
 }

@@ -53,9 +53,9 @@ class Cell:
 
     @property
     def result_features(self) -> int:
-        """Returns the features of y. An MLP and an adapter return as many as they take: the shape
+        """Returns the features of y. An MLP and adapters return as many as they take: the shape
         of their cells is that of their first layers."""
-        same = self.op in ("lora_mlp", "bottleneck_adapter")
+        same = self.op in ("lora_mlp", "bottleneck_adapter", "multi_bottleneck_adapter")
         return self.in_features if same else self.out_features
 
     def __str__(self) -> str:

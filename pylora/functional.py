@@ -10,17 +10,20 @@ runs as operations of PyTorch over the decoded weight, with derivatives of any o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pylora import checks
-from pylora.bottleneck import bottleneck_of, residual_of
+from pylora.bottleneck import (
+    AdapterTensors,
+    bottleneck_adapter_call,
+    multi_bottleneck_adapter_call,
+)
 from pylora.calls import (
     Adapters,
-    BottleneckAdapterCall,
     DequantizeCall,
     Layer,
     LoraLinearCall,
@@ -362,43 +365,6 @@ def multi_lora_linear(
     return y
 
 
-def _bottleneck_adapter_call(
-    x: Tensor,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    activation: str | None = "relu",
-    scaling: float = 1.0,
-    residual: Tensor | None = None,
-    add_residual: bool = True,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    norm_before: Norm | None = None,
-    norm_after: Norm | None = None,
-) -> BottleneckAdapterCall:
-    checks.bottleneck_weight("down_weight", down_weight)
-    hidden = down_weight.shape[1]
-    checks.token_vectors("x", x, hidden, down_weight.device, "down_weight", "hidden")
-    adapter = bottleneck_of(
-        x,
-        down_weight,
-        down_bias,
-        up_weight,
-        up_bias,
-        activation,
-        scaling,
-        dropout_of(dropout_p, seed, x),
-        norm_before,
-        norm_after,
-    )
-    residual = residual_of(residual, add_residual, x)
-    if residual is not None and residual.dtype != x.dtype:
-        # The op adds residuals of x's dtype; torch adds this one.
-        residual, add_residual = None, False
-    return BottleneckAdapterCall(x, residual, add_residual, adapter)
-
-
 def bottleneck_adapter(
     x: Tensor,
     down_weight: Tensor,
@@ -443,7 +409,7 @@ def bottleneck_adapter(
     Raises TypeError or ValueError that names the argument that does not fit.
     Source: Houlsby et al., arXiv:1902.00751; Pfeiffer et al., arXiv:2005.00247.
     """
-    call = _bottleneck_adapter_call(
+    call = bottleneck_adapter_call(
         x,
         down_weight,
         down_bias,
@@ -462,6 +428,41 @@ def bottleneck_adapter(
     return residual + y if residual is not None and call.residual is None else y
 
 
+def multi_bottleneck_adapter(
+    x: Tensor,
+    adapters: Sequence[AdapterTensors],
+    adapter_ids: Tensor,
+    residual: Tensor | None = None,
+    add_residual: bool = True,
+) -> Tensor:
+    """Bottleneck adapters over a batch in which each token has its own, or none, in one op.
+
+        z[m] = scaling * (act(x[m] @ down_weight^T + down_bias) @ up_weight^T + up_bias)
+        y[m] = residual[m] + z[m]
+
+    for each token m and the adapter adapters[adapter_ids[m]].
+
+    x            [..., hidden] floating point; autocast does not cast it
+    adapters     one `AdapterTensors` or more, all of one dtype, which may differ from x's; they may
+                 have bottlenecks of different sizes. Nothing of them is copied on a CPU
+    adapter_ids  int64, -1 for the residual alone: one id for each token, flat or in the shape of x
+                 without its last dimension, or one for each x[i], which holds for all tokens in it.
+                 On a CPU an id outside [-1, n) raises ValueError; on a GPU a token with such an id
+                 gets the residual alone
+    residual, add_residual
+                 as in `bottleneck_adapter`
+
+    Returns y [..., hidden] as `bottleneck_adapter` does. It can be differentiated once in x, the
+    residual and every tensor of the adapters; an adapter that no token has gets zeros. The backward
+    keeps x alone.
+    Raises TypeError or ValueError that names the argument that does not fit.
+    Source: BatchSplit of AdapterHub, Pfeiffer et al., arXiv:2007.07779.
+    """
+    call = multi_bottleneck_adapter_call(x, adapters, adapter_ids, residual, add_residual)
+    y = run(call)
+    return residual + y if residual is not None and call.residual is None else y
+
+
 # The name of a public function -> the function that makes the record of a call to it. explain and
 # the modules use it.
 CALLS: dict[str, Callable[..., Any]] = {
@@ -472,5 +473,6 @@ CALLS: dict[str, Callable[..., Any]] = {
     "lora_qkv": _lora_qkv_call,
     "lora_mlp": _lora_mlp_call,
     "multi_lora_linear": _multi_lora_linear_call,
-    "bottleneck_adapter": _bottleneck_adapter_call,
+    "bottleneck_adapter": bottleneck_adapter_call,
+    "multi_bottleneck_adapter": multi_bottleneck_adapter_call,
 }

@@ -26,6 +26,8 @@ from pylora.calls import (
     LoraMlpBackward,
     LoraQkvBackward,
     LowRank,
+    MultiBottleneckBackward,
+    MultiBottleneckCall,
     MultiLoraBackward,
     Nf4LinearBackward,
     Nf4LinearCall,
@@ -253,6 +255,14 @@ def _adapter_cases(
     yield Case.of(f"{where} residual", BottleneckAdapterCall(x, grad, True, adapter))
     yield Case.of(where, BottleneckAdapterCall(x, None, True, adapter))
     yield Case.of(where, BottleneckAdapterBackward(grad, x, True, adapter, wanted))
+    if dropout_p:
+        return
+    narrow = Bottleneck(down[:5], up[:, :5], scaling=2.0)
+    ids = torch.arange(x.shape[0]) % 3 - 1
+    pair = (adapter, narrow)
+    yield Case.of(f"{where} and 5", MultiBottleneckCall(x, None, True, pair, ids))
+    wishes = (wanted, BottleneckWanted(x=True, down=True, up=True))
+    yield Case.of(f"{where} and 5", MultiBottleneckBackward(grad, x, True, pair, ids, wishes))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pylora
 from pylora import Average, BatchSplit, Fuse, Parallel, Stack
@@ -21,6 +22,21 @@ pytest.importorskip("transformers")
 from benchmarks.models.families import FAMILIES
 
 X = torch.arange(3, 23).view(2, 10)
+
+
+class CountedOps(TorchDispatchMode):
+    """Appends to `calls` for each call of an op of pylora."""
+
+    def __init__(self, op: str, calls: list[str]) -> None:
+        super().__init__()
+        self.op, self.calls = op, calls
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op is getattr(torch.ops.pylora, self.op).default:
+            self.calls.append(self.op)
+        return op(*args, **kwargs or {})
+
+
 CONFIGS: dict[str, AdapterConfig] = {
     "houlsby": pylora.HoulsbyConfig(reduction_factor=8),
     "pfeiffer": pylora.PfeifferConfig(reduction_factor=8),
@@ -67,6 +83,65 @@ def test_what_the_compositions_compute(config: str, family: str) -> None:
     nested = logits(model, BatchSplit(Stack("a", "b"), Average("a", "c"), batch_sizes=[1, 1]))
     expected = torch.cat([logits(model, Stack("a", "b"))[:1], logits(model, Average("a", "c"))[1:]])
     torch.testing.assert_close(nested, expected)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_split_of_the_batch_is_one_op(config: str) -> None:
+    """An adapter that is called itself, here because it has a hook, gives the same values."""
+    model, calls = three(config), []
+    pylora.delete_adapter(model, "c")
+    x = torch.arange(3, 43).view(4, 10)
+    split = BatchSplit("a", "b", "a", batch_sizes=[2, 1, 1])
+    with CountedOps("multi_bottleneck_adapter", calls):
+        together = logits(model, split, x)
+    assert len(calls) == len(slots(model))
+    for slot in slots(model).values():
+        slot.adapters["a"].register_forward_hook(lambda *_: None)
+    with CountedOps("multi_bottleneck_adapter", calls):
+        torch.testing.assert_close(logits(model, split, x), together)
+    assert len(calls) == len(slots(model))
+
+
+def test_a_split_takes_adapters_that_a_block_lacks() -> None:
+    """A block leaves the rows of an adapter that it does not have as they are."""
+    torch.manual_seed(0)
+    model = FAMILIES["llama"].build().eval()
+    pylora.add_adapter(model, "mlp", pylora.HoulsbyConfig(reduction_factor=8, where=("mlp",)))
+    pylora.add_adapter(model, "both", pylora.HoulsbyConfig(reduction_factor=16))
+    for slot in slots(model).values():
+        for parameter in slot.adapters.parameters():
+            nn.init.normal_(parameter, std=0.2)
+    split = logits(model, BatchSplit("mlp", "both"))
+    torch.testing.assert_close(split[:1], logits(model, "mlp", X[:1]))
+    torch.testing.assert_close(split[1:], logits(model, "both", X[1:]))
+
+
+def test_a_split_with_dropout_or_norms_calls_each_adapter() -> None:
+    model, calls = three(), []
+    for slot in slots(model).values():
+        slot.adapters["b"].dropout = 0.5
+    with CountedOps("multi_bottleneck_adapter", calls):
+        logits(model, BatchSplit("a", "b"))
+        assert calls
+        calls.clear()
+        model.train()
+        logits(model, BatchSplit("a", "b"))
+    assert not calls
+
+
+def test_each_adapter_of_a_split_is_trained_by_its_rows() -> None:
+    model = three()
+    model.requires_grad_(False)
+    slot, *_ = slots(model).values()
+    gradients = {}
+    for split, names in ((BatchSplit("a", "b"), "ab"), ("a", "a")):
+        for name in names:
+            slot.adapters[name].requires_grad_()
+        model.zero_grad()
+        with pylora.active_adapters(model, split):
+            model(X if len(names) == 2 else X[:1]).logits[:1].square().sum().backward()
+        gradients[names] = slot.adapters["a"].down_weight.grad.clone()
+    torch.testing.assert_close(gradients["ab"], gradients["a"])
 
 
 @pytest.mark.parametrize("config", CONFIGS)

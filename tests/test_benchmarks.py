@@ -231,6 +231,7 @@ def test_only_the_full_suite_has_multi_layer_ops_and_host_times() -> None:
         "lora_mlp",
         "multi_lora_linear",
         "bottleneck_adapter",
+        "multi_bottleneck_adapter",
         "host",
     }
 

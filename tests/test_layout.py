@@ -19,6 +19,7 @@ LAYERS = [
     (
         "pylora.nf4",
         "pylora.files",
+        "pylora.call_parts",
         "pylora.calls",
         "pylora.settings",
         "pylora.sharding",
@@ -50,6 +51,7 @@ OPS = (
     "lora_mlp",
     "multi_lora_linear",
     "bottleneck_adapter",
+    "multi_bottleneck_adapter",
 )
 # The bench files that are not named after an op, and why they exist.
 BENCHES_BEYOND_OPS = {
@@ -242,6 +244,7 @@ WITHOUT_KERNEL = {
     "csrc": {
         "lora_qkv": "the backends compose it of their single-layer ops",
         "lora_mlp": "the backends compose it of their single-layer ops",
+        "multi_bottleneck_adapter": "the backends run bottleneck_adapter on the tokens of each",
         "multi_lora_linear": "the small_m kernel of lora_linear takes the ids of the adapters",
     },
 }

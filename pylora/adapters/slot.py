@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from pylora.adapters.composition import (
     names_in,
 )
 from pylora.adapters.configs import AdapterConfig
+from pylora.functional import multi_bottleneck_adapter
+from pylora.nn.bottleneck_adapter import BottleneckAdapter
 
 # The attribute of a block that holds its slots.
 SLOTS = "bottleneck_adapters"
@@ -149,6 +152,8 @@ class AdapterSlot(nn.Module):
 
     def _split(self, split: Block, value: Tensor, x: Tensor | None, norm: Any) -> Tensor:
         sizes = self._sizes(split, value)
+        if self._runs_in_one_op(split):
+            return self._in_one_op(split, sizes, value, x, norm)
         values = value.split(sizes)
         inputs: Iterable[Tensor | None] = [None] * len(sizes) if x is None else x.split(sizes)
         parts = [
@@ -156,6 +161,39 @@ class AdapterSlot(nn.Module):
             for member, part, its_input in zip(split.members, values, inputs, strict=True)
         ]
         return torch.cat(parts)
+
+    def _runs_in_one_op(self, split: Block) -> bool:
+        """True if multi_bottleneck_adapter computes all members of the split.
+
+        A module that is wrapped or has hooks must be called itself.
+        """
+        adapters = self._members(split).values()
+        return (
+            all(isinstance(member, str) for member in split.members)
+            and all(type(adapter) is BottleneckAdapter for adapter in adapters)
+            and all(adapter.is_plain for adapter in adapters)
+            and not any(adapter._forward_pre_hooks for adapter in adapters)
+            and not any(adapter._forward_hooks for adapter in adapters)
+            and len({adapter.down_weight.dtype for adapter in adapters}) == 1
+        )
+
+    def _members(self, split: Block) -> dict[str, Any]:
+        """The adapters of this slot among the members, by their names."""
+        return {name: self.adapters[name] for name in names_in(split) if name in self.adapters}
+
+    def _in_one_op(
+        self, split: Block, sizes: list[int], value: Tensor, x: Tensor | None, norm: Any
+    ) -> Tensor:
+        adapters = self._members(split)
+        places = {name: place for place, name in enumerate(adapters)}
+        ids = tuple(places.get(str(member), -1) for member in split.members)
+        reads = self._read(value, x, norm)
+        return multi_bottleneck_adapter(
+            reads,
+            [adapter.tensors for adapter in adapters.values()],
+            _ids_of_rows(ids, tuple(sizes), value.device),
+            None if reads is value else value,
+        )
 
     def _sizes(self, split: Block, value: Tensor) -> list[int]:
         """How many rows of `value` each member takes."""
@@ -170,6 +208,15 @@ class AdapterSlot(nn.Module):
                 "batch_sizes must have the number of rows as their sum"
             )
         return [size * (rows // total) for size in wanted]
+
+
+@lru_cache(maxsize=64)
+def _ids_of_rows(ids: tuple[int, ...], sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64 [rows], each id as often as its size says; kept, so that a GPU gets it once."""
+    with torch.inference_mode(False):
+        return torch.tensor([i for i, n in zip(ids, sizes, strict=True) for _ in range(n)]).to(
+            device
+        )
 
 
 def _first(output: Any) -> Tensor:

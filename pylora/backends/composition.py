@@ -1,4 +1,4 @@
-"""Builds lora_qkv, lora_mlp and multi_lora_linear from a backend's single-layer ops.
+"""Builds the ops of several layers or adapters from a backend's ops of one.
 
 A backend that has no kernel of its own for these ops still runs every NF4 weight on its kernels.
 Dense weights, and the adapters of multi_lora_linear, run in torch.
@@ -15,6 +15,10 @@ from torch import Tensor
 from pylora import reference
 from pylora.backends.backend import DENSE, Plan, Planner, Refusal, in_python
 from pylora.calls import (
+    Bottleneck,
+    BottleneckAdapterBackward,
+    BottleneckAdapterCall,
+    BottleneckWanted,
     Layer,
     LayerGradients,
     LoraLinearBackward,
@@ -23,6 +27,8 @@ from pylora.calls import (
     LoraMlpCall,
     LoraQkvBackward,
     LoraQkvCall,
+    MultiBottleneckBackward,
+    MultiBottleneckCall,
     MultiLoraBackward,
     MultiLoraCall,
     Nf4LinearBackward,
@@ -30,15 +36,16 @@ from pylora.calls import (
     Wanted,
 )
 from pylora.reference.lora_linear import LayerFunctions, layer_backward, layer_forward
+from pylora.reference.multi_bottleneck_adapter import AdapterFunctions
 
 # A step of a composed op: its name, and the answer to its call; None if torch runs the step.
 Step = tuple[str, Plan | Refusal | None]
 
 
 def composed(planners: Mapping[Any, Planner]) -> dict[Any, Planner]:
-    """The planners of the composed ops, made of those of a backend's single-layer ops.
+    """The planners of the composed ops, made of those of a backend's single ops.
 
-    The backward ops are among them only if the backend has both single-layer backwards.
+    They hold only ops of which the backend has all parts.
     """
     layers = _Layers(planners)
     composed_planners: dict[Any, Planner] = {
@@ -52,7 +59,63 @@ def composed(planners: Mapping[Any, Planner]) -> dict[Any, Planner]:
             LoraMlpBackward: layers.mlp_backward,
             MultiLoraBackward: layers.multi_lora_backward,
         }
+    if {BottleneckAdapterCall, BottleneckAdapterBackward} <= planners.keys():
+        adapters = _Adapters(planners)
+        composed_planners |= {
+            MultiBottleneckCall: adapters.multi,
+            MultiBottleneckBackward: adapters.multi_backward,
+        }
     return composed_planners
+
+
+class _Adapters:
+    """Plans and runs the adapters of multi_bottleneck_adapter one by one, each on its tokens."""
+
+    def __init__(self, planners: Mapping[Any, Planner]) -> None:
+        self._planners = planners
+        self.functions = AdapterFunctions(self._run, self._run)
+
+    def multi(self, call: MultiBottleneckCall) -> Plan | Refusal:
+        return self._joined(
+            call.adapters,
+            lambda adapter: BottleneckAdapterCall(
+                call.x, call.residual, call.add_residual, adapter
+            ),
+            reference.multi_bottleneck_adapter,
+        )
+
+    def multi_backward(self, call: MultiBottleneckBackward) -> Plan | Refusal:
+        want = BottleneckWanted(True, True, True, True, True)
+        return self._joined(
+            call.adapters,
+            lambda adapter: BottleneckAdapterBackward(
+                call.grad, call.x, call.adds_x, adapter, want
+            ),
+            reference.multi_bottleneck_adapter_backward,
+        )
+
+    def _joined(
+        self,
+        adapters: Sequence[Bottleneck],
+        call_of: Callable[[Bottleneck], Any],
+        function: Callable[..., Any],
+    ) -> Plan | Refusal:
+        """One plan that runs `function` with this backend's adapters, or the first refusal."""
+        variants: dict[str, None] = {}
+        for adapter in adapters:
+            call = call_of(adapter)
+            plan = self._planners[type(call)](call)
+            if isinstance(plan, Refusal):
+                return plan
+            variants[plan.variant] = None
+        functions = self.functions
+        run = in_python(lambda call: function(call, functions))
+        return Plan(f"{len(adapters)} x bottleneck_adapter ({', '.join(variants)})", run)
+
+    def _run(self, call: Any) -> Any:
+        plan = self._planners[type(call)](call)
+        assert isinstance(plan, Plan)  # it was planned before, and tokens do not change that
+        return plan.run(call)
 
 
 class _Layers:

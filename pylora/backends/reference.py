@@ -16,6 +16,8 @@ from pylora.calls import (
     LoraMlpCall,
     LoraQkvBackward,
     LoraQkvCall,
+    MultiBottleneckBackward,
+    MultiBottleneckCall,
     MultiLoraBackward,
     MultiLoraCall,
     Nf4LinearBackward,
@@ -54,6 +56,8 @@ BACKEND = Backend(
             MultiLoraBackward,
             BottleneckAdapterCall,
             BottleneckAdapterBackward,
+            MultiBottleneckCall,
+            MultiBottleneckBackward,
         )
     }
     | {LoraLinearCall: _lora_linear},

@@ -33,7 +33,7 @@ from pylora.calls import (
     token_matrix,
 )
 from pylora.reference.activation import GATED_ACTIVATIONS
-from pylora.reference.multi_lora_linear import check_adapter_ids
+from pylora.reference.adapter_groups import check_adapter_ids
 
 
 def _matrix(x: Tensor) -> Tensor:

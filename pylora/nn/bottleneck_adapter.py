@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pylora import checks, functional
-from pylora.bottleneck import check_norm_kind
+from pylora.bottleneck import AdapterTensors, check_norm_kind
 from pylora.calls import Norm
 from pylora.reference.normalization import LAYER_NORM
 
@@ -144,6 +144,25 @@ class BottleneckAdapter(nn.Module):
             norm_before=self._norm("norm_before"),
             norm_after=self._norm("norm_after"),
         )
+
+    @property
+    def tensors(self) -> AdapterTensors:
+        """The adapter as an argument of `pylora.functional.multi_bottleneck_adapter`.
+
+        Raises ValueError if it has a norm or drops elements, which that function does not do.
+        """
+        if not self.is_plain:
+            raise ValueError(
+                f"the adapter is {self}; it must have no norm, and no dropout in training"
+            )
+        weights = (self.down_weight, self.down_bias, self.up_weight, self.up_bias)
+        return AdapterTensors(*weights, self.activation, self.scaling)
+
+    @property
+    def is_plain(self) -> bool:
+        """True if the adapter has no norm and does not drop elements of its output now."""
+        drops = self.training and self.dropout > 0
+        return self.norm_before is None and self.norm_after is None and not drops
 
     def _norm(self, name: str) -> Norm | None:
         kind = getattr(self, name)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple
-from typing import Any
 
 from torch import Tensor
 
@@ -20,7 +19,9 @@ from pylora.calls import (
     BottleneckWanted,
 )
 from pylora.ops import spec
+from pylora.ops.gradients import or_empty
 from pylora.ops.registration import Gradient, masked_backward, no_gradient, register
+from pylora.ops.residual import with_residual
 
 
 def _fake(call: BottleneckAdapterCall) -> Tensor:
@@ -49,7 +50,7 @@ def _results(call: BottleneckAdapterBackward, of: BottleneckGradients) -> tuple[
         of.after_weight,
         of.after_bias,
     )
-    return tuple(call.x.new_empty(0) if tensor is None else tensor for tensor in fields)
+    return tuple(or_empty(fields, call.x))
 
 
 def _backward_fake(call: BottleneckAdapterBackward) -> tuple[Tensor, ...]:
@@ -65,17 +66,6 @@ def _backward_inputs(call: BottleneckAdapterBackward) -> tuple[Tensor | None, ..
 
 
 _BACKWARD = spec.BOTTLENECK_ADAPTER_BACKWARD
-_by_op = masked_backward(_BACKWARD)
-
-
-def _backward(
-    grads: Sequence[Any], saved: list[Any], wanted: Sequence[bool]
-) -> Sequence[Tensor | None]:
-    *of_op, of_residual = wanted
-    gradients = _by_op(grads, saved, of_op) if any(of_op) else [None for _ in of_op]
-    (grad,) = grads
-    return (*gradients, grad if of_residual else None)
-
 
 register(
     _BACKWARD,
@@ -83,4 +73,8 @@ register(
     no_gradient("bottleneck_adapter_backward", _backward_inputs),
     _results,
 )
-register(spec.BOTTLENECK_ADAPTER, _fake, Gradient(_inputs, _BACKWARD, _record, _backward))
+register(
+    spec.BOTTLENECK_ADAPTER,
+    _fake,
+    Gradient(_inputs, _BACKWARD, _record, with_residual(masked_backward(_BACKWARD))),
+)

@@ -35,7 +35,7 @@ def layers_inputs(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor | None, ..
     )
 
 
-def _or_empty(tensors: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+def or_empty(tensors: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
     """The tensors, with an empty one [0] in the place of each None."""
     return [like.new_empty(0) if tensor is None else tensor for tensor in tensors]
 
@@ -43,7 +43,7 @@ def _or_empty(tensors: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
 def layer_results(gradients: LayerGradients, like: Tensor) -> tuple[Tensor, ...]:
     """The results of lora_linear_backward; an empty tensor [0] stands for None."""
     g = gradients
-    return tuple(_or_empty((g.x, g.weight, g.A, g.B, g.bias, g.A_bias, g.B_bias), like))
+    return tuple(or_empty((g.x, g.weight, g.A, g.B, g.bias, g.A_bias, g.B_bias), like))
 
 
 def layers_results(
@@ -53,7 +53,7 @@ def layers_results(
     dx, gradients = dx_and_gradients
 
     def column(name: str) -> list[Tensor]:
-        return _or_empty([getattr(of_layer, name) for of_layer in gradients], like)
+        return or_empty([getattr(of_layer, name) for of_layer in gradients], like)
 
     columns = map(column, ("weight", "A", "B", "bias"))
     return (like.new_empty(0) if dx is None else dx, *columns)
@@ -62,7 +62,7 @@ def layers_results(
 def adapters_results(gradients: LayerGradients, like: Tensor) -> tuple[Tensor, ...]:
     """The results of multi_lora_linear_backward; an empty tensor [0] stands for None."""
     g = gradients
-    return tuple(_or_empty((g.x, g.weight, g.A, g.B, g.bias), like))
+    return tuple(or_empty((g.x, g.weight, g.A, g.B, g.bias), like))
 
 
 def requested(results: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:

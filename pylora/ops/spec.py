@@ -5,23 +5,20 @@ of one op, and the two functions that write a record in the schema's order and r
 through the schema from left to right, so no argument is ever found by its position.
 
 An op of several layers takes one list per field of a layer, with one entry per layer. Autograd
-skips lists that hold None, so an empty tensor [0] stands for an absent one there.
+skips lists that hold None, so an empty tensor [0] stands for an absent one there. The ops of
+bottleneck adapters are in `adapter_spec.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from pylora.calls import (
     Adapters,
-    Bottleneck,
-    BottleneckAdapterBackward,
-    BottleneckAdapterCall,
-    BottleneckWanted,
     DequantizeCall,
     Layer,
     LoraLinearBackward,
@@ -39,7 +36,13 @@ from pylora.calls import (
     Wanted,
     Weight,
 )
-from pylora.ops.arguments import Arguments, Spec, dropout_arguments, norm_arguments
+from pylora.ops.adapter_spec import (
+    BOTTLENECK_ADAPTER,
+    BOTTLENECK_ADAPTER_BACKWARD,
+    MULTI_BOTTLENECK_ADAPTER,
+    MULTI_BOTTLENECK_ADAPTER_BACKWARD,
+)
+from pylora.ops.arguments import Arguments, Spec, dropout_arguments
 
 _ABSMAX = "Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, "
 _ABSMAX += "int blocksize, int nested_blocksize"
@@ -390,68 +393,6 @@ MULTI_LORA_LINEAR_BACKWARD = Spec(
     _read_multi_lora_backward,
 )
 
-# bottleneck_adapter
-
-_BOTTLENECK = (
-    "Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, float scaling, "
-    f"str activation, {_DROPOUT}, "
-    "str norm_before, Tensor? norm_before_weight, Tensor? norm_before_bias, float norm_before_eps, "
-    "str norm_after, Tensor? norm_after_weight, Tensor? norm_after_bias, float norm_after_eps"
-)
-
-
-def _write_bottleneck(adapter: Bottleneck) -> tuple[Any, ...]:
-    return (
-        adapter.down,
-        adapter.down_bias,
-        adapter.up,
-        adapter.up_bias,
-        adapter.scaling,
-        adapter.activation,
-        *dropout_arguments(adapter.dropout),
-        *norm_arguments(adapter.norm_before),
-        *norm_arguments(adapter.norm_after),
-    )
-
-
-def _read_bottleneck(take: Arguments) -> Bottleneck:
-    down, down_bias, up, up_bias, scaling, activation = take.several(6)
-    dropout = take.dropout()
-    norms = take.norm(), take.norm()
-    return Bottleneck(down, up, down_bias, up_bias, scaling, activation, dropout, *norms)
-
-
-def _read_adapter(take: Arguments) -> BottleneckAdapterCall:
-    x, residual, add_residual = take.several(3)
-    return BottleneckAdapterCall(x, residual, add_residual, _read_bottleneck(take))
-
-
-def _read_adapter_backward(take: Arguments) -> BottleneckAdapterBackward:
-    grad, x, adds_x = take.several(3)
-    adapter = _read_bottleneck(take)
-    return BottleneckAdapterBackward(grad, x, adds_x, adapter, BottleneckWanted(*take.next()))
-
-
-BOTTLENECK_ADAPTER = Spec(
-    BottleneckAdapterCall,
-    f"(Tensor x, Tensor? residual, bool add_residual, {_BOTTLENECK}) -> Tensor",
-    lambda call: (call.x, call.residual, call.add_residual, *_write_bottleneck(call.adapter)),
-    _read_adapter,
-)
-BOTTLENECK_ADAPTER_BACKWARD = Spec(
-    BottleneckAdapterBackward,
-    f"(Tensor grad, Tensor x, bool adds_x, {_BOTTLENECK}, bool[] output_mask) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda call: (
-        call.grad,
-        call.x,
-        call.adds_x,
-        *_write_bottleneck(call.adapter),
-        list(astuple(call.wanted)),
-    ),
-    _read_adapter_backward,
-)
-
 SPECS: dict[str, Spec] = {
     spec.name: spec
     for spec in (
@@ -469,5 +410,7 @@ SPECS: dict[str, Spec] = {
         MULTI_LORA_LINEAR,
         BOTTLENECK_ADAPTER_BACKWARD,
         BOTTLENECK_ADAPTER,
+        MULTI_BOTTLENECK_ADAPTER_BACKWARD,
+        MULTI_BOTTLENECK_ADAPTER,
     )
 }

@@ -22,15 +22,16 @@ from pylora.calls import (
     LoraLinearCall,
     LoraMlpCall,
     LoraQkvCall,
+    MultiBottleneckCall,
     MultiLoraCall,
     Nf4LinearBackward,
     Nf4LinearCall,
     token_matrix,
 )
 from pylora.reference.activation import GATED_ACTIVATIONS
+from pylora.reference.adapter_groups import check_adapter_ids
 from pylora.reference.bottleneck_adapter import adapter_path
 from pylora.reference.lora_linear import low_rank_path
-from pylora.reference.multi_lora_linear import check_adapter_ids
 from pylora.reference.nf4_dequantize import dense, nf4_dequantize
 
 _functorch = torch._C._functorch.peek_interpreter_stack
@@ -134,6 +135,22 @@ def _bottleneck_adapter(call: BottleneckAdapterCall) -> Tensor:
     return (y if residual is None else residual + y).to(call.x.dtype)
 
 
+def _multi_bottleneck_adapter(call: MultiBottleneckCall) -> Tensor:
+    """Every adapter sees all tokens, with zeros in the places of those that are not its own."""
+    flat_x, ids = token_matrix(call.x), _without_transforms(call.ids)
+    if ids is not None:
+        check_adapter_ids(ids, len(call.adapters))
+    zero = flat_x.new_zeros(())
+    y = torch.zeros_like(flat_x)
+    for index, adapter in enumerate(call.adapters):
+        own = (call.ids == index).unsqueeze(-1)
+        path = adapter_path(torch.where(own, flat_x, zero), adapter)
+        y = y + torch.where(own, path, zero)
+    residual = call.x if call.adds_x else call.residual
+    y = y.view(call.x.shape)
+    return (y if residual is None else residual + y).to(call.x.dtype)
+
+
 _FUNCTIONS: dict[Any, Callable[[Any], Any]] = {
     DequantizeCall: nf4_dequantize,
     Nf4LinearCall: _nf4_linear,
@@ -143,4 +160,5 @@ _FUNCTIONS: dict[Any, Callable[[Any], Any]] = {
     LoraMlpCall: _lora_mlp,
     MultiLoraCall: _multi_lora_linear,
     BottleneckAdapterCall: _bottleneck_adapter,
+    MultiBottleneckCall: _multi_bottleneck_adapter,
 }

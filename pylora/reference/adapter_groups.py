@@ -9,12 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 _TILE_TOKENS = 64
+
+
+def check_adapter_ids(adapter_ids: Tensor, adapters: int) -> None:
+    """Raises ValueError if the ids are on the CPU and one of them is outside [-1, adapters).
+
+    On other devices nothing is checked, because that would wait for the device; a token with such
+    an id gets the base alone.
+    """
+    if adapter_ids.device.type != "cpu":
+        return
+    bad = (adapter_ids < -1) | (adapter_ids >= adapters)
+    if bad.any():
+        token = int(bad.nonzero()[0, 0])
+        raise ValueError(
+            f"adapter_ids has {int(adapter_ids[token])} at token {token}; "
+            f"it must be in [-1, {adapters}), -1 for the base alone"
+        )
 
 
 @dataclass(frozen=True)
@@ -28,9 +46,20 @@ class Segment:
     adapter: int
     tokens: Tensor
 
+    @cached_property
+    def rows(self) -> slice | Tensor:
+        """The index of the tokens: a slice, which copies nothing, if they follow each other."""
+        first, last = int(self.tokens[0]), int(self.tokens[-1])
+        together = last - first + 1 == self.tokens.numel()
+        return slice(first, last + 1) if together else self.tokens
+
     def gathered(self, matrix: Tensor) -> Tensor:
         """The rows of `matrix` [tokens, features] that belong to this segment's tokens."""
-        return matrix[self.tokens]
+        return matrix[self.rows]
+
+    def put(self, total: Tensor, values: Tensor) -> None:
+        """Stores gathered `values` in the rows of their tokens in `total`."""
+        total[self.rows] = values
 
     def scaled(self, values: Tensor, scalings: Tensor) -> Tensor:
         """`values` times the scaling of their adapter."""
@@ -38,7 +67,7 @@ class Segment:
 
     def add_to(self, total: Tensor, values: Tensor) -> None:
         """Adds gathered `values` to the rows of their tokens in `total`, rounding once."""
-        total[self.tokens] = (total[self.tokens] + values).to(total.dtype)
+        total[self.rows] = (total[self.rows] + values).to(total.dtype)
 
     def summed_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype to compute a sum over tokens in; here one matmul finishes it."""
@@ -97,6 +126,26 @@ class Tiles:
         total.copy_(flat.view(total.shape))
 
 
+@dataclass(frozen=True)
+class Masked:
+    """All tokens, with zeros in the places of those that are not of one adapter.
+
+    adapter    its index
+    own        bool [tokens, 1], True for its tokens
+    """
+
+    adapter: int
+    own: Tensor
+
+    def gathered(self, matrix: Tensor) -> Tensor:
+        """`matrix` [tokens, features], in which other tokens are zero and add nothing to a sum."""
+        return torch.where(self.own, matrix, 0.0)
+
+    def put(self, total: Tensor, values: Tensor) -> None:
+        """Stores the rows of `values` that are the adapter's in `total`."""
+        total.copy_(torch.where(self.own, values, total))
+
+
 Groups = Sequence[Segment | Tiles]
 
 
@@ -110,6 +159,16 @@ def groups(adapter_ids: Tensor, adapters: int, rank: int) -> Groups:
     # A tile has at least as many tokens as the rank, so the adapters that are gathered for the
     # tiles are no larger than x and all of the adapters together.
     return [tiles(adapter_ids, adapters, max(_TILE_TOKENS, rank))]
+
+
+def selections(adapter_ids: Tensor, adapters: int) -> Sequence[Segment | Masked]:
+    """The tokens of each adapter: on a CPU those that are its own, elsewhere all, masked.
+
+    adapter_ids    int64 [tokens]
+    """
+    if adapter_ids.device.type == "cpu":
+        return segments(adapter_ids, adapters)
+    return [Masked(index, (adapter_ids == index).unsqueeze(-1)) for index in range(adapters)]
 
 
 def segments(adapter_ids: Tensor, adapters: int) -> list[Segment]:

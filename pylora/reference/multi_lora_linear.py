@@ -13,27 +13,10 @@ import torch
 from torch import Tensor
 
 from pylora.calls import LayerGradients, MultiLoraBackward, MultiLoraCall, Wanted, token_matrix
-from pylora.reference.adapter_groups import groups
+from pylora.reference.adapter_groups import check_adapter_ids, groups
 from pylora.reference.lora_linear import REFERENCE_LAYERS, LayerFunctions
 
 _CONTIGUOUS = torch.contiguous_format
-
-
-def check_adapter_ids(adapter_ids: Tensor, adapters: int) -> None:
-    """Raises ValueError if the ids are on the CPU and one of them is outside [-1, adapters).
-
-    On other devices nothing is checked, because that would wait for the device; a token with such
-    an id gets the base alone.
-    """
-    if adapter_ids.device.type != "cpu":
-        return
-    bad = (adapter_ids < -1) | (adapter_ids >= adapters)
-    if bad.any():
-        token = int(bad.nonzero()[0, 0])
-        raise ValueError(
-            f"adapter_ids has {int(adapter_ids[token])} at token {token}; "
-            f"it must be in [-1, {adapters}), -1 for the base alone"
-        )
 
 
 def multi_lora_linear(
