@@ -40,6 +40,8 @@ from pylora.calls import (
     LoraMlpCall,
     LoraQkvBackward,
     LoraQkvCall,
+    MultiBottleneckBackward,
+    MultiBottleneckCall,
     MultiLoraBackward,
     MultiLoraCall,
     Nf4LinearBackward,
@@ -196,6 +198,23 @@ def _bottleneck_adapter_backward(call: BottleneckAdapterBackward) -> Plan | Refu
     return _bottleneck_plan(call, triton_runs.bottleneck_adapter_backward, grad=call.grad)
 
 
+def _multi_bottleneck_plan(
+    call: MultiBottleneckCall | MultiBottleneckBackward, run: Any, **tensors: Tensor
+) -> Plan | Refusal:
+    first, *_ = call.adapters
+    reason = _reason(**tensors, x=call.x, down_weight=first.down)
+    return Plan("shrink and expand", in_python(run)) if reason is None else Refusal(reason)
+
+
+def _multi_bottleneck_adapter(call: MultiBottleneckCall) -> Plan | Refusal:
+    return _multi_bottleneck_plan(call, triton_runs.multi_bottleneck_adapter)
+
+
+def _multi_bottleneck_adapter_backward(call: MultiBottleneckBackward) -> Plan | Refusal:
+    run = triton_runs.multi_bottleneck_adapter_backward
+    return _multi_bottleneck_plan(call, run, grad=call.grad)
+
+
 _PLANNERS: dict[Any, Planner] = {
     DequantizeCall: _dequantize,
     Nf4LinearCall: _nf4_linear,
@@ -210,6 +229,8 @@ _PLANNERS: dict[Any, Planner] = {
     MultiLoraBackward: _multi_lora_linear_backward,
     BottleneckAdapterCall: _bottleneck_adapter,
     BottleneckAdapterBackward: _bottleneck_adapter_backward,
+    MultiBottleneckCall: _multi_bottleneck_adapter,
+    MultiBottleneckBackward: _multi_bottleneck_adapter_backward,
 }
 
 BACKEND = Backend(

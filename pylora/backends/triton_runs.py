@@ -25,6 +25,8 @@ from pylora.calls import (
     LoraMlpCall,
     LoraQkvBackward,
     LoraQkvCall,
+    MultiBottleneckBackward,
+    MultiBottleneckCall,
     MultiLoraBackward,
     MultiLoraCall,
     Nf4LinearBackward,
@@ -187,6 +189,30 @@ def multi_lora_linear_backward(call: MultiLoraBackward) -> LayerGradients:
     gradients = multi_lora_linear_backward(grad, x, h, call.layer, adapters, call.wanted)
     gradients = _completed(gradients, call.layer, call.wanted, grad, x)
     return gradients.with_x(None if gradients.x is None else _shaped_like(gradients.x, call.x))
+
+
+def multi_bottleneck_adapter(call: MultiBottleneckCall) -> Tensor:
+    from pylora.kernels.multi_bottleneck_adapter import multi_bottleneck_adapter
+
+    check_adapter_ids(call.ids, len(call.adapters))
+    x = _matrix(call.x)
+    residual = x if call.adds_x else None
+    if call.residual is not None:
+        residual = _matrix(call.residual)
+    y = multi_bottleneck_adapter(x, residual, call.adapters, call.ids.contiguous())
+    return _shaped_like(y, call.x)
+
+
+def multi_bottleneck_adapter_backward(
+    call: MultiBottleneckBackward,
+) -> tuple[Tensor | None, list[BottleneckGradients]]:
+    from pylora.kernels.multi_bottleneck_adapter import multi_bottleneck_adapter_backward
+
+    grad, x, ids = _matrix(call.grad), _matrix(call.x), call.ids.contiguous()
+    dx, gradients = multi_bottleneck_adapter_backward(
+        grad, x, call.adds_x, call.adapters, ids, call.wanted
+    )
+    return None if dx is None else _shaped_like(dx, call.x), gradients
 
 
 def bottleneck_adapter(call: BottleneckAdapterCall) -> Tensor:
