@@ -128,8 +128,8 @@ def multi_lora_expand(
 ) -> None:
     """Writes the sum of base [splits, M, Q] and the low-rank terms to out [M, Q].
 
-    base      fp32 partials, to which `bias` is still to be added, or [1, M, Q] of out's dtype, which
-              has its bias and may be out[None]; contiguous, as is `out`
+    base      fp32 partials, to which `bias` is still to be added, or [1, M, Q] of out's dtype, with
+              its bias, which may be out[None]; contiguous, as is `out`
     partials  fp32 [splits, M, R] of `multi_lora_shrink`
     factor    [adapters, Q, R], or [adapters, R, Q] if rank_first; contiguous
     scalings  fp32 [adapters]

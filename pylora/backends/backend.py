@@ -34,6 +34,8 @@ class Plan:
     run      runs a call with the same shapes, dtypes and devices as the planned one
     note     anything else the caller should know, such as why a requested kernel cannot run
     prepare  makes the forward of a layer that is called many times; None if `run` is as fast
+    into     runs a call and writes its result that is like x, y or dx, into a contiguous tensor,
+             which is then in the place of the result; None if the kernels cannot
     native   the first result as torch's own differentiable ops, which autograd then records itself;
              None if the op runs under a node of its own
     """
@@ -42,6 +44,7 @@ class Plan:
     run: Callable[[Any], Any]
     note: str = ""
     prepare: Callable[[Any], PreparedForward] | None = None
+    into: Callable[[Any, Tensor], Any] | None = None
     native: Callable[[Any], Tensor] | None = None
 
 

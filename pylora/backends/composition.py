@@ -112,10 +112,10 @@ class _Adapters:
         run = in_python(lambda call: function(call, functions))
         return Plan(f"{len(adapters)} x bottleneck_adapter ({', '.join(variants)})", run)
 
-    def _run(self, call: Any) -> Any:
+    def _run(self, call: Any, out: Tensor | None) -> Any:
         plan = self._planners[type(call)](call)
         assert isinstance(plan, Plan)  # it was planned before, and tokens do not change that
-        return plan.run(call)
+        return plan.run(call) if out is None or plan.into is None else plan.into(call, out)
 
 
 class _Layers:

@@ -57,6 +57,10 @@ class Segment:
         """The rows of `matrix` [tokens, features] that belong to this segment's tokens."""
         return matrix[self.rows]
 
+    def view_of(self, total: Tensor) -> Tensor | None:
+        """The rows of the tokens in `total` without a copy; None if they do not lie together."""
+        return total[self.rows] if isinstance(self.rows, slice) else None
+
     def put(self, total: Tensor, values: Tensor) -> None:
         """Stores gathered `values` in the rows of their tokens in `total`."""
         total[self.rows] = values
@@ -140,6 +144,10 @@ class Masked:
     def gathered(self, matrix: Tensor) -> Tensor:
         """`matrix` [tokens, features], in which other tokens are zero and add nothing to a sum."""
         return torch.where(self.own, matrix, 0.0)
+
+    def view_of(self, total: Tensor) -> None:
+        """Never: the tokens do not lie together."""
+        return None
 
     def put(self, total: Tensor, values: Tensor) -> None:
         """Stores the rows of `values` that are the adapter's in `total`."""

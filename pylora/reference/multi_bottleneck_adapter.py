@@ -31,14 +31,19 @@ from pylora.reference.bottleneck_adapter import bottleneck_adapter, bottleneck_a
 
 @dataclass(frozen=True)
 class AdapterFunctions:
-    """How the tokens of one adapter run."""
+    """How the tokens of one adapter run.
 
-    forward: Callable[[BottleneckAdapterCall], Tensor]
-    backward: Callable[[BottleneckAdapterBackward], BottleneckGradients]
+    Both functions take a call and a contiguous tensor of x's shape or None. They may write y or dx
+    into it, which is then that tensor in their result.
+    """
+
+    forward: Callable[[BottleneckAdapterCall, Tensor | None], Tensor]
+    backward: Callable[[BottleneckAdapterBackward, Tensor | None], BottleneckGradients]
 
 
-_CONTIGUOUS = torch.contiguous_format
-REFERENCE_ADAPTERS = AdapterFunctions(bottleneck_adapter, bottleneck_adapter_backward)
+REFERENCE_ADAPTERS = AdapterFunctions(
+    lambda call, out: bottleneck_adapter(call), lambda call, out: bottleneck_adapter_backward(call)
+)
 
 
 def multi_bottleneck_adapter(
@@ -51,13 +56,15 @@ def multi_bottleneck_adapter(
     check_adapter_ids(call.ids, len(call.adapters))
     x = token_matrix(call.x)
     residual = None if call.residual is None else token_matrix(call.residual)
-    alone = x if call.adds_x else residual  # what a token without an adapter gets
-    y = torch.zeros_like(x) if alone is None else alone.clone(memory_format=_CONTIGUOUS)
+    y = _without_adapters(x if call.adds_x else residual, x, call.ids)
     for group in selections(call.ids, len(call.adapters)):
         own_residual = None if residual is None else group.gathered(residual)
         adapter = call.adapters[group.adapter]
         one = BottleneckAdapterCall(group.gathered(x), own_residual, call.add_residual, adapter)
-        group.put(y, run.forward(one))
+        own_y = group.view_of(y)
+        result = run.forward(one, own_y)
+        if result is not own_y:
+            group.put(y, result)
     return y.view(call.x.shape)
 
 
@@ -71,18 +78,33 @@ def multi_bottleneck_adapter_backward(
     x, grad = token_matrix(call.x), token_matrix(call.grad)
     dx = None
     if call.wanted[0].x:
-        dx = grad.clone(memory_format=_CONTIGUOUS) if call.adds_x else torch.zeros_like(grad)
+        dx = _without_adapters(grad if call.adds_x else None, x, call.ids)
     gradients = [
         _zeros(adapter, want) for adapter, want in zip(call.adapters, call.wanted, strict=True)
     ]
     for group in selections(call.ids, len(call.adapters)):
         adapter, want = call.adapters[group.adapter], call.wanted[group.adapter]
         own_grad, own_x = group.gathered(grad), group.gathered(x)
-        of = run.backward(BottleneckAdapterBackward(own_grad, own_x, call.adds_x, adapter, want))
-        if dx is not None and of.x is not None:
+        own_dx = None if dx is None else group.view_of(dx)
+        one = BottleneckAdapterBackward(own_grad, own_x, call.adds_x, adapter, want)
+        of = run.backward(one, own_dx)
+        if dx is not None and of.x is not None and of.x is not own_dx:
             group.put(dx, of.x)
         gradients[group.adapter] = replace(of, x=None)
     return None if dx is None else dx.view(call.x.shape), gradients
+
+
+def _without_adapters(alone: Tensor | None, x: Tensor, ids: Tensor) -> Tensor:
+    """A tensor like x [tokens, hidden] that holds `alone`, or zeros, for tokens without an adapter.
+
+    On a CPU the rows of other tokens are not initialized.
+    """
+    if ids.device.type != "cpu":
+        return x.new_zeros(x.shape) if alone is None else alone.clone(memory_format=_CONTIGUOUS)
+    out = x.new_empty(x.shape)
+    if (outside := (ids < 0).nonzero()[:, 0]).numel():
+        out[outside] = 0.0 if alone is None else alone[outside]
+    return out
 
 
 def _zeros(adapter: Bottleneck, want: BottleneckWanted) -> BottleneckGradients:
