@@ -100,7 +100,8 @@ def _without_adapters(alone: Tensor | None, x: Tensor, ids: Tensor) -> Tensor:
     On a CPU the rows of other tokens are not initialized.
     """
     if ids.device.type != "cpu":
-        return x.new_zeros(x.shape) if alone is None else alone.clone(memory_format=_CONTIGUOUS)
+        out = x.new_zeros(x.shape)
+        return out if alone is None else out.copy_(alone)
     out = x.new_empty(x.shape)
     if (outside := (ids < 0).nonzero()[:, 0]).numel():
         out[outside] = 0.0 if alone is None else alone[outside]
