@@ -21,7 +21,8 @@
 // clang-format off
 #define NF4 "Tensor qweight, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, int blocksize, int nested_blocksize"
 #define LORA_OPTIONS "float scaling, float dropout_p, Tensor? seed, int activation"
-#define LORA NF4 ", int out_features, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? lora_A_bias, Tensor? lora_B_bias, " LORA_OPTIONS
+#define LOW_RANK "Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? lora_A_bias, Tensor? lora_B_bias, " LORA_OPTIONS
+#define LORA NF4 ", int out_features, " LOW_RANK
 #define BOTTLENECK "Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, float scaling, int activation"
 
 STABLE_TORCH_LIBRARY(pylora_C, m) {
@@ -32,11 +33,13 @@ STABLE_TORCH_LIBRARY(pylora_C, m) {
   m.def("nf4_linear_hopper(Tensor x, " NF4 ", int out_features, Tensor? bias) -> Tensor");
   m.def("nf4_linear_backward(Tensor grad, " NF4 ", int in_features) -> Tensor");
   m.def("lora_linear(Tensor x, " LORA ") -> (Tensor y, Tensor h)");
+  m.def("lora_linear_dense(Tensor x, Tensor weight, " LOW_RANK ") -> (Tensor y, Tensor h)");
   m.def("lora_linear_hopper(Tensor x, " LORA ") -> (Tensor y, Tensor h)");
   // A layer that the extension keeps for calls that name only x: the result is its address.
   m.def("prepare_nf4_linear(Tensor x, " NF4 ", int out_features, Tensor? bias) -> int");
   m.def("prepare_nf4_linear_hopper(Tensor x, " NF4 ", int out_features, Tensor? bias) -> int");
   m.def("prepare_lora_linear(Tensor x, " LORA ") -> int");
+  m.def("prepare_lora_linear_dense(Tensor x, Tensor weight, " LOW_RANK ") -> int");
   m.def("prepare_lora_linear_hopper(Tensor x, " LORA ") -> int");
   // For measurements alone: lora_linear with another plan than the rule's, and the rule's own.
   m.def("lora_linear_planned(Tensor x, " LORA ", int output_warps, int splits, int grid) -> (Tensor y, Tensor h)");
@@ -64,6 +67,7 @@ namespace py = pybind11;
 // What the kernels cannot do at all, for Python's planners; that of cuda is the same in every build.
 py::dict limits() {
   py::dict cpu, cuda, all;
+  cpu["max_dense_m"] = pylora::cpu::kMaxDenseM;
   cpu["max_bottleneck"] = pylora::cpu::kMaxBottleneck;
   cpu["max_rank"] = pylora::cpu::kMaxRank;
   cuda["alignment"] = pylora::cuda::kAlignment;

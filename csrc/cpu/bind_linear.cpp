@@ -1,7 +1,8 @@
-// CPU side of the linear ops: tensor -> checks -> kernel. Weights are NF4 here; a dense base goes
-// to torch's own matmul in Python.
+// CPU side of the linear ops: tensor -> checks -> kernel. Weights are NF4, but for lora_linear_dense,
+// which takes a few tokens; a dense base of more tokens goes to torch's own matmul in Python.
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "common/boxed.h"
@@ -71,12 +72,12 @@ AdapterFactor to_factor(const Tensor& factor, int64_t rank, bool rank_first) {
 }
 
 // What forward and backward share, but for the rows that meet the weight.
-LoraLinearArgs to_lora_linear(const Tokens& x, const NF4Matrix& weight, Tensor& lora_A,
+LoraLinearArgs to_lora_linear(const Tokens& x, int64_t out_features, Tensor& lora_A,
                               Tensor& lora_B, const LowRankOptions& options) {
   const int64_t rank = check_rank(lora_A, 2, kMaxRank);
   const ScalarType type = lora_A.scalar_type();
-  check_factor("lora_A", lora_A, {rank, weight.cols}, type, x);
-  check_factor("lora_B", lora_B, {weight.rows, rank}, type, x);
+  check_factor("lora_A", lora_A, {rank, x.cols}, type, x);
+  check_factor("lora_B", lora_B, {out_features, rank}, type, x);
   const DropoutArguments dropout = options.dropout(x);
   LoraLinearArgs op;
   op.x.data = x.data;
@@ -100,7 +101,7 @@ LoraLinearArgs to_lora_linear(const Tokens& x, const NF4Matrix& weight, Tensor& 
 struct LoraForward {
   LoraForward(const Tokens& x, NF4Tensors& weight, int64_t out_features, LowRankTensors& low) {
     const NF4Matrix matrix = to_matrix(weight, out_features, x.cols);
-    op = to_lora_linear(x, matrix, low.lora_A, low.lora_B, low.options);
+    op = to_lora_linear(x, out_features, low.lora_A, low.lora_B, low.options);
     sum.add("bias", low.bias, out_features, x);
     sum.add("lora_B_bias", low.lora_B_bias, out_features, x, op.scaling);
     low_sum.add("lora_A_bias", low.lora_A_bias, op.lora_A.rank, x);
@@ -119,23 +120,81 @@ struct LoraForward {
   BiasSum sum, low_sum;
 };
 
-std::tuple<Tensor, Tensor> lora_linear_cpu(const Tensor& given_x, NF4Tensors& weight,
-                                           int64_t out_features, LowRankTensors& low) {
-  const Tokens x("x", given_x);
-  LoraForward forward(x, weight, out_features, low);
+// A checked call of lora_linear over a dense weight.
+struct DenseLoraForward {
+  DenseLoraForward(const Tokens& x, Tensor& weight, LowRankTensors& low) {
+    STD_TORCH_CHECK(x.cols > 0, "x must have a column or more, got shape ", to_string(x.shape));
+    STD_TORCH_CHECK(x.count <= kMaxDenseM, "x must have ", kMaxDenseM,
+                    " rows or fewer over a dense weight, got ", x.count);
+    check_given("weight", weight);
+    check_dim("weight", weight, 2);
+    out_features = weight.size(0);
+    check_factor("weight", weight, {out_features, x.cols}, x.tensor.scalar_type(), x);
+    op = to_lora_linear(x, out_features, low.lora_A, low.lora_B, low.options);
+    sum.add("bias", low.bias, out_features, x);
+    sum.add("lora_B_bias", low.lora_B_bias, out_features, x, op.scaling);
+    low_sum.add("lora_A_bias", low.lora_A_bias, op.lora_A.rank, x);
+    op.lora_A_bias = low_sum.data();
+    linear.x = x.data;
+    linear.dtype = x.dtype();
+    linear.tokens = x.count;
+    linear.weight = {weight.const_data_ptr(), out_features, x.cols};
+    linear.bias = sum.data();
+  }
+
+  void run(void* y, float* h) {
+    linear.y = y;
+    op.h = h;
+    lora_linear_dense(op, linear);
+  }
+
+  int64_t out_features;
+  LoraLinearArgs op;
+  DenseLinearArgs linear;
+  BiasSum sum, low_sum;
+};
+
+// The results (y, h) of a checked call.
+template <class Forward>
+std::tuple<Tensor, Tensor> results_of(const Tokens& x, int64_t out_features, Forward forward) {
   Tensor y = x.new_rows(out_features);
   Tensor h = x.new_rows(forward.op.lora_A.rank, ScalarType::Float);
   forward.run(y.mutable_data_ptr(), h.mutable_data_ptr<float>());
   return {y, h};
 }
 
-void lora_linear_prepared(Tokens& x, const PreparedCall& call, NF4Tensors& weight,
-                          int64_t& out_features, LowRankTensors& low) {
-  low.options.take(call);
-  LoraForward forward(x, weight, out_features, low);
+// Runs a checked call whose h may not be wanted.
+template <class Forward>
+void run_prepared(const Tokens& x, const PreparedCall& call, Forward forward) {
   std::vector<float> h;
   if (call.h == nullptr) h.resize(static_cast<size_t>(x.count * forward.op.lora_A.rank));
   forward.run(call.y, call.h == nullptr ? h.data() : call.h);
+}
+
+std::tuple<Tensor, Tensor> lora_linear_cpu(const Tensor& given_x, NF4Tensors& weight,
+                                           int64_t out_features, LowRankTensors& low) {
+  const Tokens x("x", given_x);
+  return results_of(x, out_features, LoraForward(x, weight, out_features, low));
+}
+
+void lora_linear_prepared(Tokens& x, const PreparedCall& call, NF4Tensors& weight,
+                          int64_t& out_features, LowRankTensors& low) {
+  low.options.take(call);
+  run_prepared(x, call, LoraForward(x, weight, out_features, low));
+}
+
+std::tuple<Tensor, Tensor> lora_linear_dense_cpu(const Tensor& given_x, Tensor& weight,
+                                                 LowRankTensors& low) {
+  const Tokens x("x", given_x);
+  DenseLoraForward forward(x, weight, low);
+  const int64_t out_features = forward.out_features;
+  return results_of(x, out_features, std::move(forward));
+}
+
+void lora_linear_dense_prepared(Tokens& x, const PreparedCall& call, Tensor& weight,
+                                LowRankTensors& low) {
+  low.options.take(call);
+  run_prepared(x, call, DenseLoraForward(x, weight, low));
 }
 
 // The gradients that output_mask leaves out are empty.
@@ -151,7 +210,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_b
   STD_TORCH_CHECK(grad.count == x.count, "grad must have as many rows as x (", x.count, "), got ",
                   grad.count);
   const NF4Matrix matrix = to_matrix(weight, grad.cols, x.cols);
-  LoraLinearArgs op = to_lora_linear(x, matrix, lora_A, lora_B, options);
+  LoraLinearArgs op = to_lora_linear(x, matrix.rows, lora_A, lora_B, options);
   const int64_t rank = op.lora_A.rank;
   check_dtype("h", h.tensor, ScalarType::Float);
   check_numel("h", h.tensor, x.count * rank, "the rank, ", rank, ", for every row of x");
@@ -194,4 +253,6 @@ STABLE_TORCH_LIBRARY_IMPL(pylora_C, CPU, m) {
   m.impl("lora_linear", boxed<lora_linear_cpu>);
   m.impl("lora_linear_backward", boxed<lora_linear_backward_cpu>);
   m.impl("prepare_lora_linear", boxed<Prepared<lora_linear_prepared>::make>);
+  m.impl("lora_linear_dense", boxed<lora_linear_dense_cpu>);
+  m.impl("prepare_lora_linear_dense", boxed<Prepared<lora_linear_dense_prepared>::make>);
 }

@@ -30,6 +30,20 @@ std::unique_ptr<float[]> scaled_activation(const LoraLinearArgs& args) {
   return low;
 }
 
+// Computes h, and returns low.
+std::unique_ptr<float[]> projected(const LoraLinearArgs& args) {
+  project_for(cpu_isa())(args.x, args.lora_A, args.lora_A_bias, args.h);
+  return scaled_activation(args);
+}
+
+template <class LinearArgs>
+void set_low_rank(const LoraLinearArgs& args, const float* low, LinearArgs& linear) {
+  linear.low = low;
+  linear.adapter = args.lora_B.data;
+  linear.adapter_dtype = args.lora_B.dtype;
+  linear.rank = args.lora_B.rank;
+}
+
 }  // namespace
 
 Gather* gather_for(CpuIsa isa, DType tokens, DType factor) {
@@ -60,15 +74,16 @@ void column_sums(const float* values, int64_t rows, int64_t cols, float* sums) {
 }
 
 void lora_linear(const LoraLinearArgs& args) {
-  const CpuIsa isa = cpu_isa();
-  project_for(isa)(args.x, args.lora_A, args.lora_A_bias, args.h);
-  const auto low = scaled_activation(args);
+  const auto low = projected(args);
   NF4LinearArgs linear = args.linear;
-  linear.low = low.get();
-  linear.adapter = args.lora_B.data;
-  linear.adapter_dtype = args.lora_B.dtype;
-  linear.rank = args.lora_B.rank;
+  set_low_rank(args, low.get(), linear);
   run_linear(linear);
+}
+
+void lora_linear_dense(const LoraLinearArgs& args, DenseLinearArgs linear) {
+  const auto low = projected(args);
+  set_low_rank(args, low.get(), linear);
+  dense_linear(linear);
 }
 
 void lora_linear_backward(const LoraLinearArgs& args) {

@@ -22,6 +22,7 @@
 
 #include "common/activation.h"
 #include "cpu/cpu_features.h"
+#include "cpu/dense_linear.h"
 #include "cpu/nf4_linear.h"
 #include "cpu/philox.h"
 
@@ -85,6 +86,9 @@ struct LoraLinearArgs {
 };
 
 void lora_linear(const LoraLinearArgs& args);
+// The same over a dense weight; `linear` has everything but the low-rank term, and args.linear is not
+// read.
+void lora_linear_dense(const LoraLinearArgs& args, DenseLinearArgs linear);
 void lora_linear_backward(const LoraLinearArgs& args);
 
 }  // namespace pylora::cpu

@@ -18,6 +18,7 @@
 
 #include "common/nf4.h"
 #include "cpu/philox.h"
+#include "cpu/small_m_rows.h"
 
 namespace pylora::cpu {
 

@@ -20,6 +20,7 @@
 #include "cpu/nf4_linear.h"
 #include "cpu/nf4_panel.h"
 #include "cpu/parallel.h"
+#include "cpu/small_m_rows.h"
 #include "cpu/workspace.h"
 
 namespace pylora::cpu {
@@ -29,10 +30,8 @@ namespace pylora::cpu {
 template <int kTokens>
 inline constexpr int64_t kSmallMStretch = kTokens <= 3 ? 8192 : 2048;
 inline constexpr int64_t kPrefetchBytes = 2048;  // the least distance at which W is prefetched
-inline constexpr int64_t kAdapterRowsAhead = 8;
 inline constexpr int64_t kRowBatch = 16;
 inline constexpr int64_t kTokenBytes = 32 * 1024;  // packed tokens that the first-level cache holds
-inline constexpr int64_t kSmallMGrain = 1 << 16;   // a thread is woken for at least so many weights
 
 template <class S, template <class> class Mac>
 struct SmallMLayout {
@@ -172,50 +171,6 @@ PYLORA_INLINE void add_stretch(const NF4LinearArgs& args, const float* packed, i
   }
 }
 
-// 4. y[token + m][row] = the sum over the lanes of sums[m] + the low-rank term + the bias.
-template <class S, template <class> class Mac, int kTokens>
-PYLORA_INLINE void finish_row(const NF4LinearArgs& args, int64_t token, int64_t row,
-                              const typename S::F (&sums)[kTokens]) {
-  using F = typename S::F;
-  const F scale = S::set1(S::chunk_scale(Mac<S>{}));
-  F acc[kTokens];
-#pragma GCC unroll 8
-  for (int m = 0; m < kTokens; ++m) acc[m] = S::mul(sums[m], scale);
-  if (args.low != nullptr) {
-    visit_dtype(args.adapter_dtype, [&](auto element) {
-      const auto* adapter = static_cast<const decltype(element)*>(args.adapter) + row * args.rank;
-      const float* low = args.low + token * args.rank;
-      // Each row has only a cache line or so, which is too sparse for the hardware's prefetcher.
-      __builtin_prefetch(adapter + kAdapterRowsAhead * args.rank);
-      int64_t r = 0;
-      for (; r + S::kLanes <= args.rank; r += S::kLanes) {
-        const F b = S::load(adapter + r);
-#pragma GCC unroll 8
-        for (int m = 0; m < kTokens; ++m) {
-          acc[m] = S::fma(b, S::load(low + m * args.rank + r), acc[m]);
-        }
-      }
-      if (r < args.rank) {
-        const int left = static_cast<int>(args.rank - r);
-        const F b = S::load_n(adapter + r, left);
-#pragma GCC unroll 8
-        for (int m = 0; m < kTokens; ++m) {
-          acc[m] = S::fma(b, S::load_n(low + m * args.rank + r, left), acc[m]);
-        }
-      }
-    });
-  }
-  const float bias = args.bias != nullptr ? args.bias[row] : 0.0f;
-  visit_dtype(args.dtype, [&](auto element) {
-    using T = decltype(element);
-    T* y = static_cast<T*>(args.y) + token * args.weight.rows + row;
-#pragma GCC unroll 8
-    for (int m = 0; m < kTokens; ++m) {
-      y[m * args.weight.rows] = from_float<T>(S::sum(acc[m]) + bias);
-    }
-  });
-}
-
 // Rows [row, row + rows) of W. `rows` is a multiple of kRows and at most kRowBatch. The outer loop
 // goes over stretches, so that the tokens' stretch stays in the first-level cache for all rows.
 template <class S, template <class> class Mac, int kTokens, int kRows, ChunkScales kScales>
@@ -235,7 +190,13 @@ PYLORA_INLINE void small_m_rows(const NF4LinearArgs& args, const float* packed, 
                                                    sums + n);
     }
   }
-  for (int64_t n = 0; n < rows; ++n) finish_row<S, Mac, kTokens>(args, token, row + n, sums[n]);
+  // 4. Add the low-rank term and the bias, round and store.
+  const typename S::F scale = S::set1(S::chunk_scale(Mac<S>{}));
+  for (int64_t n = 0; n < rows; ++n) {
+#pragma GCC unroll 8
+    for (int m = 0; m < kTokens; ++m) sums[n][m] = S::mul(sums[n][m], scale);
+    finish_row<S, kTokens>(args, token, row + n, sums[n]);
+  }
 }
 
 template <class S, template <class> class Mac, int kTokens, ChunkScales kScales>
@@ -289,35 +250,9 @@ bool run_small_m(const NF4LinearArgs& args) {
     pack_token<S, Mac>(static_cast<const T*>(args.x) + m * args.weight.cols, args.weight.cols,
                        packed + m * Layout::kFloats, args.tokens * Layout::kFloats);
   }
-  switch (args.tokens) {
-    case 1:
-      run_small_m_of<S, Mac, 1>(args, packed);
-      break;
-    case 2:
-      run_small_m_of<S, Mac, 2>(args, packed);
-      break;
-    case 3:
-      run_small_m_of<S, Mac, 3>(args, packed);
-      break;
-    case 4:
-      run_small_m_of<S, Mac, 4>(args, packed);
-      break;
-    case 5:
-      run_small_m_of<S, Mac, 5>(args, packed);
-      break;
-    case 6:
-      run_small_m_of<S, Mac, 6>(args, packed);
-      break;
-    case 7:
-      run_small_m_of<S, Mac, 7>(args, packed);
-      break;
-    case 8:
-      run_small_m_of<S, Mac, 8>(args, packed);
-      break;
-    default:
-      return false;
-  }
-  return true;
+  return with_token_count<kMaxSmallM>(args.tokens, [&](auto count) {
+    run_small_m_of<S, Mac, decltype(count)::value>(args, packed);
+  });
 }
 
 }  // namespace pylora::cpu

@@ -187,10 +187,19 @@ class _Layers:
         return Plan("composed of " + ", ".join([*parts, *[in_torch] * bool(in_torch)]), run)
 
     def _plan_forward(self, x: Tensor, layer: Layer) -> Step:
-        call = _forward_call(x, layer)
+        call = self._forward_call(x, layer)
         if call is None:
             return "a dense layer", None
         return call.op, self._planners[type(call)](call)
+
+    def _forward_call(self, x: Tensor, layer: Layer) -> Nf4LinearCall | LoraLinearCall | None:
+        """The record of the single-layer op that runs a layer; None if torch runs it."""
+        if layer.low_rank is None:
+            return Nf4LinearCall(x, layer) if layer.weight.is_nf4 else None
+        call = LoraLinearCall(x, layer)
+        if layer.weight.is_nf4 or isinstance(self._planners[LoraLinearCall](call), Plan):
+            return call
+        return None
 
     def _plan_backward(
         self, grad: Tensor, x: Tensor, h: Tensor, layer: Layer, wanted: Wanted
@@ -201,7 +210,7 @@ class _Layers:
         return call.op, self._planners[type(call)](call)
 
     def _forward(self, x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
-        call = _forward_call(x, layer)
+        call = self._forward_call(x, layer)
         if call is None:
             return layer_forward(x, layer)
         result = self._planned(call).run(call)
@@ -225,13 +234,6 @@ class _Layers:
             # The input of a layer in the middle of an op may have other strides than planned.
             raise RuntimeError(f"{call.op} was planned and then refused: {plan.reason}")
         return plan
-
-
-def _forward_call(x: Tensor, layer: Layer) -> Nf4LinearCall | LoraLinearCall | None:
-    """The record of the single-layer op that runs an NF4 layer; None for a dense layer."""
-    if not layer.weight.is_nf4:
-        return None
-    return Nf4LinearCall(x, layer) if layer.low_rank is None else LoraLinearCall(x, layer)
 
 
 def _backward_call(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +30,7 @@ from pylora.calls import (
     Nf4LinearBackward,
     Nf4LinearCall,
     QuantizeCall,
+    token_count,
 )
 
 
@@ -74,16 +76,35 @@ def _nf4_linear_backward(call: Nf4LinearBackward) -> Plan | Refusal:
 
 
 def _lora_reason(layer: Layer, **tensors: Tensor) -> Reason:
+    return _low_rank_reason(layer, **tensors) if layer.weight.is_nf4 else DENSE
+
+
+def _low_rank_reason(layer: Layer, **tensors: Tensor) -> Reason:
     low = layer.low_rank
-    if not layer.weight.is_nf4 or low is None:
-        return DENSE
+    assert low is not None
     most = extension.hard_limits("cpu")["max_rank"]
     if low.rank > most:
         return f"the rank is {low.rank}; the kernels take up to {most}"
     return _reason(**tensors, lora_A=low.A, lora_B=low.B)
 
 
+def _dense_reason(call: LoraLinearCall) -> Reason:
+    weight, tokens = call.layer.weight.data, token_count(call.x)
+    most = extension.hard_limits("cpu")["max_dense_m"]
+    if tokens > most:
+        return f"{DENSE}; the kernel takes up to {most} tokens, not {tokens}"
+    if not weight.is_contiguous():
+        return f"{DENSE}; the kernel takes contiguous weights"
+    return None
+
+
 def _lora_linear(call: LoraLinearCall) -> Plan | Refusal:
+    if not call.layer.weight.is_nf4:
+        reason = _dense_reason(call) or _low_rank_reason(call.layer, x=call.x)
+        prepare = partial(extension.prepare_lora_linear, op="lora_linear_dense")
+        if reason is not None:
+            return Refusal(reason)
+        return Plan("dense small_m", extension.lora_linear_dense, prepare=prepare)
     reason = _lora_reason(call.layer, x=call.x)
     return _planned(reason, extension.lora_linear, extension.prepare_lora_linear)
 

@@ -63,7 +63,7 @@ def load() -> tuple[ModuleType | None, str | None]:
 def hard_limits(backend: str) -> dict[str, int]:
     """The limits beyond which no kernel of "cpu" or "cuda" works at all.
 
-    cpu    max_rank, max_bottleneck
+    cpu    max_rank, max_bottleneck, max_dense_m (the tokens over a dense weight)
     cuda   max_rank, max_elements (the weight has fewer), max_small_m, max_small_m_of_block_32,
            max_m, many_rows_columns and hopper_columns (in_features is a multiple),
            alignment (bytes)
@@ -119,12 +119,17 @@ def nf4_linear_backward(call: Nf4LinearBackward) -> Tensor:
     return _op("nf4_linear_backward")(call.grad, *call.weight.arguments, call.weight.in_features)
 
 
-def _lora_linear(op: str, call: LoraLinearCall) -> tuple[Tensor, Tensor]:
+def _lora_arguments(call: LoraLinearCall) -> tuple[Any, ...]:
     layer, low = call.layer, call.layer.low_rank
     assert low is not None
+    weight = layer.weight
+    base = (*weight.arguments, weight.out_features) if weight.is_nf4 else (weight.data,)
     factors = (low.A, low.B, layer.bias, low.A_bias, low.B_bias)
-    base = (*layer.weight.arguments, layer.weight.out_features)
-    return _op(op)(call.x, *base, *factors, *_lora_options(low))
+    return (call.x, *base, *factors, *_lora_options(low))
+
+
+def _lora_linear(op: str, call: LoraLinearCall) -> tuple[Tensor, Tensor]:
+    return _op(op)(*_lora_arguments(call))
 
 
 def _prepared(op: str, *arguments: Any) -> Any:
@@ -164,9 +169,7 @@ def prepare_lora_linear(
     """For layers that are called many times; the arguments are those of `prepare_nf4_linear`."""
     layer, low = call.layer, call.layer.low_rank
     assert low is not None
-    base = (call.x, *layer.weight.arguments, layer.weight.out_features)
-    factors = (low.A, low.B, layer.bias, low.A_bias, low.B_bias)
-    run = _prepared(op, *base, *factors, *_lora_options(low))
+    run = _prepared(op, *_lora_arguments(call))
     leading = call.x.shape[:-1]
     sizes, h_sizes = (*leading, layer.weight.out_features), (*leading, low.rank)
     tokens = token_count(call.x)
@@ -189,6 +192,10 @@ def prepare_lora_linear(
 
 def lora_linear(call: LoraLinearCall) -> tuple[Tensor, Tensor]:
     return _lora_linear("lora_linear", call)
+
+
+def lora_linear_dense(call: LoraLinearCall) -> tuple[Tensor, Tensor]:
+    return _lora_linear("lora_linear_dense", call)
 
 
 def lora_linear_hopper(call: LoraLinearCall) -> tuple[Tensor, Tensor]:
