@@ -88,10 +88,10 @@ def test_explain_says_why_each_other_backend_was_rejected() -> None:
         double = pylora.explain("nf4_linear", x.double(), w)
         assert double.backend == "reference"
         assert "x is torch.float64" in double.rejected["cpu"]
-        dense = pylora.explain(
-            "lora_linear", x, torch.randn(48, 128), torch.randn(4, 128), torch.randn(48, 4), 1.0
-        )
-        assert "dense" in dense.rejected["cpu"]
+        dense = torch.randn(48, 128), torch.randn(4, 128), torch.randn(48, 4), 1.0
+        assert pylora.explain("lora_linear", x, *dense).backend == "cpu"
+        many = pylora.explain("lora_linear", torch.randn(9, 128), *dense)
+        assert "dense" in many.rejected["cpu"]
     with pytest.raises(ValueError, match="op is 'matmul'; it must be one of bottleneck"):
         pylora.explain("matmul")
 
