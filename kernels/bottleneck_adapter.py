@@ -133,7 +133,7 @@ def bottleneck_adapter(x: Tensor, residual: Tensor | None, adapter: Bottleneck) 
     residual    like x, or None; it may be x
     """
     M, H = x.shape
-    grid, options = launch_options(x, adapter)
+    grid, options = launch_options(x, adapter, backward=False)
     mask = mask_of(adapter.dropout)
     y = x.new_empty(M, H)
     with on_device_of(x):

@@ -430,7 +430,7 @@ def bottleneck_adapter_backward(
     """
     M, H = x.shape
     dtype, before, after = adapter.down.dtype, adapter.norm_before, adapter.norm_after
-    grid, options = launch_options(x, adapter)
+    grid, options = launch_options(x, adapter, backward=True)
     mask = mask_of(adapter.dropout)
     scaling = adapter.scaling * mask.scale
 

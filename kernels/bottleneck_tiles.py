@@ -280,14 +280,17 @@ def norm_arguments(norm: Norm | None) -> tuple[Tensor | None, Tensor | None, flo
     return (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
 
 
-def launch_options(x: Tensor, adapter: Bottleneck) -> tuple[tuple[int], dict[str, Any]]:
-    """(the grid, the constants and options) of both kernels for x [M, H]."""
+def launch_options(
+    x: Tensor, adapter: Bottleneck, backward: bool
+) -> tuple[tuple[int], dict[str, Any]]:
+    """(the grid, the constants and options) of the forward or the backward kernel for x [M, H]."""
     M, H = x.shape
     before, after = adapter.norm_before, adapter.norm_after
     operands = lora_operands(x.dtype, adapter.down.dtype)
     # A norm may enlarge the errors of what it is applied to.
     out = operands if after is not None else output_operands(x.dtype, adapter.down.dtype)
-    config = bottleneck_tile(M, adapter.size, operands.dtype == tl.float32, facts(x))
+    fp32 = operands.dtype == tl.float32
+    config = bottleneck_tile(M, adapter.size, fp32, facts(x), backward and after is not None)
     options = {
         "ACTIVATION": adapter.activation,
         "BEFORE": None if before is None else before.kind,

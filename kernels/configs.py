@@ -271,11 +271,14 @@ def weight_grad_config(
     return config, *_split(M, config.block_k, tiles, facts, 2, 256)
 
 
-def bottleneck_tile(M: int, bottleneck: int, fp32: bool, facts: Facts) -> ShrinkConfig:
+def bottleneck_tile(
+    M: int, bottleneck: int, fp32: bool, facts: Facts, keeps_output: bool = False
+) -> ShrinkConfig:
     """The tile of bottleneck_adapter: block_m tokens with the whole bottleneck, block_k of hidden.
 
     Each program reads both weights, so tiles are as tall as they can be while every multiprocessor
-    has one. The backward has two sums of block_m x block_r in registers.
+    has one. The backward has two sums of block_m x block_r in registers. If it has a tile of the
+    output and its gradient in registers as well (keeps_output), these are narrower.
     """
     block_r = _block_r(bottleneck, TRITON_MAX_BOTTLENECK)
     tallest = 64
@@ -285,5 +288,5 @@ def bottleneck_tile(M: int, bottleneck: int, fp32: bool, facts: Facts) -> Shrink
     block_m = min(next(sizes, tallest), tallest)
     # Three stages of a tile of x and one of the factor take up to 64 KiB of shared memory.
     fit = (64 << 10) // (3 * (4 if fp32 else 2) * (block_m + block_r))
-    block_k = max(16, min(128, 1 << fit.bit_length() - 1))
+    block_k = max(16, min(128, 1 << fit.bit_length() - 1) // (2 if keeps_output else 1))
     return ShrinkConfig(block_m, block_r, block_k, 8 if block_m * block_r > 2048 else 4, 3)

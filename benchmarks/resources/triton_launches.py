@@ -11,6 +11,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -25,10 +26,13 @@ from pylora.calls import (
     BottleneckAdapterBackward,
     BottleneckAdapterCall,
     BottleneckWanted,
+    Dropout,
+    Norm,
 )
 from pylora.kernels import launch
 from pylora.ops.registration import OPS
 from pylora.ops.spec import SPECS
+from pylora.reference.normalization import LAYER_NORM, RMS_NORM
 
 _TYPES = {
     torch.float32: "*fp32",
@@ -103,7 +107,10 @@ _FLAGS = {
     "nested_absmax_ptr": "nested",
     "nested_absmax_ptrs": "nested",
     "factor_ptrs": "lora",
+    "before_weight_ptr": "norm_before",
+    "after_weight_ptr": "norm_after",
     "seed_ptrs": "dropout",
+    "seed_ptr": "dropout",
     "copy_ptr": "copy",
     "up_ptr": "gated",
     "hidden_bias_ptrs": "biases",
@@ -264,18 +271,41 @@ def _multi_lora_step(
 
 
 def _bottleneck_step(
-    M: int, hidden: int, bottleneck: int, dtype: torch.dtype, weight_dtype: torch.dtype
+    M: int,
+    hidden: int,
+    bottleneck: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    before: str | None = None,
+    after: str | None = None,
+    p: float = 0.0,
 ) -> None:
-    """Runs the forward and backward of bottleneck_adapter."""
+    """Runs the forward and backward of bottleneck_adapter.
 
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=weight_dtype, device="meta")
+    before, after    the kinds of the norms
+    """
 
-    x = torch.empty(M, hidden, dtype=dtype, device="meta")
+    def empty(*shape: int, dtype: torch.dtype = weight_dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def norm(kind: str | None) -> Norm | None:
+        if kind is None:
+            return None
+        return Norm(kind, empty(hidden), empty(hidden) if kind == LAYER_NORM else None)
+
+    x = empty(M, hidden, dtype=dtype)
     adapter = Bottleneck(
-        empty(bottleneck, hidden), empty(hidden, bottleneck), empty(bottleneck), empty(hidden)
+        empty(bottleneck, hidden),
+        empty(hidden, bottleneck),
+        empty(bottleneck),
+        empty(hidden),
+        dropout=Dropout(p, empty(dtype=torch.int64)) if p else None,
+        norm_before=norm(before),
+        norm_after=norm(after),
     )
-    wanted = BottleneckWanted(True, True, True, True, True)
+    biases = (before == LAYER_NORM, after == LAYER_NORM)
+    has_norms = (before is not None, biases[0], after is not None, biases[1])
+    wanted = BottleneckWanted(True, True, True, True, True, *has_norms)
     y = triton_runs.bottleneck_adapter(BottleneckAdapterCall(x, None, True, adapter))
     triton_runs.bottleneck_adapter_backward(BottleneckAdapterBackward(y, x, True, adapter, wanted))
 
@@ -332,4 +362,12 @@ def launches(capability: int) -> list[Variant]:
             _bottleneck_step(8192, K, bottleneck, fp32, fp32)
         _bottleneck_step(4096, 768, 48, torch.float16, torch.float16)
         _bottleneck_step(4096, 768, 48, torch.float16, fp32)
+        # Adapters with norms and dropout, of both kinds of models that have them.
+        for M, hidden, bottleneck in ((16, K, 16), (4096, 768, 48), (8192, K, 64), (8192, K, 256)):
+            for weight_dtype in (bf16, fp32):
+                step = partial(_bottleneck_step, M, hidden, bottleneck, bf16, weight_dtype)
+                step(before=LAYER_NORM, after=LAYER_NORM, p=0.1)
+                step(before=RMS_NORM)
+                step(after=RMS_NORM)
+                step(p=0.1)
     return list(variants)
