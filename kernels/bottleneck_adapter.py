@@ -64,8 +64,9 @@ def _bottleneck_adapter_kernel(
     Grid      (tiles of M)
     Algorithm 1. Compute the statistics of norm_before, if there is one. 2. Project the tokens to h,
               over all of H. 3. Activate. 4. Project back, a tile of H at a time, and add the
-              residual. Tokens and residual are read from the L2 cache if they have been read before.
-              Under norm_after all tiles are computed for its statistics first, and then once more.
+              residual. The second read of the tokens, under a norm or as the residual, finds them in
+              the L2 cache. Under norm_after all tiles are computed once more: first for its
+              statistics.
     Source    Houlsby et al., arXiv:1902.00751; pylora/reference/bottleneck_adapter.py
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -12,10 +12,8 @@ from torch import Tensor
 
 from pylora.calls import Bottleneck, BottleneckGradients, BottleneckWanted
 from pylora.kernels.activation import activate, activate_backward
+from pylora.kernels.bottleneck_gradients import projected_gradient, store_through_norm
 from pylora.kernels.bottleneck_tiles import (
-    expanded,
-    expanded_moments,
-    factor_tile,
     launch_options,
     norm_arguments,
     projected,
@@ -23,211 +21,9 @@ from pylora.kernels.bottleneck_tiles import (
 )
 from pylora.kernels.launch import on_device_of
 from pylora.kernels.lora_weight_grad import lora_weight_grad
-from pylora.kernels.normalization import (
-    row_statistics,
-    standardized,
-    standardized_backward,
-    weighted,
-)
-from pylora.kernels.philox import Mask, keep_mask, mask_of
-from pylora.kernels.precision import as_operand, dot, finished_dot, lora_operands, rounded
-
-
-@triton.jit
-def _projected_gradient(
-    grad_ptr,  # [M, H], rows stride_grad apart
-    stride_grad,
-    a,  # fp32 [BLOCK_M, BLOCK_R], act(h), zero in the columns beyond R
-    up_weight_ptr,  # [H, R]
-    up_bias_ptr,  # [H] or None
-    scaling,
-    seed_ptr,  # int64 []; None without dropout
-    threshold,
-    after_weight_ptr,  # [H] or None
-    after_eps,
-    dz_ptr,  # [M, H] or None
-    dz_sums_ptr,  # fp32 [programs, H] or None
-    after_sums_ptr,  # fp32 [programs, H] or None
-    m,  # [BLOCK_M], the tokens of this program
-    M,
-    H,
-    R,
-    AFTER: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ALIGNED_MASK: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """Returns dz @ up in fp32, [BLOCK_M, BLOCK_R], for dz = mask * after'(grad).
-
-    It stores dz, this program's sums of dz over its tokens, and those of the gradient of
-    norm_after's weight.
-    """
-    BLOCK_R: tl.constexpr = a.shape[1]
-    row = tl.minimum(m, M - 1).to(tl.int64)
-    sums = tl.program_id(0).to(tl.int64) * H
-    a = rounded(a, OPERAND)
-    if AFTER is not None:
-        mean, inverse_std, grad_mean, product = expanded_moments(
-            a,
-            up_weight_ptr,
-            up_bias_ptr,
-            scaling,
-            seed_ptr,
-            threshold,
-            grad_ptr,
-            stride_grad,
-            after_weight_ptr,
-            m,
-            after_eps,
-            M,
-            H,
-            R,
-            AFTER,
-            OPERAND,
-            PRECISION,
-            ALIGNED_MASK,
-            BLOCK_H,
-        )
-    total = tl.zeros((m.shape[0], BLOCK_R), tl.float32)
-    for start in range(0, H, BLOCK_H):
-        h = start + tl.arange(0, BLOCK_H)
-        inside = h < H
-        here = (m < M)[:, None] & inside[None, :]
-        factor = as_operand(factor_tile(up_weight_ptr, h, H, R, False, BLOCK_R), OPERAND)
-        dz = tl.load(grad_ptr + row[:, None] * stride_grad + h[None, :], mask=here, other=0.0)
-        dz = dz.to(tl.float32)
-        if AFTER is not None:
-            z = expanded(
-                a,
-                factor,
-                up_bias_ptr,
-                scaling,
-                seed_ptr,
-                threshold,
-                row,
-                start,
-                H,
-                PRECISION,
-                ALIGNED_MASK,
-            )
-            z = standardized(z, mean, inverse_std, AFTER)
-            if after_sums_ptr is not None:
-                tl.store(after_sums_ptr + sums + h, tl.sum(dz * z, 0), mask=inside)
-            dz = weighted(dz, after_weight_ptr, None, h, inside)
-            dz = standardized_backward(dz, z, grad_mean, product, inverse_std, AFTER)
-        if seed_ptr is not None:
-            keep = keep_mask(seed_ptr, threshold, row, start, H, BLOCK_H, ALIGNED_MASK)
-            dz = tl.where(keep, dz, 0.0)
-        if dz_sums_ptr is not None:
-            tl.store(dz_sums_ptr + sums + h, tl.sum(dz, 0), mask=inside)
-        if dz_ptr is not None:
-            value = rounded(dz, dz_ptr.dtype.element_ty)
-            tl.store(dz_ptr + row[:, None] * H + h[None, :], value, mask=here)
-        total += finished_dot(rounded(dz, OPERAND), factor, PRECISION)
-    return total
-
-
-@triton.jit
-def _unweighted(
-    dh,  # [BLOCK_M, BLOCK_R]
-    x_ptr,  # [M, H], rows stride_x apart
-    stride_x,
-    down_weight_ptr,  # [R, H]
-    before_weight_ptr,  # [H]
-    mean,  # fp32 [BLOCK_M]
-    inverse_std,  # fp32 [BLOCK_M]
-    row,  # int64 [BLOCK_M], the tokens of this program
-    h,  # [BLOCK_H]
-    H,
-    R,
-    BEFORE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Returns a tile of the gradient of the standardized x, dh @ down * weight, and of this x."""
-    inside = h < H
-    factor = factor_tile(down_weight_ptr, h, H, R, True, dh.shape[1])
-    grad = dot(dh, as_operand(factor, dh.dtype).T, PRECISION)
-    grad = weighted(grad, before_weight_ptr, None, h, inside)
-    x = tl.load(x_ptr + row[:, None] * stride_x + h[None, :], mask=inside[None, :], other=0.0)
-    return grad, standardized(x.to(tl.float32), mean, inverse_std, BEFORE)
-
-
-@triton.jit
-def _store_unnormalized(
-    dh,  # fp32 [BLOCK_M, BLOCK_R], zero in the columns beyond R
-    dx_ptr,  # [M, H], contiguous
-    x_ptr,  # [M, H], rows stride_x apart
-    stride_x,
-    down_weight_ptr,  # [R, H]
-    before_weight_ptr,  # [H]
-    mean,  # fp32 [BLOCK_M]
-    inverse_std,  # fp32 [BLOCK_M]
-    added_ptr,  # [M, H], rows stride_added apart, or None
-    stride_added,
-    m,  # [BLOCK_M], the tokens of this program
-    M,
-    H,
-    R,
-    BEFORE: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """Writes before'(dh @ down) + added to dx, rounded once.
-
-    dh @ down is computed twice: first for what its rows and those of x have in common.
-    """
-    row = tl.minimum(m, M - 1).to(tl.int64)
-    dh = rounded(dh, OPERAND)
-    zero = tl.zeros((m.shape[0],), tl.float32)
-    grad_mean, product = zero, zero
-    for start in range(0, H, BLOCK_H):
-        h = start + tl.arange(0, BLOCK_H)
-        grad, tile = _unweighted(
-            dh,
-            x_ptr,
-            stride_x,
-            down_weight_ptr,
-            before_weight_ptr,
-            mean,
-            inverse_std,
-            row,
-            h,
-            H,
-            R,
-            BEFORE,
-            PRECISION,
-        )
-        grad_mean += tl.sum(grad, 1)
-        product += tl.sum(grad * tile, 1)
-    grad_mean, product = grad_mean / H, product / H
-    for start in range(0, H, BLOCK_H):
-        h = start + tl.arange(0, BLOCK_H)
-        grad, tile = _unweighted(
-            dh,
-            x_ptr,
-            stride_x,
-            down_weight_ptr,
-            before_weight_ptr,
-            mean,
-            inverse_std,
-            row,
-            h,
-            H,
-            R,
-            BEFORE,
-            PRECISION,
-        )
-        dx = standardized_backward(grad, tile, grad_mean, product, inverse_std, BEFORE)
-        here = (m < M)[:, None] & (h < H)[None, :]
-        if added_ptr is not None:
-            added = tl.load(
-                added_ptr + row[:, None] * stride_added + h[None, :], mask=here, other=0.0
-            )
-            dx += added.to(tl.float32)
-        place = dx_ptr + row[:, None] * H + h[None, :]
-        tl.store(place, rounded(dx, dx_ptr.dtype.element_ty), mask=here)
+from pylora.kernels.normalization import row_statistics
+from pylora.kernels.philox import Mask, mask_of
+from pylora.kernels.precision import lora_operands
 
 
 @triton.jit(do_not_specialize=["threshold", "M"])
@@ -278,13 +74,13 @@ def _bottleneck_adapter_backward_kernel(
     Shapes    grad, x, dx [M, H] fp32|fp16|bf16; activated, dh fp32 [M, R]; down [R, H]; up [H, R];
               standardized, dz [M, H] in the dtype of down; the sums fp32 [programs, H], one row of
               each program (M = tokens, H = hidden, R = bottleneck <= BLOCK_R)
-    Numerics  Norms and every sum are in fp32; before(x), act(h) and dz are rounded to OPERAND, dh to
-              OUT_OPERAND for dx, and dx once to its dtype.
+    Numerics  Norms and every sum are in fp32; before(x), act(h) and dz are rounded to OPERAND, dh
+              to OUT_OPERAND for dx, and dx once to its dtype.
     Grid      (tiles of M)
-    Algorithm 1. Compute h again from x. 2. Project grad through the norm and the mask behind z, and
-              multiply by the derivative. 3. Store what the gradients of the weights need. 4. Project
-              back to dx. No tensor as large as x is stored but dx and what the gradients of the
-              weights read under a norm: z and its gradient are computed a tile at a time, twice.
+    Algorithm 1. Compute h again from x. 2. Take grad through norm_after and the mask to dz, project
+              it and multiply by the derivative. 3. Store what the gradients of the weights need. 4.
+              Project back to dx, through norm_before. Under a norm the tiles of its step are
+              computed twice: first for what the rows have in common.
     Source    pylora/reference/bottleneck_adapter.py
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -339,7 +135,7 @@ def _bottleneck_adapter_backward_kernel(
             BLOCK_R,
         )
     else:
-        da = _projected_gradient(
+        da = projected_gradient(
             grad_ptr,
             stride_grad,
             tl.where((r < R)[None, :], activate(h, ACTIVATION), 0.0),
@@ -397,7 +193,7 @@ def _bottleneck_adapter_backward_kernel(
                 BLOCK_H,
             )
         else:
-            _store_unnormalized(
+            store_through_norm(
                 dh,
                 dx_ptr,
                 x_ptr,

@@ -1,4 +1,4 @@
-"""The two projections of a bottleneck adapter for the tokens of one program, and how it is launched."""
+"""The two projections of a bottleneck adapter for the tokens of one program, and its launch."""
 
 from __future__ import annotations
 
@@ -181,9 +181,7 @@ def expanded_moments(
             here = (m < M)[:, None] & inside[None, :]
             grad = tl.load(grad_ptr + row[:, None] * stride_grad + h[None, :], here, 0.0)
             grad = weighted(grad.to(tl.float32), norm_weight_ptr, None, h, inside)
-            product = merged_product(
-                product, mean, grad_mean, z, grad, inside, added, count, NORM
-            )
+            product = merged_product(product, mean, grad_mean, z, grad, inside, added, count, NORM)
             grad_mean = merged_mean(grad_mean, grad, added, count, NORM)
         mean = merged_mean(mean, z, added, count, NORM)
     inverse_std = inverse_std_of(square, H, eps)
@@ -287,10 +285,16 @@ def launch_options(
     M, H = x.shape
     before, after = adapter.norm_before, adapter.norm_after
     operands = lora_operands(x.dtype, adapter.down.dtype)
-    # A norm may enlarge the errors of what it is applied to.
-    out = operands if after is not None else output_operands(x.dtype, adapter.down.dtype)
+    out = output_operands(x.dtype, adapter.down.dtype)
+    if after is not None and not backward:
+        out = operands  # the norm enlarges errors if it subtracts a large mean
     fp32 = operands.dtype == tl.float32
-    config = bottleneck_tile(M, adapter.size, fp32, facts(x), backward and after is not None)
+    # A norm of the output needs registers for a tile of it, and for its gradient in the backward.
+    # Products in fp32 arithmetic leave the fewest.
+    narrow = after is not None and (backward or fp32)
+    if fp32 and backward and before is not None and adapter.dropout is not None:
+        narrow = True
+    config = bottleneck_tile(M, adapter.size, fp32, facts(x), narrow)
     options = {
         "ACTIVATION": adapter.activation,
         "BEFORE": None if before is None else before.kind,

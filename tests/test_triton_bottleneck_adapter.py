@@ -1,8 +1,8 @@
 """The Triton kernels of bottleneck_adapter with norms and dropout, in cases where they take other
 branches than in the op's tests.
 
-The cases are ragged tiles of tokens and features, several of them, all residuals, gradients that are
-wanted alone, and rows far from zero.
+The cases are ragged tiles of tokens and features, several of them, all residuals, gradients that
+are wanted alone, and rows far from zero.
 """
 
 from __future__ import annotations
@@ -139,7 +139,9 @@ def test_norms_and_dropout_obey_the_numerics_rule(
     check(forward, normal(tokens, hidden, dtype=dtype))
 
 
-@pytest.mark.parametrize(("tokens", "hidden", "bottleneck"), [(17, 64, 150), (9, 1, 3), (1, 160, 8)])
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "bottleneck"), [(17, 64, 150), (9, 1, 3), (1, 160, 8)]
+)
 @pytest.mark.parametrize("residual", ["x", "another", "none"])
 def test_residuals_and_odd_sizes_obey_the_numerics_rule(
     tokens: int, hidden: int, bottleneck: int, residual: str
@@ -203,7 +205,10 @@ def test_results_repeat_bit_for_bit() -> None:
     x, grad = normal(40, 80, dtype=BF16), normal(40, 80, dtype=BF16)
     forward = arguments(x, 24, LAYER, RMS, 0.1, dtype=FP32, activation="gelu")
     backward = backward_arguments(forward, grad)
-    for op, call in ((ops.bottleneck_adapter, forward), (ops.bottleneck_adapter_backward, backward)):
+    for op, call in (
+        (ops.bottleneck_adapter, forward),
+        (ops.bottleneck_adapter_backward, backward),
+    ):
         first, second = op(*call), op(*call)
         for a, b in zip([*first], [*second], strict=True):
             assert torch.equal(a, b)

@@ -11,7 +11,6 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -362,12 +361,14 @@ def launches(capability: int) -> list[Variant]:
             _bottleneck_step(8192, K, bottleneck, fp32, fp32)
         _bottleneck_step(4096, 768, 48, torch.float16, torch.float16)
         _bottleneck_step(4096, 768, 48, torch.float16, fp32)
-        # Adapters with norms and dropout, of both kinds of models that have them.
+        # Adapters with all norms and dropout, and with one of them.
         for M, hidden, bottleneck in ((16, K, 16), (4096, 768, 48), (8192, K, 64), (8192, K, 256)):
-            for weight_dtype in (bf16, fp32):
-                step = partial(_bottleneck_step, M, hidden, bottleneck, bf16, weight_dtype)
-                step(before=LAYER_NORM, after=LAYER_NORM, p=0.1)
-                step(before=RMS_NORM)
-                step(after=RMS_NORM)
-                step(p=0.1)
+            for dtype in (bf16, fp32):
+                sizes = (M, hidden, bottleneck, bf16, dtype)
+                _bottleneck_step(*sizes, LAYER_NORM, LAYER_NORM, 0.1)
+        _bottleneck_step(8192, K, 64, fp32, fp32, LAYER_NORM, LAYER_NORM, 0.1)
+        for sizes in ((4096, 768, 48, bf16, bf16), (8192, K, 64, bf16, fp32)):
+            for options in ({"before": RMS_NORM}, {"after": RMS_NORM}, {"p": 0.1}):
+                _bottleneck_step(*sizes, **options)
+        _bottleneck_step(4096, 768, 48, torch.float16, fp32, LAYER_NORM, None, 0.1)
     return list(variants)
