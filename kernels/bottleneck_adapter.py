@@ -64,8 +64,8 @@ def _bottleneck_adapter_kernel(
     Grid      (tiles of M)
     Algorithm 1. Compute the statistics of norm_before, if there is one. 2. Project the tokens to h,
               over all of H. 3. Activate. 4. Project back, a tile of H at a time, and add the
-              residual. The second read of the tokens, under a norm or as the residual, finds them in
-              the L2 cache. Under norm_after all tiles are computed once more: first for its
+              residual. The second read of the tokens, for a norm or as the residual, finds them in
+              the L2 cache. Under norm_after the tiles of z are computed twice: first for its
               statistics.
     Source    Houlsby et al., arXiv:1902.00751; pylora/reference/bottleneck_adapter.py
     """
