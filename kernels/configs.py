@@ -271,19 +271,30 @@ def weight_grad_config(
     return config, *_split(M, config.block_k, tiles, facts, 2, 256)
 
 
-def bottleneck_tile(M: int, bottleneck: int, fp32: bool, facts: Facts) -> ShrinkConfig:
+def bottleneck_tile(
+    M: int, bottleneck: int, fp32: bool, facts: Facts, narrow: bool = False
+) -> ShrinkConfig:
     """The tile of bottleneck_adapter: block_m tokens with the whole bottleneck, block_k of hidden.
 
     Each program reads both weights, so tiles are as tall as they can be while every multiprocessor
     has one. The backward has two sums of block_m x block_r in registers.
+
+    narrow    True if norms and dropout need registers as well
     """
     block_r = _block_r(bottleneck, TRITON_MAX_BOTTLENECK)
-    tallest = 64
+    tallest, stages = 64, 3
     if block_r > 64:
         tallest = 16 if fp32 else 32
+    if narrow and fp32:
+        # A product in fp32 arithmetic has all of block_r in registers for each of its rows.
+        tallest, stages = min(tallest, 32), 2
     sizes = (size for size in (16, 32, 64) if cdiv(M, size) <= facts.multiprocessors)
     block_m = min(next(sizes, tallest), tallest)
     # Three stages of a tile of x and one of the factor take up to 64 KiB of shared memory.
     fit = (64 << 10) // (3 * (4 if fp32 else 2) * (block_m + block_r))
-    block_k = max(16, min(128, 1 << fit.bit_length() - 1))
-    return ShrinkConfig(block_m, block_r, block_k, 8 if block_m * block_r > 2048 else 4, 3)
+    block_k = min(128, 1 << fit.bit_length() - 1)
+    if narrow:
+        block_k = min(block_k // 2, 32 if fp32 else 64)
+    block_k = max(16, block_k)
+    num_warps = 8 if block_m * block_r > 2048 else 4
+    return ShrinkConfig(block_m, block_r, block_k, num_warps, stages)

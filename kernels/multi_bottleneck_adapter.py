@@ -128,9 +128,8 @@ def _expanded(
     base = out if base is None else base.contiguous()
     operands = output_operands(x.dtype, factor.dtype)
     scalings, tokens = stacks.scalings, stacks.tokens
-    multi_lora_expand(
-        base[None], out, a[None], factor, scalings, tokens, operands, rank_first=rank_first
-    )
+    options = {"rank_first": rank_first, "in_place": base is out}
+    multi_lora_expand(base[None], out, a[None], factor, scalings, tokens, operands, **options)
     return out
 
 

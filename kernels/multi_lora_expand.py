@@ -125,16 +125,18 @@ def multi_lora_expand(
     bias: Tensor | None = None,
     h: Tensor | None = None,
     rank_first: bool = False,
+    in_place: bool = False,
 ) -> None:
     """Writes the sum of base [splits, M, Q] and the low-rank terms to out [M, Q].
 
     base      fp32 partials, to which `bias` is still to be added, or [1, M, Q] of out's dtype, with
-              its bias, which may be out[None]; contiguous, as is `out`
+              its bias; contiguous, as is `out`
     partials  fp32 [splits, M, R] of `multi_lora_shrink`
     factor    [adapters, Q, R], or [adapters, R, Q] if rank_first; contiguous
     scalings  fp32 [adapters]
     h         fp32 [M, R]; if given, gets the sum of `partials`, and zeros for tokens without an
               adapter
+    in_place  True if base is out[None], whose tokens without an adapter stay as they are
     """
     (M, Q), adapters, R = out.shape, factor.shape[0], partials.shape[2]
     tile = multi_expand_tile(M, adapters, R)
@@ -156,7 +158,7 @@ def multi_lora_expand(
             Q=Q,
             R=R,
             RANK_FIRST=rank_first,
-            IN_PLACE=base.data_ptr() == out.data_ptr(),
+            IN_PLACE=in_place,
             OPERAND=operands.dtype,
             PRECISION=operands.precision,
             BLOCK_M=tile.block_m,

@@ -39,5 +39,7 @@ def multi_lora_linear(x: Tensor, layer: Layer, adapters: Adapters) -> tuple[Tens
     y = base[0] if is_finished else x.new_empty(M, out_features)
     operands = output_operands(x.dtype, A.dtype)
     bias = None if is_finished else layer.bias
-    multi_lora_expand(base, y, partials, B, scalings, tokens, operands, bias, h)
+    multi_lora_expand(
+        base, y, partials, B, scalings, tokens, operands, bias, h, in_place=is_finished
+    )
     return y, h

@@ -44,7 +44,8 @@ def multi_lora_linear_backward(
             base, is_finished = base_product_backward(grad, layer)
             dx = base[0] if is_finished else x.new_empty(M, K)
             output = output_operands(x.dtype, A.dtype)
-            multi_lora_expand(base, dx, partials, A, scalings, tokens, output, rank_first=True)
+            options = {"rank_first": True, "in_place": is_finished}
+            multi_lora_expand(base, dx, partials, A, scalings, tokens, output, **options)
     if dlora_B is not None:
         multi_lora_weight_grad(grad, h, scalings, tokens, operands, dlora_B.mT)
     return LayerGradients(dx, A=dlora_A, B=dlora_B)

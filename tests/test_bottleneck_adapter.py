@@ -196,7 +196,8 @@ def test_every_norm(
     backend: str, device: str, before: str | None, after: str | None, residual: str
 ) -> None:
     options = {"before": before, "after": after, "residual": residual, "activation": "gelu"}
-    check(make(21, 48, 12, device=device, **options))
+    # The largest error of a dozen biases is luck, so there are several draws.
+    check(*(make(21, 48, 12, device=device, **options) for _ in range(4)))
     check(make(21, 48, 12, BF16, FP32, device, dropout_p=0.2, seed=SEED, **options))
 
 
@@ -422,8 +423,8 @@ def test_explain_says_why_the_cpu_kernels_do_not_run(
     [
         ({}, None),
         ({"bottleneck": 256, "weight_dtype": torch.float16}, None),
-        ({"before": "rms_norm"}, "the adapter has a norm_before"),
-        ({"dropout_p": 0.1, "seed": 1}, "the adapter drops elements of its output"),
+        ({"before": "rms_norm", "after": "layer_norm"}, None),
+        ({"dropout_p": 0.1, "seed": 1}, None),
         ({"weight_dtype": torch.float64}, "down_weight is torch.float64; the kernels take"),
         ({"bottleneck": 257}, "the bottleneck has 257 features; the kernels take up to 256"),
     ],

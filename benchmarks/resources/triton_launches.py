@@ -25,10 +25,15 @@ from pylora.calls import (
     BottleneckAdapterBackward,
     BottleneckAdapterCall,
     BottleneckWanted,
+    Dropout,
+    MultiBottleneckBackward,
+    MultiBottleneckCall,
+    Norm,
 )
 from pylora.kernels import launch
 from pylora.ops.registration import OPS
 from pylora.ops.spec import SPECS
+from pylora.reference.normalization import LAYER_NORM, RMS_NORM
 
 _TYPES = {
     torch.float32: "*fp32",
@@ -103,7 +108,10 @@ _FLAGS = {
     "nested_absmax_ptr": "nested",
     "nested_absmax_ptrs": "nested",
     "factor_ptrs": "lora",
+    "before_weight_ptr": "norm_before",
+    "after_weight_ptr": "norm_after",
     "seed_ptrs": "dropout",
+    "seed_ptr": "dropout",
     "copy_ptr": "copy",
     "up_ptr": "gated",
     "hidden_bias_ptrs": "biases",
@@ -263,19 +271,63 @@ def _multi_lora_step(
     _call("multi_lora_linear_backward", grad, x, h, *base, *low_rank, mask)
 
 
-def _bottleneck_step(
+def _multi_bottleneck_step(
     M: int, hidden: int, bottleneck: int, dtype: torch.dtype, weight_dtype: torch.dtype
 ) -> None:
-    """Runs the forward and backward of bottleneck_adapter."""
+    """Runs the forward and backward of multi_bottleneck_adapter for eight adapters."""
 
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=weight_dtype, device="meta")
+    def empty(*shape: int, dtype: torch.dtype = weight_dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
 
-    x = torch.empty(M, hidden, dtype=dtype, device="meta")
-    adapter = Bottleneck(
-        empty(bottleneck, hidden), empty(hidden, bottleneck), empty(bottleneck), empty(hidden)
+    def adapter() -> Bottleneck:
+        weights = empty(bottleneck, hidden), empty(hidden, bottleneck)
+        return Bottleneck(*weights, empty(bottleneck), empty(hidden))
+
+    x, ids = empty(M, hidden, dtype=dtype), empty(M, dtype=torch.int64)
+    adapters = tuple(adapter() for _ in range(8))
+    wanted = (BottleneckWanted(True, True, True, True, True),) * 8
+    y = triton_runs.multi_bottleneck_adapter(MultiBottleneckCall(x, None, True, adapters, ids))
+    triton_runs.multi_bottleneck_adapter_backward(
+        MultiBottleneckBackward(y, x, True, adapters, ids, wanted)
     )
-    wanted = BottleneckWanted(True, True, True, True, True)
+
+
+def _bottleneck_step(
+    M: int,
+    hidden: int,
+    bottleneck: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    before: str | None = None,
+    after: str | None = None,
+    p: float = 0.0,
+) -> None:
+    """Runs the forward and backward of bottleneck_adapter.
+
+    before, after    the kinds of the norms
+    """
+
+    def empty(*shape: int, dtype: torch.dtype = weight_dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def norm(kind: str | None) -> Norm | None:
+        if kind is None:
+            return None
+        return Norm(kind, empty(hidden), empty(hidden) if kind == LAYER_NORM else None)
+
+    x = empty(M, hidden, dtype=dtype)
+    adapter = Bottleneck(
+        empty(bottleneck, hidden),
+        empty(hidden, bottleneck),
+        empty(bottleneck),
+        empty(hidden),
+        dropout=Dropout(p, empty(dtype=torch.int64)) if p else None,
+        norm_before=norm(before),
+        norm_after=norm(after),
+    )
+    biases = (before == LAYER_NORM, after == LAYER_NORM)
+    has_norms = (before is not None, biases[0], after is not None, biases[1])
+    wanted = BottleneckWanted(True, True, True, True, True, *has_norms)
     y = triton_runs.bottleneck_adapter(BottleneckAdapterCall(x, None, True, adapter))
     triton_runs.bottleneck_adapter_backward(BottleneckAdapterBackward(y, x, True, adapter, wanted))
 
@@ -332,4 +384,18 @@ def launches(capability: int) -> list[Variant]:
             _bottleneck_step(8192, K, bottleneck, fp32, fp32)
         _bottleneck_step(4096, 768, 48, torch.float16, torch.float16)
         _bottleneck_step(4096, 768, 48, torch.float16, fp32)
+        for bottleneck in (16, 64):
+            _multi_bottleneck_step(192, K, bottleneck, bf16, bf16)
+            _multi_bottleneck_step(4096, K, bottleneck, bf16, fp32)
+        _multi_bottleneck_step(4096, 768, 48, fp32, fp32)
+        # Adapters with all norms and dropout, and with one of them.
+        for M, hidden, bottleneck in ((16, K, 16), (4096, 768, 48), (8192, K, 64), (8192, K, 256)):
+            for dtype in (bf16, fp32):
+                sizes = (M, hidden, bottleneck, bf16, dtype)
+                _bottleneck_step(*sizes, LAYER_NORM, LAYER_NORM, 0.1)
+        _bottleneck_step(8192, K, 64, fp32, fp32, LAYER_NORM, LAYER_NORM, 0.1)
+        for sizes in ((4096, 768, 48, bf16, bf16), (8192, K, 64, bf16, fp32)):
+            for options in ({"before": RMS_NORM}, {"after": RMS_NORM}, {"p": 0.1}):
+                _bottleneck_step(*sizes, **options)
+        _bottleneck_step(4096, 768, 48, torch.float16, fp32, LAYER_NORM, None, 0.1)
     return list(variants)

@@ -24,7 +24,6 @@ from pylora.backends.backend import (
     Planner,
     Reason,
     Refusal,
-    bottleneck_reason,
     dequantize_refusal,
     in_python,
 )
@@ -185,8 +184,10 @@ def _multi_lora_linear_backward(call: MultiLoraBackward) -> Plan | Refusal:
 def _bottleneck_plan(
     call: BottleneckAdapterCall | BottleneckAdapterBackward, run: Any, **tensors: Tensor
 ) -> Plan | Refusal:
-    reason = bottleneck_reason(call.adapter, TRITON_MAX_BOTTLENECK)
-    reason = reason or _reason(**tensors, x=call.x, down_weight=call.adapter.down)
+    size, most = call.adapter.size, TRITON_MAX_BOTTLENECK
+    reason = _reason(**tensors, x=call.x, down_weight=call.adapter.down)
+    if size > most:
+        reason = f"the bottleneck has {size} features; the kernels take up to {most}"
     return Plan("one pass", in_python(run)) if reason is None else Refusal(reason)
 
 

@@ -226,7 +226,7 @@ def bottleneck_adapter(call: BottleneckAdapterCall) -> Tensor:
 
 
 def bottleneck_adapter_backward(call: BottleneckAdapterBackward) -> BottleneckGradients:
-    from pylora.kernels.bottleneck_adapter import bottleneck_adapter_backward
+    from pylora.kernels.bottleneck_adapter_backward import bottleneck_adapter_backward
 
     grad, x = _matrix(call.grad), _matrix(call.x)
     of = bottleneck_adapter_backward(grad, x, call.adds_x, call.adapter, call.wanted)
