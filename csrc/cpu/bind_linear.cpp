@@ -77,18 +77,12 @@ LoraLinearArgs to_lora_linear(const Tokens& x, const NF4Matrix& weight, Tensor& 
   const ScalarType type = lora_A.scalar_type();
   check_factor("lora_A", lora_A, {rank, weight.cols}, type, x);
   check_factor("lora_B", lora_B, {weight.rows, rank}, type, x);
-  const DropoutArguments dropout = options.dropout(x);
   LoraLinearArgs op;
   op.x.data = x.data;
   op.x.dtype = x.dtype();
   op.x.tokens = x.count;
   op.x.cols = x.cols;
-  if (dropout.seed != nullptr) {
-    op.x.dropout = {.seed = static_cast<uint64_t>(*dropout.seed),
-                    .threshold = dropout.threshold,
-                    .scale = dropout.keep_scale,
-                    .enabled = true};
-  }
+  op.x.dropout = to_dropout(options.dropout(x));
   op.lora_A = to_factor(lora_A, rank, true);
   op.lora_B = to_factor(lora_B, rank, false);
   op.scaling = static_cast<float>(options.scaling);

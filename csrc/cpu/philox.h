@@ -60,4 +60,19 @@ void dropout_factors(const Dropout& dropout, int64_t first, int64_t count, float
   }
 }
 
+// Drops elements first .. first + count of the flat input, which are in `values`, and scales the
+// others.
+template <class S>
+void drop_values(const Dropout& dropout, int64_t first, int64_t count, float* values) {
+  constexpr int64_t kDrawn = 512;
+  float factors[kDrawn];
+  for (int64_t i = 0; i < count; i += kDrawn) {
+    const int64_t drawn = count - i < kDrawn ? count - i : kDrawn;
+    dropout_factors<S>(dropout, first + i, drawn, factors);
+    float* to = values + i;
+    // The product with 0 would make a NaN of an infinity.
+    for (int64_t j = 0; j < drawn; ++j) to[j] = factors[j] != 0.0f ? to[j] * factors[j] : 0.0f;
+  }
+}
+
 }  // namespace pylora::cpu

@@ -15,7 +15,6 @@ from pylora.backends.backend import (
     Planner,
     Reason,
     Refusal,
-    bottleneck_reason,
     dequantize_refusal,
 )
 from pylora.backends.composition import composed
@@ -97,8 +96,10 @@ def _adapter_reason(
     call: BottleneckAdapterCall | BottleneckAdapterBackward, **tensors: Tensor
 ) -> Reason:
     most = extension.hard_limits("cpu")["max_bottleneck"]
-    reason = bottleneck_reason(call.adapter, most)
-    return reason or _reason(**tensors, down_weight=call.adapter.down)
+    size = call.adapter.size
+    if size > most:
+        return f"the bottleneck has {size} features; the kernels take up to {most}"
+    return _reason(**tensors, down_weight=call.adapter.down)
 
 
 def _bottleneck_adapter(call: BottleneckAdapterCall) -> Plan | Refusal:
