@@ -39,7 +39,7 @@ namespace pylora::cpu {
 inline constexpr int64_t kMaxBottleneck = 1024;
 // The gradients of a norm are summed over so many tokens, and these sums are then added in order.
 // Blocks of tokens consist of whole such parts, so that the number of threads changes no sum.
-inline constexpr int64_t kSumTokens = 32;
+inline constexpr int64_t kSumTokens = 16;
 
 struct BottleneckArgs {
   const void* x = nullptr;

@@ -20,7 +20,7 @@ struct AdapterBlock {
   static constexpr int64_t kStep = Mac<S>::kStep;
   // So many tokens are copied at a time, and then multiplied by each panel.
   static constexpr int64_t kCopied = Mac<S>::kRowsUnit;
-  static_assert(kAdapterTokens % kCopied == 0);
+  static_assert(kAdapterTokens % kCopied == 0 && kAdapterTokens % kSumTokens == 0);
   // The first product sums over the whole width of x, in fp32 in chains as short as torch's.
   // Products of bf16 are exact in fp32, and need none.
   static constexpr int64_t kShrinkChain = kStep == 1 ? 32 : kAdapterChain;
