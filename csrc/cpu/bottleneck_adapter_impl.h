@@ -9,6 +9,10 @@
 
 namespace pylora::cpu {
 
+// What a product adds if it adds nothing. The bias of z comes behind the product, because a large one
+// would make every addition of the product round more.
+inline constexpr const float* kNone = nullptr;
+
 PYLORA_INLINE float with_bias(const BottleneckArgs& args, float sum, int64_t feature) {
   return args.down_bias != nullptr ? sum + args.down_bias[feature] : sum;
 }
@@ -78,7 +82,7 @@ void adapter_forward_as(const BottleneckArgs& args) {
     const T* add = residual != nullptr ? residual + start : nullptr;
     T* y = static_cast<T*>(args.y) + start;
     if (args.changes_z()) {
-      block.expand(static_cast<const float*>(nullptr), tokens, hidden, up, args.up_bias, rows.z);
+      block.expand(kNone, tokens, hidden, up, kNone, rows.z);
       write_y<S>(args, first, tokens, rows.z, add, y);
     } else {
       block.expand(add, tokens, hidden, up, args.up_bias, y);
@@ -140,8 +144,7 @@ void adapter_backward_as(const BottleneckArgs& args, const BackwardBuffers& buff
     // 2. dz, and the sums of dh.
     if (norm_after) {
       set_low(args, shrinking.tiles, first, tokens, block, buffers.low);
-      block.expand(static_cast<const float*>(nullptr), tokens, hidden, expanding, args.up_bias,
-                   rows.z);
+      block.expand(kNone, tokens, hidden, expanding, kNone, rows.z);
     }
     if (writes_dz) {
       write_dz<S>(args, first, tokens, rows.z, grad + start, buffers.after_parts, rows.dz);
@@ -169,12 +172,11 @@ void adapter_backward_as(const BottleneckArgs& args, const BackwardBuffers& buff
 
     // 4. dx.
     if (norm_before && wants_dn) {
-      block.expand(static_cast<const float*>(nullptr), tokens, hidden, of_dh,
-                   static_cast<const float*>(nullptr), rows.z);
+      block.expand(kNone, tokens, hidden, of_dh, kNone, rows.z);
       write_dx<S, T>(args, first, tokens, statistics, rows.z, buffers.before_parts);
     } else if (wants_dn) {
-      block.expand(args.adds_x ? grad + start : nullptr, tokens, hidden, of_dh,
-                   static_cast<const float*>(nullptr), static_cast<T*>(args.dx) + start);
+      block.expand(args.adds_x ? grad + start : nullptr, tokens, hidden, of_dh, kNone,
+                   static_cast<T*>(args.dx) + start);
     }
   });
 }

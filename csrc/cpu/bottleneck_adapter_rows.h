@@ -50,12 +50,13 @@ void normalize_rows(const Norm& norm, const T* x, int64_t tokens, int64_t hidden
   }
 }
 
-// y of a block from z before dropout, which is overwritten. `residual` may be null.
+// y of a block from z before its bias and dropout, which is overwritten. `residual` may be null.
 template <class S, class T>
 void write_y(const BottleneckArgs& args, int64_t first, int64_t tokens, float* z, const T* residual,
              T* y) {
   const int64_t hidden = args.hidden;
   for (int64_t m = 0; m < tokens; ++m, z += hidden, y += hidden) {
+    if (args.up_bias != nullptr) write_row<S>(z, args.up_bias, hidden, z);
     if (args.dropout.enabled) drop_values<S>(args.dropout, (first + m) * hidden, hidden, z);
     if (args.norm_after.enabled()) {
       normalize_row<S>(args.norm_after, row_statistics<S>(args.norm_after, z, hidden), z, hidden,
@@ -77,7 +78,7 @@ float* sums_of(float* parts, int64_t token, int64_t hidden) {
 }
 
 // dz of a block from the gradient of y, for an adapter with norm_after or dropout. With norm_after,
-// `z` is given before dropout. It is overwritten.
+// `z` is given before its bias and dropout. It is overwritten.
 template <class S, class T, class TW>
 void write_dz(const BottleneckArgs& args, int64_t first, int64_t tokens, float* z, const T* grad,
               float* parts, TW* dz) {
@@ -86,6 +87,7 @@ void write_dz(const BottleneckArgs& args, int64_t first, int64_t tokens, float* 
   for (int64_t m = 0; m < tokens; ++m, z += hidden, grad += hidden, dz += hidden) {
     const int64_t place = (first + m) * hidden;
     if (norm.enabled()) {
+      if (args.up_bias != nullptr) write_row<S>(z, args.up_bias, hidden, z);
       if (args.dropout.enabled) drop_values<S>(args.dropout, place, hidden, z);
       norm_backward_row<S>(norm, row_statistics<S>(norm, z, hidden), z, grad, hidden, z,
                            sums_of<S>(parts, first + m, hidden));
