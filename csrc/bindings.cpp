@@ -23,7 +23,8 @@
 #define LORA_OPTIONS "float scaling, float dropout_p, Tensor? seed, int activation"
 #define LOW_RANK "Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? lora_A_bias, Tensor? lora_B_bias, " LORA_OPTIONS
 #define LORA NF4 ", int out_features, " LOW_RANK
-#define BOTTLENECK "Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, float scaling, int activation"
+#define NORM(name) "int " name ", Tensor? " name "_weight, Tensor? " name "_bias, float " name "_eps"
+#define BOTTLENECK "Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, float scaling, int activation, float dropout_p, Tensor? seed, " NORM("norm_before") ", " NORM("norm_after")
 
 STABLE_TORCH_LIBRARY(pylora_C, m) {
   m.def("nf4_quantize(Tensor weight, int blocksize) -> (Tensor qweight, Tensor absmax)");
@@ -50,7 +51,9 @@ STABLE_TORCH_LIBRARY(pylora_C, m) {
   m.def("multi_lora_linear(Tensor x, " NF4 ", int out_features, Tensor lora_A, Tensor lora_B, Tensor adapter_ids, Tensor scalings, Tensor? bias) -> (Tensor y, Tensor h)");
   m.def("lora_linear_backward(Tensor grad, Tensor x, Tensor h, " NF4 ", Tensor lora_A, Tensor lora_B, " LORA_OPTIONS ", bool[] output_mask) -> (Tensor dx, Tensor dweight, Tensor dlora_A, Tensor dlora_B, Tensor dbias, Tensor dlora_A_bias, Tensor dlora_B_bias)");
   m.def("bottleneck_adapter(Tensor x, Tensor? residual, " BOTTLENECK ") -> Tensor");
-  m.def("bottleneck_adapter_backward(Tensor grad, Tensor x, bool adds_x, " BOTTLENECK ", bool[] output_mask) -> (Tensor dx, Tensor ddown_weight, Tensor ddown_bias, Tensor dup_weight, Tensor dup_bias)");
+  m.def("bottleneck_adapter_into(Tensor x, Tensor? residual, " BOTTLENECK ", Tensor(a!) y) -> ()");
+  m.def("bottleneck_adapter_backward(Tensor grad, Tensor x, bool adds_x, " BOTTLENECK ", bool[] output_mask) -> (Tensor dx, Tensor ddown_weight, Tensor ddown_bias, Tensor dup_weight, Tensor dup_bias, Tensor dnorm_before_weight, Tensor dnorm_before_bias, Tensor dnorm_after_weight, Tensor dnorm_after_bias)");
+  m.def("bottleneck_adapter_backward_into(Tensor grad, Tensor x, bool adds_x, " BOTTLENECK ", bool[] output_mask, Tensor(a!) dx) -> (Tensor empty, Tensor ddown_weight, Tensor ddown_bias, Tensor dup_weight, Tensor dup_bias, Tensor dnorm_before_weight, Tensor dnorm_before_bias, Tensor dnorm_after_weight, Tensor dnorm_after_bias)");
 }
 // clang-format on
 
@@ -104,6 +107,8 @@ py::dict build_info() {
 #endif
   info["activations"] = std::vector<std::string>(std::begin(pylora::kActivationNames),
                                                  std::end(pylora::kActivationNames));
+  info["norms"] = std::vector<std::string>(std::begin(pylora::cpu::kNormNames),
+                                           std::end(pylora::cpu::kNormNames));
   info["limits"] = limits();
   return info;
 }

@@ -39,6 +39,7 @@ def _load(name: str, path: Path) -> None:
 
 _load("benchmarks", ROOT / "benchmarks" / "__init__.py")
 _load("adapter_models", ROOT / "tests" / "adapter_models.py")
+_load("bottleneck_calls", ROOT / "tests" / "bottleneck_calls.py")
 _load("flat_calls", ROOT / "tests" / "flat_calls.py")
 if importlib.util.find_spec("bitsandbytes"):
     _load("peft_models", ROOT / "tests" / "peft_models.py")

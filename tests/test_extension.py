@@ -18,6 +18,7 @@ import pylora
 from pylora import nf4
 from pylora.backends import extension
 from pylora.reference.activation import ACTIVATIONS
+from pylora.reference.normalization import NORMS
 
 _C = pytest.importorskip("pylora._C", reason="pylora was installed without its extension")
 bnb = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is the oracle here")
@@ -144,13 +145,13 @@ def test_loads_without_a_gpu_or_a_cuda_library():
 @pytest.mark.parametrize(
     "op",
     "nf4_quantize nf4_dequantize nf4_linear nf4_linear_backward "
-    "lora_linear lora_linear_backward".split(),
+    "lora_linear lora_linear_backward bottleneck_adapter_backward".split(),
 )
 def test_a_compiled_op_takes_the_arguments_of_the_public_op(op: str):
     public = str(getattr(torch.ops.pylora, op).default._schema).replace("SymInt", "int")
-    # The compiled ops take only NF4 weights, and an activation by its number.
+    # The compiled ops take only NF4 weights, and activations and norms by their numbers.
     public = public.replace("Tensor weight, Tensor? absmax", "Tensor qweight, Tensor absmax")
-    public = public.replace("str activation", "int activation")
+    public = re.sub(r"str (?=activation|norm_)", "int ", public)
     compiled = str(getattr(ops, op).default._schema).replace("pylora_C::", "pylora::")
     assert compiled.split(" -> ")[0] == public.split(" -> ")[0]
 
@@ -159,6 +160,12 @@ def test_activations_have_the_numbers_of_the_c_enum():
     assert list(extension.ACTIVATION_CODES) == _C.build_info()["activations"]
     assert list(extension.ACTIVATION_CODES.values()) == list(range(len(ACTIVATIONS)))
     assert set(extension.ACTIVATION_CODES) == set(ACTIVATIONS)
+
+
+def test_norms_have_the_numbers_of_the_c_enum():
+    assert list(extension.NORM_CODES) == _C.build_info()["norms"]
+    assert list(extension.NORM_CODES.values()) == list(range(len(NORMS) + 1))
+    assert set(extension.NORM_CODES) == {"none", *NORMS}
 
 
 # The instruction set

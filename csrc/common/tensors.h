@@ -181,6 +181,26 @@ struct DropoutArguments {
   float keep_scale = 1.0f;
 };
 
+// Checks the dropout of a call for x. The seed is a tensor, or at `seed_data` if the caller has none.
+inline DropoutArguments check_dropout(double p, const std::optional<Tensor>& seed,
+                                      const int64_t* seed_data, const Tokens& x) {
+  STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "dropout_p must be in [0, 1), got ", p);
+  if (p == 0.0) return {};
+  STD_TORCH_CHECK(seed.has_value() || seed_data != nullptr,
+                  "seed must be given if dropout_p is not 0, got none");
+  if (seed.has_value()) {
+    check_dtype("seed", *seed, ScalarType::Long);
+    check_numel("seed", *seed, 1, "a scalar");
+    check_device("seed", *seed, x.tensor, x.name);
+  }
+  const double threshold = p * 4294967296.0 + 0.5;
+  return {
+      .seed = seed.has_value() ? seed->const_data_ptr<int64_t>() : seed_data,
+      .threshold = threshold < 4294967295.0 ? static_cast<uint32_t>(threshold) : 4294967295u,
+      .keep_scale = static_cast<float>(1.0 / (1.0 - p)),
+  };
+}
+
 inline Activation to_activation(int64_t code) {
   STD_TORCH_CHECK(code >= 0 && code < kActivations, "activation must be a code from 0 (",
                   kActivationNames[0], ") to ", kActivations - 1, " (",
@@ -206,22 +226,7 @@ struct LowRankOptions {
   Activation activation() const { return to_activation(activation_code); }
 
   DropoutArguments dropout(const Tokens& x) const {
-    STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p must be in [0, 1), got ",
-                    dropout_p);
-    if (dropout_p == 0.0) return {};
-    STD_TORCH_CHECK(seed.has_value() || seed_data != nullptr,
-                    "seed must be given if dropout_p is not 0, got none");
-    if (seed.has_value()) {
-      check_dtype("seed", *seed, ScalarType::Long);
-      check_numel("seed", *seed, 1, "a scalar");
-      check_device("seed", *seed, x.tensor, x.name);
-    }
-    const double threshold = dropout_p * 4294967296.0 + 0.5;
-    return {
-        .seed = seed.has_value() ? seed->const_data_ptr<int64_t>() : seed_data,
-        .threshold = threshold < 4294967295.0 ? static_cast<uint32_t>(threshold) : 4294967295u,
-        .keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p)),
-    };
+    return check_dropout(dropout_p, seed, seed_data, x);
   }
 };
 

@@ -115,6 +115,13 @@ struct AmxMac : Bf16Mac<S> {
   PYLORA_INLINE static constexpr int rows_for(int) { return kRowsUnit; }
 };
 
+// The products of gemm_tile.h in these tiles.
+template <class Tiles>
+struct Amx {
+  template <class S>
+  using Mac = AmxMac<S, Tiles>;
+};
+
 // c[32][kColumns tiles] (+)= a[32][k_count] b[k_count][kColumns tiles].
 template <class Tiles, int kColumns>
 __attribute__((noinline)) void amx_tile(int64_t k_count, const float* a, const float* b, float* c,

@@ -2,10 +2,12 @@
 #pragma once
 
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "common/float16.h"
 #include "common/tensors.h"
+#include "cpu/philox.h"
 
 namespace pylora::cpu {
 
@@ -14,6 +16,15 @@ inline NF4Matrix to_matrix(NF4Tensors& weight, int64_t rows, int64_t cols) {
   NF4Arguments arguments = weight.check(rows, cols);
   if (arguments.offset != nullptr) arguments.matrix.offset = *arguments.offset;
   return arguments.matrix;
+}
+
+// Checked dropout; the CPU can read its seed at once.
+inline Dropout to_dropout(const DropoutArguments& given) {
+  if (given.seed == nullptr) return {};
+  return {.seed = static_cast<uint64_t>(*given.seed),
+          .threshold = given.threshold,
+          .scale = given.keep_scale,
+          .enabled = true};
 }
 
 // Biases are added up here, in fp32; without any, there is no sum.
@@ -37,7 +48,7 @@ class BiasSum {
 };
 
 // A vector of fp32 as a tensor of `like`'s dtype, each value times `scale`.
-inline Tensor to_tensor(const std::vector<float>& values, float scale, const Tensor& like) {
+inline Tensor to_tensor(std::span<const float> values, float scale, const Tensor& like) {
   Tensor out = torch::stable::new_empty(like, {static_cast<int64_t>(values.size())});
   visit_dtype(to_dtype("gradient", like.scalar_type()), [&](auto element) {
     using T = decltype(element);

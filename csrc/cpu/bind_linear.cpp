@@ -72,24 +72,18 @@ AdapterFactor to_factor(const Tensor& factor, int64_t rank, bool rank_first) {
 }
 
 // What forward and backward share, but for the rows that meet the weight.
-LoraLinearArgs to_lora_linear(const Tokens& x, int64_t out_features, Tensor& lora_A,
-                              Tensor& lora_B, const LowRankOptions& options) {
+LoraLinearArgs to_lora_linear(const Tokens& x, int64_t out_features, Tensor& lora_A, Tensor& lora_B,
+                              const LowRankOptions& options) {
   const int64_t rank = check_rank(lora_A, 2, kMaxRank);
   const ScalarType type = lora_A.scalar_type();
   check_factor("lora_A", lora_A, {rank, x.cols}, type, x);
   check_factor("lora_B", lora_B, {out_features, rank}, type, x);
-  const DropoutArguments dropout = options.dropout(x);
   LoraLinearArgs op;
   op.x.data = x.data;
   op.x.dtype = x.dtype();
   op.x.tokens = x.count;
   op.x.cols = x.cols;
-  if (dropout.seed != nullptr) {
-    op.x.dropout = {.seed = static_cast<uint64_t>(*dropout.seed),
-                    .threshold = dropout.threshold,
-                    .scale = dropout.keep_scale,
-                    .enabled = true};
-  }
+  op.x.dropout = to_dropout(options.dropout(x));
   op.lora_A = to_factor(lora_A, rank, true);
   op.lora_B = to_factor(lora_B, rank, false);
   op.scaling = static_cast<float>(options.scaling);

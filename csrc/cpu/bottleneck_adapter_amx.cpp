@@ -2,10 +2,12 @@
 
 namespace pylora::cpu {
 
-void adapter_forward_amx(const BottleneckArgs& args) { AmxAdapter<HardwareTiles>::forward(args); }
+void adapter_forward_amx(const BottleneckArgs& args) {
+  adapter_forward_bf16<AmxVectors, Amx<HardwareTiles>::Mac>(args);
+}
 
-void adapter_backward_amx(const BottleneckArgs& args, float* low, float* dh) {
-  AmxAdapter<HardwareTiles>::backward(args, low, dh);
+void adapter_backward_amx(const BottleneckArgs& args, const BackwardBuffers& buffers) {
+  adapter_backward_bf16<AmxVectors, Amx<HardwareTiles>::Mac>(args, buffers);
 }
 
 }  // namespace pylora::cpu

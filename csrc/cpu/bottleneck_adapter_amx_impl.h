@@ -32,15 +32,4 @@ void expand_tile(AmxMac<S, Tiles> mac, int64_t depth, const float* factors, cons
   }
 }
 
-template <class Tiles>
-struct AmxAdapter {
-  template <class S>
-  using Mac = AmxMac<S, Tiles>;
-
-  static void forward(const BottleneckArgs& args) { adapter_forward_bf16<AmxVectors, Mac>(args); }
-  static void backward(const BottleneckArgs& args, float* low, float* dh) {
-    adapter_backward_bf16<AmxVectors, Mac>(args, low, dh);
-  }
-};
-
 }  // namespace pylora::cpu

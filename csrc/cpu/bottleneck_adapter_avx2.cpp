@@ -5,8 +5,8 @@ namespace pylora::cpu {
 
 void adapter_forward_avx2(const BottleneckArgs& args) { adapter_forward_on<Avx2>(args); }
 
-void adapter_backward_avx2(const BottleneckArgs& args, float* low, float* dh) {
-  adapter_backward_on<Avx2>(args, low, dh);
+void adapter_backward_avx2(const BottleneckArgs& args, const BackwardBuffers& buffers) {
+  adapter_backward_on<Avx2>(args, buffers);
 }
 
 }  // namespace pylora::cpu

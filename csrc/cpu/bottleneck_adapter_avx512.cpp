@@ -5,8 +5,8 @@ namespace pylora::cpu {
 
 void adapter_forward_avx512(const BottleneckArgs& args) { adapter_forward_on<Avx512>(args); }
 
-void adapter_backward_avx512(const BottleneckArgs& args, float* low, float* dh) {
-  adapter_backward_on<Avx512>(args, low, dh);
+void adapter_backward_avx512(const BottleneckArgs& args, const BackwardBuffers& buffers) {
+  adapter_backward_on<Avx512>(args, buffers);
 }
 
 }  // namespace pylora::cpu

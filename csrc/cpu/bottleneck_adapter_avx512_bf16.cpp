@@ -7,8 +7,8 @@ void adapter_forward_avx512_bf16(const BottleneckArgs& args) {
   adapter_forward_bf16<Avx512Bf16, Bf16Mac>(args);
 }
 
-void adapter_backward_avx512_bf16(const BottleneckArgs& args, float* low, float* dh) {
-  adapter_backward_bf16<Avx512Bf16, Bf16Mac>(args, low, dh);
+void adapter_backward_avx512_bf16(const BottleneckArgs& args, const BackwardBuffers& buffers) {
+  adapter_backward_bf16<Avx512Bf16, Bf16Mac>(args, buffers);
 }
 
 }  // namespace pylora::cpu

@@ -3,11 +3,11 @@
 namespace pylora::cpu {
 
 void adapter_forward_amx_emulated(const BottleneckArgs& args) {
-  AmxAdapter<EmulatedTiles>::forward(args);
+  adapter_forward_bf16<AmxVectors, Amx<EmulatedTiles>::Mac>(args);
 }
 
-void adapter_backward_amx_emulated(const BottleneckArgs& args, float* low, float* dh) {
-  AmxAdapter<EmulatedTiles>::backward(args, low, dh);
+void adapter_backward_amx_emulated(const BottleneckArgs& args, const BackwardBuffers& buffers) {
+  adapter_backward_bf16<AmxVectors, Amx<EmulatedTiles>::Mac>(args, buffers);
 }
 
 }  // namespace pylora::cpu

@@ -1,158 +1,17 @@
-// The blocks of tokens of a bottleneck adapter (bottleneck_adapter.h), as templates over the vector
-// primitives and over the products of gemm_tile.h.
-//
-// Tokens are the broadcast operand of gemm_tile.h, and the features of a product's result lie along
-// the vectors. The weights are packed once per call, and all threads read the same panels.
+// The passes of a bottleneck adapter over its blocks of tokens (bottleneck_adapter.h), as templates
+// over the vector primitives and over the products of gemm_tile.h.
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
-#include "cpu/bottleneck_adapter_tile.h"
-#include "cpu/workspace.h"
+#include "cpu/bottleneck_adapter_block.h"
+#include "cpu/bottleneck_adapter_rows.h"
 
 namespace pylora::cpu {
 
-// What a thread keeps of a block of tokens.
-template <class S, template <class> class Mac>
-struct AdapterBlock {
-  static constexpr int64_t kWide = TokenTiles<S>::kWidth;
-  static constexpr int64_t kStep = Mac<S>::kStep;
-  // So many tokens are copied at a time, and then multiplied by each panel.
-  static constexpr int64_t kCopied = Mac<S>::kRowsUnit;
-  static_assert(kAdapterTokens % kCopied == 0);
-  // The first product sums over the whole width of x, in fp32 in chains as short as torch's.
-  // Products of bf16 are exact in fp32, and need none.
-  static constexpr int64_t kShrinkChain = kStep == 1 ? 32 : kAdapterChain;
-  float* values;   // [kCopied][kTileLd], the elements of a stretch of tokens
-  float* sums;     // by tile of bottleneck features: [kAdapterTokens][features]
-  float* second;   // another one
-  float* factors;  // [kSegments][kAdapterTokens][kTileLd], what the second product broadcasts
-
-  explicit AdapterBlock(float* workspace) : values(workspace) {
-    sums = values + kCopied * kTileLd;
-    second = sums + kAdapterTokens * kMaxBottleneck;
-    factors = second + kAdapterTokens * kMaxBottleneck;
-  }
-
-  // out = x[tokens] @ panels, summed over `cols`; x points to the first token.
-  template <class T>
-  void shrink(const T* x, int64_t tokens, int64_t cols, const Panels<S, Mac>& panels, float* out) {
-    for (int64_t k = 0; k < cols; k += panels.stretch) {
-      const int64_t count = panels.count(k);
-      for (int64_t first = 0; first < tokens; first += kCopied) {
-        const int64_t left = tokens - first;
-        const int64_t rows = left < kCopied ? left : kCopied;
-        for (int64_t m = 0; m < rows; ++m) {
-          const T* row = x + (first + m) * cols + k;
-          if (m + kTokensAhead < left) prefetch_row(row + kTokensAhead * cols, count);
-          copy_row<S, Mac>(row, count, values + m * kTileLd);
-        }
-        for (int64_t t = 0; t < panels.tiles.count(); ++t) {
-          const int v = panels.tiles.vectors(t);
-          const int64_t width = v * S::kLanes;
-          float* sum = out + t * kWide * kAdapterTokens + first * width;
-          const int64_t elements = panels.elements(k);
-          for (int64_t i = 0; i < rows; i += Mac<S>::rows_for(v)) {
-            for (int64_t c = 0; c < elements; c += kShrinkChain) {
-              run_tile<Broadcast::kRowMajor>(
-                  Mac<S>{}, v, elements - c < kShrinkChain ? elements - c : kShrinkChain,
-                  values + i * kTileLd + c, 0, panels.panel(k, t) + c * width, sum + i * width,
-                  k + c > 0);
-            }
-          }
-        }
-      }
-    }
-  }
-
-  // Sets what the second product broadcasts for token m: features j .. j + n, of `size` in all. `row`
-  // is readable to its next multiple of S::kLanes.
-  void set_factors(int64_t m, int64_t j, int64_t n, int64_t size, const float* row) {
-    constexpr int64_t kSegment = kAdapterChain * kStep;
-    using Value = std::conditional_t<kStep == 1, float, BFloat16>;
-    auto* to = reinterpret_cast<Value*>(factors + j / kSegment * kSegmentFloats + m * kTileLd) +
-               j % kSegment;
-    for (int64_t i = 0; i < n; i += S::kLanes) S::store(to + i, S::load(row + i));
-    if (j + n < size) return;
-    const int64_t end = elements_of<Mac<S>>(size) * kStep - j;
-    for (int64_t i = n; i < end; ++i) to[i] = Value{};
-  }
-
-  // out[tokens] = add + factors @ panels + bias; `add` and `bias` may be null. `add` and `out` point
-  // to the first token and have `cols` columns.
-  template <class T>
-  void expand(const T* add, int64_t tokens, int64_t cols, const Panels<S, Mac>& panels,
-              const float* bias, T* out) {
-    const int64_t full = cols / kWide;  // tiles of kWide columns; at most one more is narrower
-    const int64_t wanted = kStripFloats / (panels.elements(0) * kWide);
-    const int64_t strip = wanted < 1 ? 1 : wanted;
-    for (int64_t t = 0; t < full; t += strip) {
-      expand_strip<S::kMaxV>(add, tokens, cols, panels, bias, out, t,
-                             t + strip < full ? t + strip : full);
-    }
-    if (full == panels.tiles.count()) return;
-    switch (panels.tiles.vectors(full)) {
-      case 1:
-        return expand_strip<1>(add, tokens, cols, panels, bias, out, full, full + 1);
-      case 2:
-        return expand_strip<2>(add, tokens, cols, panels, bias, out, full, full + 1);
-      case 3:
-        if constexpr (S::kMaxV > 2) {
-          return expand_strip<3>(add, tokens, cols, panels, bias, out, full, full + 1);
-        }
-        break;
-      default:
-        if constexpr (S::kMaxV > 2) {
-          return expand_strip<4>(add, tokens, cols, panels, bias, out, full, full + 1);
-        }
-    }
-  }
-
-  // The columns of `expand` in tiles [begin, end), which all have V vectors.
-  template <int V, class T>
-  void expand_strip(const T* add, int64_t tokens, int64_t cols, const Panels<S, Mac>& panels,
-                    const float* bias, T* out, int64_t begin, int64_t end) {
-    constexpr int64_t kRows = Mac<S>::rows_for(V);
-    for (int64_t i = 0; i < tokens; i += kRows) {
-      for (int64_t t = begin; t < end; ++t) {
-        const int64_t col = t * kWide;
-        const int64_t place = i * cols + col;
-        expand_tile<V>(Mac<S>{}, panels.elements(0), factors + i * kTileLd, panels.panel(0, t),
-                       bias == nullptr ? nullptr : bias + col,
-                       add == nullptr ? nullptr : add + place, out + place, cols, tokens - i,
-                       panels.tiles.tokens_in(t));
-      }
-    }
-  }
-
-  // Calls visit(m, j, n, offset) for each token m and each tile of n bottleneck features from j on.
-  // Their sums begin at `offset` in `sums` and in `second`.
-  template <class Visit>
-  static void for_each_row(const TokenTiles<S>& features, int64_t tokens, const Visit& visit) {
-    for (int64_t t = 0; t < features.count(); ++t) {
-      const int64_t width = features.vectors(t) * S::kLanes;
-      for (int64_t m = 0; m < tokens; ++m) {
-        visit(m, t * kWide, features.tokens_in(t), t * kWide * kAdapterTokens + m * width);
-      }
-    }
-  }
-};
-
-// Runs body(block, first token, tokens) for each block of tokens.
-template <class S, template <class> class Mac, class Body>
-void for_each_block(int64_t all_tokens, const Body& body) {
-  const int64_t share = ceil_div(all_tokens, num_threads());
-  const int64_t size = ceil_div(share, ceil_div(share, kAdapterTokens));  // equal blocks
-  parallel_for(0, ceil_div(all_tokens, size), 1, [&](int64_t begin, int64_t end) {
-    AdapterBlock<S, Mac> block(thread_workspace());
-    [[maybe_unused]] const typename Mac<S>::Scope scope;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i * size;
-      body(block, first, all_tokens - first < size ? all_tokens - first : size);
-    }
-  });
-}
+// What a product adds if it adds nothing. The bias of z comes behind the product, because a large one
+// would make every addition of the product round more.
+inline constexpr const float* kNone = nullptr;
 
 PYLORA_INLINE float with_bias(const BottleneckArgs& args, float sum, int64_t feature) {
   return args.down_bias != nullptr ? sum + args.down_bias[feature] : sum;
@@ -179,75 +38,145 @@ void scale_slope(const BottleneckArgs& args, int64_t n, float* row) {
   }
 }
 
+// Sets what the second product broadcasts to low, from the sums of h. Unless `low` is null, low is
+// also written there, to the rows from `first` on.
+template <class S, template <class> class Mac>
+void set_low(const BottleneckArgs& args, const TokenTiles<S>& features, int64_t first,
+             int64_t tokens, AdapterBlock<S, Mac>& block, float* low) {
+  block.for_each_row(features, tokens, [&](int64_t m, int64_t j, int64_t n, int64_t at) {
+    float row[AdapterBlock<S, Mac>::kWide] = {};
+    for (int64_t i = 0; i < n; ++i) row[i] = with_bias(args, block.sums[at + i], j + i);
+    scale_activation<S>(args, n, row);
+    block.set_factors(m, j, n, args.size, row);
+    if (low != nullptr) std::copy_n(row, n, low + (first + m) * args.size + j);
+  });
+}
+
 template <class S, template <class> class Mac, class T, class TW>
 void adapter_forward_as(const BottleneckArgs& args) {
   const int64_t hidden = args.hidden;
   const auto* x = static_cast<const T*>(args.x);
   const auto* residual = static_cast<const T*>(args.residual);
+  const TokenBlocks blocks = cut_tokens(args.tokens, 1);
+  const BlockRowsLayout<TW> layout{blocks.size * hidden, args.changes_z(),
+                                   args.norm_before.enabled(), false};
   const int64_t floats = packed_floats<S>(args);
-  const CallMemory memory(static_cast<size_t>(2 * floats));
+  const CallMemory memory(static_cast<size_t>(2 * floats + blocks.ranges * layout.floats()));
   const Panels<S, Mac> down =
       pack_weight<S, Mac>(static_cast<const TW*>(args.down), hidden, args.size, true,
                           kAdapterChain * Mac<S>::kStep, memory.data());
   const Panels<S, Mac> up = pack_weight<S, Mac>(static_cast<const TW*>(args.up), args.size, hidden,
                                                 true, args.size, memory.data() + floats);
   using Block = AdapterBlock<S, Mac>;
-  for_each_block<S, Mac>(args.tokens, [&](Block& block, int64_t first, int64_t tokens) {
+  for_each_block<S, Mac>(blocks, [&](Block& block, int64_t range, int64_t first, int64_t tokens) {
     const int64_t start = first * hidden;
-    block.shrink(x + start, tokens, hidden, down, block.sums);
-    block.for_each_row(down.tiles, tokens, [&](int64_t m, int64_t j, int64_t n, int64_t at) {
-      float row[Block::kWide] = {};
-      for (int64_t i = 0; i < n; ++i) row[i] = with_bias(args, block.sums[at + i], j + i);
-      scale_activation<S>(args, n, row);
-      block.set_factors(m, j, n, args.size, row);
-    });
-    block.expand(residual != nullptr ? residual + start : nullptr, tokens, hidden, up, args.up_bias,
-                 static_cast<T*>(args.y) + start);
+    const BlockRows<TW> rows = layout.at(memory.data() + 2 * floats + range * layout.floats());
+    if (args.norm_before.enabled()) {
+      RowStatistics statistics[kAdapterTokens];
+      normalize_rows<S>(args.norm_before, x + start, tokens, hidden, statistics, rows.n);
+      block.shrink(rows.n, tokens, hidden, down, block.sums);
+    } else {
+      block.shrink(x + start, tokens, hidden, down, block.sums);
+    }
+    set_low(args, down.tiles, first, tokens, block, nullptr);
+    const T* add = residual != nullptr ? residual + start : nullptr;
+    T* y = static_cast<T*>(args.y) + start;
+    if (args.changes_z()) {
+      block.expand(kNone, tokens, hidden, up, kNone, rows.z);
+      write_y<S>(args, first, tokens, rows.z, add, y);
+    } else {
+      block.expand(add, tokens, hidden, up, args.up_bias, y);
+    }
   });
 }
 
 template <class S, template <class> class Mac, class T, class TW>
-void adapter_backward_as(const BottleneckArgs& args, float* low, float* dh) {
+void adapter_backward_as(const BottleneckArgs& args, const BackwardBuffers& buffers) {
   const int64_t hidden = args.hidden;
   const auto* x = static_cast<const T*>(args.x);
   const auto* grad = static_cast<const T*>(args.grad);
   const auto* down = static_cast<const TW*>(args.down);
-  const int64_t floats = packed_floats<S>(args);
-  const CallMemory memory(static_cast<size_t>(3 * floats));
-  const Panels<S, Mac> shrinking = pack_weight<S, Mac>(
-      down, hidden, args.size, true, kAdapterChain * Mac<S>::kStep, memory.data());
-  Panels<S, Mac> of_grad{}, of_dh{};
-  if (dh != nullptr) {
-    of_grad = pack_weight<S, Mac>(static_cast<const TW*>(args.up), hidden, args.size, false,
-                                  kAdapterChain * Mac<S>::kStep, memory.data() + floats);
+  const auto* up = static_cast<const TW*>(args.up);
+  const bool norm_before = args.norm_before.enabled(), norm_after = args.norm_after.enabled();
+  const bool wants_dh = buffers.dh != nullptr;
+  const bool writes_dz = norm_after || (args.dropout.enabled && wants_dh);
+  const bool wants_dn = args.dx != nullptr || buffers.before_parts != nullptr;
+
+  const bool has_parts = buffers.before_parts != nullptr || buffers.after_parts != nullptr;
+  const TokenBlocks blocks = cut_tokens(args.tokens, has_parts ? kSumTokens : 1);
+  const BlockRowsLayout<TW> layout{blocks.size * hidden, writes_dz || (norm_before && wants_dn),
+                                   norm_before && buffers.n == nullptr,
+                                   writes_dz && buffers.dz == nullptr};
+  const int64_t floats = packed_floats<S>(args), stretch = kAdapterChain * Mac<S>::kStep;
+  const int64_t weights = norm_after ? 4 : 3;
+  const CallMemory memory(static_cast<size_t>(weights * floats + blocks.ranges * layout.floats()));
+  float* row_memory = memory.data() + weights * floats;
+  const Panels<S, Mac> shrinking =
+      pack_weight<S, Mac>(down, hidden, args.size, true, stretch, memory.data());
+  Panels<S, Mac> of_dz{}, of_dh{}, expanding{};
+  if (wants_dh) {
+    of_dz = pack_weight<S, Mac>(up, hidden, args.size, false, stretch, memory.data() + floats);
   }
-  if (args.dx != nullptr) {
+  if (wants_dn) {
     of_dh =
         pack_weight<S, Mac>(down, args.size, hidden, false, args.size, memory.data() + 2 * floats);
   }
+  if (norm_after) {
+    expanding =
+        pack_weight<S, Mac>(up, args.size, hidden, true, args.size, memory.data() + 3 * floats);
+  }
   using Block = AdapterBlock<S, Mac>;
-  for_each_block<S, Mac>(args.tokens, [&](Block& block, int64_t first, int64_t tokens) {
+  for_each_block<S, Mac>(blocks, [&](Block& block, int64_t range, int64_t first, int64_t tokens) {
     const int64_t start = first * hidden;
-    block.shrink(x + start, tokens, hidden, shrinking, block.sums);
-    if (dh != nullptr) block.shrink(grad + start, tokens, hidden, of_grad, block.second);
+    BlockRows<TW> rows = layout.at(row_memory + range * layout.floats());
+    if (buffers.n != nullptr) rows.n = static_cast<TW*>(buffers.n) + start;
+    if (buffers.dz != nullptr) rows.dz = static_cast<TW*>(buffers.dz) + start;
+
+    // 1. The sums of h.
+    RowStatistics statistics[kAdapterTokens];
+    if (norm_before) {
+      normalize_rows<S>(args.norm_before, x + start, tokens, hidden, statistics, rows.n);
+      block.shrink(rows.n, tokens, hidden, shrinking, block.sums);
+    } else {
+      block.shrink(x + start, tokens, hidden, shrinking, block.sums);
+    }
+
+    // 2. dz, and the sums of dh.
+    if (norm_after) {
+      set_low(args, shrinking.tiles, first, tokens, block, buffers.low);
+      block.expand(kNone, tokens, hidden, expanding, kNone, rows.z);
+    }
+    if (writes_dz) {
+      write_dz<S>(args, first, tokens, rows.z, grad + start, buffers.after_parts, rows.dz);
+      if (wants_dh) block.shrink(rows.dz, tokens, hidden, of_dz, block.second);
+    } else if (wants_dh) {
+      block.shrink(grad + start, tokens, hidden, of_dz, block.second);
+    }
+
+    // 3. low and dh.
     block.for_each_row(shrinking.tiles, tokens, [&](int64_t m, int64_t j, int64_t n, int64_t at) {
       const int64_t place = (first + m) * args.size + j;
       float h[Block::kWide] = {}, slope[Block::kWide] = {};
       for (int64_t i = 0; i < n; ++i) slope[i] = h[i] = with_bias(args, block.sums[at + i], j + i);
-      if (dh != nullptr) {
+      if (wants_dh) {
         scale_slope<S>(args, n, slope);
         for (int64_t i = 0; i < n; ++i) slope[i] *= block.second[at + i];
-        std::copy_n(slope, n, dh + place);
+        std::copy_n(slope, n, buffers.dh + place);
         block.set_factors(m, j, n, args.size, slope);
       }
-      if (low != nullptr) {
+      if (buffers.low != nullptr && !norm_after) {
         scale_activation<S>(args, n, h);
-        std::copy_n(h, n, low + place);
+        std::copy_n(h, n, buffers.low + place);
       }
     });
-    if (args.dx != nullptr) {
-      block.expand(args.adds_x ? grad + start : nullptr, tokens, hidden, of_dh,
-                   static_cast<const float*>(nullptr), static_cast<T*>(args.dx) + start);
+
+    // 4. dx.
+    if (norm_before && wants_dn) {
+      block.expand(kNone, tokens, hidden, of_dh, kNone, rows.z);
+      write_dx<S, T>(args, first, tokens, statistics, rows.z, buffers.before_parts);
+    } else if (wants_dn) {
+      block.expand(args.adds_x ? grad + start : nullptr, tokens, hidden, of_dh, kNone,
+                   static_cast<T*>(args.dx) + start);
     }
   });
 }
@@ -262,10 +191,10 @@ void adapter_forward_on(const BottleneckArgs& args) {
 }
 
 template <class S>
-void adapter_backward_on(const BottleneckArgs& args, float* low, float* dh) {
+void adapter_backward_on(const BottleneckArgs& args, const BackwardBuffers& buffers) {
   visit_dtype(args.dtype, [&](auto token) {
     visit_dtype(args.weight_dtype, [&](auto weight) {
-      adapter_backward_as<S, F32Mac, decltype(token), decltype(weight)>(args, low, dh);
+      adapter_backward_as<S, F32Mac, decltype(token), decltype(weight)>(args, buffers);
     });
   });
 }
@@ -276,8 +205,8 @@ void adapter_forward_bf16(const BottleneckArgs& args) {
   adapter_forward_as<S, Mac, BFloat16, BFloat16>(args);
 }
 template <class S, template <class> class Mac>
-void adapter_backward_bf16(const BottleneckArgs& args, float* low, float* dh) {
-  adapter_backward_as<S, Mac, BFloat16, BFloat16>(args, low, dh);
+void adapter_backward_bf16(const BottleneckArgs& args, const BackwardBuffers& buffers) {
+  adapter_backward_as<S, Mac, BFloat16, BFloat16>(args, buffers);
 }
 
 }  // namespace pylora::cpu

@@ -5,8 +5,8 @@ namespace pylora::cpu {
 
 void adapter_forward_portable(const BottleneckArgs& args) { adapter_forward_on<Portable>(args); }
 
-void adapter_backward_portable(const BottleneckArgs& args, float* low, float* dh) {
-  adapter_backward_on<Portable>(args, low, dh);
+void adapter_backward_portable(const BottleneckArgs& args, const BackwardBuffers& buffers) {
+  adapter_backward_on<Portable>(args, buffers);
 }
 
 }  // namespace pylora::cpu

@@ -84,7 +84,8 @@ PYLORA_INLINE void dense_rows(const DenseLinearArgs& args, const float* packed, 
   if (const int64_t left = cols - whole * Vector::kValues; left > 0) {
     for (int n = 0; n < kRows; ++n) {
       T end[Vector::kValues] = {};
-      std::memcpy(end, w + n * cols + whole * Vector::kValues, static_cast<size_t>(left) * sizeof(T));
+      std::memcpy(end, w + n * cols + whole * Vector::kValues,
+                  static_cast<size_t>(left) * sizeof(T));
       const F weights = Vector::load(end);
       for (int m = 0; m < kTokens; ++m) {
         const F value = S::load(packed + m * stride + whole * S::kLanes);

@@ -2,6 +2,7 @@
 
 #include <memory>
 
+#include "cpu/kernel_table.h"
 #include "cpu/parallel.h"
 
 namespace pylora::cpu {
@@ -9,14 +10,19 @@ namespace {
 
 constexpr int64_t kGrain = 4096;
 
-Project* project_for(CpuIsa isa) {
-#if defined(__x86_64__)
-  if (isa >= CpuIsa::kAvx512) return project_avx512;
-  if (isa >= CpuIsa::kAvx2) return project_avx2;
-#endif
-  (void)isa;
-  return project_portable;
-}
+constexpr KernelTable<Project> kProject{
+    project_portable,
+    PYLORA_X86_KERNEL(project_avx2),
+    PYLORA_X86_KERNEL(project_avx512),
+};
+constexpr KernelTable<Gather> kGather{
+    gather_portable,
+    PYLORA_X86_KERNEL(gather_avx2),
+    PYLORA_X86_KERNEL(gather_avx512),
+    PYLORA_X86_KERNEL(gather_avx512_bf16),
+    PYLORA_X86_KERNEL(gather_amx_emulated),
+    PYLORA_X86_KERNEL(gather_amx),
+};
 
 // low = scaling * act(h)
 std::unique_ptr<float[]> scaled_activation(const LoraLinearArgs& args) {
@@ -32,7 +38,7 @@ std::unique_ptr<float[]> scaled_activation(const LoraLinearArgs& args) {
 
 // Computes h, and returns low.
 std::unique_ptr<float[]> projected(const LoraLinearArgs& args) {
-  project_for(cpu_isa())(args.x, args.lora_A, args.lora_A_bias, args.h);
+  kProject.choose(false)(args.x, args.lora_A, args.lora_A_bias, args.h);
   return scaled_activation(args);
 }
 
@@ -46,17 +52,8 @@ void set_low_rank(const LoraLinearArgs& args, const float* low, LinearArgs& line
 
 }  // namespace
 
-Gather* gather_for(CpuIsa isa, DType tokens, DType factor) {
-  const bool bf16 = tokens == DType::kBFloat16 && factor == DType::kBFloat16;
-#if defined(__x86_64__)
-  if (isa == CpuIsa::kAmx && bf16) return gather_amx;
-  if (isa == CpuIsa::kAmxEmulated && bf16) return gather_amx_emulated;
-  if (isa >= CpuIsa::kAvx512Bf16 && bf16) return gather_avx512_bf16;
-  if (isa >= CpuIsa::kAvx512) return gather_avx512;
-  if (isa >= CpuIsa::kAvx2) return gather_avx2;
-#endif
-  (void)isa, (void)bf16;
-  return gather_portable;
+Gather* gather_for(DType tokens, DType factor) {
+  return kGather.choose(tokens == DType::kBFloat16 && factor == DType::kBFloat16);
 }
 
 std::unique_ptr<float[]> low_rank_buffer(int64_t count) {
@@ -66,11 +63,18 @@ std::unique_ptr<float[]> low_rank_buffer(int64_t count) {
 }
 
 void column_sums(const float* values, int64_t rows, int64_t cols, float* sums) {
-  for (int64_t j = 0; j < cols; ++j) {
-    double sum = 0.0;
-    for (int64_t m = 0; m < rows; ++m) sum += values[m * cols + j];
-    sums[j] = static_cast<float>(sum);
-  }
+  constexpr int64_t kStrip = 256;
+  parallel_for(
+      0, ceil_div(cols, kStrip), ceil_div(kGrain, kStrip), [&](int64_t begin, int64_t end) {
+        for (int64_t col = begin * kStrip; col < end * kStrip && col < cols; col += kStrip) {
+          const int64_t count = cols - col < kStrip ? cols - col : kStrip;
+          double totals[kStrip] = {};
+          for (int64_t m = 0; m < rows; ++m) {
+            for (int64_t j = 0; j < count; ++j) totals[j] += values[m * cols + col + j];
+          }
+          for (int64_t j = 0; j < count; ++j) sums[col + j] = static_cast<float>(totals[j]);
+        }
+      });
 }
 
 void lora_linear(const LoraLinearArgs& args) {
@@ -87,7 +91,6 @@ void lora_linear_dense(const LoraLinearArgs& args, DenseLinearArgs linear) {
 }
 
 void lora_linear_backward(const LoraLinearArgs& args) {
-  const CpuIsa isa = cpu_isa();
   const int64_t rank = args.lora_A.rank;
   const int64_t count = args.x.tokens * rank;
   const TokenMatrix grad{
@@ -97,7 +100,7 @@ void lora_linear_backward(const LoraLinearArgs& args) {
   std::unique_ptr<float[]> dh;
   if (args.linear.y != nullptr || args.dlora_A != nullptr || args.dlora_A_bias != nullptr) {
     dh = low_rank_buffer(count);
-    project_for(isa)(grad, args.lora_B, nullptr, dh.get());
+    kProject.choose(false)(grad, args.lora_B, nullptr, dh.get());
     parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         dh[i] =
@@ -121,14 +124,14 @@ void lora_linear_backward(const LoraLinearArgs& args) {
   if (args.dlora_A != nullptr) {
     AdapterFactor out = args.lora_A;
     out.data = args.dlora_A;
-    gather_for(isa, args.x.dtype, out.dtype)(args.x, dh.get(), out, nullptr);
+    gather_for(args.x.dtype, out.dtype)(args.x, dh.get(), out, nullptr);
   }
   if (args.dlora_B != nullptr || args.grad_sums != nullptr) {
     std::unique_ptr<float[]> low;
     if (args.dlora_B != nullptr) low = scaled_activation(args);
     AdapterFactor out = args.lora_B;
     out.data = args.dlora_B;
-    gather_for(isa, grad.dtype, out.dtype)(grad, low.get(), out, args.grad_sums);
+    gather_for(grad.dtype, out.dtype)(grad, low.get(), out, args.grad_sums);
   }
   if (args.dlora_A_bias != nullptr) {
     column_sums(dh.get(), args.x.tokens, rank, args.dlora_A_bias);

@@ -14,14 +14,14 @@
 // Passes    The forward reads x twice (for h, then for y); the backward reads g three times and x
 //           once.
 // Memory    Beside its outputs a call needs low and dh, which are as large as h, and a fixed
-//           workspace for each thread.
+//           workspace for each thread. The gradients in bf16 products need low, and then dh, once
+//           more in bf16, padded to whole tiles (PackedLow).
 #pragma once
 
 #include <cstdint>
 #include <memory>
 
 #include "common/activation.h"
-#include "cpu/cpu_features.h"
 #include "cpu/dense_linear.h"
 #include "cpu/nf4_linear.h"
 #include "cpu/philox.h"
@@ -67,7 +67,7 @@ Gather gather_portable, gather_avx2, gather_avx512;
 // Those with bf16 products take only bf16, and round low to it.
 Gather gather_avx512_bf16, gather_amx, gather_amx_emulated;
 // The kernel for tokens and a factor of these dtypes.
-Gather* gather_for(CpuIsa isa, DType tokens, DType factor);
+Gather* gather_for(DType tokens, DType factor);
 
 struct LoraLinearArgs {
   NF4LinearArgs linear;  // backward: x is the gradient, y is dx, or null

@@ -1,5 +1,5 @@
+#include "cpu/amx_tile.h"
 #include "cpu/lora_linear_bf16_impl.h"
-#include "cpu/nf4_linear_amx_impl.h"
 
 namespace pylora::cpu {
 

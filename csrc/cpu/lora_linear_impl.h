@@ -23,15 +23,11 @@ inline constexpr int64_t kDotTokens = 16;      // up to so many tokens, threads 
 template <class S, class T>
 void widen_tokens(const TokenMatrix& x, int64_t first_token, int64_t tokens, int64_t col,
                   int64_t count, float* out, int64_t ld) {
-  float factors[kTileK];
   for (int64_t m = 0; m < tokens; ++m) {
     const int64_t first = (first_token + m) * x.cols + col;
     float* to = out + m * ld;
     widen_row<S>(static_cast<const T*>(x.data) + first, count, to);
-    if (x.dropout.enabled) {
-      dropout_factors<S>(x.dropout, first, count, factors);
-      for (int64_t i = 0; i < count; ++i) to[i] = factors[i] != 0.0f ? to[i] * factors[i] : 0.0f;
-    }
+    if (x.dropout.enabled) drop_values<S>(x.dropout, first, count, to);
   }
 }
 

@@ -1,7 +1,7 @@
 #include "cpu/nf4_dequantize.h"
 
 #include "common/float16.h"
-#include "cpu/cpu_features.h"
+#include "cpu/kernel_table.h"
 #include "cpu/parallel.h"
 
 namespace pylora::cpu {
@@ -26,14 +26,11 @@ void dequantize_range(const NF4Matrix& weight, int64_t begin, int64_t end, T* ou
   if (count % 2 != 0) block[count - 1] = values[packed[count / 2] >> 4];
 }
 
-DequantizeBlocks* blocks_for(CpuIsa isa) {
-#if defined(__x86_64__)
-  if (isa >= CpuIsa::kAvx512) return nf4_dequantize_blocks_avx512;
-  if (isa >= CpuIsa::kAvx2) return nf4_dequantize_blocks_avx2;
-#endif
-  (void)isa;
-  return nf4_dequantize_blocks_portable;
-}
+constexpr KernelTable<DequantizeBlocks> kDequantizeBlocks{
+    nf4_dequantize_blocks_portable,
+    PYLORA_X86_KERNEL(nf4_dequantize_blocks_avx2),
+    PYLORA_X86_KERNEL(nf4_dequantize_blocks_avx512),
+};
 
 }  // namespace
 
@@ -48,7 +45,7 @@ void nf4_dequantize_blocks_portable(const NF4Matrix& weight, DType out_dtype, in
 }
 
 void nf4_dequantize(const NF4Matrix& weight, DType out_dtype, void* out) {
-  DequantizeBlocks* dequantize = blocks_for(cpu_isa());
+  DequantizeBlocks* dequantize = kDequantizeBlocks.choose(false);
   const int64_t numel = weight.numel();
   const int64_t blocksize = weight.blocksize;
   const int64_t whole = numel / blocksize;

@@ -1,20 +1,23 @@
 #include "cpu/nf4_linear.h"
 
-#include "cpu/cpu_features.h"
+#include "cpu/kernel_table.h"
 
 namespace pylora::cpu {
+namespace {
+
+constexpr KernelTable<RunLinear> kRunLinear{
+    run_linear_portable,
+    PYLORA_X86_KERNEL(run_linear_avx2),
+    PYLORA_X86_KERNEL(run_linear_avx512),
+    PYLORA_X86_KERNEL(run_linear_avx512_bf16),
+    PYLORA_X86_KERNEL(run_linear_amx_emulated),
+    PYLORA_X86_KERNEL(run_linear_amx),
+};
+
+}  // namespace
 
 void run_linear(const NF4LinearArgs& args) {
-#if defined(__x86_64__)
-  const CpuIsa isa = cpu_isa();
-  const bool bf16 = args.dtype == DType::kBFloat16;
-  if (isa == CpuIsa::kAmx && bf16) return run_linear_amx(args);
-  if (isa == CpuIsa::kAmxEmulated && bf16) return run_linear_amx_emulated(args);
-  if (isa >= CpuIsa::kAvx512Bf16 && bf16) return run_linear_avx512_bf16(args);
-  if (isa >= CpuIsa::kAvx512) return run_linear_avx512(args);
-  if (isa >= CpuIsa::kAvx2) return run_linear_avx2(args);
-#endif
-  run_linear_portable(args);
+  kRunLinear.choose(args.dtype == DType::kBFloat16)(args);
 }
 
 }  // namespace pylora::cpu

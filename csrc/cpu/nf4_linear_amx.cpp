@@ -2,6 +2,6 @@
 
 namespace pylora::cpu {
 
-void run_linear_amx(const NF4LinearArgs& args) { Amx<HardwareTiles>::run_linear(args); }
+void run_linear_amx(const NF4LinearArgs& args) { run_linear_on_tiles<HardwareTiles>(args); }
 
 }  // namespace pylora::cpu

@@ -13,16 +13,13 @@ namespace pylora::cpu {
 inline constexpr int64_t kMaxAmxSmallM = 4;
 
 template <class Tiles>
-struct Amx {
-  template <class S>
-  using Mac = AmxMac<S, Tiles>;
-
-  static void run_linear(const NF4LinearArgs& args) {
-    if (args.tokens == 0 || args.width() == 0) return;
-    if (args.backward) return run_panels<AmxVectors, Mac, BFloat16, true>(args);
-    if (args.tokens <= kMaxAmxSmallM) return run_linear_avx512(args);
-    run_panels<AmxVectors, Mac, BFloat16, false>(args);
+void run_linear_on_tiles(const NF4LinearArgs& args) {
+  if (args.tokens == 0 || args.width() == 0) return;
+  if (args.backward) {
+    return run_panels<AmxVectors, Amx<Tiles>::template Mac, BFloat16, true>(args);
   }
-};
+  if (args.tokens <= kMaxAmxSmallM) return run_linear_avx512(args);
+  run_panels<AmxVectors, Amx<Tiles>::template Mac, BFloat16, false>(args);
+}
 
 }  // namespace pylora::cpu

@@ -2,6 +2,8 @@
 
 namespace pylora::cpu {
 
-void run_linear_amx_emulated(const NF4LinearArgs& args) { Amx<EmulatedTiles>::run_linear(args); }
+void run_linear_amx_emulated(const NF4LinearArgs& args) {
+  run_linear_on_tiles<EmulatedTiles>(args);
+}
 
 }  // namespace pylora::cpu

@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "common/float16.h"
-#include "cpu/cpu_features.h"
+#include "cpu/kernel_table.h"
 #include "cpu/parallel.h"
 
 namespace pylora::cpu {
@@ -51,14 +51,11 @@ void quantize_short_block(const T* x, int64_t count, uint8_t* packed, float* abs
   }
 }
 
-QuantizeBlocks* blocks_for(CpuIsa isa) {
-#if defined(__x86_64__)
-  if (isa >= CpuIsa::kAvx512) return nf4_quantize_blocks_avx512;
-  if (isa >= CpuIsa::kAvx2) return nf4_quantize_blocks_avx2;
-#endif
-  (void)isa;
-  return nf4_quantize_blocks_portable;
-}
+constexpr KernelTable<QuantizeBlocks> kQuantizeBlocks{
+    nf4_quantize_blocks_portable,
+    PYLORA_X86_KERNEL(nf4_quantize_blocks_avx2),
+    PYLORA_X86_KERNEL(nf4_quantize_blocks_avx512),
+};
 
 }  // namespace
 
@@ -72,7 +69,7 @@ void nf4_quantize_blocks_portable(const void* weight, DType dtype, int64_t begin
 
 void nf4_quantize(const void* weight, DType dtype, int64_t numel, int64_t blocksize,
                   uint8_t* qweight, float* absmax) {
-  QuantizeBlocks* quantize = blocks_for(cpu_isa());
+  QuantizeBlocks* quantize = kQuantizeBlocks.choose(false);
   const int64_t whole = numel / blocksize;
   parallel_for(0, whole, ceil_div(kGrain, blocksize), [&](int64_t begin, int64_t end) {
     quantize(weight, dtype, begin, end, blocksize, qweight, absmax);

@@ -5,6 +5,7 @@
 // element is kept if that word is at least `threshold`.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 
 #include "common/nf4.h"
@@ -19,27 +20,50 @@ struct Dropout {
   bool enabled = false;
 };
 
-// Draws the 64 words of 16 counters, from `counter` on, in the order of the elements.
+// Draws the 64 words of 16 counters, from `counter` on, in the order of the elements. The rounds are
+// those of philox_round() in common/philox.h, for a vector of counters: each lane has 64 bits, of
+// which the low 32 are the word.
 template <class S>
 PYLORA_INLINE void philox_words(uint64_t seed, uint64_t counter, uint32_t* words) {
+  using W = typename S::Wide;
   constexpr int kCounters = 16;
-  uint32_t c0[kCounters], c1[kCounters], c2[kCounters], c3[kCounters];
-  for (int i = 0; i < kCounters; ++i) {
-    const uint64_t c = counter + static_cast<uint64_t>(i);
-    c0[i] = static_cast<uint32_t>(c);
-    c1[i] = static_cast<uint32_t>(c >> 32);
-    c2[i] = 0;
-    c3[i] = 0;
-  }
-  PhiloxKey key(seed);
-  for (int round = 0; round < kPhiloxRounds; ++round, key.advance()) {
-    for (int i = 0; i < kCounters; ++i) philox_round(key, c0[i], c1[i], c2[i], c3[i]);
-  }
-  for (int i = 0; i < kCounters; ++i) {
-    words[4 * i] = c0[i];
-    words[4 * i + 1] = c1[i];
-    words[4 * i + 2] = c2[i];
-    words[4 * i + 3] = c3[i];
+  constexpr int kWidth = S::kLanes / 2;
+  constexpr int kSets = 2;  // independent vectors, whose products overlap
+  const W multipliers[2] = {W{} + 0xD2511F53u, W{} + 0xCD9E8D57u};
+#pragma GCC unroll 1
+  for (int first = 0; first < kCounters; first += kSets * kWidth) {
+    W c0[kSets], c1[kSets], c2[kSets] = {}, c3[kSets] = {};
+    for (int s = 0; s < kSets; ++s) {
+      for (int i = 0; i < kWidth; ++i) {
+        c0[s][i] = counter + static_cast<uint64_t>(first + s * kWidth + i);
+      }
+      c1[s] = c0[s] >> 32;
+    }
+    PhiloxKey key(seed);
+#pragma GCC unroll 1
+    for (int round = 0; round < kPhiloxRounds; ++round, key.advance()) {
+#pragma GCC unroll 2
+      for (int s = 0; s < kSets; ++s) {
+        const W p0 = S::mul_low(c0[s], multipliers[0]), p1 = S::mul_low(c2[s], multipliers[1]);
+        c0[s] = (p1 >> 32) ^ c1[s] ^ (W{} + key.first);
+        c1[s] = p1;
+        c2[s] = (p0 >> 32) ^ c3[s] ^ (W{} + key.second);
+        c3[s] = p0;
+      }
+    }
+    for (int s = 0; s < kSets; ++s) {
+      // The words of a counter are put together as two halves of 64 bits, which the compiler stores
+      // at once.
+      const W low = W{} + 0xFFFFFFFFu;
+      const W pairs[2] = {(c0[s] & low) | c1[s] << 32, (c2[s] & low) | c3[s] << 32};
+      for (int i = 0; i < kWidth; ++i) {
+        uint32_t* out = words + 4 * (first + s * kWidth + i);
+        for (int half = 0; half < 2; ++half) {
+          out[2 * half] = static_cast<uint32_t>(pairs[half][i]);
+          out[2 * half + 1] = static_cast<uint32_t>(pairs[half][i] >> 32);
+        }
+      }
+    }
   }
 }
 
@@ -47,6 +71,7 @@ PYLORA_INLINE void philox_words(uint64_t seed, uint64_t counter, uint32_t* words
 template <class S>
 void dropout_factors(const Dropout& dropout, int64_t first, int64_t count, float* factors) {
   constexpr int64_t kWords = 64;
+  const uint32_t scale = std::bit_cast<uint32_t>(dropout.scale);
   uint32_t words[kWords];
   const int64_t end = first + count;
   for (int64_t base = first & ~int64_t{3}; base < end; base += kWords) {
@@ -55,8 +80,24 @@ void dropout_factors(const Dropout& dropout, int64_t first, int64_t count, float
     const int64_t stop = end - base < kWords ? end - base : kWords;
     float* out = factors + (base - first);
     for (int64_t i = skip; i < stop; ++i) {
-      out[i] = words[i] >= dropout.threshold ? dropout.scale : 0.0f;
+      const uint32_t kept = words[i] >= dropout.threshold ? ~0u : 0u;
+      out[i] = std::bit_cast<float>(kept & scale);
     }
+  }
+}
+
+// Drops elements first .. first + count of the flat input, which are in `values`, and scales the
+// others.
+template <class S>
+void drop_values(const Dropout& dropout, int64_t first, int64_t count, float* values) {
+  constexpr int64_t kDrawn = 512;
+  float factors[kDrawn];
+  for (int64_t i = 0; i < count; i += kDrawn) {
+    const int64_t drawn = count - i < kDrawn ? count - i : kDrawn;
+    dropout_factors<S>(dropout, first + i, drawn, factors);
+    float* to = values + i;
+    // The product with 0 would make a NaN of an infinity.
+    for (int64_t j = 0; j < drawn; ++j) to[j] = factors[j] != 0.0f ? to[j] * factors[j] : 0.0f;
   }
 }
 

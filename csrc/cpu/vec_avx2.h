@@ -16,12 +16,18 @@ struct Avx2 {
   // operands.
   static constexpr int rows_for(int v) { return 12 / v; }
   using F = __m256;
+  typedef uint64_t Wide __attribute__((vector_size(32)));
 
   PYLORA_INLINE static F zero() { return _mm256_setzero_ps(); }
   PYLORA_INLINE static F set1(float x) { return _mm256_set1_ps(x); }
   PYLORA_INLINE static F add(F a, F b) { return _mm256_add_ps(a, b); }
   PYLORA_INLINE static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   PYLORA_INLINE static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  // The products of the low 32 bits of each lane.
+  PYLORA_INLINE static Wide mul_low(Wide a, Wide b) {
+    return reinterpret_cast<Wide>(
+        _mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+  }
   PYLORA_INLINE static float sum(F a) {
     const __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));

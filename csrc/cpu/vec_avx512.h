@@ -16,12 +16,18 @@ struct Avx512 {
   // How many rows a tile of `v` vectors has: 24 accumulators hide the latency of two FMA pipes.
   static constexpr int rows_for(int v) { return 24 / v; }
   using F = __m512;
+  typedef uint64_t Wide __attribute__((vector_size(64)));
 
   PYLORA_INLINE static F zero() { return _mm512_setzero_ps(); }
   PYLORA_INLINE static F set1(float x) { return _mm512_set1_ps(x); }
   PYLORA_INLINE static F add(F a, F b) { return _mm512_add_ps(a, b); }
   PYLORA_INLINE static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   PYLORA_INLINE static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  // The products of the low 32 bits of each lane.
+  PYLORA_INLINE static Wide mul_low(Wide a, Wide b) {
+    return reinterpret_cast<Wide>(
+        _mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+  }
   PYLORA_INLINE static float sum(F a) {
     constexpr __mmask16 kAll = 0xFFFF;  // the mask spares GCC 12 a warning about its own header
     a = add(a, _mm512_maskz_shuffle_f32x4(kAll, a, a, 0x4E));

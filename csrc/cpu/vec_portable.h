@@ -17,12 +17,18 @@ struct Portable {
   static constexpr int kMaxV = 2;  // vectors in a tile's row: 6 x 2 accumulators in 16 registers
   static constexpr int rows_for(int) { return 6; }
   typedef float F __attribute__((vector_size(16)));
+  typedef uint64_t Wide __attribute__((vector_size(16)));
 
   PYLORA_INLINE static F zero() { return F{0.0f, 0.0f, 0.0f, 0.0f}; }
   PYLORA_INLINE static F set1(float x) { return F{x, x, x, x}; }
   PYLORA_INLINE static F add(F a, F b) { return a + b; }
   PYLORA_INLINE static F mul(F a, F b) { return a * b; }
   PYLORA_INLINE static F fma(F a, F b, F c) { return a * b + c; }
+  // The products of the low 32 bits of each lane.
+  PYLORA_INLINE static Wide mul_low(Wide a, Wide b) {
+    return Wide{uint64_t{static_cast<uint32_t>(a[0])} * static_cast<uint32_t>(b[0]),
+                uint64_t{static_cast<uint32_t>(a[1])} * static_cast<uint32_t>(b[1])};
+  }
   PYLORA_INLINE static float sum(F a) { return (a[0] + a[1]) + (a[2] + a[3]); }
 
   PYLORA_INLINE static F load(const float* p) {

@@ -16,7 +16,6 @@ from pylora.backends.backend import (
     Planner,
     Reason,
     Refusal,
-    bottleneck_reason,
     dequantize_refusal,
 )
 from pylora.backends.composition import composed
@@ -55,8 +54,10 @@ def _reason(**tensors: Tensor) -> Reason:
     return None
 
 
-def _planned(reason: Reason, run: Any, prepare: Any = None) -> Plan | Refusal:
-    return Plan(_instruction_set(), run, prepare=prepare) if reason is None else Refusal(reason)
+def _planned(reason: Reason, run: Any, prepare: Any = None, into: Any = None) -> Plan | Refusal:
+    if reason is not None:
+        return Refusal(reason)
+    return Plan(_instruction_set(), run, prepare=prepare, into=into)
 
 
 def _quantize(call: QuantizeCall) -> Plan | Refusal:
@@ -118,17 +119,21 @@ def _adapter_reason(
     call: BottleneckAdapterCall | BottleneckAdapterBackward, **tensors: Tensor
 ) -> Reason:
     most = extension.hard_limits("cpu")["max_bottleneck"]
-    reason = bottleneck_reason(call.adapter, most)
-    return reason or _reason(**tensors, down_weight=call.adapter.down)
+    size = call.adapter.size
+    if size > most:
+        return f"the bottleneck has {size} features; the kernels take up to {most}"
+    return _reason(**tensors, down_weight=call.adapter.down)
 
 
 def _bottleneck_adapter(call: BottleneckAdapterCall) -> Plan | Refusal:
-    return _planned(_adapter_reason(call, x=call.x), extension.bottleneck_adapter)
+    into = extension.bottleneck_adapter_into
+    return _planned(_adapter_reason(call, x=call.x), extension.bottleneck_adapter, into=into)
 
 
 def _bottleneck_adapter_backward(call: BottleneckAdapterBackward) -> Plan | Refusal:
     reason = _adapter_reason(call, grad=call.grad, x=call.x)
-    return _planned(reason, extension.bottleneck_adapter_backward)
+    into = extension.bottleneck_adapter_backward_into
+    return _planned(reason, extension.bottleneck_adapter_backward, into=into)
 
 
 _PLANNERS: dict[Any, Planner] = {

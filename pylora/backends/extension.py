@@ -8,6 +8,7 @@ are new tensors. A package built without the extension runs all the same.
 from __future__ import annotations
 
 import warnings
+from dataclasses import astuple, replace
 from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
@@ -30,6 +31,7 @@ from pylora.calls import (
     MultiLoraCall,
     Nf4LinearBackward,
     Nf4LinearCall,
+    Norm,
     QuantizeCall,
     Weight,
     token_count,
@@ -45,6 +47,8 @@ ACTIVATION_CODES = {
     "tanh": 5,
     "sigmoid": 6,
 }
+# The same for norms; csrc/cpu/norm_rows.h has them. The op of an adapter without a norm is given 0.
+NORM_CODES = {"none": 0, "layer_norm": 1, "rms_norm": 2}
 
 
 @lru_cache(maxsize=1)
@@ -226,9 +230,19 @@ def multi_lora_linear(call: MultiLoraCall) -> tuple[Tensor, Tensor]:
     return _op("multi_lora_linear")(*base, *stacks, call.layer.bias)
 
 
+def _norm(norm: Norm | None) -> tuple[Any, ...]:
+    if norm is None:
+        return (NORM_CODES["none"], None, None, 0.0)
+    return (NORM_CODES[norm.kind], norm.weight, norm.bias, norm.eps)
+
+
 def _bottleneck(adapter: Bottleneck) -> tuple[Any, ...]:
     weights = (adapter.down, adapter.down_bias, adapter.up, adapter.up_bias)
-    return (*weights, adapter.scaling, ACTIVATION_CODES[adapter.activation])
+    drop = adapter.dropout
+    dropout = (0.0, None) if drop is None else (drop.p, drop.layer_seed)
+    norms = (*_norm(adapter.norm_before), *_norm(adapter.norm_after))
+    options = (adapter.scaling, ACTIVATION_CODES[adapter.activation], *dropout)
+    return (*weights, *options, *norms)
 
 
 def bottleneck_adapter(call: BottleneckAdapterCall) -> Tensor:
@@ -236,9 +250,27 @@ def bottleneck_adapter(call: BottleneckAdapterCall) -> Tensor:
     return _op("bottleneck_adapter")(call.x, residual, *_bottleneck(call.adapter))
 
 
-def bottleneck_adapter_backward(call: BottleneckAdapterBackward) -> BottleneckGradients:
-    want = call.wanted
-    mask = [want.x, want.down, want.down_bias, want.up, want.up_bias]
-    arguments = (call.grad, call.x, call.adds_x, *_bottleneck(call.adapter))
-    gradients = _op("bottleneck_adapter_backward")(*arguments, mask)
+def bottleneck_adapter_into(call: BottleneckAdapterCall, y: Tensor) -> Tensor:
+    residual = call.x if call.adds_x else call.residual
+    _op("bottleneck_adapter_into")(call.x, residual, *_bottleneck(call.adapter), y)
+    return y
+
+
+def _bottleneck_gradients(
+    op: str, call: BottleneckAdapterBackward, *dx: Tensor
+) -> BottleneckGradients:
+    mask = list(astuple(call.wanted))
+    arguments = (call.grad, call.x, call.adds_x, *_bottleneck(call.adapter), mask)
+    gradients = _op(op)(*arguments, *dx)
     return BottleneckGradients(*(t if w else None for t, w in zip(gradients, mask, strict=True)))
+
+
+def bottleneck_adapter_backward(call: BottleneckAdapterBackward) -> BottleneckGradients:
+    return _bottleneck_gradients("bottleneck_adapter_backward", call)
+
+
+def bottleneck_adapter_backward_into(
+    call: BottleneckAdapterBackward, dx: Tensor
+) -> BottleneckGradients:
+    """The gradient of x is wanted, and is written to dx."""
+    return replace(_bottleneck_gradients("bottleneck_adapter_backward_into", call, dx), x=dx)
