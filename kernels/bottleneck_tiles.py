@@ -292,7 +292,7 @@ def launch_options(
     # A norm of the output needs registers for a tile of it, and for its gradient in the backward.
     # Products in fp32 arithmetic leave the fewest.
     narrow = after is not None and (backward or fp32)
-    if fp32 and backward and before is not None and adapter.dropout is not None:
+    if fp32 and backward and adapter.dropout is not None:
         narrow = True
     config = bottleneck_tile(M, adapter.size, fp32, facts(x), narrow)
     options = {

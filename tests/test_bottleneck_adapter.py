@@ -81,8 +81,8 @@ def test_every_norm(
     backend: str, device: str, before: str | None, after: str | None, residual: str
 ) -> None:
     options = {"before": before, "after": after, "residual": residual, "activation": "gelu"}
-    # The largest error of a dozen biases is luck, so there are several draws.
-    check(*(make(21, 48, 12, device=device, **options) for _ in range(4)))
+    # The largest error of a dozen biases would be luck.
+    check(make(40, 48, 60, device=device, **options))
     check(make(21, 48, 12, BF16, FP32, device, dropout_p=0.2, seed=SEED, **options))
 
 
