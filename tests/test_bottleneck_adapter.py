@@ -74,16 +74,18 @@ def test_every_residual(
     check(make(40, 72, 24, *dtypes, device, residual=residual, has_bias=has_bias))
 
 
-@pytest.mark.parametrize("residual", RESIDUALS)
 @pytest.mark.parametrize("before", NORMS)
 @pytest.mark.parametrize("after", NORMS)
-def test_every_norm(
-    backend: str, device: str, before: str | None, after: str | None, residual: str
-) -> None:
+def test_every_norm(backend: str, device: str, before: str | None, after: str | None) -> None:
+    """Every residual comes with every norm, but not with every pair of them."""
+    residual = RESIDUALS[(NORMS.index(before) + NORMS.index(after)) % len(RESIDUALS)]
     options = {"before": before, "after": after, "residual": residual, "activation": "gelu"}
-    # The largest error of a dozen biases would be luck.
-    check(make(40, 48, 60, device=device, **options))
-    check(make(21, 48, 12, BF16, FP32, device, dropout_p=0.2, seed=SEED, **options))
+    # The largest error of a few biases is luck, so there are many draws; fewer in Triton's slow
+    # interpreter.
+    draws = 4 if backend == "triton" else 16
+    check(*(make(21, 48, 12, device=device, **options) for _ in range(draws)))
+    options |= {"dropout_p": 0.2, "seed": SEED}
+    check(*(make(21, 48, 12, BF16, FP32, device, **options) for _ in range(draws)))
 
 
 def test_dropout_drops_the_output_and_scales_the_rest(backend: str, device: str) -> None:
