@@ -54,11 +54,21 @@ struct AdapterBlock {
           float* sum = out + t * kWide * kAdapterTokens + first * width;
           const int64_t elements = panels.elements(k);
           for (int64_t i = 0; i < rows; i += Mac<S>::rows_for(v)) {
+            float* total = sum + i * width;
+            // In fp32 the chains of a stretch are added up by themselves, so that a sum over many
+            // elements is one of few terms, each of which has few.
+            alignas(64) float part[kCopied * kWide];
+            const bool apart = kStep == 1 && k > 0;
+            float* to = apart ? part : total;
             for (int64_t c = 0; c < elements; c += kShrinkChain) {
               run_tile<Broadcast::kRowMajor>(
                   Mac<S>{}, v, elements - c < kShrinkChain ? elements - c : kShrinkChain,
-                  values + i * kTileLd + c, 0, panels.panel(k, t) + c * width, sum + i * width,
-                  k + c > 0);
+                  values + i * kTileLd + c, 0, panels.panel(k, t) + c * width, to,
+                  apart ? c > 0 : k + c > 0);
+            }
+            const int64_t added = apart ? Mac<S>::rows_for(v) * width : 0;
+            for (int64_t j = 0; j < added; j += S::kLanes) {
+              S::store(total + j, S::add(S::load(total + j), S::load(part + j)));
             }
           }
         }
