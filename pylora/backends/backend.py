@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pylora.calls import Bottleneck, DequantizeCall, Dropout, Weight
+from pylora.calls import DequantizeCall, Dropout, Weight
 
 Reason = str | None
 # (x, scaling, dropout, whether h is wanted) -> the results of `Plan.run` as a tuple, with None for
@@ -144,18 +144,6 @@ def _device_type(call: Any) -> str:
         if hasattr(call, name):
             return getattr(call, name).device.type
     return (call.weight.data if isinstance(call.weight, Weight) else call.weight).device.type
-
-
-def bottleneck_reason(adapter: Bottleneck, most: int) -> Reason:
-    """Why kernels for plain adapters with up to `most` features do not take this one, or None."""
-    if adapter.size > most:
-        return f"the bottleneck has {adapter.size} features; the kernels take up to {most}"
-    for name, value in (("norm_before", adapter.norm_before), ("norm_after", adapter.norm_after)):
-        if value is not None:
-            return f"the adapter has a {name}, which the kernels do not compute"
-    if adapter.dropout is not None:
-        return "the adapter drops elements of its output, which the kernels do not do"
-    return None
 
 
 def dequantize_refusal(device_type: str, call: DequantizeCall) -> Refusal | None:
