@@ -163,9 +163,11 @@ def multi_bottleneck_adapter_backward(
             up = stacks.up[:, :, :size]
             da = multi_lora_shrink(grad, up.mT, stacks.tokens, operands).sum(0)
             dh = stacks.slope(da, h)  # without the scaling, which the kernels multiply by
-            ddown = torch.zeros_like(stacks.down)
-            multi_lora_weight_grad(x, dh, stacks.scalings, stacks.tokens, operands, ddown)
-            ddown_bias = stacks.sums(dh) * stacks.scalings.unsqueeze(1)
+            if any(want.down for want in wanted):
+                ddown = torch.zeros_like(stacks.down)
+                multi_lora_weight_grad(x, dh, stacks.scalings, stacks.tokens, operands, ddown)
+            if any(want.down_bias for want in wanted):
+                ddown_bias = stacks.sums(dh) * stacks.scalings.unsqueeze(1)
             if wanted[0].x:
                 base = grad if adds_x else None
                 dx = _expanded(dh, base, x, stacks.down, stacks, rank_first=True)

@@ -152,8 +152,17 @@ class AdapterSlot(nn.Module):
 
     def _split(self, split: Block, value: Tensor, x: Tensor | None, norm: Any) -> Tensor:
         sizes = self._sizes(split, value)
-        if self._runs_in_one_op(split):
-            return self._in_one_op(split, sizes, value, x, norm)
+        adapters = self._members(split)
+        if self._runs_in_one_op(split, adapters):
+            places = {name: place for place, name in enumerate(adapters)}
+            ids = tuple(places.get(str(member), -1) for member in split.members)
+            reads = self._read(value, x, norm)
+            return multi_bottleneck_adapter(
+                reads,
+                [adapter.tensors for adapter in adapters.values()],
+                _ids_of_rows(ids, tuple(sizes), value.device),
+                None if reads is value else value,
+            )
         values = value.split(sizes)
         inputs: Iterable[Tensor | None] = [None] * len(sizes) if x is None else x.split(sizes)
         parts = [
@@ -162,12 +171,13 @@ class AdapterSlot(nn.Module):
         ]
         return torch.cat(parts)
 
-    def _runs_in_one_op(self, split: Block) -> bool:
+    @staticmethod
+    def _runs_in_one_op(split: Block, members: dict[str, Any]) -> bool:
         """True if multi_bottleneck_adapter computes all members of the split.
 
         A module that is wrapped or has hooks must be called itself.
         """
-        adapters = self._members(split).values()
+        adapters = members.values()
         return (
             all(isinstance(member, str) for member in split.members)
             and all(type(adapter) is BottleneckAdapter for adapter in adapters)
@@ -180,20 +190,6 @@ class AdapterSlot(nn.Module):
     def _members(self, split: Block) -> dict[str, Any]:
         """The adapters of this slot among the members, by their names."""
         return {name: self.adapters[name] for name in names_in(split) if name in self.adapters}
-
-    def _in_one_op(
-        self, split: Block, sizes: list[int], value: Tensor, x: Tensor | None, norm: Any
-    ) -> Tensor:
-        adapters = self._members(split)
-        places = {name: place for place, name in enumerate(adapters)}
-        ids = tuple(places.get(str(member), -1) for member in split.members)
-        reads = self._read(value, x, norm)
-        return multi_bottleneck_adapter(
-            reads,
-            [adapter.tensors for adapter in adapters.values()],
-            _ids_of_rows(ids, tuple(sizes), value.device),
-            None if reads is value else value,
-        )
 
     def _sizes(self, split: Block, value: Tensor) -> list[int]:
         """How many rows of `value` each member takes."""

@@ -16,7 +16,13 @@ from pylora.calls import (
     MultiBottleneckBackward,
     MultiBottleneckCall,
 )
-from pylora.ops.arguments import Arguments, Spec, dropout_arguments, norm_arguments
+from pylora.ops.arguments import (
+    Arguments,
+    Spec,
+    dropout_arguments,
+    norm_arguments,
+    wanted_of_several,
+)
 
 # bottleneck_adapter
 
@@ -130,18 +136,12 @@ def _write_multi_wanted(wanted: Sequence[BottleneckWanted]) -> list[bool]:
     ]
 
 
-def _read_multi_wanted(mask: list[bool]) -> tuple[BottleneckWanted, ...]:
-    take = Arguments(mask)
-    x, count = take.next(), len(mask) // 4
-    columns = (take.several(count) for _ in range(4))
-    return tuple(BottleneckWanted(x, *row) for row in zip(*columns, strict=True))
-
-
 def _read_multi_backward(take: Arguments) -> MultiBottleneckBackward:
     grad, x, adds_x = take.several(3)
     adapters = _read_bottlenecks(take)
     ids, mask = take.several(2)
-    return MultiBottleneckBackward(grad, x, adds_x, adapters, ids, _read_multi_wanted(mask))
+    wanted = wanted_of_several(mask, BottleneckWanted)
+    return MultiBottleneckBackward(grad, x, adds_x, adapters, ids, wanted)
 
 
 MULTI_BOTTLENECK_ADAPTER = Spec(

@@ -54,6 +54,14 @@ def norm_arguments(norm: Norm | None) -> tuple[str, Tensor | None, Tensor | None
     return ("", None, None, 0.0) if norm is None else (norm.kind, norm.weight, norm.bias, norm.eps)
 
 
+def wanted_of_several(mask: list[bool], record: Any) -> tuple[Any, ...]:
+    """The `record` of each layer or adapter of a mask: x, then four fields, each of all of them."""
+    take = Arguments(mask)
+    x, count = take.next(), len(mask) // 4
+    columns = (take.several(count) for _ in range(4))
+    return tuple(record(x, *row) for row in zip(*columns, strict=True))
+
+
 @dataclass(frozen=True)
 class Spec:
     """The schema of the op of one record type.

@@ -42,7 +42,7 @@ from pylora.ops.adapter_spec import (
     MULTI_BOTTLENECK_ADAPTER,
     MULTI_BOTTLENECK_ADAPTER_BACKWARD,
 )
-from pylora.ops.arguments import Arguments, Spec, dropout_arguments
+from pylora.ops.arguments import Arguments, Spec, dropout_arguments, wanted_of_several
 
 _ABSMAX = "Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, "
 _ABSMAX += "int blocksize, int nested_blocksize"
@@ -269,10 +269,7 @@ def _write_wanted(wanted: Sequence[Wanted]) -> list[bool]:
 
 
 def _read_wanted(mask: list[bool]) -> tuple[Wanted, ...]:
-    take = Arguments(mask)
-    x, count = take.next(), len(mask) // 4
-    columns = (take.several(count) for _ in range(4))
-    return tuple(Wanted(x, *row) for row in zip(*columns, strict=True))
+    return wanted_of_several(mask, Wanted)
 
 
 def _write_qkv(call: LoraQkvCall) -> tuple[Any, ...]:
