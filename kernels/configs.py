@@ -266,7 +266,8 @@ def weight_grad_config(
     num_warps = 8 if factors > 2 else 4
     config = ShrinkConfig(64, _block_r(rank, 64), 64, num_warps, 2 if factors > 2 else 3)
     if fp32:
-        config = ShrinkConfig(64, _block_r(rank, 32), 32, num_warps, 3)
+        # A product in fp32 arithmetic has all of a row of a tile in registers.
+        config = ShrinkConfig(64, _block_r(rank, 32), 32, 8, 3)
     tiles = cdiv(columns, config.block_m) * cdiv(rank, config.block_r)
     return config, *_split(M, config.block_k, tiles, facts, 2, 256)
 
