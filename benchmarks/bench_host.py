@@ -36,12 +36,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from benchmarks import contenders_peers, contenders_torch
+from benchmarks import contenders_layers, contenders_peers, contenders_torch
 from benchmarks.contender import Bench, BuiltLayer, Contender, NotApplicable, linear_work
 from benchmarks.layer_tensors import LayerTensors
 from benchmarks.linear_oracle import linear_oracle
 from benchmarks.shapes import HOST_MODES, HOST_SHAPES
-from pylora import dispatch, functional, nn
+from pylora import dispatch, functional
 from pylora.ops.registration import OPS, run_plan
 from pylora.ops.spec import SPECS
 
@@ -153,22 +153,6 @@ def _nf4_op(tensors: LayerTensors) -> BuiltLayer:
     return replace(layer, forward=lambda x: op(x, *rest))
 
 
-def _nf4_module(tensors: LayerTensors) -> BuiltLayer:
-    cell, layer = tensors.cell, contenders_torch.nf4_linear(tensors)
-    size = cell.in_features, cell.out_features
-    module = nn.NF4Linear(*size, bias=False, device="meta", dtype=tensors.dtype)
-    module.set_nf4_weight(tensors.nf4())
-    return replace(layer, forward=module)
-
-
-def _lora_module(tensors: LayerTensors) -> BuiltLayer:
-    layer, rank = contenders_torch.lora_linear(tensors), tensors.cell.rank
-    base: Any = _nf4_module(tensors).forward
-    module = nn.LoRALinear(base, rank, rank * tensors.scaling, dtype=tensors.dtype)
-    module.lora_A, module.lora_B = (torch.nn.Parameter(p.detach()) for p in layer.parameters)
-    return replace(layer, forward=module, parameters=(module.lora_A, module.lora_B))
-
-
 def _dense_function(tensors: LayerTensors) -> BuiltLayer:
     linear = partial(torch.nn.functional.linear, weight=tensors.dense(tensors.dtype))
     return BuiltLayer(linear, lambda x: "linear")
@@ -196,12 +180,12 @@ def _of_peers(contender: Contender) -> Contender:
 BENCH = Bench(
     op="host",
     contenders=(
-        _ours("pylora", _lora_module, has_lora=True),
+        _ours("pylora", contenders_layers.over_nf4, has_lora=True),
         _ours("pylora F.lora_linear", contenders_torch.lora_linear, has_lora=True),
         _ours("pylora op lora_linear", _lora_op, has_lora=True),
         _ours("pylora plan lora_linear", _plan(contenders_torch.lora_linear), has_lora=True),
         _ours("pylora C call lora_linear", _c_call(contenders_torch.lora_linear), has_lora=True),
-        _ours("pylora nn.NF4Linear", _nf4_module, has_lora=False),
+        _ours("pylora nn.NF4Linear", contenders_layers.nf4_module, has_lora=False),
         _ours("pylora F.nf4_linear", contenders_torch.nf4_linear, has_lora=False),
         _ours("pylora op nf4_linear", _nf4_op, has_lora=False),
         _ours("pylora plan nf4_linear", _plan(contenders_torch.nf4_linear), has_lora=False),

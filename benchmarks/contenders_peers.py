@@ -86,7 +86,9 @@ class _OneLinear(torch.nn.Module):
         self.proj, self.is_loaded_in_4bit = proj, is_4bit
 
 
-def _wrapped_by_peft(model: _OneLinear, tensors: LayerTensors) -> Any:
+def _wrapped_by_peft(
+    model: _OneLinear, tensors: LayerTensors, lora_dtype: torch.dtype | None
+) -> Any:
     """Returns PEFT's LoRA layer around that of `model`, with the factors of `tensors`."""
     from peft import LoraConfig, get_peft_model
 
@@ -94,9 +96,9 @@ def _wrapped_by_peft(model: _OneLinear, tensors: LayerTensors) -> Any:
     config = LoraConfig(
         r=rank, lora_alpha=rank * tensors.scaling, target_modules=["proj"], lora_dropout=0.0
     )
-    # autocast_adapter_dtype=False keeps PEFT's LoRA in bf16, the dtype of ours.
+    # PEFT would make LoRA fp32. Its factors get the dtype that is asked for below.
     layer = get_peft_model(model, config, autocast_adapter_dtype=False).base_model.model.proj
-    a, b = tensors.lora()
+    a, b = tensors.lora(lora_dtype)
     layer.lora_A["default"].weight = torch.nn.Parameter(a.detach())
     layer.lora_B["default"].weight = torch.nn.Parameter(b.detach())
     return layer
@@ -107,8 +109,9 @@ def _lora_of(layer: Any) -> tuple[Tensor, Tensor]:
 
 
 def _peft(training: bool) -> Any:
-    def build(tensors: LayerTensors) -> BuiltLayer:
-        layer = _wrapped_by_peft(_OneLinear(_linear4bit(tensors, training)), tensors)
+    def build(tensors: LayerTensors, lora_dtype: torch.dtype | None = None) -> BuiltLayer:
+        model = _OneLinear(_linear4bit(tensors, training))
+        layer = _wrapped_by_peft(model, tensors, lora_dtype)
         layer.train(training)
         name = f"{type(layer).__module__}.{type(layer).__name__} over "
         return BuiltLayer(layer, lambda x: name + _variant(layer.base_layer), _lora_of(layer))
@@ -125,8 +128,9 @@ def dense_linear(tensors: LayerTensors) -> torch.nn.Linear:
     return module
 
 
-def _peft_over_dense(tensors: LayerTensors) -> BuiltLayer:
-    layer = _wrapped_by_peft(_OneLinear(dense_linear(tensors), is_4bit=False), tensors)
+def _peft_over_dense(tensors: LayerTensors, lora_dtype: torch.dtype | None = None) -> BuiltLayer:
+    model = _OneLinear(dense_linear(tensors), is_4bit=False)
+    layer = _wrapped_by_peft(model, tensors, lora_dtype)
     name = f"{type(layer).__module__}.{type(layer).__name__} over nn.Linear"
     return BuiltLayer(layer, lambda x: name, _lora_of(layer))
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from benchmarks import (
     bench_bottleneck_adapter,
     bench_host,
+    bench_lora_layer,
+    bench_lora_layer_autocast,
     bench_lora_linear,
     bench_lora_mlp,
     bench_lora_qkv,
@@ -26,6 +28,8 @@ BENCHES: dict[str, Bench] = {
         bench_nf4_linear,
         bench_lora_linear,
         # The quick suite leaves out the benches below: with them it would take over five minutes.
+        bench_lora_layer,
+        bench_lora_layer_autocast,
         bench_lora_qkv,
         bench_lora_mlp,
         bench_multi_lora_linear,

@@ -192,6 +192,8 @@ def test_every_installed_contender_is_right(mode: str) -> None:
 @pytest.mark.parametrize(
     ("op", "mode"),
     [
+        ("lora_layer", TRAINING),
+        ("lora_layer_autocast", TRAINING),
         ("lora_qkv", FORWARD),
         ("lora_qkv", BACKWARD),
         ("lora_mlp", TRAINING),
@@ -227,6 +229,8 @@ def test_contenders_of_multi_layer_ops_are_judged(op: str, mode: str) -> None:
 def test_only_the_full_suite_has_multi_layer_ops_and_host_times() -> None:
     """The quick suite must end within five minutes."""
     assert set(ops_of("full")) - set(ops_of("quick")) == {
+        "lora_layer",
+        "lora_layer_autocast",
         "lora_qkv",
         "lora_mlp",
         "multi_lora_linear",

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.machine import ROOT
-from benchmarks.report import gpu_table, methods_table
+from benchmarks.report import cpu_table, gpu_table, methods_table
 from benchmarks.results import write_atomically
 
 README = ROOT / "README.md"
 SECTIONS: dict[str, Callable[[], str]] = {
+    "the CPU's times": cpu_table.section,
     "the GPU's times": gpu_table.section,
     "the methods": methods_table.section,
 }
