@@ -30,6 +30,7 @@ STABLE_TORCH_LIBRARY(pylora_C, m) {
   m.def("nf4_quantize(Tensor weight, int blocksize) -> (Tensor qweight, Tensor absmax)");
   m.def("nf4_dequantize(" NF4 ", int[] shape, ScalarType dtype) -> Tensor");
   m.def("nf4_dequantize_into(" NF4 ", Tensor(a!) out) -> ()");
+  m.def("nf4_dequantize_panel(" NF4 ", int out_features, int in_features, int row, int col, Tensor(a!) out) -> ()");
   m.def("nf4_linear(Tensor x, " NF4 ", int out_features, Tensor? bias) -> Tensor");
   m.def("nf4_linear_hopper(Tensor x, " NF4 ", int out_features, Tensor? bias) -> Tensor");
   m.def("nf4_linear_backward(Tensor grad, " NF4 ", int in_features) -> Tensor");

@@ -57,6 +57,8 @@ SHAPES = (
     (300, 72, 128, 64),
     (513, 40, 64, 64),
 )
+# The same for the products that AMX leaves to torch, which take bf16 alone.
+MANY_TOKENS = (1024, 256, 2048, 64)
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,23 @@ def cases(seed: int = 0, token_counts: Collection[int] | None = None) -> Iterato
                 )
                 yield from _composed_cases(normal, where, x, grad, w, dropout_p, lora_dtype, rank)
                 yield from _adapter_cases(normal, where, x, dropout_p, activation, lora_dtype, rank)
+    if token_counts is None or MANY_TOKENS[0] in token_counts:
+        yield from _many_token_cases(normal)
+
+
+def _many_token_cases(normal: Callable[..., Tensor]) -> Iterator[Case]:
+    """Yields the linear layer and LoRA in bf16 over many tokens, forward and backward."""
+    tokens, out_features, in_features, blocksize = MANY_TOKENS
+    dtype = torch.bfloat16
+    weight = (normal(out_features, in_features) / in_features**0.5).to(dtype)
+    with dispatch.use_backend("reference"):
+        w = functional.quantize_nf4(weight, blocksize)
+    where = f"{tokens}x{in_features}x{out_features} b{blocksize} bfloat16"
+    x, grad = (normal(tokens, size, dtype=dtype) for size in (in_features, out_features))
+    bias = normal(out_features, dtype=dtype)
+    yield Case.of(where, Nf4LinearCall(x, Layer(w.record, bias)))
+    yield Case.of(where, Nf4LinearBackward(grad, w.record))
+    yield from _lora_cases(normal, where, x, grad, w, bias, 0.0, "identity", dtype, 16)
 
 
 def _lora_cases(

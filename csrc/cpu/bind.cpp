@@ -45,10 +45,32 @@ Tensor nf4_dequantize_cpu(NF4Tensors& weight, const std::vector<int64_t>& shape,
   return out;
 }
 
+void nf4_dequantize_panel_cpu(NF4Tensors& weight, int64_t out_features, int64_t in_features,
+                              int64_t row, int64_t col, const Tensor& out) {
+  const DType out_dtype = to_dtype("out", out.scalar_type());
+  check_dim("out", out, 2);
+  STD_TORCH_CHECK(out.is_contiguous(), "out must be contiguous, got strides ",
+                  to_string(out.strides()), " for shape ", to_string(out.sizes()));
+  const int64_t rows = out.size(0), cols = out.size(1);
+  const NF4Matrix matrix = to_matrix(weight, out_features, in_features);
+  const int64_t blocksize = matrix.blocksize;
+  STD_TORCH_CHECK(in_features % blocksize == 0 && col % blocksize == 0 && cols % blocksize == 0,
+                  "in_features, col and the columns of out must be multiples of the blocksize ",
+                  blocksize, ", got ", in_features, ", ", col, " and ", cols);
+  STD_TORCH_CHECK(row >= 0 && row + rows <= out_features && col >= 0 && col + cols <= in_features,
+                  "row, col and out must name a part of the weight [", out_features, ", ",
+                  in_features, "], got row ", row, ", col ", col, " and out ",
+                  to_string(out.sizes()));
+  if (rows == 0 || cols == 0) return;
+  advise_huge_pages(out.mutable_data_ptr(), rows * cols * dtype_size(out_dtype));
+  nf4_dequantize_panel(matrix, row, rows, col, cols, out_dtype, out.mutable_data_ptr());
+}
+
 }  // namespace
 }  // namespace pylora::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(pylora_C, CPU, m) {
   m.impl("nf4_quantize", pylora::boxed<pylora::cpu::nf4_quantize_cpu>);
   m.impl("nf4_dequantize", pylora::boxed<pylora::cpu::nf4_dequantize_cpu>);
+  m.impl("nf4_dequantize_panel", pylora::boxed<pylora::cpu::nf4_dequantize_panel_cpu>);
 }

@@ -10,20 +10,24 @@ namespace {
 // With fewer elements than this, a second thread costs more than it saves.
 constexpr int64_t kGrain = 32768;
 
-// Decodes elements [begin, end), which lie in one block; `begin` is even.
+// Decodes elements [begin, end) to `out`. They lie in one block; `begin` is even.
 template <class T>
 void dequantize_range(const NF4Matrix& weight, int64_t begin, int64_t end, T* out) {
   const float absmax = weight.absmax_at(begin / weight.blocksize);
   T values[kNF4Size];
   for (int i = 0; i < kNF4Size; ++i) values[i] = from_float<T>(kNF4Code[i] * absmax);
   const uint8_t* packed = weight.qweight + begin / 2;
-  T* block = out + begin;
   const int64_t count = end - begin;
   for (int64_t j = 0; j < count / 2; ++j) {
-    block[2 * j] = values[packed[j] >> 4];
-    block[2 * j + 1] = values[packed[j] & 0xF];
+    out[2 * j] = values[packed[j] >> 4];
+    out[2 * j + 1] = values[packed[j] & 0xF];
   }
-  if (count % 2 != 0) block[count - 1] = values[packed[count / 2] >> 4];
+  if (count % 2 != 0) out[count - 1] = values[packed[count / 2] >> 4];
+}
+
+// The address of an element of a tensor.
+void* address(void* data, DType dtype, int64_t element) {
+  return static_cast<char*>(data) + element * dtype_size(dtype);
 }
 
 constexpr KernelTable<DequantizeBlocks> kDequantizeBlocks{
@@ -38,8 +42,9 @@ void nf4_dequantize_blocks_portable(const NF4Matrix& weight, DType out_dtype, in
                                     int64_t end, void* out) {
   visit_dtype(out_dtype, [&](auto element) {
     for (int64_t block = begin; block < end; ++block) {
-      dequantize_range(weight, block * weight.blocksize, (block + 1) * weight.blocksize,
-                       static_cast<decltype(element)*>(out));
+      const int64_t first = block * weight.blocksize;
+      dequantize_range(weight, first, first + weight.blocksize,
+                       static_cast<decltype(element)*>(out) + first - begin * weight.blocksize);
     }
   });
 }
@@ -49,11 +54,25 @@ void nf4_dequantize(const NF4Matrix& weight, DType out_dtype, void* out) {
   const int64_t numel = weight.numel();
   const int64_t blocksize = weight.blocksize;
   const int64_t whole = numel / blocksize;
-  parallel_for(0, whole, ceil_div(kGrain, blocksize),
-               [&](int64_t begin, int64_t end) { dequantize(weight, out_dtype, begin, end, out); });
+  parallel_for(0, whole, ceil_div(kGrain, blocksize), [&](int64_t begin, int64_t end) {
+    dequantize(weight, out_dtype, begin, end, address(out, out_dtype, begin * blocksize));
+  });
   if (whole * blocksize == numel) return;
   visit_dtype(out_dtype, [&](auto element) {
-    dequantize_range(weight, whole * blocksize, numel, static_cast<decltype(element)*>(out));
+    dequantize_range(weight, whole * blocksize, numel,
+                     static_cast<decltype(element)*>(out) + whole * blocksize);
+  });
+}
+
+void nf4_dequantize_panel(const NF4Matrix& weight, int64_t row, int64_t rows, int64_t col,
+                          int64_t cols, DType out_dtype, void* out) {
+  DequantizeBlocks* dequantize = kDequantizeBlocks.choose(false);
+  const int64_t blocks = cols / weight.blocksize;
+  parallel_for(0, rows, ceil_div(kGrain, cols), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t first = ((row + r) * weight.cols + col) / weight.blocksize;
+      dequantize(weight, out_dtype, first, first + blocks, address(out, out_dtype, r * cols));
+    }
   });
 }
 

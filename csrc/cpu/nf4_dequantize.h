@@ -17,7 +17,13 @@ namespace pylora::cpu {
 
 void nf4_dequantize(const NF4Matrix& weight, DType out_dtype, void* out);
 
-// Decodes the whole blocks [begin, end). There is one such function for each instruction set.
+// Decodes a panel of a weight whose rows are whole blocks: rows [row, row + rows) of its columns
+// [col, col + cols), which begin and end with a block, to the rows of out [rows, cols].
+void nf4_dequantize_panel(const NF4Matrix& weight, int64_t row, int64_t rows, int64_t col,
+                          int64_t cols, DType out_dtype, void* out);
+
+// Decodes the whole blocks [begin, end); the first of them goes to `out`, and the others follow it.
+// There is one such function for each instruction set.
 using DequantizeBlocks = void(const NF4Matrix& weight, DType out_dtype, int64_t begin, int64_t end,
                               void* out);
 

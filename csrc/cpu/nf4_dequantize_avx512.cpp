@@ -68,8 +68,9 @@ PYLORA_INLINE void dequantize_blocks(const NF4Matrix& weight, int64_t begin, int
     const __m512i values = table(T{}, weight.absmax_at(block));
     const uint8_t* packed = weight.qweight + block * blocksize / 2;
     for (int64_t i = 0; i < blocksize; i += 32) {
-      decode32(out + block * blocksize + i, packed + i / 2, values);
+      decode32(out + i, packed + i / 2, values);
     }
+    out += blocksize;
   }
 }
 

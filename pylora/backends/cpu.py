@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pylora.backends import extension
+from pylora.backends import cpu_products, extension, limits
 from pylora.backends.backend import (
     DENSE,
     KERNEL_DTYPES,
@@ -68,12 +68,29 @@ def _dequantize(call: DequantizeCall) -> Plan | Refusal:
     return dequantize_refusal("cpu", call) or Plan(_instruction_set(), extension.nf4_dequantize)
 
 
+def _planned_by_tokens(plan: Plan | Refusal, x: Tensor, layer: Layer, run: Any) -> Plan | Refusal:
+    """`plan`, or that of torch's products where they are faster and take the call.
+
+    run    runs the products
+    """
+    if isinstance(plan, Refusal) or plan.variant != "amx":
+        return plan
+    tokens = token_count(x)
+    work = tokens * layer.weight.out_features * layer.weight.in_features
+    if tokens < limits.CPU_AMX_PRODUCTS_FROM or work < limits.CPU_AMX_PRODUCTS_WORK:
+        return plan
+    return Plan("amx, panels multiplied in torch", run) if cpu_products.takes(x, layer) else plan
+
+
 def _nf4_linear(call: Nf4LinearCall) -> Plan | Refusal:
-    return _planned(_reason(x=call.x), extension.nf4_linear, extension.prepare_nf4_linear)
+    plan = _planned(_reason(x=call.x), extension.nf4_linear, extension.prepare_nf4_linear)
+    return _planned_by_tokens(plan, call.x, call.layer, cpu_products.nf4_linear)
 
 
 def _nf4_linear_backward(call: Nf4LinearBackward) -> Plan | Refusal:
-    return _planned(_reason(grad=call.grad), extension.nf4_linear_backward)
+    plan = _planned(_reason(grad=call.grad), extension.nf4_linear_backward)
+    run = cpu_products.nf4_linear_backward
+    return _planned_by_tokens(plan, call.grad, Layer(call.weight), run)
 
 
 def _lora_reason(layer: Layer, **tensors: Tensor) -> Reason:
@@ -107,12 +124,14 @@ def _lora_linear(call: LoraLinearCall) -> Plan | Refusal:
             return Refusal(reason)
         return Plan("dense small_m", extension.lora_linear_dense, prepare=prepare)
     reason = _lora_reason(call.layer, x=call.x)
-    return _planned(reason, extension.lora_linear, extension.prepare_lora_linear)
+    plan = _planned(reason, extension.lora_linear, extension.prepare_lora_linear)
+    return _planned_by_tokens(plan, call.x, call.layer, cpu_products.lora_linear)
 
 
 def _lora_linear_backward(call: LoraLinearBackward) -> Plan | Refusal:
     reason = _lora_reason(call.layer, grad=call.grad, x=call.x)
-    return _planned(reason, extension.lora_linear_backward)
+    plan = _planned(reason, extension.lora_linear_backward)
+    return _planned_by_tokens(plan, call.grad, call.layer, cpu_products.lora_linear_backward)
 
 
 def _adapter_reason(

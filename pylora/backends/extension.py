@@ -106,6 +106,12 @@ def nf4_dequantize_into(weight: Weight, out: Tensor) -> None:
     _op("nf4_dequantize_into")(*weight.arguments, out)
 
 
+def nf4_dequantize_panel(weight: Weight, row: int, col: int, out: Tensor) -> None:
+    """Writes a part of the dense weight that begins at (row, col), in the size of `out`, to it."""
+    shape = weight.out_features, weight.in_features
+    _op("nf4_dequantize_panel")(*weight.arguments, *shape, row, col, out)
+
+
 def _nf4_linear(op: str, call: Nf4LinearCall) -> Tensor:
     weight, bias = call.layer.weight, call.layer.bias
     return _op(op)(call.x, *weight.arguments, weight.out_features, bias)

@@ -7,8 +7,15 @@ compiled kernel cannot do at all is a hard limit and comes from the extension
 
 from __future__ import annotations
 
-# The measurements are those of an H100 (benchmarks/results/h100-sxm/sweep.json) in microseconds,
-# for a weight [out_features, in_features]. Other GPUs have not been measured.
+# cpu: with at least so many tokens, and so many multiplications of the base, torch multiplies
+# decoded panels faster on AMX than our tiles multiply what they decode. On a Sapphire Rapids with 2
+# threads a forward and backward with LoRA of [4096, 4096] takes 70 ms at 512 tokens by tiles and 64
+# by panels, at 2048 tokens 271 and 217; [576, 576] takes 3.1 and 3.9 at 1024, 9.6 and 8.0 at 2048.
+CPU_AMX_PRODUCTS_FROM = 1024
+CPU_AMX_PRODUCTS_WORK = 2**29
+
+# The measurements below are those of an H100 (benchmarks/results/h100-sxm/sweep.json) in
+# microseconds, for a weight [out_features, in_features]. Other GPUs have not been measured.
 #
 # cuda: up to this many tokens the small_m kernel runs, to which up to 8 tokens cost about the same:
 # [4096, 4096] takes 18.7 at 4 tokens and 28.5 at 16, and the hopper kernel 24.6 at 32. The Triton

@@ -94,7 +94,10 @@ class KeptCall:
             return self._plan.native(self._call(x, scaling, None))
         # A prepared forward reads the memory of x, which must have the elements as they are.
         if forward is None or not x.is_contiguous() or x.is_neg() or x._is_zerotensor():
-            return first(run_plan(self._op, self._call(x, scaling, dropout), self._plan))
+            call = self._call(x, scaling, dropout)
+            # The kept plan is that of a call without dropout.
+            plan = self._plan if dropout is None else dispatch.choose(call)[1]
+            return first(run_plan(self._op, call, plan))
         if not torch.is_grad_enabled():
             return forward(x, scaling, dropout, False)[0]
         low = self._layer.low_rank
