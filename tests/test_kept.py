@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -171,3 +172,22 @@ def test_a_replaced_tensor_is_seen(name: str) -> None:
     layer._parameters[name] = getattr(other_layer, name)
     assert layer._kept.call_with(x) is None
     assert torch.equal(layer(x), without_kept_call(layer, x))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("base", ["nf4", "dense"])
+def test_a_call_under_autocast_keeps_no_cast_of_a_parameter(base: str, use_dora: bool) -> None:
+    """The cast would not change with the parameter, and the next call would use the old values."""
+    linear = nn.Linear(IN, OUT, dtype=torch.bfloat16)
+    layer = LoRALinear(
+        NF4Linear.from_linear(linear) if base == "nf4" else linear, r=RANK, use_dora=use_dora
+    )
+    x = torch.randn(3, IN, dtype=torch.bfloat16)
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context:
+            with torch.autocast("cpu", torch.bfloat16):
+                layer(x)
+            with torch.no_grad():
+                layer.lora_B.normal_()
+            fresh = copy.deepcopy(layer)
+            assert torch.equal(layer(x), fresh(x))

@@ -56,6 +56,8 @@ OPS = (
 # The bench files that are not named after an op, and why they exist.
 BENCHES_BEYOND_OPS = {
     "host": "times the layers of pylora above the kernels, which is not the work of a single op",
+    "lora_layer": "times nn.LoRALinear against PEFT's layer, over NF4 and over dense weights",
+    "lora_layer_autocast": "times the same under autocast, with LoRA in fp32",
 }
 
 

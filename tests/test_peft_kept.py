@@ -243,3 +243,20 @@ def test_a_plain_4bit_layer_returns_the_dtype_of_its_input(dtype: torch.dtype) -
         assert model(X).dtype == torch.float32
     with pytest.raises(RuntimeError, match=r"shapes|size"):
         model(X[:, :63])
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_a_call_under_autocast_keeps_no_cast_of_a_parameter(base: str) -> None:
+    model = accelerated(base).bfloat16() if base == "dense" else accelerated(base)
+    x = X.bfloat16()
+    for key in ("lora_A", "lora_B"):
+        getattr(layer_of(model), key)["default"].float()
+    with torch.no_grad():
+        for _ in range(2):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                model(x)
+            layer_of(model).lora_B["default"].weight.normal_()
+            after = model(x)
+            pylora.restore(model)
+            pylora.accelerate(model, strict=True)
+            assert torch.equal(model(x), after)

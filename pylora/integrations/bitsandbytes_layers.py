@@ -124,7 +124,7 @@ class Linear4bitSwap(Swap):
     def _keep(self, module: Any, x: Tensor, call: Any) -> None:
         places, packed = packed_places(module), Packed.of(module)
         held = all(place.name in place.held for place in places)
-        kept = Kept.of(places if held else None, x, call)
+        kept = Kept.of(lambda: places if held else None, x, call)
         self._kept = None if kept is None or packed is None else (kept, packed)
 
 

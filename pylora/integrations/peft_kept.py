@@ -54,7 +54,7 @@ class KeptPeftCall:
         """What to keep of a call that was made; None if the next one must be checked as well."""
         if module.lora_variant or module.active_adapters != [name]:
             return None
-        kept = Kept.of(places_of_parts(parts), x, record)
+        kept = Kept.of(lambda: places_of_parts(parts), x, record)
         return None if kept is None else cls(module, name, parts, x.dtype, kept)
 
     def result(self, module: Any, x: Any) -> Tensor | None:

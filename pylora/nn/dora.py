@@ -143,7 +143,7 @@ class DoraCalls:
             return _rescaled(call.run(x, scaling), rescale, bias)
         record = functional.CALLS["lora_linear"](x, weight, lora_A, lora_B, scaling)
         if not compiling:
-            self._kept = Kept.of(places(), x, record)
+            self._kept = Kept.of(places, x, record)
         return _rescaled(run_output(record), rescale, bias)
 
 

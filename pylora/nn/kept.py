@@ -11,7 +11,7 @@ the address of such a tensor. A call that is unusual in another way is checked a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pylora import dispatch
-from pylora.backends.backend import Plan
+from pylora.backends.backend import Plan, under_autocast
 from pylora.calls import Dropout
 from pylora.ops.registration import (
     OPS,
@@ -151,9 +151,19 @@ class Kept:
         self._calls: dict[Any, KeptCall] = {}
 
     @classmethod
-    def of(cls, places: tuple[Place, ...] | None, x: Tensor, call: Any) -> Kept | None:
-        """What to keep of a checked call; None if the next one must be checked as well."""
-        if places is None or call.x is not x:  # autocast has made another x
+    def of(
+        cls, find_places: Callable[[], tuple[Place, ...] | None], x: Tensor, call: Any
+    ) -> Kept | None:
+        """What to keep of a checked call; None if the next one must be checked as well.
+
+        find_places    returns the places of the tensors of the call; None if they must not be kept
+        """
+        # Under autocast the call may hold casts of the layer's tensors, which do not change when
+        # these do.
+        if under_autocast(x.device.type):
+            return None
+        places = find_places()
+        if places is None:
             return None
         tensors = (place.held[place.name] for place in places if not place.viewed)
         return cls(places, call) if only_autograd_watches((x, *tensors)) else None

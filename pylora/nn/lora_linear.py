@@ -127,7 +127,7 @@ class LoRALinear(MergeableLoRA):
         arguments = (x, self.base_weight, *factors, self.base_layer.bias)
         call = functional.CALLS["lora_linear"](*arguments, dropout_p, lora_B_bias=self.lora_B_bias)
         if not torch.compiler.is_compiling():
-            self._kept = Kept.of(self._places(), x, call)
+            self._kept = Kept.of(self._places, x, call)
         return run_output(call)
 
     def _places(self) -> tuple[Place, ...] | None:

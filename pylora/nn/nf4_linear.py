@@ -242,7 +242,7 @@ class NF4Linear(nn.Module):
         refuse_sharded_forward(self)
         call = functional.CALLS["nf4_linear"](x, self.nf4_weight, self.bias)
         if not torch.compiler.is_compiling():
-            self._kept = Kept.of(self.places(), x, call)
+            self._kept = Kept.of(self.places, x, call)
         return run(call)
 
     def places(self) -> tuple[Place, ...] | None:
