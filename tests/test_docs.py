@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import pylora
+import pylora.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("bitsandbytes")
@@ -72,3 +73,43 @@ def test_adapters_and_merging_page_runs(
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     assert merged.dtype == torch.bfloat16
     assert names["model"].model.layers[0].mlp.up_proj.merged
+
+
+def test_readme_runs(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks run one after the other, with a model and tensors in the places of "..."."""
+    monkeypatch.chdir(tmp_path)  # it writes adapters
+    text = (ROOT / "README.md").read_text()
+    code, count = re.subn(
+        r"^model = \.\.\..*$",
+        f"import transformers\nmodel = transformers.AutoModelForCausalLM.from_pretrained("
+        f"{str(checkpoint)!r})",
+        "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)),
+        flags=re.MULTILINE,
+    )
+    assert count == 1
+    weight, lora_A, lora_B = torch.randn(96, 64), torch.randn(4, 64), torch.randn(96, 4)
+    up = F.Projection(pylora.quantize_nf4(weight), lora_A, lora_B, 0.5)
+    down = F.Projection(pylora.quantize_nf4(weight.t()), lora_B.t(), lora_A.t(), 0.5)
+    adapter = F.AdapterTensors(torch.randn(4, 64), None, torch.randn(64, 4), None)
+    names = dict(
+        x=torch.randn(8, 64),
+        weight=weight,
+        bias=torch.randn(96),
+        lora_A=lora_A,
+        lora_B=lora_B,
+        scaling=0.5,
+        projections=[up, up, up],
+        gate=up,
+        up=up,
+        down=down,
+        lora_As=lora_A.expand(2, 4, 64),
+        lora_Bs=lora_B.expand(2, 96, 4),
+        scalings=torch.ones(2),
+        adapters=[adapter, adapter],
+        adapter_ids=torch.arange(8) % 2,
+    )
+    exec(compile(code, "README.md", "exec"), names)
+    assert set(pylora.adapter_names(names["model"])) == {"default", "summary", "chat"}
+    assert pylora.active_adapter(names["model"]) == pylora.Stack("summary", "chat")
+    assert (tmp_path / "adapters" / "chat").is_dir()
+    assert names["y"].shape == (8, 64)
