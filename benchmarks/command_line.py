@@ -133,6 +133,14 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=Path, help="the folder for the page; default: the folder of the JSON"
     )
 
+    submit = commands.add_parser(
+        "submit", help="copy the JSON of your runs to benchmarks/results, for a pull request"
+    )
+    submit.add_argument(
+        "paths", type=Path, nargs="*", help="folders or JSON files; default: build/benchmarks"
+    )
+    submit.add_argument("--name", required=True, help="your machine, such as amd-epyc-9554")
+
     commands.add_parser("memory-probe")  # for `benchmarks.memory`, not for people
     return top
 
@@ -210,6 +218,16 @@ def _report(arguments: argparse.Namespace) -> int:
     out = arguments.out or (paths[0] if paths[0].is_dir() else paths[0].parent)
     for written in write_report(load_all(paths), load_models(paths), out):
         print(written)
+    return 0
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from benchmarks.submit import submit
+
+    copies = submit(arguments.paths or [DEFAULT_OUT], arguments.name)
+    print(*copies, sep="\n")
+    print("These files hold the machine, the versions and the times, and nothing else about you.")
+    print(f"Next: git add {copies[0].parent}, commit, and open a pull request.")
     return 0
 
 
