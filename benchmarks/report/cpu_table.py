@@ -96,6 +96,12 @@ def section() -> str:
         f" 16;\n{versions}. Each number is the time of PEFT's\nlayer over that of"
         " `nn.LoRALinear` on the same kind of weight, and bold if we lose. The\ncolumns are"
         " numbers of tokens; f+b is a forward with its backward; eval and train are\nthe"
-        " two ways in which bitsandbytes runs on a CPU.\n"
+        " two ways in which bitsandbytes runs on a CPU. A dash stands for fewer than\n"
+        f"{LEAST_SAMPLES} samples.\n"
     )
-    return head + "".join(f"\n{title}:\n\n{_table(runs[name])}" for name, title in TABLES.items())
+    shown, *folded = TABLES
+    parts = [f"{head}\n{TABLES[shown]}:\n\n{_table(runs[shown])}"]
+    for name in folded:
+        summary = f"<summary>The same with {TABLES[name]}</summary>"
+        parts.append(f"\n<details>{summary}\n\n{_table(runs[name])}\n</details>\n")
+    return "".join(parts)
