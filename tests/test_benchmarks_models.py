@@ -56,6 +56,43 @@ def test_every_contender_is_measured(folder: Path) -> None:
     )  # its classifier is trained in another way
 
 
+class BrokenDecoding:
+    """Stands for a model that some contender cannot decode."""
+
+    broken = PEER
+    order: list[str]
+
+    def __init__(self, model: Any, vocabulary: int) -> None:
+        self.fails = NAMES[len(self.order)] == self.broken
+        self.order.append("")
+
+    def seconds(self) -> float:
+        if self.fails:
+            raise RuntimeError("its weights cannot be repacked")
+        return 1.0
+
+
+@pytest.mark.parametrize(("broken", "code"), [(PEER, 0), ("pylora", 1)])
+def test_a_contender_that_cannot_decode_does_not_end_the_run(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    broken: str,
+    code: int,
+) -> None:
+    monkeypatch.setattr(run, "SCALE", 2)
+    monkeypatch.setattr(run, "REPEAT", 1)
+    monkeypatch.setattr(run, "Decoding", BrokenDecoding)
+    monkeypatch.setattr(BrokenDecoding, "broken", broken)
+    monkeypatch.setattr(BrokenDecoding, "order", [], raising=False)
+    options = ["--model", "llama", "--dtype", "float32", "--seconds", "0"]
+    assert main(["models", *options, "--out", str(tmp_path)]) == code
+    (model,) = results.load(tmp_path / results.FILE)["models"]
+    decoded = {r["contender"] for r in model["results"] if "token" in r}
+    assert decoded == set(NAMES) - {broken}
+    assert f"llama, {broken} could not decode: its weights" in capsys.readouterr().out
+
+
 def test_the_table_and_the_page_show_every_contender(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from benchmarks import machine
 from benchmarks.models import results
-from benchmarks.models.contenders import CONTENDERS, RANK
+from benchmarks.models.contenders import CONTENDERS, DENSE_PEER, RANK
 from benchmarks.models.families import FAMILIES
 from benchmarks.models.measure import Decoding, Training, model_bytes
 from benchmarks.models.results import PEER
@@ -129,7 +129,7 @@ def jobs(names: list[str] | None, dtype: torch.dtype, on_gpu: bool = False) -> d
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measures the models and returns 0."""
+    """Measures the models. Returns 1 if a contender of ours failed, which a peer may do."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
@@ -157,7 +157,9 @@ def run(arguments: argparse.Namespace) -> int:
         results.save(path, run)  # a run that is cut off keeps what it measured
     print(models_table(run))
     print(f"\nwrote {path}")
-    return 0
+    results_of_all = [result for model in run["models"] for result in model["results"]]
+    failed = {r["contender"] for r in results_of_all if "token_error" in r}
+    return 1 if failed - {PEER, DENSE_PEER} else 0
 
 
 def _measure(
@@ -196,6 +198,12 @@ def _measure(
     if job.vocabulary:
         # It comes last: on some CPUs bitsandbytes repacks its weights when it decodes.
         decoding = {n: Decoding(t.model, job.vocabulary).seconds for n, t in trainings.items()}
+        for contender_name in list(decoding):
+            try:
+                decoding[contender_name]()
+            except RuntimeError as error:  # a peer that cannot decode does not end the run
+                found[contender_name]["token_error"] = str(error)
+                del decoding[contender_name]
         for contender_name, summary in _timed(decoding, seed, seconds).items():
             found[contender_name]["token"] = summary
     del trainings, steps
@@ -213,6 +221,8 @@ def _timed(
     calls: Mapping[str, Callable[[], float]], seed: int, seconds: float
 ) -> dict[str, dict[str, Any]]:
     """Gives every contender the same number of samples, which take about `seconds` together."""
+    if not calls:
+        return {}
     once = sum(call() for call in calls.values())
     count = max(_LEAST, min(_MOST, int(seconds / once)))
     samples: dict[str, list[float]] = {name: [] for name in calls}

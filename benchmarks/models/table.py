@@ -55,4 +55,9 @@ def models_table(run: Mapping[str, Any]) -> str:
         others = zip(line[2:], widths[2:], strict=True)
         cells = line[2:3] if not line[3] else [cell.rjust(width) for cell, width in others]
         texts.append(f"{first}  {'  '.join(cells)}".rstrip())
+    for model in run["models"]:
+        for result in model["results"]:
+            if "token_error" in result:
+                what = f"{model['model']}, {result['contender']}"
+                texts.append(f"{what} could not decode: {result['token_error']}")
     return "\n".join([EXPLANATION.format(**run), *texts])
