@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from pylora import dispatch
+from pylora.backends import extension
 from pylora.nn import LoRALinear, NF4Linear
 from pylora.nn import kept as kept_module
 
@@ -191,3 +192,27 @@ def test_a_call_under_autocast_keeps_no_cast_of_a_parameter(base: str, use_dora:
                 layer.lora_B.normal_()
             fresh = copy.deepcopy(layer)
             assert torch.equal(layer(x), fresh(x))
+
+
+def test_the_first_call_with_gradients_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of many lengths make many first calls."""
+    layer, count = lora_layer(), 0
+    with dispatch.use_backend("cpu"):
+        layer(torch.randn(2, IN))
+        prepare = extension.prepare_lora_linear
+
+        def counted(call: object) -> object:
+            forward = prepare(call)
+
+            def run(*args: object) -> object:
+                nonlocal count
+                count += 1
+                return forward(*args)
+
+            return run
+
+        monkeypatch.setattr(extension, "prepare_lora_linear", counted)
+        for tokens in (3, 4, 4):
+            y = layer(torch.randn(tokens, IN))
+            assert y.requires_grad
+        assert count == 3

@@ -201,7 +201,7 @@ def _measure(
         for contender_name in list(decoding):
             try:
                 decoding[contender_name]()
-            except RuntimeError as error:  # a peer that cannot decode does not end the run
+            except Exception as error:  # a peer that cannot decode does not end the run
                 found[contender_name]["token_error"] = str(error)
                 del decoding[contender_name]
         for contender_name, summary in _timed(decoding, seed, seconds).items():

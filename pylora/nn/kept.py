@@ -105,11 +105,22 @@ class KeptCall:
             call = self._call(x, scaling, dropout)
             run = partial(forward, x, scaling, dropout, True)
             return first(with_gradient(self._op, call, run))
-        if self._gradient is None:
-            with torch.no_grad():
-                results = forward(x, scaling, None, True)
-            self._gradient = RepeatedGradient(self._op, self._record(x, self._layer), results)
-        return self._gradient.run(x, partial(forward, x, scaling, None, True))
+        run = partial(forward, x, scaling, None, True)
+        return self._first(x, run) if self._gradient is None else self._gradient.run(x, run)
+
+    def _first(self, x: Tensor, forward: Callable[[], Sequence[Tensor]]) -> Tensor:
+        """Runs the first call that autograd records, and keeps what the next one repeats."""
+        call = self._record(x, self._layer)
+        results: tuple[Tensor, ...] = ()
+
+        def run() -> tuple[Tensor, ...]:
+            nonlocal results
+            results = tuple(forward())
+            return results
+
+        y = first(with_gradient(self._op, call, run))
+        self._gradient = RepeatedGradient(self._op, call, results)
+        return y
 
     def _call(self, x: Tensor, scaling: float, dropout: Dropout | None) -> Any:
         layer, low = self._layer, self._layer.low_rank
