@@ -9,7 +9,7 @@ from __future__ import annotations
 
 # cpu: with at least so many tokens, and so many multiplications of the base, torch multiplies
 # decoded panels faster on AMX than our tiles multiply what they decode. On a Sapphire Rapids with 2
-# threads a forward and backward with LoRA of [4096, 4096] takes 70 ms at 512 tokens by tiles and 64
+# threads a forward and backward with LoRA of [4096, 4096] takes 67 ms at 512 tokens by tiles and 64
 # by panels, at 2048 tokens 271 and 217; [576, 576] takes 3.1 and 3.9 at 1024, 9.6 and 8.0 at 2048.
 CPU_AMX_PRODUCTS_FROM = 1024
 CPU_AMX_PRODUCTS_WORK = 2**29
