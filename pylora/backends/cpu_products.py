@@ -1,8 +1,8 @@
 """The products variant of the cpu backend: decode a panel of the weight, then multiply in torch.
 
 With many tokens torch's bf16 product, which is oneDNN's, runs faster on AMX tiles than the kernels
-that decode as they multiply, and decoding is a small part of the time. A panel takes 2 KiB for each row
-or column of the weight, and is decoded into the memory of the one before it.
+that decode as they multiply, and decoding is a small part of the time. A panel takes 2 KiB for each
+row or column of the weight, and is decoded into the memory of the one before it.
 
 What a layer adds to the product, its bias and its low-rank path, is written first. The product
 is added to it in fp32 before it is rounded.
