@@ -9,7 +9,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import pylora
@@ -59,6 +59,11 @@ def dequantized_by_bitsandbytes(packed: torch.Tensor, state: bnb.QuantState) -> 
     )
 
 
+def without_denormals(values: torch.Tensor) -> torch.Tensor:
+    """Makes zeros of denormals, and of what may be a denormal that was rounded up."""
+    return torch.where(values.abs() <= torch.finfo(values.dtype).tiny, 0.0 * values, values)
+
+
 @torch.compiler.set_stance("force_eager")  # bitsandbytes compiles parts of its CPU code
 def assert_same_as_bitsandbytes(weight: torch.Tensor, blocksize: int, double_quant: bool) -> None:
     """The bits are those of bitsandbytes on a CPU, also if ours are made on a GPU.
@@ -79,7 +84,11 @@ def assert_same_as_bitsandbytes(weight: torch.Tensor, blocksize: int, double_qua
         assert torch.equal(w.nested_absmax, state.state2.absmax)
         assert torch.equal(w.nested_code, state.state2.code)
         assert torch.equal(w.offset, state.offset)
-    assert torch.equal(w.dequantize(), dequantized_by_bitsandbytes(packed, state))
+    ours, theirs = w.dequantize(), dequantized_by_bitsandbytes(packed, state)
+    if theirs.dtype == torch.bfloat16 and theirs.device.type == "cpu" and bnb.has_avx512bf16():
+        # The conversion of such a CPU, which bitsandbytes uses, makes zeros of denormals.
+        ours, theirs = without_denormals(ours), without_denormals(theirs)
+    assert torch.equal(ours, theirs)
 
 
 @settings(
@@ -98,6 +107,7 @@ def assert_same_as_bitsandbytes(weight: torch.Tensor, blocksize: int, double_qua
     double_quant=st.booleans(),
     seed=st.integers(0, 2**31),
 )
+@example(1, 32, 32, torch.bfloat16, "tiny", False, 0)
 def test_bits_equal_bitsandbytes(
     device: str,
     rows: int,
