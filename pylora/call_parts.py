@@ -155,6 +155,14 @@ class Layer:
     bias: Tensor | None = None
     low_rank: LowRank | None = None
 
+    def summed_bias(self) -> Tensor | None:
+        """The layer's bias plus that of lora_B, which is scaled; None without either."""
+        low = self.low_rank
+        if low is None or low.B_bias is None:
+            return self.bias
+        B_bias = low.scaling * low.B_bias.float()
+        return B_bias if self.bias is None else B_bias.add_(self.bias)
+
 
 @dataclass(frozen=True, slots=True)
 class Wanted:

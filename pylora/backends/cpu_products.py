@@ -22,7 +22,6 @@ from pylora.calls import (
     LayerGradients,
     LoraLinearBackward,
     LoraLinearCall,
-    LowRank,
     Nf4LinearBackward,
     Nf4LinearCall,
     Weight,
@@ -74,11 +73,10 @@ def _forward(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor | None]:
     """(y [M, out_features], h [M, r] in bf16 or None), for x [M, in_features]."""
     low, weight = layer.low_rank, layer.weight
     y = x.new_empty(x.shape[0], weight.out_features)
-    bias, h, a = layer.bias, None, None
+    bias, h, a = layer.summed_bias(), None, None
     if low is not None:
         h = torch.nn.functional.linear(x, low.A, low.A_bias)
         a = low.scaling * ACTIVATIONS[low.activation].forward(h)
-        bias = _summed(bias, low)
     bias = None if bias is None else bias.to(x.dtype)
     for rows, panel in _row_panels(weight, x):
         part = y[:, rows]
@@ -92,14 +90,6 @@ def _forward(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor | None]:
         else:
             torch.mm(x, panel.t(), out=part)
     return y, h
-
-
-def _summed(bias: Tensor | None, low: LowRank) -> Tensor | None:
-    """The layer's bias and that of lora_B, which is scaled."""
-    if low.B_bias is None:
-        return bias
-    B_bias = low.scaling * low.B_bias.float()
-    return B_bias if bias is None else B_bias.add_(bias)
 
 
 def _dx(grad: Tensor, weight: Weight, dh: Tensor | None, A: Tensor | None) -> Tensor:

@@ -68,8 +68,5 @@ def lora_linear(call: LoraLinearCall) -> tuple[Tensor, Tensor]:
     right[:, in_features : in_features + rank] = low.B
     if in_features + rank < right.shape[1]:
         right[:, in_features + rank :] = 0
-    bias = layer.bias
-    if low.B_bias is not None:
-        B_bias = low.scaling * low.B_bias.float()
-        bias = B_bias if bias is None else B_bias.add_(bias)
+    bias = layer.summed_bias()
     return linear(left, right, None if bias is None else bias.to(x.dtype)), h
