@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from torch import Tensor
 
 import pylora
 import pylora.functional as F
-from pylora.backends import cpu, triton
+from pylora.backends import cpu, limits, triton
 from pylora.functional import Norm
 from pylora.reference.activation import ACTIVATIONS
 from pylora.reference.dropout import dropout_mask
@@ -41,6 +42,14 @@ SHAPES = {
     "one feature": (40, 37, 1),
 }
 WEIGHTS = ("down_weight", "down_bias", "up_weight", "up_bias")
+
+
+@pytest.fixture(autouse=True)
+def only_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps the cpu backend from running an adapter as products of torch."""
+    monkeypatch.setattr(limits, "CPU_ADAPTER_PRODUCTS_TO", 0)
+    monkeypatch.setattr(limits, "CPU_AMX_ADAPTER_PRODUCTS_SIZE", math.inf)
+    monkeypatch.setattr(limits, "CPU_AMX_ADAPTER_PRODUCTS_FROM", math.inf)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

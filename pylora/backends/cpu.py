@@ -5,8 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from pylora import reference
 from pylora.backends import cpu_products, extension, limits
 from pylora.backends.backend import (
     DENSE,
@@ -17,9 +19,11 @@ from pylora.backends.backend import (
     Reason,
     Refusal,
     dequantize_refusal,
+    in_python,
 )
 from pylora.backends.composition import composed
 from pylora.calls import (
+    Bottleneck,
     BottleneckAdapterBackward,
     BottleneckAdapterCall,
     DequantizeCall,
@@ -144,15 +148,42 @@ def _adapter_reason(
     return _reason(**tensors, down_weight=call.adapter.down)
 
 
+def _adapter_plan(
+    plan: Plan | Refusal, x: Tensor, adapter: Bottleneck, faster_on_amx: bool, products: Any
+) -> Plan | Refusal:
+    """`plan`, or that of torch's products where they are faster and take the call.
+
+    faster_on_amx    True if they are faster on AMX in bf16 with any number of tokens
+    products         runs them; it is the op's reference
+    """
+    # A norm or dropout would need passes over the tokens of its own.
+    plain = adapter.dropout is None and adapter.norm_before is None and adapter.norm_after is None
+    if isinstance(plan, Refusal) or not plain or adapter.down.dtype != x.dtype:
+        return plan
+    in_bf16 = x.dtype == torch.bfloat16 and plan.variant in ("amx", "avx512_bf16")
+    few_tokens = token_count(x) <= limits.CPU_ADAPTER_PRODUCTS_TO
+    large = adapter.down.numel() >= limits.CPU_ADAPTER_PRODUCTS_SIZE
+    faster = few_tokens and large and (in_bf16 or x.dtype == torch.float32)
+    if faster or (in_bf16 and faster_on_amx and plan.variant == "amx"):
+        return Plan(f"{plan.variant}, multiplied in torch", products)
+    return plan
+
+
 def _bottleneck_adapter(call: BottleneckAdapterCall) -> Plan | Refusal:
     into = extension.bottleneck_adapter_into
-    return _planned(_adapter_reason(call, x=call.x), extension.bottleneck_adapter, into=into)
+    plan = _planned(_adapter_reason(call, x=call.x), extension.bottleneck_adapter, into=into)
+    faster_on_amx = call.adapter.down.numel() >= limits.CPU_AMX_ADAPTER_PRODUCTS_SIZE
+    products = in_python(reference.bottleneck_adapter)
+    return _adapter_plan(plan, call.x, call.adapter, faster_on_amx, products)
 
 
 def _bottleneck_adapter_backward(call: BottleneckAdapterBackward) -> Plan | Refusal:
     reason = _adapter_reason(call, grad=call.grad, x=call.x)
     into = extension.bottleneck_adapter_backward_into
-    return _planned(reason, extension.bottleneck_adapter_backward, into=into)
+    plan = _planned(reason, extension.bottleneck_adapter_backward, into=into)
+    faster_on_amx = call.adapter.size >= limits.CPU_AMX_ADAPTER_PRODUCTS_FROM
+    products = in_python(reference.bottleneck_adapter_backward)
+    return _adapter_plan(plan, call.x, call.adapter, faster_on_amx, products)
 
 
 _PLANNERS: dict[Any, Planner] = {

@@ -89,7 +89,7 @@ def bottleneck_adapter_backward(call: BottleneckAdapterBackward) -> BottleneckGr
         of_after = normalized_backward(grad, _expanded(a, adapter), adapter.norm_after)
         dz, dafter_weight, dafter_bias = of_after
     dz = dropout(dz.to(dtype), adapter.dropout)
-    dup = dz.t() @ a * scaling if wanted.up else None
+    dup = dz.t() @ (a * scaling) if wanted.up else None
     dup_bias = dz.sum(0) * scaling if wanted.up_bias else None
 
     dh = ACTIVATIONS[adapter.activation].backward(dz @ adapter.up * scaling, h)
