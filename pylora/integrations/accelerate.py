@@ -16,8 +16,9 @@ from pylora.integrations.peft_base import PeftSwap
 from pylora.integrations.report import LayerReport, Report
 from pylora.integrations.swapped_classes import swap_of
 from pylora.integrations.swaps import Swap, install, remove
+from pylora.models.head_input import forget_head_input, lay_out_head_input
 from pylora.models.module_tree import is_bitsandbytes_4bit
-from pylora.models.wrappers import plain_name
+from pylora.models.wrappers import plain_name, unwrapped
 from pylora.nf4_weight import NF4Weight
 from pylora.nn import LoRALinear, NF4Linear
 from pylora.nn.conv1d import dense_weight, linear_shape
@@ -104,6 +105,7 @@ def accelerate(
         install(module, swap)
     for module in model.modules():
         peft_rows.allow_training(module)
+    lay_out_head_input(unwrapped(model))
     return report
 
 
@@ -114,6 +116,7 @@ def restore(model: nn.Module) -> None:
     for module in model.modules():
         remove(module)
         peft_rows.forbid_training(module)
+    forget_head_input(model)
 
 
 def _why_left(module: nn.Module) -> str | None:

@@ -16,6 +16,7 @@ from pylora.models.adapters import adapter_names
 from pylora.models.changes import changed
 from pylora.models.dense import make_dense
 from pylora.models.distributed import refuse_to_change
+from pylora.models.head_input import lay_out_head_input
 from pylora.models.lora_switching import active_lora
 from pylora.models.module_tree import (
     Site,
@@ -279,6 +280,7 @@ def install(
     if not is_active:
         logger.info("%r is inactive until pylora.set_active_adapters(model, name)", adapter)
     explain_refusals()
+    lay_out_head_input(model)
     changed(model)
 
 

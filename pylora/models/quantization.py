@@ -12,6 +12,7 @@ from torch import nn
 from pylora import checks
 from pylora.models.changes import changed
 from pylora.models.distributed import refuse_to_change
+from pylora.models.head_input import lay_out_head_input
 from pylora.models.module_tree import (
     Site,
     holders,
@@ -91,6 +92,7 @@ def quantize_model(
         shared: NF4Linear | None = None
         for places in modules.values():
             shared = _quantize_layer(places, shared, blocksize, double_quant)
+    lay_out_head_input(root)
     changed(root)
     logger.info(
         "quantized %d layers to NF4: %.1f MB of parameters became %.1f MB",

@@ -87,7 +87,8 @@ def low_rank_path(x: Tensor, low: LowRank) -> tuple[Tensor, Tensor]:
 
 def low_rank_input(x: Tensor, low: LowRank) -> tuple[Tensor, Tensor]:
     """(act(h), which lora_B takes, in the dtype of lora_A; h in fp32 or float64)."""
-    h = linear(dropout(x.to(low.A.dtype), low.dropout), low.A, low.A_bias)
+    xd = token_matrix(dropout(x.to(low.A.dtype), low.dropout))
+    h = linear(xd, low.A, low.A_bias).view(*x.shape[:-1], low.rank)
     a = ACTIVATIONS[low.activation].forward(h)
     return a, h.to(torch.promote_types(h.dtype, torch.float32))
 

@@ -23,7 +23,10 @@ def nf4_linear_backward(call: Nf4LinearBackward) -> Tensor:
 def base_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """x @ W^T + bias over a dense or an NF4 weight."""
     if not weight.is_nf4:
-        return linear(x, weight.data, None if bias is None else bias.to(x.dtype))
+        # Given an x [batch, 1, features] that is a part of a larger one, torch's linear would copy
+        # a frozen weight for each row of the batch.
+        y = linear(token_matrix(x), weight.data, None if bias is None else bias.to(x.dtype))
+        return y.view(*x.shape[:-1], y.shape[-1])
     y = x.new_empty(*x.shape[:-1], weight.out_features)
     for rows, panel in row_panels(weight, x.dtype):
         y[..., rows] = linear(x, panel, None if bias is None else bias[rows].to(x.dtype))
@@ -33,7 +36,8 @@ def base_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 def base_linear_backward(grad: Tensor, weight: Weight) -> Tensor:
     """grad @ W over a dense or an NF4 weight; the products with NF4 panels are summed in fp32."""
     if not weight.is_nf4:
-        return grad @ weight.data
+        dx = token_matrix(grad) @ weight.data
+        return dx.view(*grad.shape[:-1], dx.shape[-1])
     compute = torch.promote_types(grad.dtype, torch.float32)
     flat = token_matrix(grad)
     dx = flat.new_zeros(flat.shape[0], weight.in_features, dtype=compute)
