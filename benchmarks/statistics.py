@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 # If two copies of one contender differ by more than this, the ratios of the cell are in doubt.
 CONTROL_TOLERANCE = 0.05
+# A median of fewer samples than these says little: tables leave it out, and plots draw it hollow.
+FEW_SAMPLES = 3
 # From this load average on, before the run, other processes disturb the times.
 BUSY = 0.7
 # A smaller change counts as none: clocks and the placement of pages differ between two processes.

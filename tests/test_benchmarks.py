@@ -25,9 +25,10 @@ from benchmarks.contender import BuiltLayer, Contender, linear_work
 from benchmarks.harness import Harness
 from benchmarks.models import results as models_results
 from benchmarks.registry import BENCHES, bench_of, check_against, ops_of, selected
-from benchmarks.report import goals, tables
+from benchmarks.report import goals, plots, tables
 from benchmarks.roofline import floor_seconds
 from benchmarks.shapes import BACKWARD, FORWARD, SUITES, TRAINING, Cell
+from benchmarks.statistics import FEW_SAMPLES
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {"read_bytes_per_s": 1e10, "copy_bytes_per_s": 2e10, "matmul_flop_per_s": 1e12}
@@ -463,3 +464,27 @@ def test_the_repository_root_leaves_the_path(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(ROOT)
     runpy.run_path(str(ROOT / "benchmarks" / "__main__.py"), run_name="benchmarks.__main__")
     assert not {str(ROOT), ""} & set(sys.path)
+
+
+def test_no_two_lines_of_a_plot_look_the_same_and_few_samples_are_hollow(
+    run: dict[str, Any],
+) -> None:
+    for bench in BENCHES.values():
+        names = [contender.name for contender in bench.contenders]
+        styles = [tuple(style.items()) for style in plots.styles_of(names).values()]
+        assert len(set(styles)) == len(names), bench.op
+
+    def drawn(*samples: int) -> tuple[str, list[list[int]]]:
+        """Returns the title, and the places of the hollow points, of one cell for each number."""
+        cells = []
+        for tokens, number in enumerate(samples, 1):
+            cells.append(copy.deepcopy(run["cells"][0]) | {"tokens": tokens})
+            for result in cells[-1]["results"]:
+                result["samples"] = number
+        figure = plots.speedup(cells, "title")
+        hollow = [x for x in figure.axes[0].lines if x.get_markerfacecolor() == "white"]
+        return figure.get_suptitle(), [list(line.get_xdata()) for line in hollow]
+
+    assert drawn(FEW_SAMPLES, FEW_SAMPLES) == ("title", [])
+    title, places = drawn(FEW_SAMPLES, FEW_SAMPLES - 1)
+    assert "A hollow point" in title and places and all(place == [2] for place in places)

@@ -10,7 +10,7 @@ from benchmarks.contenders_peers import LORA, PEFT_OVER_DENSE
 from benchmarks.machine import ROOT
 from benchmarks.report.tables import shape_name
 from benchmarks.results import OURS, load, result_of
-from benchmarks.statistics import CONTROL_TOLERANCE
+from benchmarks.statistics import CONTROL_TOLERANCE, FEW_SAMPLES
 
 RESULTS = ROOT / "benchmarks" / "results" / "intel-xeon-amx"
 TABLES = {
@@ -24,14 +24,12 @@ PAIRS = (
     (PEFT_OVER_DENSE.name, OVER_DENSE, PEFT_OVER_DENSE.name),
 )
 FEW_TOKENS, GOAL_FEW, GOAL_MANY = 64, 1.05, 0.99
-# A median of fewer samples is not shown.
-LEAST_SAMPLES = 3
 
 
 def ratio(cell: Mapping[str, Any], ours: str, peer: str) -> float | None:
     """Returns the peer's time over ours, or None if either has too few samples."""
     results = result_of(cell, ours), result_of(cell, peer)
-    if any(result is None or result["samples"] < LEAST_SAMPLES for result in results):
+    if any(result is None or result["samples"] < FEW_SAMPLES for result in results):
         return None
     first, second = results
     assert first is not None and second is not None
@@ -97,7 +95,7 @@ def section() -> str:
         " `nn.LoRALinear` on the same kind of weight, and bold if we lose. The\ncolumns are"
         " numbers of tokens; f+b is a forward with its backward; eval and train are\nthe"
         " two ways in which bitsandbytes runs on a CPU. A dash stands for fewer than\n"
-        f"{LEAST_SAMPLES} samples.\n"
+        f"{FEW_SAMPLES} samples.\n"
     )
     shown, *folded = TABLES
     parts = [f"{head}\n{TABLES[shown]}:\n\n{_table(runs[shown])}"]

@@ -18,10 +18,13 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from benchmarks.report import host_tables
 from benchmarks.report.tables import contenders_of, ratio_to_ours, shape_name
 from benchmarks.results import BASE_ONLY, OURS, REFERENCE, result_of
+from benchmarks.statistics import FEW_SAMPLES
 
 INK, MUTED, GRID, OURS_COLOR, LOSING = "#1f2933", "#6b7785", "#e4e7eb", "#2563eb", "#fdecea"
 # A word in a name -> the color. Contenders of the same color differ in the style of their line.
 _FAMILIES = (
+    ("pylora, dense", "#38bdf8"),
+    ("dense + PEFT", "#4d7c0f"),
     ("PEFT", "#d97706"),
     ("bitsandbytes", "#b4237a"),
     ("addmm_", "#0d9488"),
@@ -39,15 +42,30 @@ _MARKS = {
     "fp32": (":", "^"),
     "no LoRA": ("--", "s"),
 }
+# What tells two contenders apart that would look the same.
+_OTHER_MARKS = tuple((line, mark) for mark in "DvPX<>" for line in ("-.", "--", ":", "-"))
 _PANEL_WIDTH, _PANEL_HEIGHT = 3.9, 3.1
 
 Cells = Sequence[Mapping[str, Any]]
 
 
-def style_of(contender: str) -> dict[str, Any]:
-    color = next((c for word, c in _FAMILIES if word in contender), MUTED)
-    line, marker = next((m for word, m in _MARKS.items() if word in contender), ("-", "o"))
-    return {"color": color, "linestyle": line, "marker": marker, "markersize": 4.5}
+def color_of(contender: str) -> str:
+    return next((color for word, color in _FAMILIES if word in contender), MUTED)
+
+
+def styles_of(contenders: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Returns a style for each contender; no two are the same."""
+    styles: dict[str, dict[str, Any]] = {}
+    for contender in contenders:
+        first = next((mark for word, mark in _MARKS.items() if word in contender), ("-", "o"))
+        for line, marker in (first, *_OTHER_MARKS):
+            style = {"color": color_of(contender), "linestyle": line, "marker": marker}
+            if style not in styles.values():
+                break
+        else:
+            raise ValueError(f"{contender} has no style of its own: add one to _OTHER_MARKS")
+        styles[contender] = style
+    return styles
 
 
 def speedup(cells: Cells, title: str) -> Figure:
@@ -100,7 +118,7 @@ def host_times(cells: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
     figure, panels = _panels(len(cells), 0.9 + 0.25 * len(names))
     for index, (axes, (mode, cell)) in enumerate(zip(panels, cells.items(), strict=True)):
         times = [host_tables.host_time(cell, name) for name in names]
-        colors = [style_of(name)["color"] for name in names]
+        colors = [color_of(name) for name in names]
         values = [0.0 if t is None else t.seconds * 1e6 for t in times]
         beyond = [0.0 if t is None or t.beyond_c is None else t.beyond_c * 1e6 for t in times]
         bars = axes.barh(labels, values, color=colors, height=0.66)
@@ -126,16 +144,16 @@ def _lines(
 ) -> Figure:
     shapes = list(dict.fromkeys(map(shape_name, cells)))
     figure, panels = _panels(len(shapes))
+    styles, any_hollow = styles_of(names), False
     for axes, shape in zip(panels, shapes, strict=False):
         here = sorted((c for c in cells if shape_name(c) == shape), key=lambda c: c["tokens"])
         for name in names:
-            points = [(c["tokens"], value(c, name)) for c in here]
-            points = [(m, v) for m, v in points if v is not None]
+            points = [(c["tokens"], value(c, name), _has_few_samples(c, name)) for c in here]
+            points = [point for point in points if point[1] is not None]
             if points:
-                width = 2.6 if name == OURS else 1.6
-                axes.plot(*zip(*points, strict=True), label=name, linewidth=width, **style_of(name))
+                any_hollow |= _line(axes, points, name, styles[name])
         axes.set_xscale("log", base=2)
-        axes.set_xticks([c["tokens"] for c in here], [str(c["tokens"]) for c in here])
+        axes.set_xticks(*_ticks([c["tokens"] for c in here]))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set(title=shape, xlabel="M (tokens)")
         _frame(axes)
@@ -150,8 +168,40 @@ def _lines(
         else:
             axes.set_ylim(0, max(100, axes.get_ylim()[1]))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0f}%"))
+    if any_hollow:
+        title = f"{title}\nA hollow point is a median of fewer than {FEW_SAMPLES} samples."
     _finish(figure, panels, title, what, len(shapes))
     return figure
+
+
+def _ticks(tokens: Sequence[int]) -> tuple[list[int], list[str]]:
+    """Returns the ticks and their labels, which are empty where they would overlap."""
+    labels, last = [], 0.0
+    for m in tokens:
+        labels.append(str(m) if m >= 1.6 * last else "")
+        last = m if labels[-1] else last
+    return list(tokens), labels
+
+
+def _line(
+    axes: Axes, points: Sequence[tuple[int, float, bool]], name: str, style: Mapping[str, Any]
+) -> bool:
+    """Draws the points (M, value, if it has few samples) of a contender; returns True if one is
+    hollow."""
+    tokens, values, _ = zip(*points, strict=True)
+    width = 2.6 if name == OURS else 1.6
+    axes.plot(tokens, values, label=name, linewidth=width, markersize=4.5, **style)
+    hollow = [(m, v) for m, v, has_few in points if has_few]
+    if hollow:
+        over = {**style, "linestyle": "none", "markerfacecolor": "white", "markersize": 4.5}
+        axes.plot(*zip(*hollow, strict=True), zorder=3, **over)
+    return bool(hollow)
+
+
+def _has_few_samples(cell: Mapping[str, Any], name: str) -> bool:
+    """Returns True if the contender or ours, with which it is compared, has few samples."""
+    results = result_of(cell, name), result_of(cell, OURS)
+    return any(result is not None and result["samples"] < FEW_SAMPLES for result in results)
 
 
 def _bars(
@@ -166,7 +216,7 @@ def _bars(
     figure, panels = _panels(len(cells), 0.9 + 0.29 * len(present))
     for index, (axes, cell) in enumerate(zip(panels, cells, strict=False)):
         values = [value(cell, name) for name in present]
-        colors = [style_of(name)["color"] for name in present]
+        colors = [color_of(name) for name in present]
         bars = axes.barh(present, [v or 0 for v in values], color=colors, height=0.66)
         labels = ["-" if v is None else written(v) for v in values]
         axes.bar_label(bars, labels, padding=3, color=INK, fontsize=8.5)
