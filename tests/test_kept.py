@@ -194,6 +194,52 @@ def test_a_call_under_autocast_keeps_no_cast_of_a_parameter(base: str, use_dora:
             assert torch.equal(layer(x), fresh(x))
 
 
+@pytest.mark.parametrize("base", ["nf4", "dense"])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_a_kept_call_under_autocast_gives_the_same_bits(base: str, x_dtype: torch.dtype) -> None:
+    linear = nn.Linear(IN, OUT, dtype=torch.bfloat16)
+    base_layer = NF4Linear.from_linear(linear) if base == "nf4" else linear
+    layer = LoRALinear(base_layer, r=RANK, lora_dropout=0.5, lora_bias=True)
+    x = torch.randn(2, 3, IN, dtype=x_dtype, requires_grad=True)
+    for training in (False, True):
+        layer.train(training)
+        for _ in range(2):  # an optimizer step lies between the calls
+            with torch.no_grad():
+                for parameter in (layer.lora_A, layer.lora_B, layer.lora_B_bias):
+                    parameter.normal_()
+            results = []
+            for call in (without_kept_call, lambda layer, x: layer(x)):
+                with torch.autocast("cpu", torch.bfloat16):
+                    torch.manual_seed(0)  # that of the dropout
+                    y = call(layer, x)
+                    assert layer._kept.call_with(x) is not None
+                results.append((y, *gradients(y, layer, x)))
+            assert all(map(torch.equal, *results))
+            assert results[0][0].dtype == torch.bfloat16
+            assert [t.dtype for t in results[0][2:]] == [torch.float32] * 3
+
+
+def test_a_call_kept_under_autocast_is_for_the_same_autocast_alone() -> None:
+    layer, x = LoRALinear(nf4_layer(), r=RANK), torch.randn(3, IN)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+        kept = layer._kept
+        assert kept.call_with(x) is not None
+        assert kept.call_with(x.double()) is None
+    assert kept.call_with(x) is None
+    with torch.autocast("cpu", torch.float16):
+        assert kept.call_with(x) is None
+        assert layer(x).dtype == torch.float16
+    assert layer(x).dtype == torch.float32
+
+
+def test_a_layer_whose_weight_autocast_casts_keeps_no_call() -> None:
+    layer = LoRALinear(nn.Linear(IN, OUT), r=RANK)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(torch.randn(3, IN))
+    assert layer._kept is None
+
+
 def test_the_first_call_with_gradients_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts of many lengths make many first calls."""
     layer, count = lora_layer(), 0

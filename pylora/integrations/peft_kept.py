@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pylora.calls import Dropout
+from pylora.calls import Dropout, LowRank
 from pylora.dropout import dropout_seed
 from pylora.integrations.bitsandbytes_layers import Packed, packed_places
 from pylora.integrations.peft_base import Parts, drop_rate
@@ -54,7 +54,8 @@ class KeptPeftCall:
         """What to keep of a call that was made; None if the next one must be checked as well."""
         if module.lora_variant or module.active_adapters != [name]:
             return None
-        kept = Kept.of(lambda: places_of_parts(parts), x, record)
+        own = LowRank(parts.A.weight, parts.B.weight, None, parts.B.bias)
+        kept = Kept.of(lambda: places_of_parts(parts), x, record, own)
         return None if kept is None else cls(module, name, parts, x.dtype, kept)
 
     def result(self, module: Any, x: Any) -> Tensor | None:

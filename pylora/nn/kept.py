@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from pylora import dispatch
 from pylora.backends.backend import Plan, under_autocast
-from pylora.calls import Dropout
+from pylora.calls import Dropout, LowRank
+from pylora.nn.kept_casts import CastCall, cast_layer
 from pylora.ops.registration import (
     OPS,
     RepeatedGradient,
@@ -134,6 +135,7 @@ class Kept:
 
     __slots__ = (
         "_A",
+        "_autocast",
         "_calls",
         "_device_type",
         "_held",
@@ -144,12 +146,17 @@ class Kept:
         "layer",
     )
 
-    def __init__(self, places: tuple[Place, ...], call: Any) -> None:
+    def __init__(
+        self, places: tuple[Place, ...], call: Any, autocast: torch.dtype | None = None
+    ) -> None:
         """Keeps a call that has been checked, and whose tensors are in these places.
 
         Its dropout is not kept.
+
+        autocast    the dtype to which autocast casts x and the tensors of the low-rank path; None
+                    if the call was not made under autocast
         """
-        self._record, self.layer = type(call), call.layer
+        self._record, self.layer, self._autocast = type(call), call.layer, autocast
         if self.layer.low_rank is not None:
             self.layer = replace(self.layer, low_rank=replace(self.layer.low_rank, dropout=None))
         self._held = [(place.held, place.name, place.held[place.name]) for place in places]
@@ -159,27 +166,39 @@ class Kept:
         self._A = self._weight if self.layer.low_rank is None else self.layer.low_rank.A
         self.device: torch.device = call.x.device
         self._device_type = self.device.type
-        self._calls: dict[Any, KeptCall] = {}
+        self._calls: dict[Any, KeptCall | CastCall] = {}
 
     @classmethod
     def of(
-        cls, find_places: Callable[[], tuple[Place, ...] | None], x: Tensor, call: Any
+        cls,
+        find_places: Callable[[], tuple[Place, ...] | None],
+        x: Tensor,
+        call: Any,
+        own: LowRank | None = None,
     ) -> Kept | None:
         """What to keep of a checked call; None if the next one must be checked as well.
 
         find_places    returns the places of the tensors of the call; None if they must not be kept
+        own            the low-rank path with the layer's own tensors, without lora_A's bias. Under
+                       autocast the call holds casts, which do not change when these do; without
+                       `own` it is then not kept
         """
-        # Under autocast the call may hold casts of the layer's tensors, which do not change when
-        # these do.
-        if under_autocast(x.device.type):
-            return None
         places = find_places()
         if places is None:
             return None
-        tensors = (place.held[place.name] for place in places if not place.viewed)
-        return cls(places, call) if only_autograd_watches((x, *tensors)) else None
+        tensors = [place.held[place.name] for place in places if not place.viewed]
+        if not only_autograd_watches((x, *tensors)):
+            return None
+        if not under_autocast(x.device.type):
+            return cls(places, call)
+        weight, low = call.layer.weight, call.layer.low_rank
+        is_own_weight = weight.is_nf4 or any(weight.data is tensor for tensor in tensors)
+        if not is_own_weight or (low is not None and own is None):
+            return None
+        layer = replace(call.layer, low_rank=own)
+        return cls(places, replace(call, layer=layer), call.x.dtype)
 
-    def call_with(self, x: Any) -> KeptCall | None:
+    def call_with(self, x: Any) -> KeptCall | CastCall | None:
         """The way to run a call with x; None if its arguments must be checked first."""
         if type(x) is not Tensor or x.device != self.device or self._weight.device != self.device:
             return None
@@ -192,21 +211,34 @@ class Kept:
         for tensor, address in self._viewed:
             if tensor.data_ptr() != address:
                 return None
-        if watched() or torch.is_autocast_enabled(self._device_type):
+        if watched() or self._autocast is not self._autocast_now():
             return None
         dtypes = (x.dtype, self._weight.dtype, self._A.dtype)
         key = (x.shape, dtypes, dispatch.generation())
         return self._calls.get(key) or self._plan(x, key)
 
-    def _plan(self, x: Tensor, key: Any) -> KeptCall | None:
-        weight = self.layer.weight
+    def _autocast_now(self) -> torch.dtype | None:
+        """The dtype to which autocast casts at this moment, None without autocast."""
+        if not torch.is_autocast_enabled(self._device_type):
+            return None
+        return torch.get_autocast_dtype(self._device_type)
+
+    def _plan(self, x: Tensor, key: Any) -> KeptCall | CastCall | None:
+        weight, layer, autocast = self.layer.weight, self.layer, self._autocast
         if x.dim() == 0 or x.shape[-1] != weight.in_features or not x.dtype.is_floating_point:
             return None
+        if autocast is not None:
+            if x.dtype is torch.float64:  # autocast leaves it as it is
+                return None
+            x, layer = x.to(autocast), cast_layer(layer, autocast)
         if not weight.is_nf4 and weight.data.dtype is not x.dtype:
             return None
         if len(self._calls) == _MOST_CALLS:
             self._calls.clear()
-        call = self._record(x, self.layer)
+        call = self._record(x, layer)
         _, plan = dispatch.choose(call)
-        self._calls[key] = KeptCall(call, plan)
+        if autocast is None:
+            self._calls[key] = KeptCall(call, plan)
+        else:
+            self._calls[key] = CastCall(self._record, self.layer, autocast, plan)
         return self._calls[key]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pylora import checks, functional
-from pylora.calls import Dropout
+from pylora.calls import Dropout, LowRank
 from pylora.dropout import dropout_seed
 from pylora.nn import dora
 from pylora.nn.conv1d import is_conv1d
@@ -127,7 +127,8 @@ class LoRALinear(MergeableLoRA):
         arguments = (x, self.base_weight, *factors, self.base_layer.bias)
         call = functional.CALLS["lora_linear"](*arguments, dropout_p, lora_B_bias=self.lora_B_bias)
         if not torch.compiler.is_compiling():
-            self._kept = Kept.of(self._places, x, call)
+            own = LowRank(self.lora_A, self.lora_B, None, self.lora_B_bias)
+            self._kept = Kept.of(self._places, x, call, own)
         return run_output(call)
 
     def _places(self) -> tuple[Place, ...] | None:
