@@ -35,6 +35,7 @@ from pylora.calls import (
     QuantizeCall,
     token_count,
 )
+from pylora.reference.lora_linear import native
 
 
 def _unavailable() -> Reason:
@@ -126,7 +127,11 @@ def _lora_linear(call: LoraLinearCall) -> Plan | Refusal:
         prepare = partial(extension.prepare_lora_linear, op="lora_linear_dense")
         if reason is not None:
             return Refusal(reason)
-        return Plan("dense small_m", extension.lora_linear_dense, prepare=prepare)
+        small = call.layer.weight.data.numel() < limits.CPU_DENSE_NODE_FROM
+        in_torch = native(call) if small else None
+        note = "" if in_torch is None else "a call that needs gradients runs as torch's own ops"
+        run = extension.lora_linear_dense
+        return Plan("dense small_m", run, note, prepare=prepare, native=in_torch)
     reason = _lora_reason(call.layer, x=call.x)
     plan = _planned(reason, extension.lora_linear, extension.prepare_lora_linear)
     return _planned_by_tokens(plan, call.x, call.layer, cpu_products.lora_linear)

@@ -23,9 +23,12 @@ def nf4_linear_backward(call: Nf4LinearBackward) -> Tensor:
 def base_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """x @ W^T + bias over a dense or an NF4 weight."""
     if not weight.is_nf4:
+        bias = None if bias is None else bias.to(x.dtype)
+        if x.dim() == 2:  # autograd would record a view of it
+            return linear(x, weight.data, bias)
         # Given an x [batch, 1, features] that is a part of a larger one, torch's linear would copy
         # a frozen weight for each row of the batch.
-        y = linear(token_matrix(x), weight.data, None if bias is None else bias.to(x.dtype))
+        y = linear(token_matrix(x), weight.data, bias)
         return y.view(*x.shape[:-1], y.shape[-1])
     y = x.new_empty(*x.shape[:-1], weight.out_features)
     for rows, panel in row_panels(weight, x.dtype):
