@@ -23,6 +23,7 @@
 #define LORA_OPTIONS "float scaling, float dropout_p, Tensor? seed, int activation"
 #define LOW_RANK "Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? lora_A_bias, Tensor? lora_B_bias, " LORA_OPTIONS
 #define LORA NF4 ", int out_features, " LOW_RANK
+#define ADAPTERS "Tensor lora_A, Tensor lora_B, Tensor adapter_ids, Tensor scalings"
 #define NORM(name) "int " name ", Tensor? " name "_weight, Tensor? " name "_bias, float " name "_eps"
 #define BOTTLENECK "Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, float scaling, int activation, float dropout_p, Tensor? seed, " NORM("norm_before") ", " NORM("norm_after")
 
@@ -49,7 +50,9 @@ STABLE_TORCH_LIBRARY(pylora_C, m) {
   m.def("lora_linear_plan(Tensor x, int out_features) -> (int output_warps, int splits, int grid)");
   m.def("lora_linear_hopper_plan(Tensor x, int out_features) -> (int tile_tokens, int splits, int grid)");
   m.def("lora_extend(Tensor x, Tensor lora_A, Tensor? lora_A_bias, " LORA_OPTIONS ") -> (Tensor wide, Tensor h)");
-  m.def("multi_lora_linear(Tensor x, " NF4 ", int out_features, Tensor lora_A, Tensor lora_B, Tensor adapter_ids, Tensor scalings, Tensor? bias) -> (Tensor y, Tensor h)");
+  m.def("multi_lora_linear(Tensor x, " NF4 ", int out_features, " ADAPTERS ", Tensor? bias) -> (Tensor y, Tensor h)");
+  m.def("multi_lora_add(Tensor x, " ADAPTERS ", Tensor(a!) y) -> Tensor");
+  m.def("multi_lora_add_backward(Tensor grad, Tensor x, Tensor h, " ADAPTERS ", bool[] output_mask, Tensor(a!)? dx) -> (Tensor dlora_A, Tensor dlora_B)");
   m.def("lora_linear_backward(Tensor grad, Tensor x, Tensor h, " NF4 ", Tensor lora_A, Tensor lora_B, " LORA_OPTIONS ", bool[] output_mask) -> (Tensor dx, Tensor dweight, Tensor dlora_A, Tensor dlora_B, Tensor dbias, Tensor dlora_A_bias, Tensor dlora_B_bias)");
   m.def("bottleneck_adapter(Tensor x, Tensor? residual, " BOTTLENECK ") -> Tensor");
   m.def("bottleneck_adapter_into(Tensor x, Tensor? residual, " BOTTLENECK ", Tensor(a!) y) -> ()");

@@ -38,7 +38,7 @@ std::unique_ptr<float[]> scaled_activation(const LoraLinearArgs& args) {
 
 // Computes h, and returns low.
 std::unique_ptr<float[]> projected(const LoraLinearArgs& args) {
-  kProject.choose(false)(args.x, args.lora_A, args.lora_A_bias, args.h);
+  project(args.x, args.lora_A, args.lora_A_bias, args.h);
   return scaled_activation(args);
 }
 
@@ -51,6 +51,10 @@ void set_low_rank(const LoraLinearArgs& args, const float* low, LinearArgs& line
 }
 
 }  // namespace
+
+void project(const TokenMatrix& x, const AdapterFactor& factor, const float* bias, float* out) {
+  kProject.choose(false)(x, factor, bias, out);
+}
 
 Gather* gather_for(DType tokens, DType factor) {
   return kGather.choose(tokens == DType::kBFloat16 && factor == DType::kBFloat16);
@@ -94,13 +98,13 @@ void lora_linear_backward(const LoraLinearArgs& args) {
   const int64_t rank = args.lora_A.rank;
   const int64_t count = args.x.tokens * rank;
   const TokenMatrix grad{
-      args.linear.x, args.linear.dtype, args.linear.tokens, args.linear.weight.rows, {}};
+      args.linear.x, args.linear.dtype, args.linear.tokens, args.linear.weight.rows, {}, nullptr};
 
   // 1. dh
   std::unique_ptr<float[]> dh;
   if (args.linear.y != nullptr || args.dlora_A != nullptr || args.dlora_A_bias != nullptr) {
     dh = low_rank_buffer(count);
-    kProject.choose(false)(grad, args.lora_B, nullptr, dh.get());
+    project(grad, args.lora_B, nullptr, dh.get());
     parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         dh[i] =

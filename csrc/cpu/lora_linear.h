@@ -37,6 +37,9 @@ struct TokenMatrix {
   int64_t tokens = 0;
   int64_t cols = 0;
   Dropout dropout;
+  const int64_t* rows = nullptr;  // the row of each token in data; null if token m has row m
+
+  PYLORA_INLINE int64_t row(int64_t token) const { return rows == nullptr ? token : rows[token]; }
 };
 
 // A factor of the adapter, or its gradient: lora_A [rank, cols] (rank_first) or lora_B [cols,
@@ -66,7 +69,8 @@ Project project_portable, project_avx2, project_avx512;
 Gather gather_portable, gather_avx2, gather_avx512;
 // Those with bf16 products take only bf16, and round low to it.
 Gather gather_avx512_bf16, gather_amx, gather_amx_emulated;
-// The kernel for tokens and a factor of these dtypes.
+// The kernels of the instruction set in use. That of a gradient depends on the dtypes as well.
+Project project;
 Gather* gather_for(DType tokens, DType factor);
 
 struct LoraLinearArgs {

@@ -69,7 +69,8 @@ void pack_token_pairs(const TokenMatrix& x, int64_t first, int64_t tokens, int64
         widen_tokens<S, BFloat16>(x, first + m + i, 1, col, tiles.tokens, dropped[i], 0);
       }
     }
-    const BFloat16* row = data + (first + m) * x.cols;
+    const BFloat16* even = m < tokens ? data + x.row(first + m) * x.cols : nullptr;
+    const BFloat16* odd = pair ? data + x.row(first + m + 1) * x.cols : nullptr;
     for (int64_t t = 0; t < tiles.count(); ++t) {
       const int64_t width = tiles.vectors(t) * L;
       float* out = packed + tiles.offset(t, elements) + e * width;
@@ -78,7 +79,7 @@ void pack_token_pairs(const TokenMatrix& x, int64_t first, int64_t tokens, int64
         const int n = static_cast<int>(left < L ? left : L);
         typename S::F values = S::zero();
         if (m < tokens && !x.dropout.enabled) {
-          values = S::load_pairs(row + place, pair ? row + x.cols + place : nullptr, n);
+          values = S::load_pairs(even + place, pair ? odd + place : nullptr, n);
         } else if (m < tokens) {
           values = S::to_pairs(S::load_n(dropped[0] + place, n),
                                pair ? S::load_n(dropped[1] + place, n) : S::zero());

@@ -24,7 +24,7 @@ template <class S, class T>
 void widen_tokens(const TokenMatrix& x, int64_t first_token, int64_t tokens, int64_t col,
                   int64_t count, float* out, int64_t ld) {
   for (int64_t m = 0; m < tokens; ++m) {
-    const int64_t first = (first_token + m) * x.cols + col;
+    const int64_t first = x.row(first_token + m) * x.cols + col;
     float* to = out + m * ld;
     widen_row<S>(static_cast<const T*>(x.data) + first, count, to);
     if (x.dropout.enabled) drop_values<S>(x.dropout, first, count, to);

@@ -21,7 +21,7 @@ from pylora.backends.backend import (
     dequantize_refusal,
     in_python,
 )
-from pylora.backends.composition import composed
+from pylora.backends.composition import AdapterKernels, composed
 from pylora.calls import (
     Bottleneck,
     BottleneckAdapterBackward,
@@ -30,12 +30,15 @@ from pylora.calls import (
     Layer,
     LoraLinearBackward,
     LoraLinearCall,
+    MultiLoraBackward,
+    MultiLoraCall,
     Nf4LinearBackward,
     Nf4LinearCall,
     QuantizeCall,
     token_count,
 )
 from pylora.reference.lora_linear import native
+from pylora.reference.multi_lora_linear import AddAdapters
 
 
 def _unavailable() -> Reason:
@@ -105,10 +108,19 @@ def _lora_reason(layer: Layer, **tensors: Tensor) -> Reason:
 def _low_rank_reason(layer: Layer, **tensors: Tensor) -> Reason:
     low = layer.low_rank
     assert low is not None
+    return _rank_reason(low.rank) or _reason(**tensors, lora_A=low.A, lora_B=low.B)
+
+
+def _rank_reason(rank: int) -> Reason:
     most = extension.hard_limits("cpu")["max_rank"]
-    if low.rank > most:
-        return f"the rank is {low.rank}; the kernels take up to {most}"
-    return _reason(**tensors, lora_A=low.A, lora_B=low.B)
+    return f"the rank is {rank}; the kernels take up to {most}" if rank > most else None
+
+
+def _stack_reason(call: MultiLoraCall | MultiLoraBackward) -> Reason:
+    """Why the kernels do not take the adapters of a call; None if they do."""
+    adapters = call.adapters
+    factors = {"lora_A": adapters.A, "lora_B": adapters.B}
+    return _rank_reason(adapters.rank) or _reason(x=call.x, **factors)
 
 
 def _dense_reason(call: LoraLinearCall) -> Reason:
@@ -202,9 +214,15 @@ _PLANNERS: dict[Any, Planner] = {
     BottleneckAdapterBackward: _bottleneck_adapter_backward,
 }
 
+_ADAPTERS = AdapterKernels(
+    reason=_stack_reason,
+    variant=_instruction_set,
+    run=AddAdapters(extension.multi_lora_add, extension.multi_lora_add_backward),
+)
+
 BACKEND = Backend(
     name="cpu",
-    planners=_PLANNERS | composed(_PLANNERS),
+    planners=_PLANNERS | composed(_PLANNERS, _ADAPTERS),
     unavailable=_unavailable,
     compiled_for=_instruction_set,
     device=lambda: "cpu",

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pylora.backends.backend import PreparedForward
 from pylora.calls import (
+    Adapters,
     Bottleneck,
     BottleneckAdapterBackward,
     BottleneckAdapterCall,
@@ -28,6 +29,7 @@ from pylora.calls import (
     LoraLinearBackward,
     LoraLinearCall,
     LowRank,
+    MultiLoraBackward,
     MultiLoraCall,
     Nf4LinearBackward,
     Nf4LinearCall,
@@ -226,14 +228,33 @@ def lora_linear_backward(call: LoraLinearBackward) -> LayerGradients:
     return LayerGradients(*(t if w else None for t, w in zip(gradients, mask, strict=True)))
 
 
-def multi_lora_linear(call: MultiLoraCall) -> tuple[Tensor, Tensor]:
-    weight, adapters = call.layer.weight, call.adapters
+def _adapters(adapters: Adapters) -> tuple[Tensor, ...]:
     scalings = adapters.scalings
     if scalings.dtype is not torch.float32:
         scalings = scalings.float()
+    return adapters.A, adapters.B, adapters.ids, scalings
+
+
+def multi_lora_linear(call: MultiLoraCall) -> tuple[Tensor, Tensor]:
+    weight = call.layer.weight
     base = (call.x, *weight.arguments, weight.out_features)
-    stacks = (adapters.A, adapters.B, adapters.ids, scalings)
-    return _op("multi_lora_linear")(*base, *stacks, call.layer.bias)
+    return _op("multi_lora_linear")(*base, *_adapters(call.adapters), call.layer.bias)
+
+
+def multi_lora_add(call: MultiLoraCall, y: Tensor) -> Tensor:
+    """Adds the adapters to y [tokens, out_features], which has the base; returns h [..., r]."""
+    return _op("multi_lora_add")(call.x, *_adapters(call.adapters), y)
+
+
+def multi_lora_add_backward(
+    call: MultiLoraBackward, dx: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Adds the adapters to dx [tokens, in_features], if it is wanted; returns dlora_A, dlora_B."""
+    want, stacks = call.wanted, _adapters(call.adapters)
+    dlora_A, dlora_B = _op("multi_lora_add_backward")(
+        call.grad, call.x, call.h, *stacks, [want.A, want.B], dx
+    )
+    return dlora_A if want.A else None, dlora_B if want.B else None
 
 
 def _norm(norm: Norm | None) -> tuple[Any, ...]:
