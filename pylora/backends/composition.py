@@ -1,22 +1,19 @@
 """Builds the ops of several layers or adapters from a backend's ops of one.
 
 A backend that has no kernel of its own for these ops still runs every NF4 weight on its kernels.
-Dense weights run in torch. The adapters of multi_lora_linear are added to the result of its base, by
-kernels for this step alone, or in torch if these do not take them.
+Dense weights run in torch.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from pylora import reference
-from pylora.backends.backend import DENSE, Plan, Planner, Reason, Refusal, in_python
+from pylora.backends.backend import DENSE, Plan, Planner, Refusal, in_python
 from pylora.calls import (
     Bottleneck,
     BottleneckAdapterBackward,
@@ -32,42 +29,21 @@ from pylora.calls import (
     LoraQkvCall,
     MultiBottleneckBackward,
     MultiBottleneckCall,
-    MultiLoraBackward,
-    MultiLoraCall,
     Nf4LinearBackward,
     Nf4LinearCall,
     Wanted,
 )
 from pylora.reference.lora_linear import LayerFunctions, layer_backward, layer_forward
 from pylora.reference.multi_bottleneck_adapter import AdapterFunctions
-from pylora.reference.multi_lora_linear import AddAdapters
 
 # A step of a composed op: its name, and the answer to its call; None if torch runs the step.
 Step = tuple[str, Plan | Refusal | None]
 
 
-@dataclass(frozen=True)
-class AdapterKernels:
-    """The kernels of a backend that add the adapters of multi_lora_linear to its base.
-
-    reason     None if they take a call, otherwise why not
-    variant    the word for them
-    run        how they run
-    """
-
-    reason: Callable[[MultiLoraCall | MultiLoraBackward], Reason]
-    variant: Callable[[], str]
-    run: AddAdapters
-
-
-def composed(
-    planners: Mapping[Any, Planner], adapters: AdapterKernels | None = None
-) -> dict[Any, Planner]:
+def composed(planners: Mapping[Any, Planner]) -> dict[Any, Planner]:
     """The planners of the composed ops, made of those of a backend's single ops.
 
     They hold only ops of which the backend has all parts.
-
-    adapters    None if the backend does not compose multi_lora_linear
     """
     layers = _Layers(planners)
     composed_planners: dict[Any, Planner] = {LoraQkvCall: layers.qkv, LoraMlpCall: layers.mlp}
@@ -75,11 +51,6 @@ def composed(
         composed_planners |= {
             LoraQkvBackward: layers.qkv_backward,
             LoraMlpBackward: layers.mlp_backward,
-        }
-    if adapters is not None:
-        composed_planners |= {
-            MultiLoraCall: partial(layers.multi_lora, adapters),
-            MultiLoraBackward: partial(layers.multi_lora_backward, adapters),
         }
     if {BottleneckAdapterCall, BottleneckAdapterBackward} <= planners.keys():
         adapters = _Adapters(planners)
@@ -178,57 +149,26 @@ class _Layers:
         ]
         return self._joined(plans, reference.lora_mlp_backward, "the activation in torch")
 
-    def multi_lora(self, adapters: AdapterKernels, call: MultiLoraCall) -> Plan | Refusal:
-        base = self._plan_forward(call.x, call.layer)
-        return self._with_adapters(base, adapters, call, reference.multi_lora_linear)
-
-    def multi_lora_backward(
-        self, adapters: AdapterKernels, call: MultiLoraBackward
-    ) -> Plan | Refusal:
-        base = self._plan_backward(call.grad, call.x, call.h, call.layer, Wanted(x=True))
-        return self._with_adapters(base, adapters, call, reference.multi_lora_linear_backward)
-
-    def _with_adapters(
-        self,
-        base: Step,
-        adapters: AdapterKernels,
-        call: MultiLoraCall | MultiLoraBackward,
-        function: Callable[..., Any],
-    ) -> Plan | Refusal:
-        """One plan that runs the base and adds the adapters; `function` is the op's reference."""
-        reason = adapters.reason(call)
-        if reason is not None:
-            plan = self._joined([base], function, "the adapters in torch")
-            return replace(plan, note=reason) if isinstance(plan, Plan) else plan
-        function = partial(function, add=adapters.run)
-        return self._joined([base], function, in_kernels=f"the adapters ({adapters.variant()})")
-
     def _joined(
-        self,
-        steps: Sequence[Step],
-        function: Callable[..., Any],
-        in_torch: str = "",
-        in_kernels: str = "",
+        self, steps: Sequence[Step], function: Callable[..., Any], in_torch: str = ""
     ) -> Plan | Refusal:
         """One plan that runs all steps, or the first refusal among them.
 
         function   the reference of the op, which takes `LayerFunctions`
         in_torch   what else the op runs in torch, in words
-        in_kernels what else it runs in the backend's kernels, in words
         """
         words: list[str] = []
         for name, plan in steps:
             if isinstance(plan, Refusal):
                 return plan
             words.append(f"{name} in torch" if plan is None else f"{name} ({plan.variant})")
-        if not in_kernels and all(plan is None for _, plan in steps):
+        if all(plan is None for _, plan in steps):
             return Refusal(DENSE)
         counts = Counter(words)
         parts = [f"{count} x {word}" if count > 1 else word for word, count in counts.items()]
         functions = self.functions
         run = in_python(lambda call: function(call, functions))
-        parts += [part for part in (in_torch, in_kernels) if part]
-        return Plan(f"composed of {', '.join(parts)}", run)
+        return Plan("composed of " + ", ".join([*parts, *[in_torch] * bool(in_torch)]), run)
 
     def _plan_forward(self, x: Tensor, layer: Layer) -> Step:
         call = self._forward_call(x, layer)

@@ -21,7 +21,8 @@ from pylora.backends.backend import (
     dequantize_refusal,
     in_python,
 )
-from pylora.backends.composition import AdapterKernels, composed
+from pylora.backends.composition import composed
+from pylora.backends.cpu_multi_lora import MultiLora
 from pylora.calls import (
     Bottleneck,
     BottleneckAdapterBackward,
@@ -38,7 +39,6 @@ from pylora.calls import (
     token_count,
 )
 from pylora.reference.lora_linear import native
-from pylora.reference.multi_lora_linear import AddAdapters
 
 
 def _unavailable() -> Reason:
@@ -214,15 +214,13 @@ _PLANNERS: dict[Any, Planner] = {
     BottleneckAdapterBackward: _bottleneck_adapter_backward,
 }
 
-_ADAPTERS = AdapterKernels(
-    reason=_stack_reason,
-    variant=_instruction_set,
-    run=AddAdapters(extension.multi_lora_add, extension.multi_lora_add_backward),
-)
+_MULTI_LORA = MultiLora(_nf4_linear, _nf4_linear_backward, _stack_reason, _instruction_set)
 
 BACKEND = Backend(
     name="cpu",
-    planners=_PLANNERS | composed(_PLANNERS, _ADAPTERS),
+    planners=_PLANNERS
+    | composed(_PLANNERS)
+    | {MultiLoraCall: _MULTI_LORA.forward, MultiLoraBackward: _MULTI_LORA.backward},
     unavailable=_unavailable,
     compiled_for=_instruction_set,
     device=lambda: "cpu",

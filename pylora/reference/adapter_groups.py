@@ -24,10 +24,11 @@ def check_adapter_ids(adapter_ids: Tensor, adapters: int) -> None:
     On other devices nothing is checked, because that would wait for the device; a token with such
     an id gets the base alone.
     """
-    if adapter_ids.device.type != "cpu":
+    if adapter_ids.device.type != "cpu" or adapter_ids.numel() == 0:
         return
-    bad = (adapter_ids < -1) | (adapter_ids >= adapters)
-    if bad.any():
+    least, most = adapter_ids.aminmax()
+    if int(least) < -1 or int(most) >= adapters:
+        bad = (adapter_ids < -1) | (adapter_ids >= adapters)
         token = int(bad.nonzero()[0, 0])
         raise ValueError(
             f"adapter_ids has {int(adapter_ids[token])} at token {token}; "

@@ -12,34 +12,27 @@ The base runs first, on all tokens, and the adapters are added to what it gave.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pylora.calls import LayerGradients, MultiLoraBackward, MultiLoraCall, Wanted, token_matrix
+from pylora.calls import (
+    Layer,
+    LayerGradients,
+    MultiLoraBackward,
+    MultiLoraCall,
+    Weight,
+    token_matrix,
+)
 from pylora.reference.adapter_groups import check_adapter_ids, groups
-from pylora.reference.lora_linear import REFERENCE_LAYERS, LayerFunctions
+from pylora.reference.nf4_linear import base_linear, base_linear_backward
 
 _CONTIGUOUS = torch.contiguous_format
 FactorGradients = tuple[Tensor | None, Tensor | None]
 
 
-@dataclass(frozen=True)
-class AddAdapters:
-    """How the adapters are added to the results of the base, which are changed in place.
-
-    forward     adds to y [tokens, out_features]; returns h [..., r]
-    backward    adds to dx [tokens, in_features], unless it is None; returns the gradients of the
-                stacks A and B, each None if it is not wanted
-    """
-
-    forward: Callable[[MultiLoraCall, Tensor], Tensor]
-    backward: Callable[[MultiLoraBackward, Tensor | None], FactorGradients]
-
-
 def add_adapters(call: MultiLoraCall, y: Tensor) -> Tensor:
-    """The forward of `AddAdapters`, one group of tokens after the other."""
+    """Adds the adapters to y [tokens, out_features], which has the base; returns h [tokens, r]."""
     flat_x, adapters = token_matrix(call.x), call.adapters
     h_dtype = torch.promote_types(adapters.A.dtype, torch.float32)
     h = flat_x.new_zeros(flat_x.shape[0], adapters.rank, dtype=h_dtype)
@@ -52,12 +45,15 @@ def add_adapters(call: MultiLoraCall, y: Tensor) -> Tensor:
 
 
 def add_adapters_backward(call: MultiLoraBackward, dx: Tensor | None) -> FactorGradients:
-    """The backward of `AddAdapters`. For the tokens of adapter i:
+    """The gradients of A and B as far as they are wanted. For the tokens of adapter i:
 
-    dlora_B[i] = scalings[i] * grad^T @ h
-    dh         = scalings[i] * grad @ lora_B[i]
-    dlora_A[i] = dh^T @ x
-    dx        += dh @ lora_A[i]
+        dlora_B[i] = scalings[i] * grad^T @ h
+        dh         = scalings[i] * grad @ lora_B[i]
+        dlora_A[i] = dh^T @ x
+        dx        += dh @ lora_A[i]
+
+    dx    [tokens, in_features], which has the gradient of the base and is changed in place; None if
+          it is not wanted
     """
     wanted, adapters = call.wanted, call.adapters
     flat_grad, flat_x, flat_h = map(token_matrix, (call.grad, call.x, call.h))
@@ -79,43 +75,49 @@ def add_adapters_backward(call: MultiLoraBackward, dx: Tensor | None) -> FactorG
     return dlora_A, dlora_B
 
 
-REFERENCE_ADAPTERS = AddAdapters(add_adapters, add_adapters_backward)
+def layer_base(x: Tensor, layer: Layer) -> Tensor:
+    """The base of a layer in torch: x @ W^T + bias."""
+    return base_linear(x, layer.weight, layer.bias)
 
 
 def multi_lora_linear(
     call: MultiLoraCall,
-    run: LayerFunctions = REFERENCE_LAYERS,
-    add: AddAdapters = REFERENCE_ADAPTERS,
+    base: Callable[[Tensor, Layer], Tensor] = layer_base,
+    add: Callable[[MultiLoraCall, Tensor], Tensor] = add_adapters,
 ) -> tuple[Tensor, Tensor]:
     """(y [..., out_features] in x.dtype, h [..., r] in fp32, or in float64 for float64 weights).
 
     h is zero for tokens without an adapter.
 
-    run    how the base layer runs
-    add    how the adapters run
+    base    runs the base on x [tokens, in_features]
+    add     adds the adapters, as `add_adapters` does
     """
     adapters, leading = call.adapters, call.x.shape[:-1]
     check_adapter_ids(adapters.ids, adapters.count)
-    y, _ = run.forward(token_matrix(call.x), call.layer)
-    h = add.forward(call, y)
+    y = base(token_matrix(call.x), call.layer)
+    h = add(call, y)
     return y.view(*leading, y.shape[-1]), h.view(*leading, adapters.rank)
 
 
 def multi_lora_linear_backward(
     call: MultiLoraBackward,
-    run: LayerFunctions = REFERENCE_LAYERS,
-    add: AddAdapters = REFERENCE_ADAPTERS,
+    base: Callable[[Tensor, Weight], Tensor] = base_linear_backward,
+    add: Callable[[MultiLoraBackward, Tensor | None], FactorGradients] = add_adapters_backward,
 ) -> LayerGradients:
     """The gradients that `call.wanted` asks for; those of A and B are stacks over the adapters.
 
-    The arguments are those of `multi_lora_linear`.
+    base    runs grad @ W on grad [tokens, out_features]
+    add     adds the adapters, as `add_adapters_backward` does
     """
-    wanted = call.wanted
-    flat_grad, flat_x = map(token_matrix, (call.grad, call.x))
-    base = Wanted(x=wanted.x, weight=wanted.weight, bias=wanted.bias)
-    of_base = run.backward(flat_grad, flat_x, flat_x.new_empty(0), call.layer, base)
-    dlora_A, dlora_B, dx = None, None, of_base.x
+    wanted, grad = call.wanted, token_matrix(call.grad)
+    dx = base(grad, call.layer.weight) if wanted.x else None
+    dlora_A, dlora_B = None, None
     if wanted.x or wanted.A or wanted.B:
-        dlora_A, dlora_B = add.backward(call, dx)
-    dx = None if dx is None else dx.view(call.x.shape)
-    return LayerGradients(dx, of_base.weight, dlora_A, dlora_B, of_base.bias)
+        dlora_A, dlora_B = add(call, dx)
+    return LayerGradients(
+        x=None if dx is None else dx.view(call.x.shape),
+        weight=grad.t() @ token_matrix(call.x) if wanted.weight else None,
+        A=dlora_A,
+        B=dlora_B,
+        bias=grad.sum(0) if wanted.bias else None,
+    )
