@@ -346,7 +346,7 @@ def test_op_passes_opcheck(backend: str, device: str) -> None:
 
 
 def test_op_passes_opcheck_over_a_dense_base() -> None:
-    """The cpu backend leaves a dense base to the reference."""
+    """The cpu backend runs a dense base in torch, and the adapters in its kernels."""
     run_opcheck(make(5, 48, 96, 3, 4, "dense"), is_dense=True)
 
 
