@@ -30,13 +30,17 @@ ADAPTERS = ["default", "up", "wide"]
 
 
 class TwoLayers(nn.Module):
-    """Linear layers over the tokens of a batch, or over its rows if `per_row`."""
+    """Linear layers over the tokens of a batch, or over its rows if `per_row`.
+
+    They are small because torch, which runs each row alone, sums over many features more accurately
+    than it does in a batch.
+    """
 
     def __init__(self, per_row: bool = False) -> None:
         super().__init__()
-        self.embed = nn.Embedding(32, 64)
-        self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 64, bias=False)
-        self.head = nn.Linear(64, 8)
+        self.embed = nn.Embedding(32, 32)
+        self.up, self.down = nn.Linear(32, 48), nn.Linear(48, 32, bias=False)
+        self.head = nn.Linear(32, 8)
         self.per_row = per_row
 
     def forward(self, ids: Tensor) -> Tensor:
