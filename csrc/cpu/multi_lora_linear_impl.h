@@ -1,7 +1,7 @@
 // The sums of multi_lora_linear.h, as a template over the vector primitives.
 //
-// The threads share out strips of columns, and take as many at a time as the second-level cache
-// holds of a factor. For these and each group:
+// The threads share out strips of columns, and take a few of them at a time, as wide as a part of a
+// factor that stays in the second-level cache. For these and each group:
 //   1. Pack the factor's part as fp32, with the columns along the vectors.
 //   2. Multiply a few tokens at a time by it (gemm_tile.h), in chains of kChain products.
 //   3. Add the products to the rows of the tokens, and round.
@@ -12,8 +12,10 @@
 
 namespace pylora::cpu {
 
-inline constexpr int64_t kPanelFloats =
-    16 * 1024;  // of a factor of rank kPanelFloats / kWidth or less
+// A packed part of a factor has so many floats, or one tile of columns if its rank is too high for
+// that. A wider part touches the rows of y less often: with one tile at a time, 2,048 tokens of 4,096
+// columns took twice as long.
+inline constexpr int64_t kPanelFloats = 16 * 1024;
 
 // Adds `count` values to a row of activations.
 template <class S, class T>
@@ -72,11 +74,13 @@ template <class S>
 void add_low_rank_on(const LowRankSum& sum) {
   constexpr int64_t kWide = TokenTiles<S>::kWidth;
   const int64_t rank = sum.factor.rank;
-  const int64_t block = kPanelFloats / kWide / rank > 0 ? kPanelFloats / kWide / rank : 1;
-  int64_t tokens = 0;
-  for (const AdapterGroup& group : sum.groups)
-    tokens += round_up(group.count, S::rows_for(S::kMaxV));
-  const int64_t grain = ceil_div(kDotGrain, kWide * rank * tokens + 1);
+  const int64_t fitting = kPanelFloats / kWide / rank;
+  const int64_t block = fitting > 0 ? fitting : 1;  // strips
+  int64_t rows = 0;                                 // of all tiles
+  for (const AdapterGroup& group : sum.groups) {
+    rows += round_up(group.count, S::rows_for(S::kMaxV));
+  }
+  const int64_t grain = ceil_div(kDotGrain, kWide * rank * rows + 1);
   visit_dtype(sum.dtype, [&](auto token) {
     visit_dtype(sum.factor.dtype, [&](auto weight) {
       parallel_for(0, ceil_div(sum.cols, kWide), grain, [&](int64_t begin, int64_t end) {
