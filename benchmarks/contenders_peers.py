@@ -87,14 +87,18 @@ class _OneLinear(torch.nn.Module):
 
 
 def _wrapped_by_peft(
-    model: _OneLinear, tensors: LayerTensors, lora_dtype: torch.dtype | None
+    model: _OneLinear, tensors: LayerTensors, lora_dtype: torch.dtype | None, use_dora: bool
 ) -> Any:
     """Returns PEFT's LoRA layer around that of `model`, with the factors of `tensors`."""
     from peft import LoraConfig, get_peft_model
 
     rank = tensors.cell.rank
     config = LoraConfig(
-        r=rank, lora_alpha=rank * tensors.scaling, target_modules=["proj"], lora_dropout=0.0
+        r=rank,
+        lora_alpha=rank * tensors.scaling,
+        target_modules=["proj"],
+        lora_dropout=0.0,
+        use_dora=use_dora,
     )
     # PEFT would make LoRA fp32. Its factors get the dtype that is asked for below.
     layer = get_peft_model(model, config, autocast_adapter_dtype=False).base_model.model.proj
@@ -109,9 +113,11 @@ def _lora_of(layer: Any) -> tuple[Tensor, Tensor]:
 
 
 def _peft(training: bool) -> Any:
-    def build(tensors: LayerTensors, lora_dtype: torch.dtype | None = None) -> BuiltLayer:
+    def build(
+        tensors: LayerTensors, lora_dtype: torch.dtype | None = None, use_dora: bool = False
+    ) -> BuiltLayer:
         model = _OneLinear(_linear4bit(tensors, training))
-        layer = _wrapped_by_peft(model, tensors, lora_dtype)
+        layer = _wrapped_by_peft(model, tensors, lora_dtype, use_dora)
         layer.train(training)
         name = f"{type(layer).__module__}.{type(layer).__name__} over "
         return BuiltLayer(layer, lambda x: name + _variant(layer.base_layer), _lora_of(layer))
@@ -128,9 +134,11 @@ def dense_linear(tensors: LayerTensors) -> torch.nn.Linear:
     return module
 
 
-def _peft_over_dense(tensors: LayerTensors, lora_dtype: torch.dtype | None = None) -> BuiltLayer:
+def _peft_over_dense(
+    tensors: LayerTensors, lora_dtype: torch.dtype | None = None, use_dora: bool = False
+) -> BuiltLayer:
     model = _OneLinear(dense_linear(tensors), is_4bit=False)
-    layer = _wrapped_by_peft(model, tensors, lora_dtype)
+    layer = _wrapped_by_peft(model, tensors, lora_dtype, use_dora)
     name = f"{type(layer).__module__}.{type(layer).__name__} over nn.Linear"
     return BuiltLayer(layer, lambda x: name, _lora_of(layer))
 

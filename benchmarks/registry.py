@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from benchmarks import (
     bench_bottleneck_adapter,
+    bench_dora_layer,
     bench_host,
     bench_lora_layer,
     bench_lora_layer_autocast,
@@ -30,6 +31,7 @@ BENCHES: dict[str, Bench] = {
         # The quick suite leaves out the benches below: with them it would take over five minutes.
         bench_lora_layer,
         bench_lora_layer_autocast,
+        bench_dora_layer,
         bench_lora_qkv,
         bench_lora_mlp,
         bench_multi_lora_linear,

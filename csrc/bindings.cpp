@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "common/activation.h"
+#include "common/fingerprint.h"
 #include "common/prepared.h"
 #include "cpu/bottleneck_adapter.h"
 #include "cpu/cpu_features.h"
@@ -38,11 +39,14 @@ STABLE_TORCH_LIBRARY(pylora_C, m) {
   m.def("lora_linear(Tensor x, " LORA ") -> (Tensor y, Tensor h)");
   m.def("lora_linear_dense(Tensor x, Tensor weight, " LOW_RANK ") -> (Tensor y, Tensor h)");
   m.def("lora_linear_hopper(Tensor x, " LORA ") -> (Tensor y, Tensor h)");
+  m.def("dora_rescale(Tensor product, Tensor magnitude, Tensor norm, Tensor? bias) -> Tensor");
+  m.def("dora_rescale_backward(Tensor grad, Tensor product, Tensor magnitude, Tensor norm) -> (Tensor dproduct, Tensor dmagnitude)");
   // A layer that the extension keeps for calls that name only x: the result is its address.
   m.def("prepare_nf4_linear(Tensor x, " NF4 ", int out_features, Tensor? bias) -> int");
   m.def("prepare_nf4_linear_hopper(Tensor x, " NF4 ", int out_features, Tensor? bias) -> int");
   m.def("prepare_lora_linear(Tensor x, " LORA ") -> int");
   m.def("prepare_lora_linear_dense(Tensor x, Tensor weight, " LOW_RANK ") -> int");
+  m.def("prepare_dora_rescale(Tensor product, Tensor magnitude, Tensor norm, Tensor? bias) -> int");
   m.def("prepare_lora_linear_hopper(Tensor x, " LORA ") -> int");
   // For measurements alone: lora_linear with another plan than the rule's, and the rule's own.
   m.def("lora_linear_planned(Tensor x, " LORA ", int output_warps, int splits, int grid) -> (Tensor y, Tensor h)");
@@ -145,6 +149,13 @@ PYBIND11_MODULE(_C, m) {
       "The level in use: the highest, or the one that PYLORA_CPU_ISA names.");
   m.def("set_cpu_isa", &pylora::cpu::set_cpu_isa, py::arg("name"),
         "Choose the level for this process; for tests and benchmarks.");
+  m.def(
+      "fingerprint",
+      [](intptr_t address, int64_t bytes) {
+        return pylora::fingerprint(reinterpret_cast<const void*>(address), bytes);
+      },
+      py::arg("address"), py::arg("bytes"),
+      "A number that changes with the memory, for those who keep what they computed of it.");
   py::class_<pylora::PreparedLayer>(
       m, "PreparedLayer",
       "A layer whose tensors the extension keeps; torch.ops.pylora_C.prepare_* gives its address.")

@@ -166,7 +166,10 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """The gradients of a layer that a backward computes, in the order in which it returns them."""
+    """The gradients of a layer that a backward computes, in the order in which it returns them.
+
+    Only a layer with DoRA has a magnitude.
+    """
 
     x: bool = False
     weight: bool = False
@@ -175,11 +178,13 @@ class Wanted:
     bias: bool = False
     A_bias: bool = False
     B_bias: bool = False
+    magnitude: bool = False
 
     @property
     def any(self) -> bool:
         """True if any gradient is wanted."""
-        return self.x or self.weight or self.A or self.B or self.bias or self.A_bias or self.B_bias
+        of_layer = self.x or self.weight or self.bias or self.magnitude
+        return of_layer or self.A or self.B or self.A_bias or self.B_bias
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -193,6 +198,7 @@ class LayerGradients:
     bias: Tensor | None = None
     A_bias: Tensor | None = None
     B_bias: Tensor | None = None
+    magnitude: Tensor | None = None
 
     def with_x(self, x: Tensor | None) -> LayerGradients:
         """The same gradients with `x` in place of the gradient of x."""

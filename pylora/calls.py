@@ -39,6 +39,8 @@ __all__ = [
     "BottleneckWanted",
     "Call",
     "DequantizeCall",
+    "DoraLinearBackward",
+    "DoraLinearCall",
     "Dropout",
     "Layer",
     "LayerGradients",
@@ -119,6 +121,41 @@ class LoraLinearBackward:
     x: Tensor
     h: Tensor
     layer: Layer
+    wanted: Wanted
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DoraLinearCall:
+    """A call that returns (y, h, product) of one layer with DoRA; the backward needs h and product.
+
+    product is the y of lora_linear for the layer, and y is magnitude / norm * product + bias.
+
+    layer        has LoRA without biases and without dropout, and no bias of its own, because the
+                 bias is not rescaled
+    magnitude    [out_features]
+    norm         |W + scaling B A| of each row [out_features]; it is a constant to the gradients
+    """
+
+    op: ClassVar[str] = "dora_linear"
+    x: Tensor
+    layer: Layer
+    bias: Tensor | None
+    magnitude: Tensor
+    norm: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DoraLinearBackward:
+    """A call that returns the LayerGradients of one layer with DoRA."""
+
+    op: ClassVar[str] = "dora_linear_backward"
+    grad: Tensor
+    x: Tensor
+    h: Tensor
+    product: Tensor
+    layer: Layer
+    magnitude: Tensor
+    norm: Tensor
     wanted: Wanted
 
 
@@ -285,6 +322,8 @@ Call = (
     | Nf4LinearBackward
     | LoraLinearCall
     | LoraLinearBackward
+    | DoraLinearCall
+    | DoraLinearBackward
     | LoraQkvCall
     | LoraQkvBackward
     | LoraMlpCall

@@ -19,6 +19,8 @@ from pylora.calls import (
     BottleneckAdapterCall,
     BottleneckWanted,
     DequantizeCall,
+    DoraLinearBackward,
+    DoraLinearCall,
     Dropout,
     Layer,
     LoraLinearBackward,
@@ -167,7 +169,7 @@ def _lora_cases(
     lora_dtype: torch.dtype,
     rank: int,
 ) -> Iterator[Case]:
-    """Yields lora_linear and its backward, with every bias."""
+    """Yields lora_linear and its backward, with every bias, and without dropout dora_linear."""
     where += f" r{rank} {activation} p{dropout_p}"
     lora_A = normal(rank, w.in_features, dtype=lora_dtype) / max(w.in_features, 1) ** 0.5
     lora_B = normal(w.out_features, rank, dtype=lora_dtype)
@@ -179,6 +181,16 @@ def _lora_cases(
     _, h = on_reference(LoraLinearCall(x, layer))
     everything = Wanted(x=True, A=True, B=True, bias=True, A_bias=True, B_bias=True)
     yield Case.of(where, LoraLinearBackward(grad, x, h, layer, everything))
+    if dropout_p:
+        return
+    layer = Layer(w.record, None, LowRank(lora_A, lora_B, scaling=0.5))
+    magnitude, norm = B_bias, torch.linalg.vector_norm(lora_B, dim=1)
+    dora = DoraLinearCall(x, layer, bias, magnitude, norm)
+    yield Case.of(where, dora)
+    _, h, product = on_reference(dora)
+    everything = Wanted(x=True, A=True, B=True, bias=True, magnitude=True)
+    scaled = (product, layer, magnitude, norm)
+    yield Case.of(where, DoraLinearBackward(grad, x, h, *scaled, everything))
 
 
 def _composed_cases(

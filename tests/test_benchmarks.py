@@ -195,6 +195,7 @@ def test_every_installed_contender_is_right(mode: str) -> None:
     [
         ("lora_layer", TRAINING),
         ("lora_layer_autocast", TRAINING),
+        ("dora_layer", TRAINING),
         ("lora_qkv", FORWARD),
         ("lora_qkv", BACKWARD),
         ("lora_mlp", TRAINING),
@@ -232,6 +233,7 @@ def test_only_the_full_suite_has_multi_layer_ops_and_host_times() -> None:
     assert set(ops_of("full")) - set(ops_of("quick")) == {
         "lora_layer",
         "lora_layer_autocast",
+        "dora_layer",
         "lora_qkv",
         "lora_mlp",
         "multi_lora_linear",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import pylora
+from pylora.backends import extension
 from pylora.nn import LoRALinear, NF4Linear, dora
 
 X = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
@@ -90,8 +91,11 @@ def test_the_norms_are_computed_once(kind: str, base: str, counted: list[int]) -
     assert len(counted) == 2  # one is of the copy
     layer(X).sum().backward()
     layer(X)
-    assert len(counted) == 4  # with gradients they are computed each time
-    assert torch.equal(result(layer), first) and len(counted) == 5
+    assert len(counted) == 2  # they are those of the calls with gradients as well
+    with torch.no_grad():
+        factor(layer, "lora_B").mul_(2)  # a step of the optimizer
+    layer(X)
+    assert not torch.equal(result(layer), first) and len(counted) == 3
 
 
 def _in_place(layer: Any) -> None:
@@ -102,6 +106,12 @@ def _in_place(layer: Any) -> None:
 def _without_a_version(layer: Any) -> None:
     A = factor(layer, "lora_A")
     A.data.copy_(torch.randn(A.shape))
+
+
+def _in_another_order(layer: Any) -> None:
+    """The sum of all elements stays what it was."""
+    B = factor(layer, "lora_B")
+    B.data.copy_(B.data.flip(0))
 
 
 def _other_memory(layer: Any) -> None:
@@ -125,6 +135,7 @@ def _scaling(layer: Any) -> None:
 CHANGES: tuple[Callable[[Any], None], ...] = (
     _in_place,
     _without_a_version,
+    _in_another_order,
     _other_memory,
     _magnitude,
     _scaling,
@@ -142,6 +153,38 @@ def test_a_change_is_noticed(kind: str, base: str, change: Callable[[Any], None]
     after = result(layer)
     assert not torch.equal(after, before)
     assert torch.equal(after, anew(layer))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_change_is_noticed_in_training(
+    kind: str, base: str, change: Callable[[Any], None]
+) -> None:
+    layer = LAYERS[kind](base)
+    names = [name for name, parameter in layer.named_parameters() if parameter.requires_grad]
+
+    def gradients(layer: Any) -> list[Tensor]:
+        trained = [layer.get_parameter(name) for name in names]
+        return list(torch.autograd.grad(layer(X).square().sum(), trained))
+
+    before = [gradients(layer) for _ in range(2)]
+    assert all(map(torch.equal, *before))
+    change(layer)
+    after = gradients(layer)
+    assert not all(map(torch.equal, after, before[0]))
+    assert all(map(torch.equal, after, gradients(copy.deepcopy(layer))))
+
+
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 200])
+def test_every_byte_is_in_the_fingerprint(size: int) -> None:
+    values = torch.randint(256, (size,), dtype=torch.uint8)
+    right = extension.fingerprint(values)
+    assert extension.fingerprint(values.clone()) == right
+    for index in range(size):
+        other = values.clone()
+        other[index] += 1
+        assert extension.fingerprint(other) != right
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -47,6 +47,7 @@ OPS = (
     "nf4_dequantize",
     "nf4_linear",
     "lora_linear",
+    "dora_linear",
     "lora_qkv",
     "lora_mlp",
     "multi_lora_linear",
@@ -56,6 +57,7 @@ OPS = (
 # The bench files that are not named after an op, and why they exist.
 BENCHES_BEYOND_OPS = {
     "host": "times the layers of pylora above the kernels, which is not the work of a single op",
+    "dora_layer": "times nn.LoRALinear with DoRA, whose op is dora_linear, against PEFT's layer",
     "lora_layer": "times nn.LoRALinear against PEFT's layer, over NF4 and over dense weights",
     "lora_layer_autocast": "times the same under autocast, with LoRA in fp32",
 }
@@ -181,7 +183,8 @@ def test_one_stem_per_op(op: str) -> None:
 
 def test_one_bench_per_op() -> None:
     benches = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*")}
-    assert benches - BENCHES_BEYOND_OPS.keys() == set(OPS)
+    # Nobody calls dora_linear but the layers, which give it the norm of the rows.
+    assert benches - BENCHES_BEYOND_OPS.keys() == set(OPS) - {"dora_linear"}
     assert benches >= BENCHES_BEYOND_OPS.keys()
 
 
@@ -242,6 +245,7 @@ def test_kernels_folder_hides_no_other_package(tmp_path: Path) -> None:
 WITHOUT_KERNEL = {
     "kernels": {
         "nf4_quantize": "Triton has no kernel for it: the C++ ones run on CPUs and GPUs",
+        "dora_linear": "the backends compose it of their lora_linear",
     },
     "csrc": {
         "lora_qkv": "the backends compose it of their single-layer ops",
@@ -270,9 +274,10 @@ def test_backends_run_ops_by_functions_of_their_names() -> None:
 
     names = {*OPS, *(f"{op}_backward" for op in OPS)}
     composed = {record.op for record in cpu.BACKEND.planners.keys() - cpu._PLANNERS.keys()}
+    of_lora = {"dora_linear", "dora_linear_backward"}  # pylora/backends/dora.py makes these
     for backend, module, without in (
         ("reference", reference, set()),
-        ("triton", triton_runs, set()),
+        ("triton", triton_runs, of_lora),
         ("cpu", extension, composed),
         ("cuda", extension, composed),
     ):

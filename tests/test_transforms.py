@@ -14,14 +14,17 @@ from torch.nn.functional import linear, silu
 
 import pylora
 import pylora.functional as F
+from pylora.calls import DoraLinearCall
 from pylora.nn import LoRALinear, NF4Linear
+from pylora.ops import run_output
 from pylora.testing import assert_as_accurate_as_torch
 
 Call = Callable[..., Any]
 
 IN, OUT, RANK, TOKENS = 96, 64, 3, 5
-OPS = ["nf4_linear", "lora_linear", "lora_qkv", "lora_mlp", "multi_lora_linear"]
+OPS = ["nf4_linear", "lora_linear", "dora_linear", "lora_qkv", "lora_mlp", "multi_lora_linear"]
 IDS = torch.tensor([1, -1, 0, 1, 1])
+NORM = torch.rand(OUT, generator=torch.Generator().manual_seed(0)) + 0.5
 SCALINGS = torch.tensor([0.5, 2.0])
 
 
@@ -34,6 +37,11 @@ def op(name: str, w: pylora.NF4Weight, down: pylora.NF4Weight) -> Call:
             return F.nf4_linear(x, w)
         if name == "lora_linear":
             return F.lora_linear(x, w, A[0], B[0], 0.5, activation="silu", lora_B_bias=B[1, :, 0])
+        if name == "dora_linear":
+            checked = F.CALLS["lora_linear"](x, w, A[0], B[0], 0.5)
+            return run_output(
+                DoraLinearCall(checked.x, checked.layer, B[1, :, 0], B[1, :, 1], NORM)
+            )
         if name == "lora_qkv":
             return torch.cat(F.lora_qkv(x, q, F.Projection(w, A[1], B[1]), F.Projection(w)), -1)
         if name == "lora_mlp":
@@ -53,6 +61,8 @@ def in_torch(name: str, w: pylora.NF4Weight, down: pylora.NF4Weight) -> Call:
             return base
         if name == "lora_linear":
             return base + 0.5 * (linear(silu(linear(x, A[0])), B[0]) + B[1, :, 0])
+        if name == "dora_linear":
+            return (base + 0.5 * first) * (B[1, :, 1] / NORM) + B[1, :, 0]
         if name == "lora_qkv":
             return torch.cat([base + 0.5 * first, base + second, base], -1)
         if name == "lora_mlp":

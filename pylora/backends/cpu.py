@@ -23,6 +23,7 @@ from pylora.backends.backend import (
 )
 from pylora.backends.composition import composed
 from pylora.backends.cpu_multi_lora import MultiLora
+from pylora.backends.dora import dora_planners
 from pylora.calls import (
     Bottleneck,
     BottleneckAdapterBackward,
@@ -38,6 +39,7 @@ from pylora.calls import (
     QuantizeCall,
     token_count,
 )
+from pylora.reference.dora_linear import Rescaling
 from pylora.reference.lora_linear import native
 
 
@@ -215,12 +217,15 @@ _PLANNERS: dict[Any, Planner] = {
 }
 
 _MULTI_LORA = MultiLora(_nf4_linear, _nf4_linear_backward, _stack_reason, _instruction_set)
+_RESCALING = Rescaling(extension.dora_rescale, extension.dora_rescale_backward)
+_DORA = dora_planners(_PLANNERS, _RESCALING, extension.prepare_dora_rescale, _reason)
 
 BACKEND = Backend(
     name="cpu",
     planners=_PLANNERS
     | composed(_PLANNERS)
-    | {MultiLoraCall: _MULTI_LORA.forward, MultiLoraBackward: _MULTI_LORA.backward},
+    | {MultiLoraCall: _MULTI_LORA.forward, MultiLoraBackward: _MULTI_LORA.backward}
+    | _DORA,
     unavailable=_unavailable,
     compiled_for=_instruction_set,
     device=lambda: "cpu",

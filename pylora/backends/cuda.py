@@ -22,6 +22,7 @@ from pylora.backends.backend import (
     dequantize_refusal,
 )
 from pylora.backends.composition import composed
+from pylora.backends.dora import dora_planners
 from pylora.calls import (
     Adapters,
     DequantizeCall,
@@ -292,6 +293,7 @@ BACKEND = Backend(
     name="cuda",
     planners=_PLANNERS
     | {record: _COMPOSED[record] for record in (LoraQkvBackward, LoraMlpCall, LoraMlpBackward)}
+    | dora_planners(_PLANNERS)
     | {LoraQkvCall: partial(_lora_qkv, _COMPOSED[LoraQkvCall])},
     unavailable=_unavailable,
     compiled_for=_compiled_archs,

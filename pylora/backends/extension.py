@@ -8,6 +8,7 @@ are new tensors. A package built without the extension runs all the same.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import astuple, replace
 from functools import cache, lru_cache
 from types import ModuleType
@@ -131,6 +132,14 @@ def nf4_linear_backward(call: Nf4LinearBackward) -> Tensor:
     return _op("nf4_linear_backward")(call.grad, *call.weight.arguments, call.weight.in_features)
 
 
+def fingerprint(tensor: Tensor) -> float:
+    """A number that tells if the elements of a CPU tensor have changed, whoever changed them."""
+    module, _ = load()
+    if module is not None and tensor.is_contiguous():
+        return module.fingerprint(tensor.data_ptr(), tensor.nbytes)
+    return tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)).item()
+
+
 def _lora_arguments(call: LoraLinearCall) -> tuple[Any, ...]:
     layer, low = call.layer, call.layer.low_rank
     assert low is not None
@@ -226,6 +235,34 @@ def lora_linear_backward(call: LoraLinearBackward) -> LayerGradients:
     base = (call.grad, call.x, call.h, *call.layer.weight.arguments)
     gradients = _op("lora_linear_backward")(*base, low.A, low.B, *_lora_options(low), mask)
     return LayerGradients(*(t if w else None for t, w in zip(gradients, mask, strict=True)))
+
+
+def dora_rescale(product: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None) -> Tensor:
+    """magnitude / norm * product + bias, in the dtype of the product."""
+    return _op("dora_rescale")(product, magnitude, norm, bias)
+
+
+def prepare_dora_rescale(
+    product: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None
+) -> Callable[[Tensor, Tensor], None]:
+    """The same for vectors that are used many times: a function that writes y, its second argument.
+
+    product    has the dtype and the last size of all products; they are contiguous, and y may be
+               the product itself
+    """
+    run, columns = _prepared("dora_rescale", product, magnitude, norm, bias), product.shape[-1]
+
+    def forward(product: Tensor, y: Tensor) -> None:
+        run(product.data_ptr(), product.numel() // columns, y.data_ptr())
+
+    return forward
+
+
+def dora_rescale_backward(
+    grad: Tensor, product: Tensor, magnitude: Tensor, norm: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(the gradient of the product, that of the magnitude)."""
+    return _op("dora_rescale_backward")(grad, product, magnitude, norm)
 
 
 def _adapters(adapters: Adapters) -> tuple[Tensor, ...]:

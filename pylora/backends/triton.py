@@ -27,6 +27,7 @@ from pylora.backends.backend import (
     dequantize_refusal,
     in_python,
 )
+from pylora.backends.dora import dora_planners
 from pylora.backends.limits import TRITON_MAX_BOTTLENECK, TRITON_PRODUCT_FROM
 from pylora.calls import (
     BottleneckAdapterBackward,
@@ -236,7 +237,7 @@ _PLANNERS: dict[Any, Planner] = {
 
 BACKEND = Backend(
     name="triton",
-    planners=_PLANNERS,
+    planners=_PLANNERS | dora_planners(_PLANNERS),
     unavailable=_unavailable,
     compiled_for=_compiled_for,
     device=_device,

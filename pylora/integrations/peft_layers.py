@@ -24,6 +24,7 @@ from pylora.integrations.peft_base import (
 )
 from pylora.integrations.peft_kept import KeptPeftCall, places_of_parts
 from pylora.nn import dora
+from pylora.nn.kept import Place, places_of
 from pylora.ops import run_output
 
 
@@ -35,6 +36,7 @@ class PeftLoraSwap(PeftSwap):
         self._kept: KeptPeftCall | None = None
         self._norm: OfWeight[Tensor] = OfWeight()  # of the rows of the base, for DoRA
         self._dora_weight: Any = None
+        self._dora_norm: Tensor | None = None
         self._dora_calls = dora.DoraCalls()
         self._trained_by_row = False
 
@@ -152,18 +154,28 @@ class PeftLoraSwap(PeftSwap):
         stored = stored_weight(base)
         version = 0 if stored.is_inference() else stored._version
         base_norm = self._norm.get(base, lambda _: dora.base_norm(weight), version)
-        if weight is not self._dora_weight:
-            self._dora_weight, self._dora_calls = weight, dora.DoraCalls()
-        rescale = magnitude / self._dora_calls.norm(weight, base_norm, *factors)
+        if weight is not self._dora_weight or base_norm is not self._dora_norm:
+            self._dora_weight, self._dora_norm = weight, base_norm
+            self._dora_calls = dora.DoraCalls()
         dropped = dropout(given) if drop_rate(dropout) else None
-        places = partial(places_of_parts, parts)
-        y = self._dora_calls.linear(given, weight, *factors, rescale, base.bias, places, dropped)
+        y = None if dropped is not None else self._dora_calls.again(given, scaling)
+        if y is None:
+            places = partial(_dora_places, module, name, parts)
+            others = (magnitude, base.bias, places)
+            y = self._dora_calls.linear(given, weight, base_norm, *factors, *others, dropped)
         if self.must_verify():
             names = ("lora_A", "lora_B", "scaling", "magnitude", "bias", "dropped")
             values = (*factors, magnitude, base.bias, dropped)
             rest = dict(zip(names, values, strict=True))
             self.verify(y, dora_in_torch, weight, given.to(y.dtype), **rest)
         return in_dtype_of_base(module.base_layer, y, x)
+
+
+def _dora_places(module: Any, name: str, parts: Parts) -> tuple[Place, ...] | None:
+    """The places of the tensors of a call with DoRA; None if they must not be kept."""
+    places = places_of_parts(parts)
+    of_magnitude = places_of(module.lora_magnitude_vector[name], ("weight",))
+    return None if places is None or of_magnitude is None else (*places, *of_magnitude)
 
 
 def _why_not_linear(module: Any, parts: Parts, x: Any) -> str | None:

@@ -8,6 +8,7 @@ The norm |...| is taken of each row and has no gradient. Source: DoRA, arXiv:240
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from pylora import functional
+from pylora.backends import extension
 from pylora.backends.backend import autocast_off
+from pylora.calls import DoraLinearCall, token_matrix
 from pylora.nf4_weight import NF4Weight
 from pylora.nn.kept import Kept, Place
 from pylora.ops import run_output
@@ -46,7 +49,7 @@ def adapted_norm(
     # A norm in bf16 would move every output; no_grad does not hold for forward-mode AD.
     with autocast_off(A.device.type), forward_ad._set_fwd_grad_enabled(False):
         if isinstance(weight, NF4Weight):
-            projected = functional.nf4_linear(A, weight).t()
+            projected = functional.nf4_linear(lora_A, weight).t().float()
         else:
             projected = nn.functional.linear(A.to(weight.dtype), weight).t().float()
         cross = 2 * scaling * (projected * B).sum(1, dtype=torch.float64)
@@ -55,104 +58,98 @@ def adapted_norm(
 
 
 class DoraCalls:
-    """What a layer with DoRA keeps between its calls: a checked product, and the norms.
+    """What a layer with DoRA keeps between its calls: the norms, and the checked call over them.
 
     The norms take as long as a product with as many tokens as the rank. They are the same for each
-    token that a model writes, so calls without gradients keep them, on a CPU. The sums of both
-    factors tell of a change that torch does not count, such as `parameter.data.copy_(...)`.
+    token that a model writes, and for each forward between two steps of the optimizer, so they are
+    kept on a CPU. On another device a change that torch does not count, such as
+    `parameter.data.copy_(...)`, could not be noticed without waiting for the device.
     """
 
-    __slots__ = ("_kept", "_norms")
+    __slots__ = ("_norms",)
 
     def __init__(self) -> None:
-        self._kept: Kept | None = None
         self._norms: _Norms | None = None
 
-    def again(
+    def again(self, x: Tensor, scaling: float) -> Tensor | None:
+        """The result for x by what is kept; None if anything must be computed or checked first.
+
+        The places given to `linear` must hold the same tensors, which is found out here, and so
+        must the norm of the base be the same tensor.
+        """
+        norms = self._norms
+        if norms is None or norms.kept is None or torch.compiler.is_compiling():
+            return None
+        call = norms.kept.call_with(x)
+        if call is None or _state_of(norms.tensors, scaling) != norms.state:
+            return None
+        return call.run(x, scaling)
+
+    def linear(
         self,
         x: Tensor,
+        weight: Tensor | NF4Weight,
         norm: Tensor,
         lora_A: Tensor,
         lora_B: Tensor,
         scaling: float,
         magnitude: Tensor,
         bias: Tensor | None,
-    ) -> Tensor | None:
-        """The result for x by what is kept; None if anything must be computed or checked first."""
-        kept, norms = self._kept, self._norms
-        if kept is None or norms is None:
-            return None
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return None
-        call = kept.call_with(x)
-        if call is None or not norms.are_of((norm, lora_A, lora_B), scaling):
-            return None
-        return _rescaled(call.run(x, scaling), magnitude / norms.value, bias)
+        places: Callable[[], tuple[Place, ...] | None],
+        dropped: Tensor | None = None,
+    ) -> Tensor:
+        """y [..., out_features] of a layer with DoRA.
 
-    def norm(
+        norm       `base_norm(weight)`
+        places     returns the places of the tensors of the call in their modules
+        dropped    x after dropout, None without dropout; as in PEFT, it is the input of everything
+                   that DoRA adds to the base layer
+        the others as in `pylora.functional.lora_linear`
+        """
+        factors = (lora_A, lora_B, scaling)
+        norms = self._norms_of(weight, norm, *factors)
+        if dropped is not None:
+            return _with_dropout(x, dropped, weight, *factors, magnitude / norms.value, bias)
+        checked = functional.CALLS["lora_linear"](x, weight, *factors, bias)
+        layer = replace(checked.layer, bias=None)  # the bias is not rescaled
+        call = DoraLinearCall(checked.x, layer, checked.layer.bias, magnitude, norms.value)
+        if not torch.compiler.is_compiling() and norms is self._norms:
+            self._norms = norms._replace(kept=Kept.of(places, x, call))
+        return run_output(call)
+
+    def _norms_of(
         self,
         weight: Tensor | NF4Weight,
         norm: Tensor,
         lora_A: Tensor,
         lora_B: Tensor,
         scaling: float,
-    ) -> Tensor:
-        """`adapted_norm` of these arguments."""
-        if torch.compiler.is_compiling():
-            return adapted_norm(weight, norm, lora_A, lora_B, scaling)
+    ) -> _Norms:
+        """`adapted_norm` of these arguments, which is kept if it may be."""
         tensors = (norm, lora_A, lora_B)
         on_cpu = lora_A.device.type == "cpu"
-        if torch.is_grad_enabled() or not on_cpu or not only_autograd_watches(tensors):
-            self._norms = None
-            return adapted_norm(weight, norm, lora_A, lora_B, scaling)
+        if torch.compiler.is_compiling() or not on_cpu or not only_autograd_watches(tensors):
+            return _Norms(adapted_norm(weight, *tensors, scaling), tensors, ())
         norms = self._norms
         if norms is None or not norms.are_of(tensors, scaling):
-            value = adapted_norm(weight, norm, lora_A, lora_B, scaling)
-            self._norms = norms = _Norms(value, tensors, _state_of(tensors, scaling))
-        return norms.value
-
-    def linear(
-        self,
-        x: Tensor,
-        weight: Tensor | NF4Weight,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        rescale: Tensor,
-        bias: Tensor | None,
-        places: Callable[[], tuple[Place, ...] | None],
-        dropped: Tensor | None = None,
-    ) -> Tensor:
-        """y [..., out_features] of a layer with DoRA.
-
-        rescale    magnitude / |W + scaling B A| [out_features]
-        places     returns the places of the weight and of both factors in their modules
-        dropped    x after dropout, None without dropout; as in PEFT, it is the input of everything
-                   that DoRA adds to the base layer
-        the others as in `pylora.functional.lora_linear`
-        """
-        if dropped is not None:
-            linear = nn.functional.linear
-            low_rank = linear(linear(dropped.to(lora_A.dtype), lora_A), lora_B)
-            delta = (rescale - 1) * _base(dropped, weight) + rescale * scaling * low_rank
-            y = _base(x, weight, bias)
-            return y + delta.to(y.dtype)
-        compiling = torch.compiler.is_compiling()
-        call = None if compiling or self._kept is None else self._kept.call_with(x)
-        if call is not None:
-            return _rescaled(call.run(x, scaling), rescale, bias)
-        record = functional.CALLS["lora_linear"](x, weight, lora_A, lora_B, scaling)
-        if not compiling:
-            self._kept = Kept.of(places, x, record)
-        return _rescaled(run_output(record), rescale, bias)
+            state = _state_of(tensors, scaling)
+            self._norms = norms = _Norms(adapted_norm(weight, *tensors, scaling), tensors, state)
+        return norms
 
 
 class _Norms(NamedTuple):
-    """What `adapted_norm` has returned, and for what: threads see either all of it or nothing."""
+    """What is kept of a layer, as one value: threads see either all of it or nothing.
+
+    value      `adapted_norm` of the tensors
+    tensors    the norm of the base, lora_A and lora_B
+    state      what tells if a factor has changed
+    kept       the checked call with these norms, if it may be made again
+    """
 
     value: Tensor
     tensors: tuple[Tensor, ...]
     state: tuple[Any, ...]
+    kept: Kept | None = None
 
     def are_of(self, tensors: tuple[Tensor, ...], scaling: float) -> bool:
         """True if these are the same tensors, and have not changed."""
@@ -168,17 +165,34 @@ def _state_of(tensors: tuple[Tensor, ...], scaling: float) -> tuple[Any, ...]:
     state: list[Any] = [scaling]
     for factor in factors:
         version = 0 if factor.is_inference() else factor._version
-        total = factor.sum(dtype=torch.promote_types(factor.dtype, torch.float32))
-        state += [version, factor.data_ptr(), total.item()]
+        state += [version, extension.fingerprint(factor)]
     return tuple(state)
 
 
-def _rescaled(y: Tensor, rescale: Tensor, bias: Tensor | None) -> Tensor:
-    y = y * rescale.to(y.dtype)  # under autocast, y has another dtype than x
-    return y if bias is None else y + bias.to(y.dtype)
+def _with_dropout(
+    x: Tensor,
+    dropped: Tensor,
+    weight: Tensor | NF4Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    rescale: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """y with dropout, as PEFT defines it: the base layer, and what DoRA adds, of the dropped x.
+
+    The base layer multiplies both inputs at once, so that its weight is read and decoded once.
+    """
+    linear = nn.functional.linear
+    both = torch.cat((token_matrix(x), token_matrix(dropped)))
+    base, of_dropped = _base(both, weight).view(2, *x.shape[:-1], weight.shape[0])
+    low_rank = linear(linear(dropped.to(lora_A.dtype), lora_A), lora_B)
+    delta = (rescale - 1) * of_dropped + rescale * scaling * low_rank
+    y = base if bias is None else base + bias.to(base.dtype)
+    return y + delta.to(y.dtype)
 
 
-def _base(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = None) -> Tensor:
+def _base(x: Tensor, weight: Tensor | NF4Weight) -> Tensor:
     if isinstance(weight, NF4Weight):
-        return functional.nf4_linear(x, weight, bias)
-    return nn.functional.linear(x, weight, bias)
+        return functional.nf4_linear(x, weight)
+    return nn.functional.linear(x, weight)

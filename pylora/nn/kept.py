@@ -12,7 +12,7 @@ the address of such a tensor. A call that is unusual in another way is checked a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -75,13 +75,19 @@ def places_of(
     return tuple(places)
 
 
+def fields_behind_layer(call: Any) -> tuple[Any, ...]:
+    """What a record has behind x and the layer, which is the same in every call of a module."""
+    return tuple(getattr(call, field.name) for field in fields(call)[2:])
+
+
 class KeptCall:
     """Runs a layer's calls with an x of one shape and dtype."""
 
-    __slots__ = ("_forward", "_gradient", "_layer", "_op", "_plan", "_record")
+    __slots__ = ("_forward", "_gradient", "_layer", "_op", "_plan", "_record", "_rest")
 
     def __init__(self, call: Any, plan: Plan) -> None:
         self._record, self._op, self._layer = type(call), OPS[type(call)], call.layer
+        self._rest = fields_behind_layer(call)
         self._plan = plan
         self._forward = None if plan.prepare is None else plan.prepare(call)
         self._gradient: RepeatedGradient | None = None
@@ -116,7 +122,7 @@ class KeptCall:
 
     def _first(self, x: Tensor, forward: Callable[[], Sequence[Tensor]]) -> Tensor:
         """Runs the first call that autograd records, and keeps what the next one repeats."""
-        call = self._record(x, self._layer)
+        call = self._record(x, self._layer, *self._rest)
         results: tuple[Tensor, ...] = ()
 
         def run() -> tuple[Tensor, ...]:
@@ -132,7 +138,7 @@ class KeptCall:
         layer, low = self._layer, self._layer.low_rank
         if low is not None and (low.scaling != scaling or dropout is not None):
             layer = replace(layer, low_rank=replace(low, scaling=scaling, dropout=dropout))
-        return self._record(x, layer)
+        return self._record(x, layer, *self._rest)
 
 
 class Kept:
@@ -145,6 +151,7 @@ class Kept:
         "_device_type",
         "_held",
         "_record",
+        "_rest",
         "_viewed",
         "_weight",
         "device",
@@ -162,6 +169,7 @@ class Kept:
                     if the call was not made under autocast
         """
         self._record, self.layer, self._autocast = type(call), call.layer, autocast
+        self._rest = fields_behind_layer(call)
         if self.layer.low_rank is not None:
             self.layer = replace(self.layer, low_rank=replace(self.layer.low_rank, dropout=None))
         self._held = [(place.held, place.name, place.held[place.name]) for place in places]
@@ -240,7 +248,7 @@ class Kept:
             return None
         if len(self._calls) == _MOST_CALLS:
             self._calls.clear()
-        call = self._record(x, layer)
+        call = self._record(x, layer, *self._rest)
         _, plan = dispatch.choose(call)
         if autocast is None:
             self._calls[key] = KeptCall(call, plan)

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 _DENSE_TENSORS = ("weight", "bias")
 _FLAGS = ("use_rslora", "use_dora", "merge_aware")
 _CALL_TENSORS = ("lora_A", "lora_B", "lora_B_bias")
+_DORA_TENSORS = (*_CALL_TENSORS, "lora_magnitude", "base_norm")
 
 
 class LoRALinear(MergeableLoRA):
@@ -113,8 +114,8 @@ class LoRALinear(MergeableLoRA):
             return self._merged_forward(x)
         if not self.lora_enabled or self.active_adapter is None:
             return self.base_layer(x)
-        if self.use_dora and self.lora_magnitude is not None:
-            return self._dora_forward(x, self.lora_magnitude)
+        if self.use_dora:
+            return self._dora_forward(x)
         refuse_sharded_forward(self)
         if self.merge_aware:
             merged = requantized(self.base_layer.nf4_weight, self.merged_weight())
@@ -137,24 +138,25 @@ class LoRALinear(MergeableLoRA):
         if is_conv1d(base):  # a call reads a view of its weight, which must be taken each time
             return None
         of_base = base.places() if isinstance(base, NF4Linear) else places_of(base, _DENSE_TENSORS)
-        of_lora = places_of(self, _CALL_TENSORS)
+        names = _CALL_TENSORS if self.lora_magnitude is None else _DORA_TENSORS
+        of_lora = places_of(self, names)
         return None if of_base is None or of_lora is None else (*of_base, *of_lora)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_kept": None, "_dora": dora.DoraCalls()}
 
-    def _dora_forward(self, x: Tensor, magnitude: Tensor) -> Tensor:
-        norm, bias = self.base_norm, self.base_layer.bias
-        factors = (self.lora_A, self.lora_B, self.scaling)
+    def _dora_forward(self, x: Tensor) -> Tensor:
         drops = self.training and self.lora_dropout
-        y = None if drops else self._dora.again(x, norm, *factors, magnitude, bias)
+        y = None if drops else self._dora.again(x, self.scaling)
         if y is not None:
             return y
         refuse_sharded_forward(self)
-        weight = self.base_weight
-        rescale = magnitude / self._dora.norm(weight, norm, *factors)
+        norm, bias, magnitude = self.base_norm, self.base_layer.bias, self.lora_magnitude
+        assert magnitude is not None
+        factors = (self.lora_A, self.lora_B, self.scaling)
         dropped = nn.functional.dropout(x, self.lora_dropout) if drops else None
-        return self._dora.linear(x, weight, *factors, rescale, bias, self._places, dropped)
+        others = (magnitude, bias, self._places)
+        return self._dora.linear(x, self.base_weight, norm, *factors, *others, dropped)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

@@ -7,6 +7,7 @@ chooses. `run(call)` runs a call record, through torch's dispatcher only if that
 
 from pylora.ops import (
     bottleneck_adapter,
+    dora_linear,
     lora_linear,
     lora_mlp,
     lora_qkv,
@@ -20,6 +21,7 @@ from pylora.ops.registration import run, run_output
 
 __all__ = [
     "bottleneck_adapter",
+    "dora_linear",
     "lora_linear",
     "lora_mlp",
     "lora_qkv",

@@ -20,6 +20,8 @@ from torch import Tensor
 from pylora.calls import (
     Adapters,
     DequantizeCall,
+    DoraLinearBackward,
+    DoraLinearCall,
     Layer,
     LoraLinearBackward,
     LoraLinearCall,
@@ -200,6 +202,60 @@ LORA_LINEAR_BACKWARD = Spec(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _write_lora_linear_backward,
     _read_lora_linear_backward,
+)
+
+
+# dora_linear
+
+
+def _write_dora_linear(call: DoraLinearCall) -> tuple[Any, ...]:
+    weight, low = call.layer.weight, call.layer.low_rank
+    assert low is not None
+    base = (call.x, *weight.arguments, weight.out_features)
+    return (*base, low.A, low.B, call.bias, low.scaling, call.magnitude, call.norm)
+
+
+def _read_dora_linear(take: Arguments) -> DoraLinearCall:
+    x = take.next()
+    weight = take.weight(None, x.shape[-1])
+    A, B, bias, scaling = take.several(4)
+    layer = Layer(weight, None, LowRank(A, B, scaling=scaling))
+    return DoraLinearCall(x, layer, bias, *take.several(2))
+
+
+def _write_dora_linear_backward(call: DoraLinearBackward) -> tuple[Any, ...]:
+    low, wanted = call.layer.low_rank, call.wanted
+    assert low is not None
+    activations = (call.grad, call.x, call.h, call.product)
+    of_layer = (*call.layer.weight.arguments, low.A, low.B, low.scaling, call.magnitude, call.norm)
+    mask = [wanted.x, wanted.weight, wanted.A, wanted.B, wanted.bias, wanted.magnitude]
+    return (*activations, *of_layer, mask)
+
+
+def _read_dora_linear_backward(take: Arguments) -> DoraLinearBackward:
+    grad, x, h, product = take.several(4)
+    weight = take.weight(grad.shape[-1], x.shape[-1])
+    A, B, scaling = take.several(3)
+    layer = Layer(weight, None, LowRank(A, B, scaling=scaling))
+    magnitude, norm, (of_x, of_weight, of_A, of_B, of_bias, of_magnitude) = take.several(3)
+    wanted = Wanted(of_x, of_weight, of_A, of_B, of_bias, magnitude=of_magnitude)
+    return DoraLinearBackward(grad, x, h, product, layer, magnitude, norm, wanted)
+
+
+DORA_LINEAR = Spec(
+    DoraLinearCall,
+    f"(Tensor x, {_WEIGHT}, SymInt out_features, Tensor lora_A, Tensor lora_B, Tensor? bias, "
+    "float scaling, Tensor magnitude, Tensor norm) -> (Tensor y, Tensor h, Tensor product)",
+    _write_dora_linear,
+    _read_dora_linear,
+)
+DORA_LINEAR_BACKWARD = Spec(
+    DoraLinearBackward,
+    f"(Tensor grad, Tensor x, Tensor h, Tensor product, {_WEIGHT}, Tensor lora_A, Tensor lora_B, "
+    "float scaling, Tensor magnitude, Tensor norm, bool[] output_mask) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _write_dora_linear_backward,
+    _read_dora_linear_backward,
 )
 
 
@@ -399,6 +455,8 @@ SPECS: dict[str, Spec] = {
         NF4_LINEAR,
         LORA_LINEAR_BACKWARD,
         LORA_LINEAR,
+        DORA_LINEAR_BACKWARD,
+        DORA_LINEAR,
         LORA_QKV_BACKWARD,
         LORA_QKV,
         LORA_MLP_BACKWARD,

@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 from pylora.calls import (
     BottleneckAdapterCall,
     DequantizeCall,
+    DoraLinearCall,
     Layer,
     LoraLinearCall,
     LoraMlpCall,
@@ -31,6 +32,7 @@ from pylora.calls import (
 from pylora.reference.activation import GATED_ACTIVATIONS
 from pylora.reference.adapter_groups import check_adapter_ids
 from pylora.reference.bottleneck_adapter import adapter_path
+from pylora.reference.dora_linear import rescaled
 from pylora.reference.lora_linear import low_rank_path
 from pylora.reference.nf4_dequantize import dense, nf4_dequantize
 
@@ -90,6 +92,11 @@ def _nf4_linear_backward(call: Nf4LinearBackward) -> Tensor:
 
 def _lora_linear(call: LoraLinearCall) -> tuple[Tensor, Tensor]:
     return _layer(call.x, call.layer)
+
+
+def _dora_linear(call: DoraLinearCall) -> tuple[Tensor, Tensor, Tensor]:
+    product, h = _layer(call.x, call.layer)
+    return rescaled(product, call.magnitude, call.norm, call.bias), h, product
 
 
 def _lora_qkv(call: LoraQkvCall) -> tuple[list[Tensor], list[Tensor]]:
@@ -156,6 +163,7 @@ _FUNCTIONS: dict[Any, Callable[[Any], Any]] = {
     Nf4LinearCall: _nf4_linear,
     Nf4LinearBackward: _nf4_linear_backward,
     LoraLinearCall: _lora_linear,
+    DoraLinearCall: _dora_linear,
     LoraQkvCall: _lora_qkv,
     LoraMlpCall: _lora_mlp,
     MultiLoraCall: _multi_lora_linear,

@@ -5,6 +5,7 @@ from pylora.reference.bottleneck_adapter import (
     bottleneck_adapter,
     bottleneck_adapter_backward,
 )
+from pylora.reference.dora_linear import dora_linear, dora_linear_backward
 from pylora.reference.lora_linear import lora_linear, lora_linear_backward
 from pylora.reference.lora_mlp import lora_mlp, lora_mlp_backward
 from pylora.reference.lora_qkv import lora_qkv, lora_qkv_backward
@@ -22,6 +23,8 @@ __all__ = [
     "bottleneck_adapter_backward",
     "dense",
     "dequantize_absmax",
+    "dora_linear",
+    "dora_linear_backward",
     "lora_linear",
     "lora_linear_backward",
     "lora_mlp",

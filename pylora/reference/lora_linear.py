@@ -48,7 +48,7 @@ def layer_forward(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
         return base, x.new_empty(0)
     if base.dtype == low.B.dtype and low.B_bias is None:  # no matrix of y's size beside y and base
         a, h = low_rank_input(x, low)
-        y = torch.addmm(token_matrix(base), token_matrix(a), low.B.t(), alpha=low.scaling)
+        y = token_matrix(base).addmm_(token_matrix(a), low.B.t(), alpha=low.scaling)
         return y.view(base.shape), h
     delta, h = low_rank_path(x, low)
     return (base + delta).to(x.dtype), h
@@ -121,7 +121,7 @@ def layer_backward(
     del scaled  # it is as large as grad, and dx, which comes next, is as large as x
     dx = base_linear_backward(grad, layer.weight) if wanted.x else None
     if dx is not None and low.dropout is None and dx.dtype == dh.dtype:
-        dx = torch.addmm(token_matrix(dx), dh, low.A).view(x.shape)
+        dx = token_matrix(dx).addmm_(dh, low.A).view(x.shape)
     elif dx is not None:
         dx = (dx + dropout((dh @ low.A).view(x.shape), low.dropout)).to(x.dtype)
     dlora_A = None
