@@ -48,7 +48,8 @@ asan: $(INSTALLED) ## the CPU kernels' tests under AddressSanitizer and UBSan
 	CUDA_HOME= PYLORA_SANITIZE=address,undefined $(PY) setup.py --quiet build --build-base build/asan-base --build-lib build/asan
 	env PYTHONPATH=$(CURDIR)/build/asan ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so.6)" \
-		$(VENV)/bin/pytest tests/test_cpu_kernels.py tests/test_cpu_products.py tests/test_extension.py
+		$(VENV)/bin/pytest tests/test_cpu_kernels.py tests/test_cpu_products.py tests/test_cpu_multi_lora.py \
+		tests/test_cpu_dropout.py tests/test_dora_linear.py tests/test_extension.py
 
 # The installed extension has code for the GPUs of this machine alone, if there are any.
 gpu-code: $(INSTALLED) ## the tests of an extension with GPU code, without a GPU (PYLORA_CUDA_ARCHS=90a or all)

@@ -39,6 +39,7 @@ STABLE_TORCH_LIBRARY(pylora_C, m) {
   m.def("lora_linear(Tensor x, " LORA ") -> (Tensor y, Tensor h)");
   m.def("lora_linear_dense(Tensor x, Tensor weight, " LOW_RANK ") -> (Tensor y, Tensor h)");
   m.def("lora_linear_hopper(Tensor x, " LORA ") -> (Tensor y, Tensor h)");
+  m.def("dropout(Tensor x, float dropout_p, Tensor? seed) -> Tensor");
   m.def("dora_rescale(Tensor product, Tensor magnitude, Tensor norm, Tensor? bias) -> Tensor");
   m.def("dora_rescale_backward(Tensor grad, Tensor product, Tensor magnitude, Tensor norm) -> (Tensor dproduct, Tensor dmagnitude)");
   // A layer that the extension keeps for calls that name only x: the result is its address.

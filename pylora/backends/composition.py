@@ -188,7 +188,7 @@ class _Layers:
     def _plan_backward(
         self, grad: Tensor, x: Tensor, h: Tensor, layer: Layer, wanted: Wanted
     ) -> Step:
-        call = _backward_call(grad, x, h, layer, wanted)
+        call = self._backward_call(grad, x, h, layer, wanted)
         if call is None:
             return "a dense layer", None
         return call.op, self._planners[type(call)](call)
@@ -203,7 +203,7 @@ class _Layers:
     def _backward(
         self, grad: Tensor, x: Tensor, h: Tensor, layer: Layer, wanted: Wanted
     ) -> LayerGradients:
-        call = _backward_call(grad, x, h, layer, wanted)
+        call = self._backward_call(grad, x, h, layer, wanted)
         if call is None:
             return layer_backward(grad, x, h, layer, wanted)
         if isinstance(call, LoraLinearBackward):
@@ -212,22 +212,26 @@ class _Layers:
         rest = layer_backward(grad, x, h, layer, Wanted(bias=wanted.bias))
         return rest.with_x(self._planned(call).run(call) if wanted.x else None)
 
+    def _backward_call(
+        self, grad: Tensor, x: Tensor, h: Tensor, layer: Layer, wanted: Wanted
+    ) -> Nf4LinearBackward | LoraLinearBackward | None:
+        """The record of the single-layer op that runs a backward; None if torch runs it."""
+        low = layer.low_rank
+        if low is None:
+            return Nf4LinearBackward(grad, layer.weight) if layer.weight.is_nf4 else None
+        call = LoraLinearBackward(grad, x, h, layer, wanted)
+        if layer.weight.is_nf4:
+            return call
+        with_dropout = low.dropout is not None
+        takes = with_dropout and isinstance(self._planners[LoraLinearBackward](call), Plan)
+        return call if takes else None
+
     def _planned(self, call: Any) -> Plan:
         plan = self._planners[type(call)](call)
         if isinstance(plan, Refusal):
             # The input of a layer in the middle of an op may have other strides than planned.
             raise RuntimeError(f"{call.op} was planned and then refused: {plan.reason}")
         return plan
-
-
-def _backward_call(
-    grad: Tensor, x: Tensor, h: Tensor, layer: Layer, wanted: Wanted
-) -> Nf4LinearBackward | LoraLinearBackward | None:
-    if not layer.weight.is_nf4:
-        return None
-    if layer.low_rank is None:
-        return Nf4LinearBackward(grad, layer.weight)
-    return LoraLinearBackward(grad, x, h, layer, wanted)
 
 
 def _activation_like(x: Tensor, features: int) -> Tensor:

@@ -30,8 +30,10 @@ from pylora.calls import (
     BottleneckAdapterCall,
     DequantizeCall,
     Layer,
+    LayerGradients,
     LoraLinearBackward,
     LoraLinearCall,
+    LowRank,
     MultiLoraBackward,
     MultiLoraCall,
     Nf4LinearBackward,
@@ -40,7 +42,7 @@ from pylora.calls import (
     token_count,
 )
 from pylora.reference.dora_linear import Rescaling
-from pylora.reference.lora_linear import native
+from pylora.reference.lora_linear import layer_backward, layer_forward, native
 
 
 def _unavailable() -> Reason:
@@ -140,7 +142,8 @@ def _lora_linear(call: LoraLinearCall) -> Plan | Refusal:
         reason = _dense_reason(call) or _low_rank_reason(call.layer, x=call.x)
         prepare = partial(extension.prepare_lora_linear, op="lora_linear_dense")
         if reason is not None:
-            return Refusal(reason)
+            low = call.layer.low_rank
+            return _dense_dropout_plan(_dense_forward, low, x=call.x) or Refusal(reason)
         small = call.layer.weight.data.numel() < limits.CPU_DENSE_NODE_FROM
         in_torch = native(call) if small else None
         note = "" if in_torch is None else "a call that needs gradients runs as torch's own ops"
@@ -151,7 +154,31 @@ def _lora_linear(call: LoraLinearCall) -> Plan | Refusal:
     return _planned_by_tokens(plan, call.x, call.layer, cpu_products.lora_linear)
 
 
+def _dense_dropout_plan(run: Any, low: LowRank | None, **tensors: Tensor) -> Plan | None:
+    """torch's products around the kernel of dropout; None if there is none, or none that it takes.
+
+    In torch the masks take longer than the products.
+    """
+    if low is None or low.dropout is None or _reason(**tensors, lora_A=low.A) is not None:
+        return None
+    return Plan(f"dense in torch, dropout ({_instruction_set()})", run)
+
+
+@in_python
+def _dense_forward(call: LoraLinearCall) -> tuple[Tensor, Tensor]:
+    return layer_forward(call.x, call.layer, extension.dropout)
+
+
+@in_python
+def _dense_backward(call: LoraLinearBackward) -> LayerGradients:
+    given = (call.grad, call.x, call.h, call.layer, call.wanted)
+    return layer_backward(*given, extension.dropout)
+
+
 def _lora_linear_backward(call: LoraLinearBackward) -> Plan | Refusal:
+    if not call.layer.weight.is_nf4:
+        tensors, low = {"grad": call.grad, "x": call.x}, call.layer.low_rank
+        return _dense_dropout_plan(_dense_backward, low, **tensors) or Refusal(DENSE)
     reason = _lora_reason(call.layer, grad=call.grad, x=call.x)
     plan = _planned(reason, extension.lora_linear_backward)
     return _planned_by_tokens(plan, call.grad, call.layer, cpu_products.lora_linear_backward)

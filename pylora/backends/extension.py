@@ -237,6 +237,13 @@ def lora_linear_backward(call: LoraLinearBackward) -> LayerGradients:
     return LayerGradients(*(t if w else None for t, w in zip(gradients, mask, strict=True)))
 
 
+def dropout(x: Tensor, record: Dropout | None) -> Tensor:
+    """x with dropout, as `pylora.reference.dropout` has it; x itself without dropout."""
+    if record is None:
+        return x
+    return _op("dropout")(x, record.p, record.layer_seed)
+
+
 def dora_rescale(product: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None) -> Tensor:
     """magnitude / norm * product + bias, in the dtype of the product."""
     return _op("dora_rescale")(product, magnitude, norm, bias)

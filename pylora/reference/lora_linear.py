@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from pylora.calls import (
+    Dropout,
     Layer,
     LayerGradients,
     LoraLinearBackward,
@@ -30,6 +31,9 @@ from pylora.reference.activation import ACTIVATIONS
 from pylora.reference.dropout import dropout
 from pylora.reference.nf4_linear import base_linear, base_linear_backward
 
+# (x, None without dropout) -> x with dropout
+Drop = Callable[[Tensor, Dropout | None], Tensor]
+
 
 def lora_linear(call: LoraLinearCall) -> tuple[Tensor, Tensor]:
     """(y [..., out_features] in x.dtype, h [..., r] in fp32, or in float64 for float64 weights)."""
@@ -41,16 +45,19 @@ def lora_linear_backward(call: LoraLinearBackward) -> LayerGradients:
     return layer_backward(call.grad, call.x, call.h, call.layer, call.wanted)
 
 
-def layer_forward(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
-    """(y, h) of a layer with or without LoRA; without it h is an empty tensor [0]."""
+def layer_forward(x: Tensor, layer: Layer, drop: Drop = dropout) -> tuple[Tensor, Tensor]:
+    """(y, h) of a layer with or without LoRA; without it h is an empty tensor [0].
+
+    drop    how dropout is applied
+    """
     base, low = base_linear(x, layer.weight, layer.bias), layer.low_rank
     if low is None:
         return base, x.new_empty(0)
     if base.dtype == low.B.dtype and low.B_bias is None:  # no matrix of y's size beside y and base
-        a, h = low_rank_input(x, low)
+        a, h = low_rank_input(x, low, drop)
         y = token_matrix(base).addmm_(token_matrix(a), low.B.t(), alpha=low.scaling)
         return y.view(base.shape), h
-    delta, h = low_rank_path(x, low)
+    delta, h = low_rank_path(x, low, drop)
     return (base + delta).to(x.dtype), h
 
 
@@ -79,22 +86,22 @@ def _three_ops(call: LoraLinearCall) -> Tensor:
     return y if call.x.dim() == 2 else _unsafe_view(y, (*call.x.shape[:-1], y.shape[-1]))
 
 
-def low_rank_path(x: Tensor, low: LowRank) -> tuple[Tensor, Tensor]:
+def low_rank_path(x: Tensor, low: LowRank, drop: Drop = dropout) -> tuple[Tensor, Tensor]:
     """(what the low-rank path adds to y, h); it runs in the dtype of lora_A, as PEFT runs it."""
-    a, h = low_rank_input(x, low)
+    a, h = low_rank_input(x, low, drop)
     return linear(a, low.B, low.B_bias) * low.scaling, h
 
 
-def low_rank_input(x: Tensor, low: LowRank) -> tuple[Tensor, Tensor]:
+def low_rank_input(x: Tensor, low: LowRank, drop: Drop = dropout) -> tuple[Tensor, Tensor]:
     """(act(h), which lora_B takes, in the dtype of lora_A; h in fp32 or float64)."""
-    xd = token_matrix(dropout(x.to(low.A.dtype), low.dropout))
+    xd = token_matrix(drop(x.to(low.A.dtype), low.dropout))
     h = linear(xd, low.A, low.A_bias).view(*x.shape[:-1], low.rank)
     a = ACTIVATIONS[low.activation].forward(h)
     return a, h.to(torch.promote_types(h.dtype, torch.float32))
 
 
 def layer_backward(
-    grad: Tensor, x: Tensor, h: Tensor, layer: Layer, wanted: Wanted
+    grad: Tensor, x: Tensor, h: Tensor, layer: Layer, wanted: Wanted, drop: Drop = dropout
 ) -> LayerGradients:
     """The gradients of a layer with or without LoRA.
 
@@ -104,6 +111,8 @@ def layer_backward(
         dx      = grad @ W + mask / (1 - p) * (dh @ lora_A)
 
     If neither dweight nor dlora_A is wanted, only the shape and dtype of x are read.
+
+    drop    how dropout is applied
     """
     flat_grad, low = token_matrix(grad), layer.low_rank
     dweight = flat_grad.t() @ token_matrix(x) if wanted.weight else None
@@ -123,10 +132,10 @@ def layer_backward(
     if dx is not None and low.dropout is None and dx.dtype == dh.dtype:
         dx = token_matrix(dx).addmm_(dh, low.A).view(x.shape)
     elif dx is not None:
-        dx = (dx + dropout((dh @ low.A).view(x.shape), low.dropout)).to(x.dtype)
+        dx = (dx + drop((dh @ low.A).view(x.shape), low.dropout)).to(x.dtype)
     dlora_A = None
     if wanted.A:
-        dlora_A = dh.t() @ token_matrix(dropout(x.to(low.A.dtype), low.dropout))
+        dlora_A = dh.t() @ token_matrix(drop(x.to(low.A.dtype), low.dropout))
     return LayerGradients(
         x=dx,
         weight=dweight,
