@@ -37,8 +37,7 @@ class Plan:
     into     runs a call and writes its result that is like x, y or dx, into a contiguous tensor,
              which is then in the place of the result; None if the kernels cannot
     native   the first result as torch's own differentiable ops, which autograd then records itself;
-             None if the op runs under a node of its own. If there is a `prepare` as well, calls
-             that need no gradient run by that
+             None if the op runs under a node of its own
     """
 
     variant: str

@@ -42,7 +42,7 @@ from pylora.calls import (
     token_count,
 )
 from pylora.reference.dora_linear import Rescaling
-from pylora.reference.lora_linear import layer_backward, layer_forward, native
+from pylora.reference.lora_linear import layer_backward, layer_forward
 
 
 def _unavailable() -> Reason:
@@ -144,11 +144,7 @@ def _lora_linear(call: LoraLinearCall) -> Plan | Refusal:
         if reason is not None:
             low = call.layer.low_rank
             return _dense_dropout_plan(_dense_forward, low, x=call.x) or Refusal(reason)
-        small = call.layer.weight.data.numel() < limits.CPU_DENSE_NODE_FROM
-        in_torch = native(call) if small else None
-        note = "" if in_torch is None else "a call that needs gradients runs as torch's own ops"
-        run = extension.lora_linear_dense
-        return Plan("dense small_m", run, note, prepare=prepare, native=in_torch)
+        return Plan("dense small_m", extension.lora_linear_dense, prepare=prepare)
     reason = _lora_reason(call.layer, x=call.x)
     plan = _planned(reason, extension.lora_linear, extension.prepare_lora_linear)
     return _planned_by_tokens(plan, call.x, call.layer, cpu_products.lora_linear)

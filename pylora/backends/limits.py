@@ -14,11 +14,6 @@ from __future__ import annotations
 CPU_AMX_PRODUCTS_FROM = 1024
 CPU_AMX_PRODUCTS_WORK = 2**29
 
-# cpu: with so many elements of a dense weight, the kernel for a few tokens saves more than the
-# autograd node that it needs costs. A forward and backward with LoRA of one token took 1.18 times
-# the time of torch's own ops for [576, 576], 1.11 times for [1536, 576] and 0.89 times for
-# [4096, 4096].
-CPU_DENSE_NODE_FROM = 2**21
 # cpu: the kernel of a bottleneck adapter packs its weights in each call. Up to this many tokens,
 # and from this many elements of a weight on, torch's products take less time. A forward of
 # [64, 4096] in fp32 on the same machine: 0.38 ms and 0.22 at 1 token, 0.62 and 0.45 at 32, 1.09 and

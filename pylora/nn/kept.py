@@ -28,7 +28,6 @@ from pylora.ops.registration import (
     RepeatedGradient,
     first,
     only_autograd_watches,
-    planned_output,
     run_plan,
     watched,
     with_gradient,
@@ -98,12 +97,8 @@ class KeptCall:
         scaling, dropout   those of the low-rank path, if the layer has one
         """
         forward = self._forward
-        if (
-            dropout is None
-            and self._plan.native is not None
-            and (forward is None or torch.is_grad_enabled())
-        ):
-            return planned_output(self._op, self._call(x, scaling, None), self._plan)
+        if self._plan.native is not None and dropout is None:
+            return self._plan.native(self._call(x, scaling, None))
         # A prepared forward reads the memory of x, which must have the elements as they are.
         if forward is None or not x.is_contiguous() or x.is_neg() or x._is_zerotensor():
             call = self._call(x, scaling, dropout)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pylora import dispatch
 from pylora.calls import Dropout, Layer
-from pylora.ops.registration import OPS, planned_output
+from pylora.ops.registration import OPS, first, run_plan
 
 
 def cast_layer(layer: Layer, dtype: torch.dtype) -> Layer:
@@ -52,4 +52,6 @@ class CastCall:
         call, plan = self._record(x.to(self._dtype), layer), self._plan
         if dropout is not None:
             plan = dispatch.choose(call)[1]
-        return planned_output(self._op, call, plan)
+        return (
+            plan.native(call) if plan.native is not None else first(run_plan(self._op, call, plan))
+        )

@@ -148,21 +148,7 @@ def run_output(call: Call) -> Tensor:
     if not only_autograd_watches(op.gradient.inputs(call)):
         return first(op.overload(*op.spec.flatten(call)))
     _, plan = dispatch.choose(call)
-    return planned_output(op, call, plan)
-
-
-def planned_output(op: Op, call: Any, plan: Plan) -> Tensor:
-    """The first result of `call` by its plan, with autograd, which alone watches."""
-    native = plan.native
-    if native is not None and (plan.prepare is None or _needs_gradient(op, call)):
-        return native(call)
-    return first(run_plan(op, call, plan))
-
-
-def _needs_gradient(op: Op, call: Any) -> bool:
-    return torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in op.gradient.inputs(call)
-    )
+    return plan.native(call) if plan.native is not None else first(run_plan(op, call, plan))
 
 
 def first(results: Tensor | Sequence[Tensor]) -> Tensor:
