@@ -48,8 +48,7 @@ WEIGHTS = ("down_weight", "down_bias", "up_weight", "up_bias")
 def only_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keeps the cpu backend from running an adapter as products of torch."""
     monkeypatch.setattr(limits, "CPU_ADAPTER_PRODUCTS_TO", 0)
-    monkeypatch.setattr(limits, "CPU_AMX_ADAPTER_PRODUCTS_SIZE", math.inf)
-    monkeypatch.setattr(limits, "CPU_AMX_ADAPTER_PRODUCTS_FROM", math.inf)
+    monkeypatch.setattr(limits, "CPU_ADAPTER_PRODUCTS_FROM", math.inf)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -243,6 +243,8 @@ def test_the_backend_lists_its_ops():
         "nf4_linear_backward",
         "lora_linear",
         "lora_linear_backward",
+        "dora_linear",
+        "dora_linear_backward",
         "multi_lora_linear",
         "lora_qkv",
         "lora_qkv_backward",

@@ -13,10 +13,9 @@ import torch
 import pylora
 from benchmarks.models.bitsandbytes_layers import in_4bit
 from benchmarks.models.families import DENSE
-from benchmarks.models.results import ACCELERATED, PEER
+from benchmarks.models.results import ACCELERATED, DENSE_ACCELERATED, DENSE_PEER, PEER
 
 RANK = 16
-DENSE_PEER = "PEFT, dense"
 
 Targets = str | list[str]
 
@@ -58,7 +57,7 @@ CONTENDERS = (
     ModelContender("pylora", _of_pylora),
     ModelContender(DENSE_PEER, _with_peft),
     ModelContender(
-        f"{DENSE_PEER}, accelerated",
+        DENSE_ACCELERATED,
         lambda model, targets: _accelerated(_with_peft(model, targets)),
     ),
 )

@@ -20,6 +20,8 @@ FILE, SCHEMA = "models.json", 1
 # The contender that the others are compared with.
 PEER = "PEFT over bitsandbytes"
 ACCELERATED = f"{PEER}, accelerated"
+DENSE_PEER = "PEFT, dense"
+DENSE_ACCELERATED = f"{DENSE_PEER}, accelerated"
 
 _RUN: dict[str, Any] = {
     "schema": int,

@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from benchmarks import machine
 from benchmarks.models import results
-from benchmarks.models.contenders import CONTENDERS, DENSE_PEER, RANK
+from benchmarks.models.contenders import CONTENDERS, RANK
 from benchmarks.models.families import FAMILIES
 from benchmarks.models.measure import Decoding, Training, model_bytes
-from benchmarks.models.results import PEER
+from benchmarks.models.results import DENSE_PEER, PEER
 from benchmarks.models.table import models_table
 from benchmarks.statistics import rounds, summarize
 

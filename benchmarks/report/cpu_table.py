@@ -1,15 +1,17 @@
-"""The README's tables of LoRA layers on a CPU, made from the committed JSON."""
+"""The README's tables of LoRA layers and of the other ops on a CPU, from the committed JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.contenders_layers import OVER_DENSE
 from benchmarks.contenders_peers import LORA, PEFT_OVER_DENSE
 from benchmarks.machine import ROOT
+from benchmarks.models.results import ACCELERATED, DENSE_ACCELERATED, DENSE_PEER, PEER
+from benchmarks.models.results import load as load_models
 from benchmarks.report.tables import shape_name
-from benchmarks.results import OURS, load, result_of
+from benchmarks.results import MODELS_FILES, OURS, load, result_of
 from benchmarks.statistics import CONTROL_TOLERANCE, FEW_SAMPLES
 
 RESULTS = ROOT / "benchmarks" / "results" / "intel-xeon-amx"
@@ -23,6 +25,34 @@ PAIRS = (
     *((name.replace("bitsandbytes", "bnb"), OURS, name) for name in BITSANDBYTES),
     (PEFT_OVER_DENSE.name, OVER_DENSE, PEFT_OVER_DENSE.name),
 )
+_ADAPTERS = (
+    ("eager torch in bf16", OURS, "eager torch"),
+    ("eager torch in fp32", "pylora fp32", "eager torch fp32"),
+)
+_ONE_BY_ONE = ("lora_linear one by one", OURS, "pylora, lora_linear one by one")
+# The other ops: a title, and what a row compares.
+OTHERS = {
+    "bottleneck_adapter": ("A bottleneck adapter, by bottleneck and hidden size", _ADAPTERS),
+    "multi_bottleneck_adapter": ("Eight bottleneck adapters in a batch", _ADAPTERS),
+    "multi_lora_linear": (
+        "Eight LoRA adapters in a batch over NF4",
+        (
+            ("one by one", OURS, "pylora nf4_linear, adapters one by one"),
+            *((name.replace("bitsandbytes", "bnb"), OURS, name) for name in BITSANDBYTES),
+        ),
+    ),
+    "dora_layer": (
+        "DoRA, against PEFT's DoRA and against plain LoRA, which does less",
+        (
+            *PAIRS,
+            ("plain LoRA, NF4", OURS, "pylora, plain LoRA"),
+            ("plain LoRA, dense", OVER_DENSE, f"{OVER_DENSE}, plain LoRA"),
+        ),
+    ),
+    "lora_qkv": ("Query, key and value in one op over NF4", (_ONE_BY_ONE, *PAIRS[:2])),
+    "lora_mlp": ("A gated MLP in one op over NF4", (_ONE_BY_ONE, *PAIRS[:2])),
+}
+Rows = Sequence[tuple[str, Mapping[int, float | None]]]
 FEW_TOKENS, GOAL_FEW, GOAL_MANY = 64, 1.05, 0.99
 
 
@@ -40,13 +70,15 @@ def reaches_goal(value: float, tokens: int) -> bool:
     return value >= (GOAL_FEW if tokens <= FEW_TOKENS else GOAL_MANY)
 
 
-def _rows(run: Mapping[str, Any]) -> Iterator[tuple[str, dict[int, float | None]]]:
+def _rows(
+    run: Mapping[str, Any], pairs: Sequence[tuple[str, str, str]] = PAIRS
+) -> Iterator[tuple[str, dict[int, float | None]]]:
     """The title of each row, with the ratios by the number of tokens."""
     lines: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for cell in run["cells"]:
         lines.setdefault((shape_name(cell), cell["mode"]), []).append(cell)
     for (shape, mode), cells in lines.items():
-        for name, ours, peer in PAIRS:
+        for name, ours, peer in pairs:
             ratios = {cell["tokens"]: ratio(cell, ours, peer) for cell in cells}
             if any(value is not None for value in ratios.values()):
                 yield f"{shape} {mode.replace('forward+backward', 'f+b')}, {name}", ratios
@@ -58,25 +90,71 @@ def _text(value: float | None) -> str:
     return f"**{value:.2f}**" if value < 1 else f"{value:.2f}"
 
 
-def _table(run: Mapping[str, Any]) -> str:
-    """The rows of one run, and a sentence that counts the goals that are met."""
-    rows = list(_rows(run))
+def _grid(rows: Rows) -> str:
     tokens = list(rows[0][1])
     lines = [["", *map(str, tokens)], ["---"] * (len(tokens) + 1)]
     lines += [[title, *(_text(ratios[count]) for count in tokens)] for title, ratios in rows]
-    measured = [
-        (value, count) for _, ratios in rows for count, value in ratios.items() if value is not None
-    ]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _measured(rows: Rows) -> list[tuple[float, int]]:
+    """The ratios with their numbers of tokens."""
+    return [(value, m) for _, ratios in rows for m, value in ratios.items() if value is not None]
+
+
+def _table(run: Mapping[str, Any]) -> str:
+    """The rows of one run, and a sentence that counts the goals that are met."""
+    rows = list(_rows(run))
+    measured = _measured(rows)
     won = sum(value >= 1 for value, _ in measured)
     met = sum(reaches_goal(*pair) for pair in measured)
+    return (
+        f"{_grid(rows)}\nOf {len(measured)} ratios, {won} are at least 1, and {met} reach the goal"
+        f" of {GOAL_FEW} up to {FEW_TOKENS} tokens and\n{GOAL_MANY} above. {_noise(run)}\n"
+    )
+
+
+def _noise(run: Mapping[str, Any]) -> str:
     controls = [cell["control_ratio"] for cell in run["cells"] if cell["control_ratio"]]
     noisy = sum(abs(control - 1) > CONTROL_TOLERANCE for control in controls)
     return (
-        "".join(f"| {' | '.join(line)} |\n" for line in lines)
-        + f"\nOf {len(measured)} ratios, {won} are at least 1, and {met} reach the goal of"
-        f" {GOAL_FEW} up to {FEW_TOKENS} tokens and\n{GOAL_MANY} above. Two copies of pylora"
-        f" differed by more than {CONTROL_TOLERANCE:.0%}\nin {noisy} of {len(controls)}"
-        " measurements, which shows how noisy the machine is.\n"
+        f"Two copies of pylora differed by more than {CONTROL_TOLERANCE:.0%}\nin {noisy} of"
+        f" {len(controls)} measurements, which shows how noisy the machine is."
+    )
+
+
+def _other_ops() -> Iterator[str]:
+    """A table for each other op that has been measured on this machine."""
+    for op, (title, pairs) in OTHERS.items():
+        run = load(RESULTS / f"{op}.json")
+        rows = list(_rows(run, pairs))
+        measured = _measured(rows)
+        won = sum(value >= 1 for value, _ in measured)
+        yield (
+            f"{title} (`{op}`):\n\n{_grid(rows)}\n{won} of {len(measured)} ratios are at least 1."
+            f" {_noise(run)}\n"
+        )
+
+
+def _models() -> str:
+    """The ratios of whole models, over NF4 weights and over dense ones."""
+    run = load_models(RESULTS / f"{MODELS_FILES}.json")
+    pairs = (("NF4", PEER, ACCELERATED), ("dense", DENSE_PEER, DENSE_ACCELERATED))
+    quantities = ("step", "token")
+    head = ["", *(f"{what}, {weights}" for weights, *_ in pairs for what in quantities)]
+    lines = [head, ["---"] * len(head)]
+    for model in run["models"]:
+        by_name = {result["contender"]: result for result in model["results"]}
+        line = [f"{model['model']}, {model['tokens']}"]
+        for _, peer, ours in pairs:
+            for what in quantities:
+                times = [by_name.get(name, {}).get(what) for name in (peer, ours)]
+                line.append(_text(times[0]["median"] / times[1]["median"] if all(times) else None))
+        lines.append(line)
+    grid = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return (
+        "Whole models, PEFT over PEFT accelerated by pylora: the time of a training step and of a"
+        f" token\nthat is decoded with a cache.\n\n{grid}"
     )
 
 
@@ -100,6 +178,11 @@ def section() -> str:
     shown, *folded = TABLES
     parts = [f"{head}\n{TABLES[shown]}:\n\n{_table(runs[shown])}"]
     for name in folded:
-        summary = f"<summary>The same with {TABLES[name]}</summary>"
-        parts.append(f"\n<details>{summary}\n\n{_table(runs[name])}\n</details>\n")
+        parts.append(_folded(f"The same with {TABLES[name]}", _table(runs[name])))
+    others = "\n".join([*_other_ops(), _models()])
+    parts.append(_folded("The other ops, and whole models", others))
     return "".join(parts)
+
+
+def _folded(summary: str, text: str) -> str:
+    return f"\n<details><summary>{summary}</summary>\n\n{text}\n</details>\n"

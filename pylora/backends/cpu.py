@@ -44,6 +44,10 @@ from pylora.calls import (
 from pylora.reference.dora_linear import Rescaling
 from pylora.reference.lora_linear import layer_backward, layer_forward
 
+# The instruction sets with AVX-512, and those of them with products of bf16.
+_AVX512 = ("avx512", "avx512_bf16", "amx")
+_BF16_PRODUCTS = _AVX512[1:]
+
 
 def _unavailable() -> Reason:
     return extension.load()[1]
@@ -191,41 +195,39 @@ def _adapter_reason(
 
 
 def _adapter_plan(
-    plan: Plan | Refusal, x: Tensor, adapter: Bottleneck, faster_on_amx: bool, products: Any
+    plan: Plan | Refusal, x: Tensor, adapter: Bottleneck, products: Any
 ) -> Plan | Refusal:
     """`plan`, or that of torch's products where they are faster and take the call.
 
-    faster_on_amx    True if they are faster on AMX in bf16 with any number of tokens
-    products         runs them; it is the op's reference
+    products    runs them; it is the op's reference
     """
     # A norm or dropout would need passes over the tokens of its own.
     plain = adapter.dropout is None and adapter.norm_before is None and adapter.norm_after is None
     if isinstance(plan, Refusal) or not plain or adapter.down.dtype != x.dtype:
         return plan
-    in_bf16 = x.dtype == torch.bfloat16 and plan.variant in ("amx", "avx512_bf16")
+    least = limits.CPU_ADAPTER_PRODUCTS_SIZE[x.dtype.itemsize]
     few_tokens = token_count(x) <= limits.CPU_ADAPTER_PRODUCTS_TO
-    large = adapter.down.numel() >= limits.CPU_ADAPTER_PRODUCTS_SIZE
-    faster = few_tokens and large and (in_bf16 or x.dtype == torch.float32)
-    if faster or (in_bf16 and faster_on_amx and plan.variant == "amx"):
-        return Plan(f"{plan.variant}, multiplied in torch", products)
-    return plan
+    faster = few_tokens and adapter.down.numel() >= least
+    if x.dtype == torch.float32:
+        is_wide = adapter.size >= limits.CPU_ADAPTER_PRODUCTS_FROM
+        faster = faster or (is_wide and plan.variant in _AVX512)
+    else:
+        faster = faster and x.dtype == torch.bfloat16 and plan.variant in _BF16_PRODUCTS
+    return Plan(f"{plan.variant}, multiplied in torch", products) if faster else plan
 
 
 def _bottleneck_adapter(call: BottleneckAdapterCall) -> Plan | Refusal:
     into = extension.bottleneck_adapter_into
     plan = _planned(_adapter_reason(call, x=call.x), extension.bottleneck_adapter, into=into)
-    faster_on_amx = call.adapter.down.numel() >= limits.CPU_AMX_ADAPTER_PRODUCTS_SIZE
-    products = in_python(reference.bottleneck_adapter)
-    return _adapter_plan(plan, call.x, call.adapter, faster_on_amx, products)
+    return _adapter_plan(plan, call.x, call.adapter, in_python(reference.bottleneck_adapter))
 
 
 def _bottleneck_adapter_backward(call: BottleneckAdapterBackward) -> Plan | Refusal:
     reason = _adapter_reason(call, grad=call.grad, x=call.x)
     into = extension.bottleneck_adapter_backward_into
     plan = _planned(reason, extension.bottleneck_adapter_backward, into=into)
-    faster_on_amx = call.adapter.size >= limits.CPU_AMX_ADAPTER_PRODUCTS_FROM
     products = in_python(reference.bottleneck_adapter_backward)
-    return _adapter_plan(plan, call.x, call.adapter, faster_on_amx, products)
+    return _adapter_plan(plan, call.x, call.adapter, products)
 
 
 _PLANNERS: dict[Any, Planner] = {

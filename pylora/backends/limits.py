@@ -15,17 +15,17 @@ CPU_AMX_PRODUCTS_FROM = 1024
 CPU_AMX_PRODUCTS_WORK = 2**29
 
 # cpu: the kernel of a bottleneck adapter packs its weights in each call. Up to this many tokens,
-# and from this many elements of a weight on, torch's products take less time. A forward of
-# [64, 4096] in fp32 on the same machine: 0.38 ms and 0.22 at 1 token, 0.62 and 0.45 at 32, 1.09 and
-# 1.06 at 128.
-CPU_ADAPTER_PRODUCTS_TO = 32
-CPU_ADAPTER_PRODUCTS_SIZE = 2**18
-# cpu: on AMX, torch's products are faster for any number of tokens in a forward whose weights have
-# so many elements, and in a backward with so wide a bottleneck. With 512 tokens a forward of
-# [128, 4096] takes 2.95 ms and 2.32, and with its backward 10.2 and 7.8; those of [64, 768] take
-# 0.33 and 0.46, and 1.40 and 1.33.
-CPU_AMX_ADAPTER_PRODUCTS_SIZE = 2**19
-CPU_AMX_ADAPTER_PRODUCTS_FROM = 64
+# and from this many elements of a weight on, by the bytes of an element, torch's products take less
+# time. On the same machine a forward takes, by the kernel and in torch: [64, 4096] in fp32 0.38 ms
+# and 0.22 at 1 token, 1.06 and 0.84 at 64, 1.09 and 1.06 at 128; [256, 4096] in bf16 0.80 and 0.69
+# at 1 token, 1.05 and 0.85 at 64; [64, 4096] in bf16 0.36 and 0.43 at 16.
+CPU_ADAPTER_PRODUCTS_TO = 64
+CPU_ADAPTER_PRODUCTS_SIZE = {2: 2**20, 4: 2**18}
+# cpu: in fp32 with AVX-512 torch's products are faster for any number of tokens if the bottleneck
+# is so wide. Forward and backward of 512 tokens took, by the kernel and in torch: [64, 4096] 4.1 +
+# 9.6 ms and 5.4 + 11.7, [128, 4096] 7.2 + 17.5 and 7.0 + 16.3, [256, 4096] 14.1 + 33.8 and 12.2 +
+# 28.3.
+CPU_ADAPTER_PRODUCTS_FROM = 128
 
 # The measurements below are those of an H100 (benchmarks/results/h100-sxm/sweep.json) in
 # microseconds, for a weight [out_features, in_features]. Other GPUs have not been measured.
