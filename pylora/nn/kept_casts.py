@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pylora import dispatch
-from pylora.calls import Dropout, Layer
+from pylora.calls import Dropout, Layer, LowRank
 from pylora.ops.registration import OPS, first, run_plan
 
 
-def cast_layer(layer: Layer, dtype: torch.dtype) -> Layer:
+def cast_layer(
+    layer: Layer, dtype: torch.dtype, scaling: float = 1.0, dropout: Dropout | None = None
+) -> Layer:
     """The layer as a call under autocast to `dtype` reads it.
 
     The weight has that dtype or is NF4, and a bias is read in its own.
+
+    scaling, dropout   those of the low-rank path, if the layer has one
     """
     low = layer.low_rank
     if low is None:
         return layer
-    A, B = low.A.to(dtype), low.B.to(dtype)
     B_bias = None if low.B_bias is None else low.B_bias.to(dtype)
-    return replace(layer, low_rank=replace(low, A=A, B=B, B_bias=B_bias))
+    factors = (low.A.to(dtype), low.B.to(dtype), None, B_bias)
+    cast = LowRank(*factors, scaling, low.activation, dropout)
+    return Layer(layer.weight, layer.bias, cast)
 
 
 class CastCall:
@@ -45,10 +49,7 @@ class CastCall:
 
         scaling, dropout   those of the low-rank path, if the layer has one
         """
-        layer = cast_layer(self._layer, self._dtype)
-        low = layer.low_rank
-        if low is not None and (low.scaling != scaling or dropout is not None):
-            layer = replace(layer, low_rank=replace(low, scaling=scaling, dropout=dropout))
+        layer = cast_layer(self._layer, self._dtype, scaling, dropout)
         call, plan = self._record(x.to(self._dtype), layer), self._plan
         if dropout is not None:
             plan = dispatch.choose(call)[1]

@@ -78,12 +78,14 @@ def native(call: LoraLinearCall) -> Callable[[LoraLinearCall], Tensor] | None:
 
 
 def _three_ops(call: LoraLinearCall) -> Tensor:
-    x, low = token_matrix(call.x), call.layer.low_rank
+    x, low = call.x, call.layer.low_rank
     assert low is not None
+    if x.dim() != 2:  # autograd would record a view of a matrix
+        x = token_matrix(x)
     y = base_linear(x, call.layer.weight, call.layer.bias)
     y.addmm_(linear(x, low.A, low.A_bias), low.B.t(), alpha=low.scaling)
     # As in torch's linear, the output is no view, so that it can be changed in place.
-    return y if call.x.dim() == 2 else _unsafe_view(y, (*call.x.shape[:-1], y.shape[-1]))
+    return y if x is call.x else _unsafe_view(y, (*call.x.shape[:-1], y.shape[-1]))
 
 
 def low_rank_path(x: Tensor, low: LowRank, drop: Drop = dropout) -> tuple[Tensor, Tensor]:
