@@ -91,9 +91,9 @@ def _text(value: float | None) -> str:
 
 
 def _grid(rows: Rows) -> str:
-    tokens = list(rows[0][1])
+    tokens = sorted({count for _, ratios in rows for count in ratios})
     lines = [["", *map(str, tokens)], ["---"] * (len(tokens) + 1)]
-    lines += [[title, *(_text(ratios[count]) for count in tokens)] for title, ratios in rows]
+    lines += [[title, *(_text(ratios.get(count)) for count in tokens)] for title, ratios in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -173,7 +173,7 @@ def section() -> str:
         " `nn.LoRALinear` on the same kind of weight, and bold if we lose. The\ncolumns are"
         " numbers of tokens; f+b is a forward with its backward; eval and train are\nthe"
         " two ways in which bitsandbytes runs on a CPU. A dash stands for fewer than\n"
-        f"{FEW_SAMPLES} samples.\n"
+        f"{FEW_SAMPLES} samples, or none.\n"
     )
     shown, *folded = TABLES
     parts = [f"{head}\n{TABLES[shown]}:\n\n{_table(runs[shown])}"]
