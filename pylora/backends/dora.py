@@ -32,8 +32,6 @@ from pylora.calls import (
 from pylora.reference.dora_linear import REFERENCE_RESCALING, Rescaling, layer_wanted
 from pylora.reference.lora_linear import REFERENCE_LAYERS, LayerFunctions
 
-_IN_TORCH = "dense, in torch"
-
 # (a product, magnitude, norm, bias) -> a function of a product that writes its second argument.
 PrepareRescaling = Callable[
     [Tensor, Tensor, Tensor, Tensor | None], Callable[[Tensor, Tensor], None]
@@ -74,11 +72,9 @@ class _Dora:
         plan = self._layer_plan(LoraLinearCall(call.x, call.layer), call, call.x)
         if isinstance(plan, Refusal):
             return plan
-        forward = None if plan.variant == _IN_TORCH else plan.run
+        forward = plan.run
 
         def of_layer(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
-            if forward is None:
-                return REFERENCE_LAYERS.forward(x, layer)
             y, h = forward(LoraLinearCall(x, layer))
             return y, h
 
@@ -93,13 +89,11 @@ class _Dora:
         plan = self._layer_plan(layer_call, call, call.grad)
         if isinstance(plan, Refusal):
             return plan
-        backward = None if plan.variant == _IN_TORCH else plan.run
+        backward = plan.run
 
         def of_layer(
             grad: Tensor, x: Tensor, h: Tensor, layer: Layer, wanted: Wanted
         ) -> LayerGradients:
-            if backward is None:
-                return REFERENCE_LAYERS.backward(grad, x, h, layer, wanted)
             gradients: LayerGradients = backward(LoraLinearBackward(grad, x, h, layer, wanted))
             return gradients
 
@@ -119,7 +113,9 @@ class _Dora:
         plan = self._planners[type(layer_call)](layer_call)
         if isinstance(plan, Plan) or call.layer.weight.is_nf4:
             return plan
-        return Refusal(DENSE) if self._why_not is None else Plan(_IN_TORCH, lambda call: None)
+        if self._why_not is None:
+            return Refusal(DENSE)
+        return Plan("dense, in torch", getattr(reference, layer_call.op))
 
     def _prepare(
         self, prepare: Callable[[Any], PreparedForward], call: DoraLinearCall

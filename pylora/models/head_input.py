@@ -25,9 +25,8 @@ def _laid_out(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | Non
 
 def lay_out_head_input(model: nn.Module) -> None:
     """Has the input of the model's output head laid out in each call, if it is an nn.Linear."""
-    forget_head_input(model)
     head = output_head(model)
-    if type(head) is nn.Linear:
+    if type(head) is nn.Linear and _laid_out not in head._forward_pre_hooks.values():
         head.register_forward_pre_hook(_laid_out)
 
 

@@ -8,6 +8,7 @@ rows is a constant.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -37,16 +38,10 @@ def _record(call: DoraLinearCall, results: Sequence[Tensor]) -> DoraLinearBackwa
 def _backward_fake(call: DoraLinearBackward) -> tuple[Tensor, ...]:
     low, wanted = call.layer.low_rank, call.wanted
     assert low is not None
-    weight, grad = call.layer.weight.data, call.grad
-    empty = LayerGradients(
-        x=call.x.new_empty(call.x.shape) if wanted.x else None,
-        weight=weight.new_empty(weight.shape) if wanted.weight else None,
-        A=low.A.new_empty(low.A.shape) if wanted.A else None,
-        B=low.B.new_empty(low.B.shape) if wanted.B else None,
-        bias=grad.new_empty(grad.shape[-1]) if wanted.bias else None,
-        magnitude=call.magnitude.new_empty(grad.shape[-1]) if wanted.magnitude else None,
-    )
-    return _results(empty, call.x)
+    grad, weight = call.grad, call.layer.weight.data
+    empty = gradients.empty_gradients(call.x, grad, weight, low.A, low.B, wanted)
+    magnitude = call.magnitude.new_empty(grad.shape[-1]) if wanted.magnitude else None
+    return _results(replace(empty, magnitude=magnitude), call.x)
 
 
 def _results(of_layer: LayerGradients, like: Tensor) -> tuple[Tensor, ...]:

@@ -78,6 +78,19 @@ def empty_h(x: Tensor, layer: Layer) -> Tensor:
     return x.new_empty(*x.shape[:-1], layer.low_rank.rank, dtype=dtype)
 
 
+def empty_gradients(
+    x: Tensor, grad: Tensor, weight: Tensor, A: Tensor, B: Tensor, wanted: Wanted
+) -> LayerGradients:
+    """The uninitialized gradients that every layer with LoRA has, for a fake function."""
+    return LayerGradients(
+        x=x.new_empty(x.shape) if wanted.x else None,
+        weight=weight.new_empty(weight.shape) if wanted.weight else None,
+        A=A.new_empty(A.shape) if wanted.A else None,
+        B=B.new_empty(B.shape) if wanted.B else None,
+        bias=grad.new_empty(grad.shape[-1]) if wanted.bias else None,
+    )
+
+
 def empty_layers_results(
     x: Tensor, layers: Sequence[Layer], wanted: Sequence[Wanted]
 ) -> tuple[Any, ...]:

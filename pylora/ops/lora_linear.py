@@ -8,21 +8,18 @@ nothing else: it regenerates a dropout mask from the seed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from pylora.calls import Layer, LayerGradients, LoraLinearBackward, LoraLinearCall, Wanted
+from pylora.calls import Layer, LoraLinearBackward, LoraLinearCall, Wanted
 from pylora.ops import gradients, spec
 from pylora.ops.registration import Gradient, masked_backward, no_gradient, register
 
 
 def _fake(call: LoraLinearCall) -> tuple[Tensor, Tensor]:
-    x, low = call.x, call.layer.low_rank
-    assert low is not None
-    h_dtype = torch.promote_types(low.A.dtype, torch.float32)
-    y = x.new_empty(*x.shape[:-1], call.layer.weight.out_features)
-    return y, x.new_empty(*x.shape[:-1], low.rank, dtype=h_dtype)
+    y = call.x.new_empty(*call.x.shape[:-1], call.layer.weight.out_features)
+    return y, gradients.empty_h(call.x, call.layer)
 
 
 def _inputs(call: LoraLinearCall) -> tuple[Tensor | None, ...]:
@@ -37,17 +34,11 @@ def _record(call: LoraLinearCall, results: Sequence[Tensor]) -> LoraLinearBackwa
 def _backward_fake(call: LoraLinearBackward) -> tuple[Tensor, ...]:
     low, wanted = call.layer.low_rank, call.wanted
     assert low is not None
-    weight, grad = call.layer.weight.data, call.grad
-    empty = LayerGradients(
-        x=call.x.new_empty(call.x.shape) if wanted.x else None,
-        weight=weight.new_empty(weight.shape) if wanted.weight else None,
-        A=low.A.new_empty(low.A.shape) if wanted.A else None,
-        B=low.B.new_empty(low.B.shape) if wanted.B else None,
-        bias=grad.new_empty(grad.shape[-1]) if wanted.bias else None,
-        A_bias=low.A.new_empty(low.rank) if wanted.A_bias else None,
-        B_bias=low.A.new_empty(grad.shape[-1]) if wanted.B_bias else None,
-    )
-    return gradients.layer_results(empty, call.x)
+    grad, weight = call.grad, call.layer.weight.data
+    empty = gradients.empty_gradients(call.x, grad, weight, low.A, low.B, wanted)
+    A_bias = low.A.new_empty(low.rank) if wanted.A_bias else None
+    B_bias = low.A.new_empty(grad.shape[-1]) if wanted.B_bias else None
+    return gradients.layer_results(replace(empty, A_bias=A_bias, B_bias=B_bias), call.x)
 
 
 def _backward_inputs(call: LoraLinearBackward) -> tuple[Tensor | None, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pylora.calls import LayerGradients, MultiLoraBackward, MultiLoraCall, Wanted
+from pylora.calls import MultiLoraBackward, MultiLoraCall, Wanted
 from pylora.ops import gradients, spec
 from pylora.ops.registration import Gradient, masked_backward, no_gradient, register
 
@@ -35,15 +35,9 @@ def _record(call: MultiLoraCall, results: Sequence[Tensor]) -> MultiLoraBackward
 
 
 def _backward_fake(call: MultiLoraBackward) -> tuple[Tensor, ...]:
-    wanted, adapters, grad = call.wanted, call.adapters, call.grad
-    weight = call.layer.weight.data
-    empty = LayerGradients(
-        x=call.x.new_empty(call.x.shape) if wanted.x else None,
-        weight=weight.new_empty(weight.shape) if wanted.weight else None,
-        A=adapters.A.new_empty(adapters.A.shape) if wanted.A else None,
-        B=adapters.B.new_empty(adapters.B.shape) if wanted.B else None,
-        bias=grad.new_empty(grad.shape[-1]) if wanted.bias else None,
-    )
+    weight, adapters = call.layer.weight.data, call.adapters
+    factors = (adapters.A, adapters.B)
+    empty = gradients.empty_gradients(call.x, call.grad, weight, *factors, call.wanted)
     return gradients.adapters_results(empty, call.x)
 
 
