@@ -13,6 +13,7 @@
 
 #include <cstdint>
 
+#include "cpu/gemm_pack.h"
 #include "cpu/gemm_tile.h"
 #include "cpu/nf4_panel.h"
 #include "cpu/vec_avx512_bf16.h"
@@ -21,6 +22,7 @@ namespace pylora::cpu {
 
 inline constexpr int kAmxTileRows = 16;
 inline constexpr int kAmxTileElements = 16;  // 64 bytes
+inline constexpr int64_t kAmxPanel = 96;     // rows of a panel
 
 #if defined(__AMX_BF16__)
 struct HardwareTiles {
@@ -107,7 +109,7 @@ template <class S, class Tiles>
 struct AmxMac : Bf16Mac<S> {
   static constexpr int kGrain = kAmxTileElements;
   static constexpr bool kRowMajorOnly = true;
-  static constexpr int64_t kForwardPanel = 96;
+  static constexpr int64_t kForwardPanel = kAmxPanel;
   static constexpr int64_t kRowsUnit = 2 * kAmxTileRows;
   static constexpr int64_t kChain = 256;
   static constexpr bool kChainFirst = true;
@@ -183,24 +185,50 @@ void decode_panel(AmxMac<S, Tiles>, const NF4Matrix& w, int64_t row, int64_t row
   }
 }
 
-// Decodes pairs of rows, 16 pairs at a time, and transposes them into the row-major panel.
+// Sets 16 elements of each row of the row-major panel, from element e on, to the columns of
+// `filled` rows of pairs that are `ld` apart, and to zeros.
+template <class S>
+PYLORA_INLINE void transpose_pairs(const float* pairs, int64_t ld, int64_t filled, int64_t cols,
+                                   int64_t e, float* panel) {
+  for (int64_t j = 0; j < cols; j += S::kLanes) {
+    typename S::F square[S::kLanes];
+    for (int k = 0; k < S::kLanes; ++k) {
+      square[k] = k < filled ? S::load(pairs + k * ld + j) : S::zero();
+    }
+    S::transpose(square);
+    for (int k = 0; k < S::kLanes; ++k) S::store(panel + (j + k) * kTileLd + e, square[k]);
+  }
+}
+
+// Fills the row-major panel with pairs of rows, 16 pairs at a time: pairs_of(first, rows, out) puts
+// them to out [pairs][ld].
+template <class S, class PairsOf>
+PYLORA_INLINE void fill_panel_t(int64_t count, int64_t cols, float* panel, int64_t ld,
+                                const PairsOf& pairs_of) {
+  constexpr int64_t kRows = 2 * kAmxTileElements;
+  float pairs[kAmxTileElements * kAmxPanel];
+  for (int64_t i = 0; i < count; i += kRows) {
+    const int64_t rows = count - i < kRows ? count - i : kRows;
+    pairs_of(i, rows, pairs);
+    transpose_pairs<S>(pairs, ld, ceil_div(rows, 2), cols, i / 2, panel);
+  }
+}
+
 template <class S, class Tiles>
 void decode_panel_t(AmxMac<S, Tiles>, const NF4Matrix& w, int64_t row, int64_t count, int64_t col,
                     int64_t cols, float* panel, int64_t ld) {
-  float pairs[kAmxTileElements * AmxMac<S, Tiles>::kForwardPanel];
-  for (int64_t i = 0; i < count; i += 2 * kAmxTileElements) {
-    const int64_t rows = count - i < 2 * kAmxTileElements ? count - i : 2 * kAmxTileElements;
-    const int64_t filled = ceil_div(rows, 2);
-    decode_panel_t(Bf16Mac<S>{}, w, row + i, rows, col, cols, pairs, ld);
-    for (int64_t j = 0; j < cols; j += S::kLanes) {
-      typename S::F square[S::kLanes];
-      for (int k = 0; k < S::kLanes; ++k) {
-        square[k] = k < filled ? S::load(pairs + k * ld + j) : S::zero();
-      }
-      S::transpose(square);
-      for (int k = 0; k < S::kLanes; ++k) S::store(panel + (j + k) * kTileLd + i / 2, square[k]);
-    }
-  }
+  fill_panel_t<S>(count, cols, panel, ld, [&](int64_t first, int64_t rows, float* pairs) {
+    decode_panel_t(Bf16Mac<S>{}, w, row + first, rows, col, cols, pairs, ld);
+  });
+}
+
+template <class S, class Tiles>
+void copy_panel_t(AmxMac<S, Tiles>, const BFloat16* x, int64_t ld, int64_t count, int64_t cols,
+                  float* panel, int64_t panel_ld) {
+  fill_panel_t<S>(count, cols, panel, panel_ld, [&](int64_t first, int64_t rows, float* pairs) {
+    const int v = static_cast<int>(panel_ld / S::kLanes);
+    pack_rows<S, Bf16Mac>(x + first * ld, ld, rows, cols, v, pairs);
+  });
 }
 
 }  // namespace pylora::cpu

@@ -45,6 +45,17 @@ PYLORA_INLINE typename S::F load_elements(Bf16Mac<S>, const BFloat16* p, int64_t
   std::memcpy(padded, p, static_cast<size_t>(n) * sizeof(BFloat16));
   return S::load(padded);
 }
+// Values of fp32 are rounded to bf16.
+template <class S>
+PYLORA_INLINE typename S::F load_elements(Bf16Mac<S>, const float* p, int64_t n) {
+  float pairs[S::kLanes] = {};
+  auto* narrow = reinterpret_cast<BFloat16*>(pairs);
+  for (int64_t i = 0; i < 2 * S::kLanes && i < n; i += S::kLanes) {
+    const int count = static_cast<int>(n - i < S::kLanes ? n - i : S::kLanes);
+    S::store_n(narrow + i, S::load_n(p + i, count), count);
+  }
+  return S::load(pairs);
+}
 
 // Converts `count` values of a row to fp32.
 template <class S, class T>
@@ -68,6 +79,19 @@ PYLORA_INLINE void copy_row(const T* x, int64_t count, float* out) {
   }
 }
 
+// The same for fp32, which is rounded to bf16.
+template <class S, template <class> class Mac>
+PYLORA_INLINE void narrow_row(const float* x, int64_t count, float* out) {
+  static_assert(Mac<S>::kStep == 2);
+  auto* values = reinterpret_cast<BFloat16*>(out);
+  for (int64_t i = 0; i < count; i += S::kLanes) {
+    const int n = static_cast<int>(count - i < S::kLanes ? count - i : S::kLanes);
+    S::store_n(values + i, S::load_n(x + i, n), n);
+  }
+  const int64_t end = elements_of<Mac<S>>(count) * Mac<S>::kStep;
+  for (int64_t i = count; i < end; ++i) values[i] = BFloat16{};
+}
+
 // Packs `count` rows of x, whose columns already lie along the vectors: `cols` of them, from x on,
 // into [elements][v * kLanes]. Zeros follow the last column and the last row.
 template <class S, template <class> class Mac, class T>
@@ -88,6 +112,20 @@ void pack_rows(const T* x, int64_t ld, int64_t count, int64_t cols, int v, float
       }
     }
   }
+}
+
+// Copies columns [0, cols) of `count` rows of x, whose columns are outputs, into the panel of the
+// backward: [elements][panel_ld], or row-major if the product wants it so (amx_tile.h).
+template <class S, class T>
+void copy_panel_t(F32Mac<S>, const T* x, int64_t ld, int64_t count, int64_t cols, float* panel,
+                  int64_t panel_ld) {
+  for (int64_t i = 0; i < count; ++i) widen_row<S>(x + i * ld, cols, panel + i * panel_ld);
+}
+template <class S>
+void copy_panel_t(Bf16Mac<S>, const BFloat16* x, int64_t ld, int64_t count, int64_t cols,
+                  float* panel, int64_t panel_ld) {
+  const int v = static_cast<int>(panel_ld / S::kLanes);
+  pack_rows<S, Bf16Mac>(x, ld, count, cols, v, panel);
 }
 
 // Packs one tile: `count` values along k of tokens [0, tokens) of x, whose rows are `ld` apart, into

@@ -14,6 +14,9 @@ constexpr KernelTable<Project> kProject{
     project_portable,
     PYLORA_X86_KERNEL(project_avx2),
     PYLORA_X86_KERNEL(project_avx512),
+    PYLORA_X86_KERNEL(project_avx512_bf16),
+    PYLORA_X86_KERNEL(project_amx_emulated),
+    PYLORA_X86_KERNEL(project_amx),
 };
 constexpr KernelTable<Gather> kGather{
     gather_portable,
@@ -24,11 +27,19 @@ constexpr KernelTable<Gather> kGather{
     PYLORA_X86_KERNEL(gather_amx),
 };
 
+bool are_bf16(DType tokens, DType factor) {
+  return tokens == DType::kBFloat16 && factor == DType::kBFloat16;
+}
+
 // low = scaling * act(h)
 std::unique_ptr<float[]> scaled_activation(const LoraLinearArgs& args) {
   const int64_t count = args.x.tokens * args.lora_A.rank;
   auto low = low_rank_buffer(count);
   parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
+    if (args.activation == Activation::kIdentity) {  // the same numbers, but not one by one
+      for (int64_t i = begin; i < end; ++i) low[i] = args.h[i] * args.scaling;
+      return;
+    }
     for (int64_t i = begin; i < end; ++i) {
       low[i] = static_cast<float>(activate(args.activation, args.h[i]) * args.scaling);
     }
@@ -53,12 +64,10 @@ void set_low_rank(const LoraLinearArgs& args, const float* low, LinearArgs& line
 }  // namespace
 
 void project(const TokenMatrix& x, const AdapterFactor& factor, const float* bias, float* out) {
-  kProject.choose(false)(x, factor, bias, out);
+  kProject.choose(are_bf16(x.dtype, factor.dtype))(x, factor, bias, out);
 }
 
-Gather* gather_for(DType tokens, DType factor) {
-  return kGather.choose(tokens == DType::kBFloat16 && factor == DType::kBFloat16);
-}
+Gather* gather_for(DType tokens, DType factor) { return kGather.choose(are_bf16(tokens, factor)); }
 
 std::unique_ptr<float[]> low_rank_buffer(int64_t count) {
   std::unique_ptr<float[]> buffer(new float[static_cast<size_t>(count + kLowPadding)]);
@@ -106,6 +115,10 @@ void lora_linear_backward(const LoraLinearArgs& args) {
     dh = low_rank_buffer(count);
     project(grad, args.lora_B, nullptr, dh.get());
     parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
+      if (args.activation == Activation::kIdentity) {
+        for (int64_t i = begin; i < end; ++i) dh[i] *= args.scaling;
+        return;
+      }
       for (int64_t i = begin; i < end; ++i) {
         dh[i] =
             static_cast<float>(activation_slope(args.activation, args.h[i]) * args.scaling * dh[i]);

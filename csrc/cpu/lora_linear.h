@@ -10,7 +10,8 @@
 // Shapes    x [M, K]; g [M, N]; h, low, dh [M, R] fp32; lora_A [R, K]; lora_B [N, R]
 // Numerics  Everything of rank R is fp32, whatever the dtypes of x and of the adapter are, with one
 //           exception: where the processor has bf16 products and both are bf16, low and dh are
-//           rounded to bf16 for dlora_B and dlora_A, as torch rounds them.
+//           rounded to bf16 for the products that they enter, and so is dropout(x), as torch rounds
+//           them. Calls of few tokens round less.
 // Passes    The forward reads x twice (for h, then for y); the backward reads g three times and x
 //           once.
 // Memory    Beside its outputs a call needs low and dh, which are as large as h, and a fixed
@@ -67,9 +68,10 @@ void column_sums(const float* values, int64_t rows, int64_t cols, float* sums);
 
 Project project_portable, project_avx2, project_avx512;
 Gather gather_portable, gather_avx2, gather_avx512;
-// Those with bf16 products take only bf16, and round low to it.
+// Those with bf16 products take only bf16, and round dropout(x) and low to it.
+Project project_avx512_bf16, project_amx, project_amx_emulated;
 Gather gather_avx512_bf16, gather_amx, gather_amx_emulated;
-// The kernels of the instruction set in use. That of a gradient depends on the dtypes as well.
+// The kernels of the instruction set in use and of these dtypes.
 Project project;
 Gather* gather_for(DType tokens, DType factor);
 

@@ -1,8 +1,8 @@
-// The gradient of a factor (lora_linear.h) in bf16 products, as a template over the vector
-// primitives and over the products of gemm_tile.h.
+// The products of LoRA with a side of the rank's length (lora_linear.h) in bf16, as templates over
+// the vector primitives and over the products of gemm_tile.h.
 //
-// An element is a pair of tokens. The columns of x lie along the vectors, and low, rounded to bf16,
-// is the broadcast operand.
+// In that of a gradient, an element is a pair of tokens. The columns of x lie along the vectors, and
+// low, rounded to bf16, is the broadcast operand.
 #pragma once
 
 #include <algorithm>
@@ -103,6 +103,12 @@ void add_column_sums(const TokenMatrix& x, int64_t first, int64_t tokens, int64_
     }
     for (int64_t j = 0; j < cols; ++j) totals[j] += part[j];
   }
+}
+
+template <class S, template <class> class Mac>
+void project_bf16(const TokenMatrix& x, const AdapterFactor& factor, const float* bias,
+                  float* out) {
+  project_as<S, Mac, BFloat16, BFloat16>(x, factor, bias, out);
 }
 
 template <class S, template <class> class Mac>

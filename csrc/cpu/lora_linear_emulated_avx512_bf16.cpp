@@ -3,6 +3,11 @@
 
 namespace pylora::cpu {
 
+void project_amx_emulated(const TokenMatrix& x, const AdapterFactor& factor, const float* bias,
+                          float* out) {
+  project_bf16<AmxVectors, Amx<EmulatedTiles>::Mac>(x, factor, bias, out);
+}
+
 void gather_amx_emulated(const TokenMatrix& x, const float* low, const AdapterFactor& gradient,
                          float* sums) {
   gather_bf16<AmxVectors, Amx<EmulatedTiles>::Mac>(x, low, gradient, sums);

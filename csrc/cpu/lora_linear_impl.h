@@ -31,6 +31,28 @@ void widen_tokens(const TokenMatrix& x, int64_t first_token, int64_t tokens, int
   }
 }
 
+// The same as the elements of a product, to rows that are kTileLd apart. A row has `count` values, at
+// most kTileK elements. Those of bf16 that dropout has scaled are rounded to bf16, as torch rounds
+// them.
+template <class S, template <class> class Mac, class T>
+void copy_tokens(const TokenMatrix& x, int64_t first_token, int64_t tokens, int64_t col,
+                 int64_t count, float* out) {
+  if constexpr (Mac<S>::kStep == 1) {
+    widen_tokens<S, T>(x, first_token, tokens, col, count, out, kTileLd);
+  } else {
+    float dropped[Mac<S>::kStep * kTileK];
+    for (int64_t m = 0; m < tokens; ++m, out += kTileLd) {
+      const auto* row = static_cast<const T*>(x.data) + x.row(first_token + m) * x.cols + col;
+      if (!x.dropout.enabled) {
+        copy_row<S, Mac>(row, count, out);
+      } else {
+        widen_tokens<S, T>(x, first_token + m, 1, col, count, dropped, 0);
+        narrow_row<S, Mac>(dropped, count, out);
+      }
+    }
+  }
+}
+
 // The projection for few tokens: dot products of rows of x with four rows of lora_A at a time. The
 // threads share out the ranks.
 template <class S, class T, class TA>
@@ -80,21 +102,24 @@ void project_dots(const TokenMatrix& x, const TA* factor, int64_t rank, const fl
 
 // The projection for many tokens: they are the broadcast operand, and the ranks lie along the
 // vectors. The threads share out the tokens.
-template <class S, class T, class TA>
+template <class S, template <class> class Mac, class T, class TA>
 void project_tiles(const TokenMatrix& x, const TA* factor, int64_t rank, bool rank_first,
                    const float* bias, float* out) {
+  using Sums = Mac<S>;
   constexpr int64_t kWide = TokenTiles<S>::kWidth;
   constexpr int64_t kFactorFloats = 64 * 1024;
   constexpr int64_t kSumFloats = 128 * 1024;
-  constexpr int64_t kTokens = 24;  // a multiple of every S::rows_for(v)
+  constexpr int64_t kTokens = Sums::kRowsUnit;
+  constexpr int64_t kSumOf = Sums::kStep == 1 ? kChain : Sums::kChain;  // elements
   const TokenTiles<S> ranks{rank};
   const int64_t width = ranks.padded();
   const int64_t most = kFactorFloats / width / kChain * kChain;
-  const int64_t stretch = most < kTileK ? most : kTileK;
+  const int64_t stretch = (most < kTileK ? most : kTileK) * Sums::kStep;
   int64_t share = ceil_div(x.tokens, num_threads());
   if (share > kSumFloats / width) share = kSumFloats / width;
   share = (share < kTokens ? 1 : share / kTokens) * kTokens;
   parallel_for(0, ceil_div(x.tokens, share), 1, [&](int64_t begin, int64_t end) {
+    [[maybe_unused]] const typename Sums::Scope scope;
     float* packed = thread_workspace();
     float* values = packed + kFactorFloats;
     float* sums = values + kTokens * kTileLd;  // per tile of ranks: [share][ranks]
@@ -103,31 +128,29 @@ void project_tiles(const TokenMatrix& x, const TA* factor, int64_t rank, bool ra
       const int64_t tokens = x.tokens - first_token < share ? x.tokens - first_token : share;
       for (int64_t k = 0; k < x.cols; k += stretch) {
         const int64_t count = x.cols - k < stretch ? x.cols - k : stretch;
+        const int64_t elements = elements_of<Sums>(count);
         for (int64_t t = 0; t < ranks.count(); ++t) {
           const int v = ranks.vectors(t);
-          float* to = packed + ranks.offset(t, count);
+          float* to = packed + ranks.offset(t, elements);
           if (rank_first) {
-            pack_tile<S, F32Mac>(factor + t * kWide * x.cols + k, x.cols, ranks.tokens_in(t), count,
-                                 v, to);
+            pack_tile<S, Mac>(factor + t * kWide * x.cols + k, x.cols, ranks.tokens_in(t), count, v,
+                              to);
           } else {
-            for (int64_t i = 0; i < count; ++i) {
-              float* line = to + i * v * S::kLanes;
-              widen_row<S>(factor + (k + i) * rank + t * kWide, ranks.tokens_in(t), line);
-              for (int64_t j = ranks.tokens_in(t); j < v * S::kLanes; ++j) line[j] = 0.0f;
-            }
+            pack_rows<S, Mac>(factor + k * rank + t * kWide, rank, count, ranks.tokens_in(t), v,
+                              to);
           }
         }
         for (int64_t m = 0; m < tokens; m += kTokens) {
-          widen_tokens<S, T>(x, first_token + m, tokens - m < kTokens ? tokens - m : kTokens, k,
-                             count, values, kTileLd);
+          copy_tokens<S, Mac, T>(x, first_token + m, tokens - m < kTokens ? tokens - m : kTokens, k,
+                                 count, values);
           for (int64_t t = 0; t < ranks.count(); ++t) {
             const int v = ranks.vectors(t);
-            for (int64_t i = 0; i < kTokens && m + i < tokens; i += S::rows_for(v)) {
-              for (int64_t c = 0; c < count; c += kChain) {
+            for (int64_t i = 0; i < kTokens && m + i < tokens; i += Sums::rows_for(v)) {
+              for (int64_t c = 0; c < elements; c += kSumOf) {
                 run_tile<Broadcast::kRowMajor>(
-                    F32Mac<S>{}, v, count - c < kChain ? count - c : kChain,
+                    Sums{}, v, elements - c < kSumOf ? elements - c : kSumOf,
                     values + i * kTileLd + c, 0,
-                    packed + ranks.offset(t, count) + c * v * S::kLanes,
+                    packed + ranks.offset(t, elements) + c * v * S::kLanes,
                     sums + ranks.offset(t, share) + (m + i) * v * S::kLanes, k + c > 0);
               }
             }
@@ -148,19 +171,22 @@ void project_tiles(const TokenMatrix& x, const TA* factor, int64_t rank, bool ra
   });
 }
 
+template <class S, template <class> class Mac, class T, class TA>
+void project_as(const TokenMatrix& x, const AdapterFactor& factor, const float* bias, float* out) {
+  if (x.tokens == 0) return;
+  const auto* values = static_cast<const TA*>(factor.data);
+  if (x.tokens <= kDotTokens && factor.rank_first) {
+    project_dots<S, T>(x, values, factor.rank, bias, out);
+  } else {
+    project_tiles<S, Mac, T>(x, values, factor.rank, factor.rank_first, bias, out);
+  }
+}
+
 template <class S>
 void project_on(const TokenMatrix& x, const AdapterFactor& factor, const float* bias, float* out) {
-  if (x.tokens == 0) return;
   visit_dtype(x.dtype, [&](auto token) {
     visit_dtype(factor.dtype, [&](auto weight) {
-      using T = decltype(token);
-      using TA = decltype(weight);
-      const auto* values = static_cast<const TA*>(factor.data);
-      if (x.tokens <= kDotTokens && factor.rank_first) {
-        project_dots<S, T>(x, values, factor.rank, bias, out);
-      } else {
-        project_tiles<S, T>(x, values, factor.rank, factor.rank_first, bias, out);
-      }
+      project_as<S, F32Mac, decltype(token), decltype(weight)>(x, factor, bias, out);
     });
   });
 }

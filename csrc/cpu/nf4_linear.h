@@ -5,8 +5,9 @@
 //           low [M, R] fp32, already scaled; factor is dropout's 0 or 1 / (1 - p)
 //           (M = tokens, N = out_features, K = in_features, R = rank)
 // Numerics  Sums are fp32. If x is bf16 and the processor has bf16 products, W is rounded to bf16,
-//           as a dequantized weight is; otherwise W and x are fp32. The low-rank term is fp32
-//           throughout.
+//           as a dequantized weight is; otherwise W and x are fp32. The low-rank term is fp32,
+//           with one exception: where x is multiplied in bf16 and the adapter is bf16, low is rounded
+//           to bf16, as torch rounds it.
 // Method    If M <= kMaxSmallM, nf4_linear_small_m.h decodes the weight in registers. Otherwise
 //           nf4_linear_impl.h packs a batch of tokens, decodes one panel of W after the other into
 //           the cache, and multiplies.

@@ -55,6 +55,7 @@ template <class S, template <class> class Mac, class T, bool kBackward>
 struct LinearTask {
   using Sums = Mac<S>;
   static constexpr int64_t kPanel = kBackward ? kBackwardPanel : Sums::kForwardPanel;
+  static constexpr int64_t kRanks = kTileK / 2;  // so many meet a panel at a time
   template <class M>
   static constexpr bool kByColumn = kBackward && !M::kRowMajorOnly;
 
@@ -94,10 +95,10 @@ struct LinearTask {
         }
       }
     }
-    if (args.low != nullptr && args.rank <= kTileK / 2) pack_low(0, args.rank);
-    for (int64_t p = 0; p < outputs; p += kPanel) {
-      finish(p, min(kPanel, outputs - p), padded, depth > 0);
+    if constexpr (Sums::kStep == 2) {
+      if (args.adapter_dtype == DType::kBFloat16) return finish_panels<Mac>(padded);
     }
+    finish_panels<F32Mac>(padded);
   }
 
   // How many elements of the sum are taken at a time. A panel that only one tile of tokens reads
@@ -172,23 +173,35 @@ struct LinearTask {
     }
   }
 
+  // 2. Completes and stores all outputs. LowMac multiplies the low-rank term.
+  template <template <class> class LowMac>
+  void finish_panels(int64_t padded) {
+    if (args.low != nullptr && args.rank <= kRanks) pack_low<LowMac>(0, args.rank);
+    for (int64_t p = 0; p < outputs; p += kPanel) {
+      finish<LowMac>(p, min(kPanel, outputs - p), padded, args.depth() > 0);
+    }
+  }
+
+  template <template <class> class LowMac>
   void pack_low(int64_t first, int64_t count) {
-    pack_tokens<S, F32Mac>(args.low + first_token * args.rank + first, args.rank, tiles, count,
+    pack_tokens<S, LowMac>(args.low + first_token * args.rank + first, args.rank, tiles, count,
                            packed);
   }
 
-  // 2. Completes and stores outputs p .. p + width.
+  // Outputs p .. p + width.
+  template <template <class> class LowMac>
   void finish(int64_t p, int64_t width, int64_t padded, bool summed) {
     const bool masked = args.low != nullptr && args.dropout.enabled;
     if (args.low != nullptr) {
-      for (int64_t r = 0; r < args.rank; r += kTileK / 2) {
-        const int64_t count = min(kTileK / 2, args.rank - r);
-        if (args.rank > kTileK / 2) pack_low(r, count);
-        load_adapter(p, width, r, count);
+      for (int64_t r = 0; r < args.rank; r += kRanks) {
+        const int64_t count = min(kRanks, args.rank - r);
+        if (args.rank > kRanks) pack_low<LowMac>(r, count);
+        load_adapter<LowMac>(p, width, r, count);
+        const int64_t elements = elements_of<LowMac<S>>(count);
         if (masked) {
-          multiply<F32Mac>(packed, count, width, low_rank, kPanel, 0, r > 0);
+          multiply<LowMac>(packed, elements, width, low_rank, kPanel, 0, r > 0);
         } else {
-          multiply<F32Mac>(packed, count, width, sums, padded, p, summed || r > 0);
+          multiply<LowMac>(packed, elements, width, sums, padded, p, summed || r > 0);
         }
       }
     }
@@ -210,22 +223,26 @@ struct LinearTask {
     }
   }
 
-  // Loads the adapter's part that meets the panel, as fp32, in the panel's own order.
+  // Loads the adapter's part that meets the panel, in the panel's own order.
+  template <template <class> class LowMac>
   void load_adapter(int64_t p, int64_t width, int64_t r, int64_t count) {
-    visit_dtype(args.adapter_dtype, [&](auto element) {
+    const auto load = [&](auto element) {
       const auto* adapter = static_cast<const decltype(element)*>(args.adapter);
       if constexpr (kBackward) {
-        for (int64_t i = 0; i < count; ++i) {
-          widen_row<S>(adapter + (r + i) * args.width() + first_output + p, width,
-                       panel + i * kPanel);
-        }
+        copy_panel_t(LowMac<S>{}, adapter + r * args.width() + first_output + p, args.width(),
+                     count, width, panel, kPanel);
       } else {
         for (int64_t i = 0; i < width; ++i) {
-          widen_row<S>(adapter + (first_output + p + i) * args.rank + r, count,
-                       panel + i * kTileLd);
+          copy_row<S, LowMac>(adapter + (first_output + p + i) * args.rank + r, count,
+                              panel + i * kTileLd);
         }
       }
-    });
+    };
+    if constexpr (LowMac<S>::kStep == 2) {
+      load(BFloat16{});
+    } else {
+      visit_dtype(args.adapter_dtype, load);
+    }
   }
 };
 
