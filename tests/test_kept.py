@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -146,12 +147,19 @@ def test_an_x_without_memory_is_read_as_zeros(layer: nn.Module) -> None:
     assert torch.equal(layer(x), without_kept_call(layer, torch.zeros(3, IN)))
 
 
-def test_the_memory_of_a_call_is_not_kept() -> None:
-    layer, x = lora_layer(), torch.randn(7, IN, requires_grad=True)
-    layer(x)
-    layer(x)
-    call = layer._kept.call_with(x)
-    kept = {t.data_ptr() for t in call._gradient._tensors if t.numel()}
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_memory_of_a_call_is_not_kept(autocast: bool) -> None:
+    layer = lora_layer()
+    for _ in range(3):
+        x = torch.randn(7, IN, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = layer(x)
+        y.sum().backward()
+        dead = weakref.ref(x)
+        del x, y
+        assert dead() is None
+    (call,) = layer._kept._calls.values()
+    kept = {t.data_ptr() for t in call._gradient._constants if t is not None}
     assert kept <= {t.data_ptr() for t in (*layer.parameters(), *layer.buffers())}
 
 

@@ -25,13 +25,13 @@ from pylora.calls import Dropout, LowRank
 from pylora.nn.kept_casts import CastCall, cast_layer
 from pylora.ops.registration import (
     OPS,
-    RepeatedGradient,
     first,
     only_autograd_watches,
     run_plan,
     watched,
     with_gradient,
 )
+from pylora.ops.repeated import RepeatedGradient
 
 
 class Place(NamedTuple):
@@ -126,7 +126,7 @@ class KeptCall:
             return results
 
         y = first(with_gradient(self._op, call, run))
-        self._gradient = RepeatedGradient(self._op, call, results)
+        self._gradient = RepeatedGradient(self._op, call, results, self._rest)
         return y
 
     def _call(self, x: Tensor, scaling: float, dropout: Dropout | None) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pylora.calls import DoraLinearBackward, DoraLinearCall, LayerGradients, Wanted
 from pylora.ops import gradients, spec
-from pylora.ops.registration import Gradient, masked_backward, no_gradient, register
+from pylora.ops.registration import Gradient, MaskedBackward, no_gradient, register
 
 
 def _fake(call: DoraLinearCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,5 +66,5 @@ _BACKWARD = spec.DORA_LINEAR_BACKWARD
 register(
     spec.DORA_LINEAR,
     _fake,
-    Gradient(_inputs, _BACKWARD, _record, masked_backward(_BACKWARD)),
+    Gradient(_inputs, _BACKWARD, _record, MaskedBackward(_BACKWARD)),
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pylora.calls import Layer, LoraLinearBackward, LoraLinearCall, Wanted
 from pylora.ops import gradients, spec
-from pylora.ops.registration import Gradient, masked_backward, no_gradient, register
+from pylora.ops.registration import Gradient, MaskedBackward, no_gradient, register
 
 
 def _fake(call: LoraLinearCall) -> tuple[Tensor, Tensor]:
@@ -58,5 +58,5 @@ _BACKWARD = spec.LORA_LINEAR_BACKWARD
 register(
     spec.LORA_LINEAR,
     _fake,
-    Gradient(_inputs, _BACKWARD, _record, masked_backward(_BACKWARD)),
+    Gradient(_inputs, _BACKWARD, _record, MaskedBackward(_BACKWARD)),
 )

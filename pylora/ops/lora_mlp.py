@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pylora.calls import LoraMlpBackward, LoraMlpCall, Wanted
 from pylora.ops import gradients, spec
-from pylora.ops.registration import Gradient, masked_backward, no_gradient, register
+from pylora.ops.registration import Gradient, MaskedBackward, no_gradient, register
 
 
 def _fake(call: LoraMlpCall) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
@@ -52,5 +52,5 @@ _BACKWARD = spec.LORA_MLP_BACKWARD
 register(
     spec.LORA_MLP,
     _fake,
-    Gradient(_inputs, _BACKWARD, _record, masked_backward(_BACKWARD)),
+    Gradient(_inputs, _BACKWARD, _record, MaskedBackward(_BACKWARD)),
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pylora.calls import LoraQkvBackward, LoraQkvCall, Wanted
 from pylora.ops import gradients, spec
-from pylora.ops.registration import Gradient, masked_backward, no_gradient, register
+from pylora.ops.registration import Gradient, MaskedBackward, no_gradient, register
 
 
 def _fake(call: LoraQkvCall) -> tuple[list[Tensor], list[Tensor]]:
@@ -65,7 +65,7 @@ register(
         _inputs,
         _BACKWARD,
         _record,
-        masked_backward(_BACKWARD, _complete, several=True),
+        MaskedBackward(_BACKWARD, _complete, several=True),
         lambda call: len(call.layers),
     ),
 )

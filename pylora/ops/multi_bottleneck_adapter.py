@@ -20,7 +20,7 @@ from pylora.calls import (
 )
 from pylora.ops import spec
 from pylora.ops.gradients import or_empty
-from pylora.ops.registration import Gradient, masked_backward, no_gradient, register
+from pylora.ops.registration import Gradient, MaskedBackward, no_gradient, register
 from pylora.ops.residual import with_residual
 
 
@@ -89,5 +89,5 @@ register(
 register(
     spec.MULTI_BOTTLENECK_ADAPTER,
     _fake,
-    Gradient(_inputs, _BACKWARD, _record, with_residual(masked_backward(_BACKWARD))),
+    Gradient(_inputs, _BACKWARD, _record, with_residual(MaskedBackward(_BACKWARD))),
 )

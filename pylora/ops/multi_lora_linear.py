@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pylora.calls import MultiLoraBackward, MultiLoraCall, Wanted
 from pylora.ops import gradients, spec
-from pylora.ops.registration import Gradient, masked_backward, no_gradient, register
+from pylora.ops.registration import Gradient, MaskedBackward, no_gradient, register
 
 
 def _fake(call: MultiLoraCall) -> tuple[Tensor, Tensor]:
@@ -56,5 +56,5 @@ _BACKWARD = spec.MULTI_LORA_LINEAR_BACKWARD
 register(
     spec.MULTI_LORA_LINEAR,
     _fake,
-    Gradient(_inputs, _BACKWARD, _record, masked_backward(_BACKWARD)),
+    Gradient(_inputs, _BACKWARD, _record, MaskedBackward(_BACKWARD)),
 )

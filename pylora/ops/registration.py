@@ -31,8 +31,11 @@ from pylora.ops.transforms import run_transformed
 _LIBRARY = torch.library.Library("pylora", "DEF")
 _PLAIN = (Tensor, nn.Parameter)
 
-# The tensors that autograd keeps, and the arguments of the backward with _Kept in their places.
-Saved = tuple[list[Tensor], list[Any]]
+# What a backward runs: (gradients of the results, the tensors that autograd kept, which inputs want
+# a gradient) -> the gradients of the inputs.
+Later = Callable[[Sequence[Any], Sequence[Tensor], Sequence[bool]], Sequence[Tensor | None]]
+# The tensors that autograd keeps, and what the backward does with them.
+Saved = tuple[list[Tensor], Later]
 
 
 @dataclass(frozen=True)
@@ -56,31 +59,50 @@ class Gradient:
     outputs: Callable[[Any], int] = lambda call: 1
 
     def save(self, call: Any, results: Sequence[Tensor]) -> Saved:
-        """The tensors and other values that the backward of `call` needs; `results` are flat."""
+        """What the backward of `call` needs; `results` are flat."""
+        tensors, others = self.taken_apart(call, results)
+        return tensors, partial(self.later, others)
+
+    def taken_apart(self, call: Any, results: Sequence[Tensor]) -> tuple[list[Tensor], list[Any]]:
+        """The tensors that the backward of `call` needs, and its arguments without them."""
         if self.spec is None:
             return [], []
         _, *others = self.spec.flatten(self.record(call, results))
         tensors: list[Tensor] = []
         return tensors, [None, *_without_tensors(others, tensors)]
 
+    def later(
+        self,
+        others: list[Any],
+        grads: Sequence[Any],
+        tensors: Sequence[Tensor],
+        wanted: Sequence[bool],
+    ) -> Sequence[Tensor | None]:
+        """Runs the backward of a call that was taken apart."""
+        return self.backward(grads, _with_tensors(others, iter(tensors)), wanted)
 
-def masked_backward(
-    spec: Spec, complete: Callable[[Any], Any] = lambda call: call, several: bool = False
-) -> Callable[..., Sequence[Tensor | None]]:
+
+@dataclass(frozen=True)
+class MaskedBackward:
     """The usual `Gradient.backward`: one op that takes a mask of the gradients to compute.
 
     complete   changes the record before it runs
     several    the op takes the gradients of all results as a list
     """
 
-    def backward(
-        grads: Sequence[Any], saved: list[Any], wanted: Sequence[bool]
+    spec: Spec
+    complete: Callable[[Any], Any] = lambda call: call
+    several: bool = False
+
+    def __call__(
+        self, grads: Sequence[Any], saved: list[Any], wanted: Sequence[bool]
     ) -> Sequence[Tensor | None]:
-        grad = list(grads) if several else grads[0]
-        call = complete(spec.read_with_gradient(grad, saved, list(wanted)))
+        call = self.record(list(grads) if self.several else grads[0], saved, wanted)
         return requested(flat_tensors(run(call)), wanted)
 
-    return backward
+    def record(self, grad: Any, saved: list[Any], wanted: Sequence[bool]) -> Any:
+        """The record that runs."""
+        return self.complete(self.spec.read_with_gradient(grad, saved, list(wanted)))
 
 
 @dataclass(frozen=True)
@@ -159,72 +181,35 @@ def first(results: Tensor | Sequence[Tensor]) -> Tensor:
 def run_plan(op: Op, call: Any, plan: Plan) -> Any:
     """The results of `call` by its plan, in the op's schema, with autograd, which alone watches."""
     if torch.is_grad_enabled():
-        return with_gradient(op, call, lambda: _below_autograd(op, call, plan))
+        return with_gradient(op, call, lambda: below_autograd(op, call, plan))
     return op.results(call, plan.run(call))
 
 
-def _below_autograd(op: Op, call: Any, plan: Plan) -> Any:
+def below_autograd(op: Op, call: Any, plan: Plan) -> Any:
+    """The results of `call` by its plan, in the op's schema, without autograd."""
     # The ops of the extension have no gradient; torch would take as long to find that out as the
     # rest of their call takes.
     with torch._C._AutoDispatchBelowAutograd():
         return op.results(call, plan.run(call))
 
 
-def with_gradient(op: Op, call: Any, forward: Callable[[], Any]) -> Any:
-    """Runs `forward`, under the op's autograd node if an input of `call` needs a gradient."""
-    inputs = op.gradient.inputs(call)
+def with_gradient(
+    op: Op,
+    call: Any,
+    forward: Callable[[], Any],
+    inputs: Sequence[Tensor | None] | None = None,
+) -> Any:
+    """Runs `forward`, under the op's autograd node if an input needs a gradient.
+
+    inputs    those of the node; by default those of `call`. The call may hold casts of them: torch
+              casts their gradients back
+    """
+    if inputs is None:
+        inputs = op.gradient.inputs(call)
     for tensor in inputs:
         if tensor is not None and tensor.requires_grad:
             return _through_node(op, call, inputs, forward)
     return forward()
-
-
-class RepeatedGradient:
-    """`with_gradient` for a call that is made again and again with another x and nothing else new.
-
-    The inputs of the op and what it saves are worked out once, since they are the same but for x
-    and the results. Only the first result leaves the node.
-    """
-
-    def __init__(self, op: Op, call: Any, results: Sequence[Tensor]) -> None:
-        """`call` was made, and its flat results are `results`; the op's first input is x."""
-        self._node = op.node
-        _, *self._inputs = op.gradient.inputs(call)
-        floating = (t for t in self._inputs if t is not None and t.is_floating_point())
-        self._trainable = tuple(floating)
-        self._tensors, self._others = op.gradient.save(call, results)
-        x = call.x
-        new = (x, *results)
-        self._places = [
-            (place, index)
-            for place, tensor in enumerate(self._tensors)
-            for index, other in enumerate(new)
-            if tensor is other
-        ]
-        for place, _ in self._places:
-            self._tensors[place] = x.new_empty(0)  # the memory of a call is not kept
-
-    def run(self, x: Tensor, forward: Callable[[], Sequence[Tensor]]) -> Tensor:
-        """The first of the results that `forward` makes of x, with autograd."""
-        needed = x.requires_grad
-        for tensor in self._trainable:
-            needed = needed or tensor.requires_grad
-        if not needed:
-            return forward()[0]
-        new: tuple[Tensor, ...] = ()
-
-        def run() -> Tensor:
-            nonlocal new
-            new = (x, *forward())
-            return new[1]
-
-        def save(_: Sequence[Tensor]) -> Saved:
-            tensors = self._tensors.copy()
-            for place, index in self._places:
-                tensors[place] = new[index]
-            return tensors, self._others
-
-        return self._node(run, save, 1, x, *self._inputs)
 
 
 def on_reference(call: Call) -> Any:
@@ -327,7 +312,7 @@ def _node(name: str, gradient: Gradient) -> Any:
     ) -> Any:
         results = run()
         flat = (results,) if isinstance(results, Tensor) else results
-        tensors, ctx.others = save(flat)
+        tensors, ctx.later = save(flat)
         ctx.save_for_backward(*tensors)
         ctx.outputs, ctx.backend = outputs, dispatch.asked_for()
         ctx.set_materialize_grads(False)
@@ -335,14 +320,15 @@ def _node(name: str, gradient: Gradient) -> Any:
         return results
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        saved = _with_tensors(ctx.others, iter(ctx.saved_tensors))
+        saved = ctx.saved_tensors
         _, _, _, *wanted = ctx.needs_input_grad  # behind forward, save and outputs
-        if all(grad is None for grad in grads[: ctx.outputs]):
+        given = grads[: ctx.outputs]
+        if all(grad is None for grad in given):
             return (None,) * (3 + len(wanted))
         if ctx.backend is None:
-            return None, None, None, *gradient.backward(grads[: ctx.outputs], saved, wanted)
+            return None, None, None, *ctx.later(given, saved, wanted)
         with dispatch.as_asked(ctx.backend):
-            return None, None, None, *gradient.backward(grads[: ctx.outputs], saved, wanted)
+            return None, None, None, *ctx.later(given, saved, wanted)
 
     base: Any = torch.autograd.Function
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
