@@ -75,7 +75,7 @@ def _identical(actual: Any, expected: Any) -> bool:
 
 class Oracles:
     """The oracles of one cell. Contenders with and without LoRA have different oracles, and so have
-    contenders with different dtypes or with a weight of their own."""
+    contenders with different dtypes, with a weight of their own or with random numbers."""
 
     def __init__(self, bench: Bench, tensors: LayerTensors, mode: str) -> None:
         self._bench, self._tensors = bench, tensors
@@ -95,10 +95,13 @@ class Oracles:
         if x is not None:
             x = x.detach()
         key: tuple[Any, ...] = (contender.has_lora, contender.dtype)
-        if layer.weight is not None:
+        if layer.weight is not None or layer.oracle is not None:
             key = (contender.name,)
         if key not in self._known:
-            if layer.weight is not None:
+            if layer.oracle is not None:
+                assert x is not None
+                oracle = layer.oracle(x, grad)
+            elif layer.weight is not None:
                 weight, lora = layer.weight, tuple(p.detach() for p in layer.parameters)
                 oracle = linear_oracle.over(weight.to, self._tensors.scaling, x, grad, lora)
             else:

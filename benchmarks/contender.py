@@ -26,6 +26,9 @@ class BuiltLayer:
     parameters   the tensors besides x for which a backward computes gradients
     result       turns a raw result into what the oracle returns; it runs outside the timed region
     weight       the dense weight that this layer stands for, if its format is not our NF4
+    oracle       (x, grad) -> what the oracle of a bench returns. It is for a layer that draws
+                 random numbers from torch's own generators, which the bench's oracle cannot know.
+                 The harness makes the call that it checks in `LayerTensors.seeded`
     backend      the pylora backend that is forced, if any
     environment  environment variables that are set while it runs
     grads        random gradient -> the gradients of all results of forward
@@ -39,6 +42,7 @@ class BuiltLayer:
     parameters: tuple[Tensor, ...] = ()
     result: Callable[[Any], Any] = lambda raw: raw
     weight: Tensor | None = None
+    oracle: Callable[[Tensor, Tensor | None], Any] | None = None
     backend: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     grads: Callable[[Tensor], Any] = lambda grad: grad

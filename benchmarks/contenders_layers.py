@@ -35,24 +35,31 @@ def nf4_module(tensors: LayerTensors) -> BuiltLayer:
     return replace(layer, forward=module)
 
 
-def over_nf4(tensors: LayerTensors, lora_dtype: torch.dtype | None = None) -> BuiltLayer:
+def over_nf4(
+    tensors: LayerTensors, lora_dtype: torch.dtype | None = None, lora_dropout: float = 0.0
+) -> BuiltLayer:
     """Builds `nn.LoRALinear` over `nn.NF4Linear`."""
-    return _lora_module(nf4_module(tensors).forward, tensors, lora_dtype)
+    return _lora_module(nf4_module(tensors).forward, tensors, lora_dtype, lora_dropout)
 
 
-def over_dense(tensors: LayerTensors, lora_dtype: torch.dtype | None = None) -> BuiltLayer:
+def over_dense(
+    tensors: LayerTensors, lora_dtype: torch.dtype | None = None, lora_dropout: float = 0.0
+) -> BuiltLayer:
     """Builds `nn.LoRALinear` over `torch.nn.Linear`."""
-    return _lora_module(contenders_peers.dense_linear(tensors), tensors, lora_dtype)
+    return _lora_module(contenders_peers.dense_linear(tensors), tensors, lora_dtype, lora_dropout)
 
 
-def _lora_module(base: Any, tensors: LayerTensors, lora_dtype: torch.dtype | None) -> BuiltLayer:
+def _lora_module(
+    base: Any, tensors: LayerTensors, lora_dtype: torch.dtype | None, lora_dropout: float
+) -> BuiltLayer:
     rank, (a, b) = tensors.cell.rank, (t.detach() for t in tensors.lora(lora_dtype))
-    module = nn.LoRALinear(base, rank, rank * tensors.scaling, dtype=a.dtype)
+    module = nn.LoRALinear(base, rank, rank * tensors.scaling, lora_dropout, dtype=a.dtype)
     module.lora_A, module.lora_B = torch.nn.Parameter(a), torch.nn.Parameter(b)
 
     def variant(x: Tensor) -> str:
         weight = base.nf4_weight if isinstance(base, nn.NF4Linear) else base.weight
-        return explained("lora_linear", x, weight, module.lora_A, module.lora_B, tensors.scaling)
+        arguments = (x, weight, module.lora_A, module.lora_B, tensors.scaling)
+        return explained("lora_linear", *arguments, dropout_p=lora_dropout)
 
     return BuiltLayer(module, variant, (module.lora_A, module.lora_B))
 

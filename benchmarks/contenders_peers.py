@@ -87,9 +87,12 @@ class _OneLinear(torch.nn.Module):
 
 
 def _wrapped_by_peft(
-    model: _OneLinear, tensors: LayerTensors, lora_dtype: torch.dtype | None, use_dora: bool
+    model: _OneLinear, tensors: LayerTensors, lora_dtype: torch.dtype | None, **options: Any
 ) -> Any:
-    """Returns PEFT's LoRA layer around that of `model`, with the factors of `tensors`."""
+    """Returns PEFT's LoRA layer around that of `model`, with the factors of `tensors`.
+
+    options    go to `LoraConfig`, such as lora_dropout and use_dora
+    """
     from peft import LoraConfig, get_peft_model
 
     rank = tensors.cell.rank
@@ -97,8 +100,7 @@ def _wrapped_by_peft(
         r=rank,
         lora_alpha=rank * tensors.scaling,
         target_modules=["proj"],
-        lora_dropout=0.0,
-        use_dora=use_dora,
+        **options,
     )
     # PEFT would make LoRA fp32. Its factors get the dtype that is asked for below.
     layer = get_peft_model(model, config, autocast_adapter_dtype=False).base_model.model.proj
@@ -114,10 +116,10 @@ def _lora_of(layer: Any) -> tuple[Tensor, Tensor]:
 
 def _peft(training: bool) -> Any:
     def build(
-        tensors: LayerTensors, lora_dtype: torch.dtype | None = None, use_dora: bool = False
+        tensors: LayerTensors, lora_dtype: torch.dtype | None = None, **options: Any
     ) -> BuiltLayer:
         model = _OneLinear(_linear4bit(tensors, training))
-        layer = _wrapped_by_peft(model, tensors, lora_dtype, use_dora)
+        layer = _wrapped_by_peft(model, tensors, lora_dtype, **options)
         layer.train(training)
         name = f"{type(layer).__module__}.{type(layer).__name__} over "
         return BuiltLayer(layer, lambda x: name + _variant(layer.base_layer), _lora_of(layer))
@@ -135,10 +137,10 @@ def dense_linear(tensors: LayerTensors) -> torch.nn.Linear:
 
 
 def _peft_over_dense(
-    tensors: LayerTensors, lora_dtype: torch.dtype | None = None, use_dora: bool = False
+    tensors: LayerTensors, lora_dtype: torch.dtype | None = None, **options: Any
 ) -> BuiltLayer:
     model = _OneLinear(dense_linear(tensors), is_4bit=False)
-    layer = _wrapped_by_peft(model, tensors, lora_dtype, use_dora)
+    layer = _wrapped_by_peft(model, tensors, lora_dtype, **options)
     name = f"{type(layer).__module__}.{type(layer).__name__} over nn.Linear"
     return BuiltLayer(layer, lambda x: name, _lora_of(layer))
 

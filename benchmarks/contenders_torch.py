@@ -18,10 +18,10 @@ from pylora import dispatch, settings
 from pylora.backends import limits
 
 
-def explained(op: str, *args: Any) -> str:
+def explained(op: str, *args: Any, **options: Any) -> str:
     """Names the backend and the variant that run this call, as `pylora.explain` does, and what the
     kernels are compiled for if the variant does not say so."""
-    explanation = pylora.explain(op, *args)
+    explanation = pylora.explain(op, *args, **options)
     return f"{explanation.backend} ({explanation.compiled_for})"
 
 

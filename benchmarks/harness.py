@@ -175,7 +175,9 @@ class Harness:
                     entry.calls.append(call)
                     if index == 0:
                         entry.judge = _judging(oracles, cell, entry.contender, x, grad)
-                        _judge(entry, entry.judge(layer, call.once()))
+                        with tensors.seeded():
+                            raw = call.once()
+                        _judge(entry, entry.judge(layer, raw))
                         entry.variant = _variant_of(layer, call, x)
 
     def _time(self, entries: list[Entry], timing: str, budget: float) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class LayerTensors:
         """If `real` is set, the NF4 weight is a quantized random weight. Otherwise its packed bytes
         are random, which is faster and enough to measure memory."""
         self.cell, self.device = cell, device
+        self._seed = seed
         self._generator = torch.Generator(device).manual_seed(seed)
         self._remembered: dict[str, Any] = {}
         self._real = real
@@ -35,6 +37,14 @@ class LayerTensors:
         """Returns the tensors of another cell, with random numbers of their own."""
         seed = int(torch.randint(2**31, (), generator=self._generator, device=self.device))
         return LayerTensors(cell, self.device, seed, self._real)
+
+    @contextmanager
+    def seeded(self) -> Iterator[None]:
+        """Puts torch's own generators in the same state whenever it is entered, and puts the old
+        state back at the end. A layer that draws from them draws the same numbers each time."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self._seed)
+            yield
 
     @property
     def dtype(self) -> torch.dtype:

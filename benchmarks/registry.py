@@ -10,6 +10,7 @@ from benchmarks import (
     bench_host,
     bench_lora_layer,
     bench_lora_layer_autocast,
+    bench_lora_layer_dropout,
     bench_lora_linear,
     bench_lora_mlp,
     bench_lora_qkv,
@@ -31,6 +32,7 @@ BENCHES: dict[str, Bench] = {
         # The quick suite leaves out the benches below: with them it would take over five minutes.
         bench_lora_layer,
         bench_lora_layer_autocast,
+        bench_lora_layer_dropout,
         bench_dora_layer,
         bench_lora_qkv,
         bench_lora_mlp,

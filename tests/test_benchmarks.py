@@ -233,6 +233,7 @@ def test_only_the_full_suite_has_multi_layer_ops_and_host_times() -> None:
     assert set(ops_of("full")) - set(ops_of("quick")) == {
         "lora_layer",
         "lora_layer_autocast",
+        "lora_layer_dropout",
         "dora_layer",
         "lora_qkv",
         "lora_mlp",

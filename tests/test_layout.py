@@ -60,6 +60,7 @@ BENCHES_BEYOND_OPS = {
     "dora_layer": "times nn.LoRALinear with DoRA, whose op is dora_linear, against PEFT's layer",
     "lora_layer": "times nn.LoRALinear against PEFT's layer, over NF4 and over dense weights",
     "lora_layer_autocast": "times the same under autocast, with LoRA in fp32",
+    "lora_layer_dropout": "times training steps of the same with dropout on the low-rank path",
 }
 
 
