@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -148,7 +149,14 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
-        return globals()["_" + arguments.command.replace("-", "_")](arguments)
+        status = globals()["_" + arguments.command.replace("-", "_")](arguments)
+        sys.stdout.flush()  # a reader that has gone away shows here, and not when Python exits
+        return status
+    except BrokenPipeError:
+        # `head` and the like read a part and stop. Python flushes its streams when it exits, so
+        # that what is still in them needs a place to go (Python's docs, "Note on SIGPIPE").
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (InvalidResults, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
