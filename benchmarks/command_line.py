@@ -71,6 +71,12 @@ def parser() -> argparse.ArgumentParser:
         "--seconds", type=float, help="time to spend on each cell; 0: check, but time nothing"
     )
     run.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    run.add_argument(
+        "--keep-heap",
+        action="store_true",
+        help="start anew with a heap that keeps freed memory, so that no fresh pages are timed; "
+        "needs glibc, and writes OP_heap_kept.json",
+    )
 
     models = commands.add_parser(
         "models", help="time training steps and decoding of whole models, and measure their memory"
@@ -148,6 +154,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
+    arguments.words = sys.argv[1:] if argv is None else argv
     try:
         status = globals()["_" + arguments.command.replace("-", "_")](arguments)
         sys.stdout.flush()  # a reader that has gone away shows here, and not when Python exits
@@ -182,6 +189,10 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from benchmarks import heap
+
+    if arguments.keep_heap:
+        heap.keep(arguments.words)
     from benchmarks.runner import run
 
     return run(arguments)

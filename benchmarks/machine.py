@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from benchmarks import heap
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
     "torch",
@@ -105,6 +107,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "flags": flags,
         "os": platform.platform(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "heap": heap.state(),
         "gpu": None,
         "driver": None,
     }

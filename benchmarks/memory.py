@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import heap
 from benchmarks.machine import ROOT
 from benchmarks.shapes import Cell
 
@@ -58,7 +59,7 @@ def cpu_extra(
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"},
+        env={k: v for k, v in heap.default_environment().items() if k != "PYTHONSAFEPATH"},
         timeout=60 + _SECONDS_A_TASK * len(tasks),
     )
     if done.returncode != 0:

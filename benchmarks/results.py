@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks import heap
+
 SCHEMA = 3
 # A file whose name begins so is one of whole models, in another form: benchmarks.models.results.
 MODELS_FILES = "models"
@@ -18,6 +20,8 @@ OTHER_FILES = (MODELS_FILES, "methods", "sweep", "primitives")
 # reference, and pylora without LoRA, which shows what LoRA costs and is no peer to win against.
 OURS, CONTROL = "pylora", "pylora (control)"
 REFERENCE, BASE_ONLY = "pylora reference", "pylora, no LoRA"
+# The file of a run whose heap was kept is named after its op, with this behind it.
+_KEPT_STEM = "_heap_kept"
 NUMBER = (int, float)
 OPTIONAL_NUMBER = (int, float, type(None))
 
@@ -44,6 +48,7 @@ _MACHINE: dict[str, Any] = {
     "flags": list,
     "os": str,
     "load": OPTIONAL_NUMBER,
+    "heap": str,
     "gpu": (str, type(None)),
     "driver": (str, type(None)),
 }
@@ -121,8 +126,26 @@ def load(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InvalidResults(f"{path} is not JSON: {error}") from error
     _upgrade(run, str(path))
+    add_heap(run)
     _check_run(run, str(path))
     return run
+
+
+def file_stem(run: Mapping[str, Any]) -> str:
+    """Returns the name of a run's file, without .json. A run with a kept heap is not to replace
+    that of the same op with the default one."""
+    return f"{run['op']}{_KEPT_STEM if run['machine']['heap'] == heap.KEPT else ''}"
+
+
+def title(run: Mapping[str, Any]) -> str:
+    """Returns the op of a run, and what is unusual about its heap."""
+    return f"{run['op']}{', heap kept' if run['machine']['heap'] == heap.KEPT else ''}"
+
+
+def add_heap(run: Any) -> None:
+    """Adds the fact of a run's heap, in place, if the run is older than that fact."""
+    if isinstance(run, dict) and isinstance(run.get("machine"), dict):
+        run["machine"].setdefault("heap", heap.DEFAULT)
 
 
 def load_all(paths: Iterable[Path]) -> list[dict[str, Any]]:
@@ -195,6 +218,11 @@ def _check_run(run: Any, where: str) -> None:
 def check_machine(facts: Any, where: str) -> None:
     """Raises InvalidResults unless `facts` are what `benchmarks.machine.machine` returns."""
     check_fields(facts, _MACHINE, f"{where}, machine")
+    if facts["heap"] not in (heap.KEPT, heap.DEFAULT):
+        raise InvalidResults(
+            f"{where}, machine has heap = {facts['heap']!r}; it must be {heap.KEPT!r} or "
+            f"{heap.DEFAULT!r}"
+        )
 
 
 def check_fields(value: Any, fields: Mapping[str, Any], where: str) -> None:

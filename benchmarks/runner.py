@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import machine, results
+from benchmarks import heap, machine, results
 from benchmarks.contender import Bench
 from benchmarks.harness import Harness, add_cpu_memory
 from benchmarks.registry import bench_of, check_against, ops_of, selected
@@ -60,11 +60,12 @@ def run(arguments: argparse.Namespace) -> int:
         print("measuring the peak memory of each contender in a process of its own")
         add_cpu_memory(to_measure, seed)
         for finished in runs:
-            results.save(arguments.out / f"{finished['op']}.json", finished)
+            results.save(arguments.out / f"{results.file_stem(finished)}.json", finished)
     for finished in runs:
         is_host = bench_of(finished["op"]).host_time
         print("\n" + (host_tables(finished) if is_host else summary_table(finished)))
-    print(f"\nwrote {', '.join(str(arguments.out / run['op']) + '.json' for run in runs)}")
+    written = (f"{arguments.out / results.file_stem(run)}.json" for run in runs)
+    print(f"\nwrote {', '.join(written)}")
     print("\n" + goals.goals_table(runs))
     bad = [
         r
@@ -126,6 +127,8 @@ def _has_memory(cell: Cell, suite: Suite) -> bool:
 def _announce(facts: dict[str, Any], harness: Harness) -> None:
     limits = harness.roofline
     print(f"{facts['gpu'] or facts['cpu']}, {facts['threads']} threads, {facts['caches']}")
+    if facts["heap"] == heap.KEPT:
+        print(heap.NOTE)
     if (facts["load"] or 0) > BUSY:
         print(f"load average {facts['load']:.1f}: other programs run too, these times are in doubt")
     print(
@@ -167,7 +170,7 @@ def _run_bench(
         finished["seconds"] = round(time.perf_counter() - begin, 1)
         finished["roofline"] = dict(harness.roofline)
         finished["cells_left"] = cells_left
-        results.save(arguments.out / f"{bench.op}.json", finished)
+        results.save(arguments.out / f"{results.file_stem(finished)}.json", finished)
 
     save(len(cells))
     for done, cell in enumerate(cells, 1):

@@ -41,7 +41,8 @@ def _cell(
 
 
 def _run(*cells: dict[str, Any], device: str = "cuda", op: str = "lora_linear") -> dict[str, Any]:
-    return {"op": op, "machine": {"device": device, "flags": ["amx_bf16"]}, "cells": list(cells)}
+    machine = {"device": device, "flags": ["amx_bf16"], "heap": "default"}
+    return {"op": op, "machine": machine, "cells": list(cells)}
 
 
 def _outcome(run: dict[str, Any], goal: CudaGoal) -> cuda_goals.CudaGoalOutcome:

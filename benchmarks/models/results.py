@@ -11,6 +11,7 @@ from benchmarks.results import (
     MODELS_FILES,
     NUMBER,
     InvalidResults,
+    add_heap,
     check_fields,
     check_machine,
     write_atomically,
@@ -62,6 +63,7 @@ def load(path: Path) -> dict[str, Any]:
         run = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InvalidResults(f"{path} cannot be read: {error}") from error
+    add_heap(run)
     _check(run, str(path))
     return run
 

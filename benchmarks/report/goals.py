@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import heap
 from benchmarks.report import cuda_goals, host_tables
 from benchmarks.report.cuda_goals import LIMIT, RATIO, SURCHARGE
 from benchmarks.report.tables import aligned
@@ -122,8 +123,13 @@ class GoalOutcome:
 
 
 def goal_outcomes(runs: Iterable[Mapping[str, Any]]) -> list[GoalOutcome]:
-    """Compares every CPU goal with the CPU runs among these; empty if there is no such run."""
-    by_op = {run["op"]: run for run in runs if run["machine"]["device"] == "cpu"}
+    """Compares every CPU goal with the CPU runs among these; empty if there is no such run. The
+    goals are about the default heap, and so a run with a kept one does not count."""
+    by_op = {
+        run["op"]: run
+        for run in runs
+        if run["machine"]["device"] == "cpu" and run["machine"]["heap"] == heap.DEFAULT
+    }
     outcomes = []
     for goal in CPU_GOALS if by_op else ():
         run = by_op.get(goal.op)

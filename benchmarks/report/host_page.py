@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.report import host_tables, plots
 from benchmarks.report.host_tables import COLUMNS, TITLES, HostTime
-from benchmarks.results import OURS
+from benchmarks.results import OURS, file_stem
 from benchmarks.shapes import HOST_MODES
 
 Cells = Mapping[str, Mapping[str, Any]]
@@ -29,7 +29,7 @@ def host_section(run: Mapping[str, Any], figures: dict[str, bytes]) -> Iterator[
 def _file_name(run: Mapping[str, Any], cells: Cells) -> str:
     cell = next(iter(cells.values()))
     shape = f"{cell['out_features']}x{cell['in_features']}"
-    return f"{run['op']}-{shape}-m{cell['tokens']}.png"
+    return f"{file_stem(run)}-{shape}-m{cell['tokens']}.png"
 
 
 def _table(cells: Cells) -> str:

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from benchmarks import heap, results
 from benchmarks.report import cuda_goals, goals, plots
 from benchmarks.report.host_page import host_section
 from benchmarks.report.models_page import models_section
@@ -93,7 +94,11 @@ def _header(runs: Sequence[Run]) -> str:
     """Returns the machine, the versions and the commit; if runs differ in them, those of each."""
     lines = []
     for value in dict.fromkeys(map(_facts, runs)):
-        ops = [run.get("op", "whole models") for run in runs if _facts(run) == value]
+        ops = [
+            results.title(run) if "op" in run else "whole models"
+            for run in runs
+            if _facts(run) == value
+        ]
         which = "" if len(ops) == len(runs) else f"<b>{', '.join(ops)}</b>: "
         lines.append(f'<div class="facts">{which}{value}</div>')
     return f"<h1>pylora benchmarks</h1>{''.join(lines)}"
@@ -107,6 +112,7 @@ def _facts(run: Run) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     if (machine["load"] or 0) > BUSY:
         dirty += f", <b>machine not idle: load average {machine['load']:.1f}</b>"
+    kept = f", heap {machine['heap']}" if machine["heap"] != heap.DEFAULT else ""
     driver = f", driver {machine['driver']}" if machine["driver"] else ""
     measured = suite = ""
     if limits is not None:
@@ -118,7 +124,7 @@ def _facts(run: Run) -> str:
         suite = f"{run['suite']} suite, "
     return (
         f"<b>{escape(machine['gpu'] or machine['cpu'])}</b>{escape(driver)}, "
-        f"{machine['threads']} of {machine['cores']} cores, {caches}<br>{measured}"
+        f"{machine['threads']} of {machine['cores']} cores, {caches}{kept}<br>{measured}"
         f"{escape(versions)}<br>{suite}{known}{dirty}, {run['date'][:10]}"
     )
 
@@ -176,7 +182,7 @@ def _goal_cell(goal: goals.Goal, value: float | None) -> str:
 
 
 def _op(run: Run, figures: dict[str, bytes]) -> Iterator[str]:
-    yield f"<h2>{run['op']}</h2>"
+    yield f"<h2>{results.title(run)}</h2>"
     if any(cell["timing"] == HOST for cell in run["cells"]):
         yield from host_section(run, figures)
         yield _details(run)
@@ -189,7 +195,7 @@ def _op(run: Run, figures: dict[str, bytes]) -> Iterator[str]:
         if any(map(has_host_times, cells)):
             yield f"<h3>{title}, as called from Python: how many times faster pylora is</h3>"
             yield _ratio_table(cells, seconds_as_called)
-        what = f"{run['op']} {title}"
+        what = f"{results.title(run)} {title}"
         pictures = {
             "speedup": plots.speedup(cells, f"{what}: how many times faster pylora is"),
             "limit": plots.of_limit(cells, f"{what}: share of the measured limit"),
@@ -199,7 +205,7 @@ def _op(run: Run, figures: dict[str, bytes]) -> Iterator[str]:
             if figure is None:
                 continue
             svg, png = plots.rendered(figure)
-            name = f"{run['op']}-{mode.replace('+', '-')}-{timing}-{picture}.png"
+            name = f"{results.file_stem(run)}-{mode.replace('+', '-')}-{timing}-{picture}.png"
             figures[name] = png
             yield f"<section>{svg}</section>"
     yield _details(run)
