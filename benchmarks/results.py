@@ -21,7 +21,7 @@ OTHER_FILES = (MODELS_FILES, "methods", "sweep", "primitives")
 OURS, CONTROL = "pylora", "pylora (control)"
 REFERENCE, BASE_ONLY = "pylora reference", "pylora, no LoRA"
 # The file of a run whose heap was kept is named after its op, with this behind it.
-_KEPT_STEM = "_heap_kept"
+KEPT_STEM = "_heap_kept"
 NUMBER = (int, float)
 OPTIONAL_NUMBER = (int, float, type(None))
 
@@ -134,7 +134,7 @@ def load(path: Path) -> dict[str, Any]:
 def file_stem(run: Mapping[str, Any]) -> str:
     """Returns the name of a run's file, without .json. A run with a kept heap is not to replace
     that of the same op with the default one."""
-    return f"{run['op']}{_KEPT_STEM if run['machine']['heap'] == heap.KEPT else ''}"
+    return f"{run['op']}{KEPT_STEM if run['machine']['heap'] == heap.KEPT else ''}"
 
 
 def title(run: Mapping[str, Any]) -> str:
