@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
             runs.append(finished)
             if not bench.host_time:
-                to_measure += [pair for pair in reports if _has_memory(pair[0], suite)]
+                to_measure += [pair for pair in reports if _has_memory(bench, pair[0], suite)]
     if device.type == "cpu" and suite.memory_tokens and to_measure:
         print("measuring the peak memory of each contender in a process of its own")
         add_cpu_memory(to_measure, seed)
@@ -115,13 +115,13 @@ def _cells(bench: Bench, suite: Suite, arguments: argparse.Namespace) -> list[Ce
     return [c for c in cells if not suite.few_contenders or c.mode in bench.quick_modes]
 
 
-def _has_memory(cell: Cell, suite: Suite) -> bool:
+def _has_memory(bench: Bench, cell: Cell, suite: Suite) -> bool:
     """Returns True if the peak memory of this cell is measured on a CPU."""
     if not cell.tokens:
         return True
-    quick_shape = (cell.out_features, cell.in_features) in QUICK_SHAPES
+    usual = (cell.out_features, cell.in_features) in (bench.shapes or QUICK_SHAPES)
     given = len(suite.shapes) == 1
-    return cell.mode == TRAINING and cell.tokens in suite.memory_tokens and (quick_shape or given)
+    return cell.mode == TRAINING and cell.tokens in suite.memory_tokens and (usual or given)
 
 
 def _announce(facts: dict[str, Any], harness: Harness) -> None:

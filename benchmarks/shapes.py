@@ -73,7 +73,8 @@ class Suite:
     tokens           the numbers of tokens for a forward
     backward_tokens  the numbers of tokens for modes with a backward
     memory_tokens    the numbers of tokens for which the peak memory of a training step is measured
-                     on a CPU, for the shapes of the quick suite; each takes a process of its own
+                     on a CPU, for the shapes of the quick suite or those that a bench brings; each
+                     takes a process of its own
     modes            the modes of an op that has a backward
     seconds          the time to spend on a cell
     few_contenders   leaves out contenders that only a full comparison needs, such as dense fp16

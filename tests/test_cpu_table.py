@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import pytest
 
 pytest.importorskip("peft", reason="the tables name its contenders")
 
-from benchmarks import results
+from benchmarks import results, runner
 from benchmarks.heap import KEPT
+from benchmarks.registry import bench_of
 from benchmarks.report import cpu_table, ratio_table
-from benchmarks.shapes import TRAINING
+from benchmarks.shapes import FORWARD, QUICK_SHAPES, SUITES, TRAINING, Cell
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -110,3 +112,51 @@ def test_the_ratios_are_counted(folder: Path) -> None:
     assert "Of 2 ratios, 1 are at least 1, and 1 reach the goal" in table
     assert "in 2 of 2 measurements" in table
     assert "goal" not in ratio_table.ratio_table(run, cpu_table.PAIRS)
+
+
+def test_memory_is_shown_if_it_was_measured(folder: Path) -> None:
+    title = "<summary>Peak extra memory of a training step, MiB</summary>"
+    assert title not in cpu_table.section(folder)
+    sizes = {"pylora": 1.5, "pylora, dense": 2.0, "dense + PEFT": 20.25}
+
+    def measured(run: dict[str, Any]) -> None:
+        for cell in run["cells"]:
+            for result in cell["results"]:
+                size = sizes.get(result["contender"])
+                if cell["mode"] == TRAINING and cell["tokens"] == 512 and size is not None:
+                    result["extra_memory_bytes"] = int(size * 2**20)
+
+    add(folder, measured)
+    (text,) = cpu_table.section(folder).split(title)[1:]
+    text = text.partition("</details>")[0]
+    assert "LoRA layers, by shape and tokens:" in text and "Bottleneck" not in text
+    assert "|  | pylora | pylora, dense | dense + PEFT |\n" in text
+    shapes = ("576x576", "1536x576", "4096x4096", "4096x14336")
+    assert [f"| {shape}, 512 | 1.5 | 2.0 | 20.2 |" in text for shape in shapes] == [True] * 4
+    assert text.count("512 |") == len(shapes)
+
+
+def test_memory_of_adapters_is_shown_beside_that_of_layers(folder: Path) -> None:
+    def measured(run: dict[str, Any]) -> None:
+        run["op"], run["cells"] = "bottleneck_adapter", run["cells"][-1:]
+        for result, name in zip(run["cells"][0]["results"], names, strict=False):
+            result |= {"contender": name, "extra_memory_bytes": 3 << 20}
+
+    names = ["pylora", "eager torch", "pylora fp32", "eager torch fp32"]
+    add(folder, measured)
+    (text,) = cpu_table.section(folder).split("training step, MiB")[1:]
+    assert "Bottleneck adapters, by shape and tokens:" in text and "LoRA layers, by" not in text
+    assert f"|  | {' | '.join(names)} |\n" in text and "| 3.0 | 3.0 | 3.0 | 3.0 |" in text
+
+
+@pytest.mark.parametrize("op", ["lora_linear", "lora_layer", "bottleneck_adapter"])
+def test_memory_is_measured_for_the_shapes_of_a_bench(op: str) -> None:
+    bench, suite = bench_of(op), SUITES["quick", "cpu"]
+    shapes = bench.shapes or QUICK_SHAPES
+    cells = [Cell(op, mode, *s, 512) for s in shapes for mode in (FORWARD, TRAINING)]
+    measured = [cell for cell in cells if runner._has_memory(bench, cell, suite)]
+    assert measured == [cell for cell in cells if cell.mode == TRAINING]
+    for others in ({"tokens": 64}, {"out_features": 48}):
+        assert not runner._has_memory(bench, replace(measured[0], **others), suite)
+    given = replace(suite, shapes=((48, 64),))
+    assert runner._has_memory(bench, Cell(op, TRAINING, 48, 64, 512), given)

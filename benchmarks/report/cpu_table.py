@@ -12,6 +12,7 @@ from benchmarks.contenders_peers import LORA, PEFT_OVER_DENSE
 from benchmarks.machine import ROOT
 from benchmarks.models.results import ACCELERATED, DENSE_ACCELERATED, DENSE_PEER, PEER
 from benchmarks.models.results import load as load_models
+from benchmarks.report.memory_table import memory_table
 from benchmarks.report.ratio_table import grid, ratio_table, ratio_text
 from benchmarks.results import (
     KEPT_STEM,
@@ -65,6 +66,9 @@ OTHERS = {
     "lora_qkv": ("Query, key and value in one op over NF4", (_ONE_BY_ONE, *PAIRS[:2])),
     "lora_mlp": ("A gated MLP in one op over NF4", (_ONE_BY_ONE, *PAIRS[:2])),
 }
+MEMORY = """A number counts y, the gradients and everything that is allocated on the way, but not
+x and the layer. The step is not the first one of its process.
+"""
 KEPT = """By default glibc gives a large block back to the system as soon as it is freed. The
 results of the next call then lie on fresh pages, and both sides wait for Linux to clear
 them. Here glibc kept the pages (`python -m benchmarks run --keep-heap`), and so only the
@@ -83,6 +87,7 @@ def section(folder: Path = RESULTS) -> str:
     for name in others:
         table = ratio_table(runs[name], PAIRS, True)
         parts.append(_folded(f"The same with {TABLES[name]}", table))
+    parts += _memory(folder, runs[shown])
     rest = "\n".join([*_other_ops(folder), _models(folder)])
     parts.append(_folded("The other ops, and whole models", rest))
     return "".join(parts)
@@ -125,6 +130,21 @@ def _other_ops(folder: Path) -> Iterator[str]:
         run = _run_if_measured(folder, op)
         if run is not None:
             yield f"{title} (`{op}`):\n\n{ratio_table(run, pairs)}"
+
+
+def _memory(folder: Path, of_layers: Mapping[str, Any]) -> Iterator[str]:
+    """A folded table of the memory of LoRA layers and of adapters, if it was measured."""
+    adapters = _run_if_measured(folder, "bottleneck_adapter")
+    tables = {
+        "LoRA layers": memory_table(of_layers, PAIRS),
+        "Bottleneck adapters": memory_table(adapters, _ADAPTERS) if adapters else "",
+    }
+    texts = [
+        f"{title}, by shape and tokens:\n\n{table}" for title, table in tables.items() if table
+    ]
+    if texts:
+        text = "\n".join([MEMORY, *texts])
+        yield _folded("Peak extra memory of a training step, MiB", text)
 
 
 def _models(folder: Path) -> str:
