@@ -160,3 +160,26 @@ def test_memory_is_measured_for_the_shapes_of_a_bench(op: str) -> None:
         assert not runner._has_memory(bench, replace(measured[0], **others), suite)
     given = replace(suite, shapes=((48, 64),))
     assert runner._has_memory(bench, Cell(op, TRAINING, 48, 64, 512), given)
+
+
+def test_host_times_are_shown_if_they_were_measured(folder: Path) -> None:
+    title = "<summary>What a call costs beside the computation, µs</summary>"
+    assert title not in cpu_table.section(folder)
+    path = cpu_table.RESULTS.parent / "amd-epyc-avx2" / "host.json"
+    run = results.load(path)
+    for cell in run["cells"]:
+        for result in cell["results"]:
+            if result["contender"] == cpu_table.OURS:
+                result["median_s"] = 12.34e-6
+            elif result["contender"] == cpu_table.PEFT_OVER_DENSE.name:
+                result["median_s"] = None if cell["mode"] == TRAINING else 0.5e-6
+    results.save(folder / path.name, run)
+    (text,) = cpu_table.section(folder).split(title)[1:]
+    text = text.partition("</details>")[0]
+    assert "|  | no_grad | forward, grad | forward + backward |\n" in text
+    assert "| pylora nn.LoRALinear | 12.3 | 12.3 | 12.3 |\n" in text
+    assert "| dense + PEFT | 0.5 | 0.5 | - |\n" in text
+    for name in ("pylora F.lora_linear", "pylora op lora_linear", "nn.Linear"):
+        assert f"\n| {name} | " in text
+    assert "plan" not in text.partition("|  |")[2] and "C call" not in text
+    assert "control, two copies of pylora nn.LoRALinear" in text

@@ -12,6 +12,7 @@ from benchmarks.contenders_peers import LORA, PEFT_OVER_DENSE
 from benchmarks.machine import ROOT
 from benchmarks.models.results import ACCELERATED, DENSE_ACCELERATED, DENSE_PEER, PEER
 from benchmarks.models.results import load as load_models
+from benchmarks.report import host_tables
 from benchmarks.report.memory_table import memory_table
 from benchmarks.report.ratio_table import grid, ratio_table, ratio_text
 from benchmarks.results import (
@@ -66,6 +67,19 @@ OTHERS = {
     "lora_qkv": ("Query, key and value in one op over NF4", (_ONE_BY_ONE, *PAIRS[:2])),
     "lora_mlp": ("A gated MLP in one op over NF4", (_ONE_BY_ONE, *PAIRS[:2])),
 }
+# The rows of the table of host times, from the outermost layer inwards, and the peers.
+HOST_ROWS = (
+    OURS,
+    "pylora F.lora_linear",
+    "pylora op lora_linear",
+    "nn.Linear",
+    PEFT_OVER_DENSE.name,
+    *BITSANDBYTES,
+)
+HOST = """Each number is the median time of one of several calls in a row, on a layer so small that
+Python and torch take nearly all of it. `nn.LoRALinear` keeps what `F.lora_linear` checks
+and plans in each call.
+"""
 MEMORY = """A number counts y, the gradients and everything that is allocated on the way, but not
 x and the layer. The step is not the first one of its process.
 """
@@ -88,6 +102,7 @@ def section(folder: Path = RESULTS) -> str:
         table = ratio_table(runs[name], PAIRS, True)
         parts.append(_folded(f"The same with {TABLES[name]}", table))
     parts += _memory(folder, runs[shown])
+    parts += _host(folder)
     rest = "\n".join([*_other_ops(folder), _models(folder)])
     parts.append(_folded("The other ops, and whole models", rest))
     return "".join(parts)
@@ -145,6 +160,18 @@ def _memory(folder: Path, of_layers: Mapping[str, Any]) -> Iterator[str]:
     if texts:
         text = "\n".join([MEMORY, *texts])
         yield _folded("Peak extra memory of a training step, MiB", text)
+
+
+def _host(folder: Path) -> Iterator[str]:
+    """A folded table of the time that a call of a tiny layer takes, if it was measured."""
+    run = _run_if_measured(folder, "host")
+    if run is not None:
+        texts = [HOST]
+        for cells in host_tables.groups(run):
+            title = f"{host_tables.title(cells)}, threads: {run['machine']['threads']}"
+            table = grid(host_tables.short_table(cells, HOST_ROWS))
+            texts.append(f"{title}:\n\n{table}\n{host_tables.control_line(cells)}\n")
+        yield _folded("What a call costs beside the computation, µs", "\n".join(texts))
 
 
 def _models(folder: Path) -> str:

@@ -120,6 +120,17 @@ def _table(cells: Mapping[str, CellResult]) -> str:
     return "\n".join([title(cells), *(f"  {x}" for x in aligned(rows)), control_line(cells)])
 
 
+def short_table(cells: Mapping[str, CellResult], names: Sequence[str]) -> list[list[str]]:
+    """Returns the head and the rows of a table with the times of these contenders in us."""
+    modes = [mode for mode in HOST_MODES if mode in cells]
+    lines = [["", *(TITLES[mode] for mode in modes)]]
+    for name in names:
+        times = [host_time(cells[mode], name) for mode in modes]
+        if any(times):
+            lines.append([label(name), *(time.written()[0] if time else "-" for time in times)])
+    return lines
+
+
 def control_line(cells: Mapping[str, CellResult]) -> str:
     """Says by how much two copies of the same layer differ in each mode."""
     differences = [
