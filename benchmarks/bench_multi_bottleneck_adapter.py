@@ -41,7 +41,7 @@ def _ids(tensors: LayerTensors, tokens: int) -> Tensor:
     def draw() -> Tensor:
         return (torch.arange(tokens) * ADAPTERS // max(tokens, 1)).to(tensors.device)
 
-    return tensors.remembered(f"ids {tokens}", draw)
+    return tensors.remembered(f"multi_bottleneck_adapter ids {tokens}", draw)
 
 
 def _pylora(tensors: LayerTensors, dtype: torch.dtype) -> BuiltLayer:

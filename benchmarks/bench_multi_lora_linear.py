@@ -31,7 +31,7 @@ def adapter_ids(tensors: LayerTensors, tokens: int) -> Tensor:
         ids = torch.randint(-1, ADAPTERS, (tokens,), generator=generator)
         return ids.to(tensors.device)
 
-    return tensors.remembered(f"ids {tokens}", draw)
+    return tensors.remembered(f"multi_lora_linear ids {tokens}", draw)
 
 
 def _pylora(tensors: LayerTensors) -> BuiltLayer:

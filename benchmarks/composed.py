@@ -52,7 +52,7 @@ class Composition:
         def make() -> list[LayerTensors]:
             return [tensors.another(cell) for cell in self.layers(tensors.cell)]
 
-        return tensors.remembered("parts", make)
+        return tensors.remembered(f"{self.op} parts", make)
 
     def grads(self, tensors: LayerTensors) -> Callable[[Tensor], Any]:
         """Returns a function from a random gradient to the gradients of all results."""

@@ -56,7 +56,8 @@ class LayerTensors:
         return (values * scale).to(dtype or self.dtype)
 
     def remembered(self, key: str, make: Callable[[], Any]) -> Any:
-        """Returns what `make` returned for the first call with this key; not a copy."""
+        """Returns what `make` returned for the first call with this key; not a copy. Ops share the
+        tensors of a shape, and so what belongs to one op needs a key that names it."""
         if key not in self._remembered:
             self._remembered[key] = make()
         return self._remembered[key]
