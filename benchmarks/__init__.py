@@ -10,6 +10,7 @@ harness.py        checks, times and measures contenders; runner.py runs it over 
 calls.py          makes the calls that timing.py, cuda_timing.py and memory.py measure
 layer_tensors.py  the random weights; linear_oracle.py and accuracy.py check what is made of them
 results.py        the JSON of a run; machine.py and roofline.py add facts of the machine to it
+heap.py           `run --keep-heap`, with which calls reuse the pages of earlier ones
 report/           tables, pictures, goals and the page
 sweep/            times every plan of the GPU kernels
 primitives/       the rates of single instructions, copies and launches on a GPU
