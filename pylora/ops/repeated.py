@@ -47,9 +47,9 @@ class RepeatedGradient:
         inputs    what the node differentiates, x first; by default the inputs of `call`
         """
         self._op, self._record, self._rest = op, type(call), rest
-        self._layer = (
-            call.layer if inputs is None else None
-        )  # else it holds casts of the first call
+        self._layer: Any = None  # a layer of casts is that of one call
+        if inputs is None:
+            self._layer = call.layer
         of_call = op.gradient.inputs(call)
         _, *self._inputs = of_call if inputs is None else inputs
         floating = (t for t in self._inputs if t is not None and t.is_floating_point())
@@ -92,13 +92,10 @@ class RepeatedGradient:
         def save(_: Sequence[Tensor]) -> Saved:
             constants, layer = self._constants, self._layer
             if cast is not None:
-                constants, layer, inputs = (
-                    constants.copy(),
-                    cast.layer,
-                    self._op.gradient.inputs(cast),
-                )
-                for place, index in self._casts:
-                    constants[place] = inputs[index]
+                constants, layer = constants.copy(), cast.layer
+                inputs = self._op.gradient.inputs(cast)
+                for cast_place, index in self._casts:
+                    constants[cast_place] = inputs[index]
             tensors: list[Any] = constants.copy()
             for place, tensor in zip(self._places, new, strict=True):
                 if place is not None:
