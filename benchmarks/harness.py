@@ -33,6 +33,10 @@ GRAPH_CALLS, GRAPH_SECONDS = 32, 2e-3
 LEAST_SAMPLES, MOST_SAMPLES, MOST_HOST_SAMPLES = 5, 60, 1000
 _SHAPES_REMEMBERED = 3
 _QUICK_CALL = 0.05  # seconds
+# A layer that trains or serves is called thousands of times. In its first calls it may set
+# something up: a plan, a compiled kernel, what a backward repeats. So each layer is called
+# WARM_CALLS times before it is timed, unless a call takes so long that this would not show.
+WARM_CALLS, _SETUP_SHOWS = 4, 5e-3  # seconds
 # A contender that takes longer than this for some M is not timed for a larger one.
 _SLOW_CALL = 1.0  # seconds
 
@@ -208,6 +212,9 @@ class Harness:
             running[name].samples.clear()
             running[name].host_samples.clear()
         counts = {name: count for name, count in counts.items() if count > 1}
+        if timing == EAGER:
+            for name in [name for name in counts if estimates[name] < _SETUP_SHOWS]:
+                _warm_up(running[name].calls[: counts[name]])
         with _no_garbage_collection():
             for turn in rounds(counts, self.seed):
                 for name in turn:
@@ -315,6 +322,12 @@ def _judging(
         return oracles.check(contender, layer, x, grad, comparable(cell, layer, raw))
 
     return judge
+
+
+def _warm_up(calls: Sequence[Call]) -> None:
+    for call in calls:
+        for _ in range(WARM_CALLS):
+            call.once()
 
 
 def _sample(entry: Entry, turn: int) -> None:

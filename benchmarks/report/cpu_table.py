@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.contenders_dropout import PROBABILITY
 from benchmarks.contenders_layers import OVER_DENSE
 from benchmarks.contenders_peers import LORA, PEFT_OVER_DENSE
+from benchmarks.harness import WARM_CALLS
 from benchmarks.machine import ROOT
 from benchmarks.models.results import ACCELERATED, DENSE_ACCELERATED, DENSE_PEER, PEER
 from benchmarks.models.results import load as load_models
@@ -135,7 +136,8 @@ def _head(run: Mapping[str, Any]) -> str:
         " `nn.LoRALinear` on the same kind of weight, and bold if we lose. The\ncolumns are"
         " numbers of tokens; f+b is a forward with its backward; eval and train are\nthe"
         " two ways in which bitsandbytes runs on a CPU. A dash stands for fewer than\n"
-        f"{FEW_SAMPLES} samples, or none.\n"
+        f"{FEW_SAMPLES} samples, or none. Each layer was called {WARM_CALLS} times before it was"
+        " timed, as those of a\nrunning model were.\n"
     )
 
 
