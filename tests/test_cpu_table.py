@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,15 +25,26 @@ Change = Callable[[dict[str, Any]], None]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Returns a folder with what a README cannot do without: two runs, and whole models."""
+    """Returns a folder with what a README cannot do without: two runs, and whole models. No memory
+    was measured."""
     for name in (*cpu_table.TABLES, results.MODELS_FILES):
         shutil.copy(cpu_table.RESULTS / f"{name}.json", tmp_path)
+    results.save(tmp_path / "lora_layer.json", layer_run())
     return tmp_path
+
+
+def layer_run() -> dict[str, Any]:
+    """Returns the committed run of lora_layer without its memory."""
+    run = results.load(cpu_table.RESULTS / "lora_layer.json")
+    for cell in run["cells"]:
+        for result in cell["results"]:
+            result["extra_memory_bytes"] = None
+    return run
 
 
 def add(folder: Path, change: Change) -> dict[str, Any]:
     """Adds a changed copy of the run of lora_layer under the name that it then has."""
-    run = results.load(cpu_table.RESULTS / "lora_layer.json")
+    run = layer_run()
     change(run)
     results.save(folder / f"{results.file_stem(run)}.json", run)
     return run
@@ -55,7 +67,7 @@ def test_a_run_with_a_kept_heap_stands_beside_the_default_one(folder: Path) -> N
     default, _, rest = after.partition(title)
     assert before.startswith(default.removesuffix("\n<details>"))
     kept, _, others = rest.partition("</details>")
-    assert cpu_table.KEPT in kept and "216 ratios, 216 are at least 1" in kept
+    assert cpu_table.KEPT in kept and re.search(r"(\d+) ratios, \1 are at least 1", kept)
     assert before.endswith(others)
 
 
