@@ -104,7 +104,8 @@ void pack_rows(const T* x, int64_t ld, int64_t count, int64_t cols, int v, float
     } else {
       const T* row = x + 2 * e * ld;
       for (int64_t j = 0; j < width; j += S::kLanes) {
-        const int n = static_cast<int>(cols - j < S::kLanes ? cols - j : S::kLanes);
+        const int64_t left = cols > j ? cols - j : 0;
+        const int n = static_cast<int>(left < S::kLanes ? left : S::kLanes);
         S::store(packed + j,
                  2 * e >= count
                      ? S::zero()
