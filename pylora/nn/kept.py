@@ -31,7 +31,7 @@ from pylora.ops.registration import (
     watched,
     with_gradient,
 )
-from pylora.ops.repeated import RepeatedGradient
+from pylora.ops.repeated import RepeatedGradient, first_call
 
 
 class Place(NamedTuple):
@@ -113,20 +113,10 @@ class KeptCall:
             run = partial(forward, x, scaling, dropout, True)
             return first(with_gradient(self._op, call, run))
         run = partial(forward, x, scaling, None, True)
-        return self._first(x, run) if self._gradient is None else self._gradient.run(x, run)
-
-    def _first(self, x: Tensor, forward: Callable[[], Sequence[Tensor]]) -> Tensor:
-        """Runs the first call that autograd records, and keeps what the next one repeats."""
+        if self._gradient is not None:
+            return self._gradient.run(x, run)
         call = self._record(x, self._layer, *self._rest)
-        results: tuple[Tensor, ...] = ()
-
-        def run() -> tuple[Tensor, ...]:
-            nonlocal results
-            results = tuple(forward())
-            return results
-
-        y = first(with_gradient(self._op, call, run))
-        self._gradient = RepeatedGradient(self._op, call, results, self._rest)
+        y, self._gradient = first_call(self._op, call, run, self._rest)
         return y
 
     def _call(self, x: Tensor, scaling: float, dropout: Dropout | None) -> Any:

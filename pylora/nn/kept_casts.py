@@ -12,7 +12,7 @@ from pylora import dispatch
 from pylora.backends.backend import Plan
 from pylora.calls import Dropout, Layer, LowRank
 from pylora.ops.registration import OPS, below_autograd, first, run_plan, with_gradient
-from pylora.ops.repeated import RepeatedGradient, flat_results
+from pylora.ops.repeated import RepeatedGradient, first_call
 
 
 def cast_layer(
@@ -72,19 +72,7 @@ class CastCall:
         inputs = self._op.gradient.inputs(self._record(x, self._layer))
         if dropout is not None:
             return first(with_gradient(self._op, call, forward, inputs))
-        return self._first(call, forward, inputs, scaling)
-
-    def _first(self, call: Any, forward: Any, inputs: Any, scaling: float) -> Tensor:
-        """Runs the first call that autograd records, and keeps what the next one repeats."""
-        results: Any = None
-
-        def run() -> Any:
-            nonlocal results
-            results = forward()
-            return results
-
-        y = first(with_gradient(self._op, call, run, inputs))
-        self._gradient = RepeatedGradient(self._op, call, flat_results(results), (), inputs)
+        y, self._gradient = first_call(self._op, call, forward, (), inputs)
         self._scaling = scaling
         return y
 

@@ -178,6 +178,11 @@ def first(results: Tensor | Sequence[Tensor]) -> Tensor:
     return results if isinstance(results, Tensor) else results[0]
 
 
+def flat_results(results: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The results of an op that has no lists, of which there may be one alone."""
+    return (results,) if isinstance(results, Tensor) else tuple(results)
+
+
 def run_plan(op: Op, call: Any, plan: Plan) -> Any:
     """The results of `call` by its plan, in the op's schema, with autograd, which alone watches."""
     if torch.is_grad_enabled():
@@ -311,7 +316,7 @@ def _node(name: str, gradient: Gradient) -> Any:
         *inputs: Tensor | None,
     ) -> Any:
         results = run()
-        flat = (results,) if isinstance(results, Tensor) else results
+        flat = flat_results(results)
         tensors, ctx.later = save(flat)
         ctx.save_for_backward(*tensors)
         ctx.outputs, ctx.backend = outputs, dispatch.asked_for()

@@ -18,12 +18,39 @@ from pylora import dispatch
 from pylora.backends.backend import Plan
 from pylora.calls import Layer
 from pylora.ops.gradients import flat_tensors, requested
-from pylora.ops.registration import OPS, MaskedBackward, Op, Saved, only_autograd_watches, run
+from pylora.ops.registration import (
+    OPS,
+    MaskedBackward,
+    Op,
+    Saved,
+    first,
+    flat_results,
+    only_autograd_watches,
+    run,
+    with_gradient,
+)
 
 
-def flat_results(results: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The results of an op that has no lists, of which there may be one alone."""
-    return (results,) if isinstance(results, Tensor) else tuple(results)
+def first_call(
+    op: Op,
+    call: Any,
+    forward: Callable[[], Any],
+    rest: tuple[Any, ...] = (),
+    inputs: Sequence[Tensor | None] | None = None,
+) -> tuple[Tensor, RepeatedGradient]:
+    """The first result of `call`, with autograd, and what its next calls repeat.
+
+    rest, inputs   those of RepeatedGradient
+    """
+    results: Any = None
+
+    def run_forward() -> Any:
+        nonlocal results
+        results = forward()
+        return results
+
+    y = first(with_gradient(op, call, run_forward, inputs))
+    return y, RepeatedGradient(op, call, flat_results(results), rest, inputs)
 
 
 class RepeatedGradient:
